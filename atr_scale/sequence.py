@@ -1,0 +1,42 @@
+"""What every encoder returns.
+
+Shape suffixes: B batch, T tokens (audio frames or words), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A batch of encoded clips or captions.
+
+    tokens: [B, T, D] one vector a frame or word.
+    mask:   [B, T] bool, True where the token is real; special tokens of a tokenizer are masked out.
+    pooled: [B, D] the encoder's own summary of the whole clip or caption.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+    def map(self, tokens: Callable[[Tensor], Tensor], pooled: Callable[[Tensor], Tensor]) -> TokenSequence:
+        """The sequence with `tokens` and `pooled` passed through the given functions; the mask stays."""
+        return TokenSequence(tokens(self.tokens), self.mask, pooled(self.pooled))
+
+    def take(self, rows: Tensor) -> TokenSequence:
+        """Rows `rows` (int64) of the batch."""
+        return TokenSequence(self.tokens[rows], self.mask[rows], self.pooled[rows])
+
+    @staticmethod
+    def cat(parts: list[TokenSequence]) -> TokenSequence:
+        """Batches joined along B; shorter token axes are padded with masked zeros."""
+        length = max(part.tokens.shape[1] for part in parts)
+        tokens = [torch.nn.functional.pad(p.tokens, (0, 0, 0, length - p.tokens.shape[1])) for p in parts]
+        masks = [torch.nn.functional.pad(p.mask, (0, length - p.mask.shape[1])) for p in parts]
+        return TokenSequence(torch.cat(tokens), torch.cat(masks), torch.cat([p.pooled for p in parts]))
