@@ -1,0 +1,223 @@
+"""Run configuration: one YAML file plus dotted overrides, checked before anything starts.
+
+    config = load_config("configs/quickstart/pretrain.yaml", ["train.lr=1e-4"])
+
+Unknown keys are refused with a suggestion; the resolved configuration is saved with the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from atr_scale.errors import UserError
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class RunSection(Section):
+    dir: str = Field(description="run folder: checkpoints, metrics, TensorBoard, report")
+    seed: int = 0
+
+
+class Source(Section):
+    shards: str = Field(description="folder or s3:// prefix of one corpus split")
+    weight: Positive | None = Field(None, description="share in the mixture; default: the corpus' sample count")
+
+
+class CaptionSection(Section):
+    cleaning: Literal["none", "wavcaps", "lower_no_punctuation"] = "none"
+    max_tokens: Annotated[int, Field(ge=4, le=512)] = 64
+
+
+class DataSection(Section):
+    train: list[Source] = Field(min_length=1)
+    validation: str | None = None
+    test: str | None = None
+    crop_seconds: Positive = Field(10.0, description="training crop; longer clips are cut at a seeded place")
+    crop_quantum: Positive = Field(
+        0.5, description="training lengths are cut to multiples of this, so that clips of equal length run together"
+    )
+    evaluation_seconds: Positive = Field(30.0, description="evaluation hears at most this much of a clip's start")
+    shuffle_window: Count = Field(4096, description="samples that mix with each other between two block reads")
+    shuffle_block: Count = Field(64, description="neighbouring samples that move together in the coarse shuffle")
+    workers: Annotated[int, Field(ge=0)] = 2
+    max_drop_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
+    captions: CaptionSection = CaptionSection()
+
+
+class AudioEncoderSection(Section):
+    name: str
+    checkpoint: str | None = Field(None, description="the original project's checkpoint file")
+    batch_norm: Literal["frozen", "local"] = "frozen"
+
+
+class TextEncoderSection(Section):
+    name: str = Field(description="transformers model name or local folder")
+    pooling: Literal["first", "mean"] = "first"
+
+
+class ProjectionSection(Section):
+    kind: Literal["none", "linear", "mlp"] = "linear"
+    dim: Count = 512
+
+
+class ScorerSection(Section):
+    name: str = "pooled"
+
+
+class ModelSection(Section):
+    audio: AudioEncoderSection
+    text: TextEncoderSection
+    projection: ProjectionSection = ProjectionSection()
+    scorer: ScorerSection = ScorerSection()
+
+
+class TemperatureSection(Section):
+    initial: Positive = 0.07
+    minimum: Positive = 0.01
+    maximum: Positive = 1.0
+    learnable: bool = True
+
+    @model_validator(mode="after")
+    def ordered(self) -> TemperatureSection:
+        if not self.minimum <= self.initial <= self.maximum:
+            raise ValueError(f"need minimum <= initial <= maximum, got {self.minimum}, {self.initial}, {self.maximum}")
+        return self
+
+
+class ObjectiveSection(Section):
+    name: Literal["nt_xent", "pmr"] = "nt_xent"
+    omega: Positive = Field(5.0, description="prior scale of pmr")
+    detach_prior: bool = Field(False, description="pmr without the gradient through its prior")
+    temperature: TemperatureSection = TemperatureSection()
+
+
+class TrainSection(Section):
+    steps: Count | None = Field(None, description="updates in all; or give epochs")
+    epochs: Positive | None = None
+    global_batch_size: Count = Field(64, description="pairs inside one loss, over all ranks")
+    micro_batch_size: Count | None = Field(None, description="pairs in one forward; default: a rank's share")
+    accum_steps: Count = Field(1, description="losses averaged per update")
+    lr: Positive = 1e-4
+    lr_audio: NonNegative | None = Field(None, description="default: lr")
+    lr_text: NonNegative | None = Field(None, description="default: lr")
+    lr_heads: NonNegative | None = Field(None, description="projections, scorer, temperature; default: lr")
+    lr_floor: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="last learning rate as a share of lr")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="default: 5 % of all steps")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    gradient_clipping: NonNegative = Field(1.0, description="largest global norm; 0 switches it off")
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    initial_checkpoint: str | None = Field(None, description="run folder or checkpoint whose weights start this run")
+    evaluate_every: Count | None = Field(None, description="steps between validations; default: once an epoch")
+    checkpoint_every: Count | None = Field(None, description="steps between checkpoints; default: with each validation")
+    keep_checkpoints: Count = Field(2, description="newest checkpoints kept, beside the best one")
+    log_every: Count = 10
+    max_bad_steps: Count = Field(3, description="non-finite updates in a row after which the run stops")
+
+    @model_validator(mode="after")
+    def one_length(self) -> TrainSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        return self
+
+
+class EvaluationSection(Section):
+    batch_size: Count = 32
+    bootstrap_samples: Count = 1000
+    examples: Annotated[int, Field(ge=0)] = Field(4, description="queries shown with their retrieved clips")
+
+
+class RunConfig(Section):
+    """Everything one training run depends on."""
+
+    run: RunSection
+    data: DataSection
+    model: ModelSection
+    objective: ObjectiveSection = ObjectiveSection()
+    train: TrainSection
+    evaluation: EvaluationSection = EvaluationSection()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in `path` with dotted `overrides` such as "train.lr=1e-4" applied.
+
+    Raises UserError: missing file, YAML that does not parse, an unknown key (with a suggestion), a wrong value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no configuration file at {path}: give the path of a YAML file, for example configs/*.yaml")
+    try:
+        loaded = OmegaConf.load(path)
+        for override in overrides:
+            if "=" not in override:
+                raise UserError(f"override {override!r} is not of the form key.sub=value, for example train.lr=1e-4")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not parse as YAML with its overrides: {reason}") from None
+    return parse_config(values, str(path))
+
+
+def parse_config(values: Any, place: str) -> RunConfig:
+    """`values` (nested dicts) as a checked configuration; `place` is named in errors."""
+    if not isinstance(values, dict):
+        raise UserError(f"{place} holds no configuration: expected the sections {', '.join(RunConfig.model_fields)}")
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{place}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    """One clause for one pydantic error."""
+    keys = [str(part) for part in error["loc"]]
+    name = ".".join(keys)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(keys[:-1])
+        close = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {name!r}; {hint}"
+    if error["type"] == "missing":
+        return f"{name!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
+    return f"{name!r}: {message}{value}"
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    """Field names of the section at `path`, following lists of sections."""
+    section: Any = RunConfig
+    for key in path:
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            section = _section_type(section.model_fields[key].annotation)
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _section_type(annotation: Any) -> Any:
+    origin = typing.get_origin(annotation)
+    if origin in (list, typing.Union, types.UnionType):
+        return next((_section_type(a) for a in typing.get_args(annotation) if a is not type(None)), None)
+    return annotation

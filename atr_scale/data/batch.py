@@ -1,0 +1,61 @@
+"""What the stream gives to training.
+
+Shape suffixes: b rows of this rank, L word pieces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+def stable_id(text: str) -> int:
+    """A 63-bit id of a string: the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def caption_id(caption: str) -> int:
+    """Id of a caption's text: captions that read the same (letter case and spacing aside) share it."""
+    return stable_id(" ".join(unicodedata.normalize("NFC", caption).casefold().split()))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's rows of one global batch.
+
+    waveform:       [b, samples] float32 at the audio encoder's rate, zeros after each clip's end.
+    lengths:        [b] int64, samples of each clip.
+    input_ids, attention_mask: [b, L] int64.
+    clip_ids, caption_ids: [b] int64, stable over processes and runs; rows that agree in either are positives.
+    keys:           where each row came from, "corpus/shard/key", for audits and error reports.
+    dropped:        unreadable samples by reason; each row they left holds a copy of a good one.
+    """
+
+    waveform: Tensor
+    lengths: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    clip_ids: Tensor
+    caption_ids: Tensor
+    keys: list[str] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def ids(self) -> Tensor:
+        """[b, 2] int64 (clip, caption text): the columns that decide which pairs are positives."""
+        return torch.stack([self.clip_ids, self.caption_ids], 1)
+
+    def to(self, device: torch.device) -> Batch:
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, change) -> Batch:  # type: ignore[no-untyped-def]
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
