@@ -1,0 +1,120 @@
+"""Audio bytes -> float32 mono waveform at the wanted rate, by soundfile and soxr (HQ).
+
+A crop is sought before decoding, so that a few seconds of a long recording cost a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import soundfile
+import soxr
+
+from atr_scale.data.sample import BadSample
+
+MAX_SECONDS = 3600
+MAX_DECODED_BYTES = 4 << 30
+MIN_RATE, MAX_RATE = 1000, 768_000
+# The length of an MP3 is an estimate: its header counts whole frames of 1152, and encoders pad both ends.
+MP3_SLACK_FRAMES = 4 * 1152
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A window of `seconds`; in a longer clip it starts at `start_fraction` (0 to 1) of the room there is."""
+
+    start_fraction: float
+    seconds: float
+
+
+def probe(audio: bytes, extension: str, pcm_rate: int | None = None) -> tuple[int, int]:
+    """(frames, sample rate in Hz) as the header says. Raises BadSample undecodable_audio, empty_audio, huge_audio.
+
+    `pcm_rate` is the rate of headerless `pcm` bytes (little-endian int16, mono).
+    """
+    if extension == "pcm":
+        if pcm_rate is None or len(audio) % 2:
+            raise BadSample(
+                "undecodable_audio", "pcm without a sample rate" if len(audio) % 2 == 0 else "half a sample"
+            )
+        frames, rate, channels = len(audio) // 2, pcm_rate, 1
+    else:
+        with _open(audio) as file:
+            frames, rate, channels = file.frames, file.samplerate, file.channels
+    _check_header(frames, rate, channels)
+    return frames, rate
+
+
+def decode(
+    audio: bytes, extension: str, sample_rate: int, *, pcm_rate: int | None = None, crop: Crop | None = None
+) -> np.ndarray:
+    """Decode to float32 mono [samples] at `sample_rate` Hz: the whole clip, or a crop of it.
+
+    A clip longer than `crop.seconds` gives exactly round(crop.seconds * sample_rate) samples, a shorter one all of it.
+    Raises BadSample with the reason undecodable_audio, empty_audio, huge_audio (over an hour, or over 4 GiB decoded),
+    short_audio (fewer frames than the header says), nonfinite_audio or silent_audio (all exactly zero).
+    """
+    frames, rate = probe(audio, extension, pcm_rate)
+    start, count = 0, frames
+    if crop is not None and frames > round(crop.seconds * rate):
+        count = max(1, round(crop.seconds * rate))
+        start = int(crop.start_fraction * (frames - count))
+    if extension == "pcm":
+        mono = np.frombuffer(audio, "<i2", count, offset=2 * start).astype(np.float32) / 32768
+    else:
+        mono = _read_mono(audio, start, count, frames)
+    wanted = count if rate == sample_rate else max(1, round(len(mono) * sample_rate / rate))
+    if crop is not None and count < frames:
+        wanted = max(1, round(crop.seconds * sample_rate))
+    _check_values(mono)
+    if rate != sample_rate:
+        mono = soxr.resample(mono, rate, sample_rate, quality="HQ")
+    # soxr rounds the length its own way, by a sample; MP3 may end within its slack.
+    mono = mono[:wanted] if len(mono) >= wanted or count == frames else np.pad(mono, (0, wanted - len(mono)))
+    _check_values(mono)
+    return np.ascontiguousarray(mono, np.float32)
+
+
+def _open(audio: bytes) -> soundfile.SoundFile:
+    if not audio:
+        raise BadSample("empty_audio", "no bytes")
+    try:
+        return soundfile.SoundFile(io.BytesIO(audio))
+    except (soundfile.SoundFileError, TypeError, ValueError) as error:
+        raise BadSample("undecodable_audio", _first_line(error)) from None
+
+
+def _read_mono(audio: bytes, start: int, count: int, frames: int) -> np.ndarray:
+    with _open(audio) as file:
+        try:
+            if start:
+                file.seek(start)
+            samples = file.read(count, dtype="float32", always_2d=True)
+        except (soundfile.SoundFileError, ValueError, MemoryError) as error:
+            raise BadSample("undecodable_audio", _first_line(error)) from None
+        slack = MP3_SLACK_FRAMES if file.format == "MP3" and start + count >= frames - MP3_SLACK_FRAMES else 0
+    if len(samples) + slack < count or len(samples) == 0:
+        raise BadSample("short_audio", f"{len(samples)} of {count} frames decoded")
+    return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+
+
+def _check_header(frames: int, rate: int, channels: int) -> None:
+    if frames <= 0:
+        raise BadSample("empty_audio", "no frames")
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise BadSample("undecodable_audio", f"sample rate {rate} Hz")
+    if frames / rate > MAX_SECONDS or 4 * frames * channels > MAX_DECODED_BYTES:
+        raise BadSample("huge_audio", f"{frames / rate:.0f} s, {channels} channels")
+
+
+def _check_values(mono: np.ndarray) -> None:
+    if not np.isfinite(mono).all():
+        raise BadSample("nonfinite_audio", "NaN or infinite samples")
+    if not mono.any():
+        raise BadSample("silent_audio", "all samples are zero")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,93 @@
+"""One sample of a shard: audio bytes as they lie there, captions cleaned, JSON checked."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+# Best first, where a clip lies in several encodings.
+AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "mp3", "opus", "pcm")
+
+
+class BadSample(Exception):
+    """A sample that cannot be used. `reason` is a short snake_case name to count by, `detail` says more."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample before decoding. `sample_rate` is in Hz, None where the JSON has none; `meta` is the JSON's rest."""
+
+    key: str
+    clip_id: str
+    captions: list[str]
+    label: str | None
+    audio: bytes
+    extension: str
+    sample_rate: int | None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def clean_caption(text: str) -> str:
+    """NFC, runs of white space as one space, other control characters removed, stripped."""
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    return "".join(c for c in text if unicodedata.category(c) != "Cc").strip()
+
+
+def clean_captions(texts: Iterable[str]) -> list[str]:
+    """The captions that are left after cleaning; those that are empty or no valid Unicode are dropped."""
+    cleaned = (clean_caption(text) for text in texts if _is_unicode(text))
+    return [caption for caption in cleaned if caption]
+
+
+def parse_json(key: str, payload: bytes, set_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON of a sample as (RawSample's text fields, everything else).
+
+    Reads this project's layout ("captions", "clip_id") and that of LAION's audio-dataset ("text", "tag"), where the
+    clip's identity is `set_name/key`. Raises BadSample bad_json or no_caption.
+    """
+    try:
+        record = json.loads(payload.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadSample("bad_json", f"{key}: {error}") from None
+    if not isinstance(record, dict):
+        raise BadSample("bad_json", f"{key}: not an object")
+    captions = clean_captions(_strings(key, record, "captions" if "captions" in record else "text"))
+    if not captions:
+        raise BadSample("no_caption", key)
+    tags = clean_captions(_strings(key, record, "label" if "label" in record else "tag"))
+    clip_id = record.get("clip_id", f"{set_name}/{key}")
+    sample_rate = record.get("sample_rate")
+    if not (isinstance(clip_id, str) and clip_id and _is_unicode(clip_id)):
+        raise BadSample("bad_json", f"{key}: clip_id is no text")
+    if sample_rate is not None and (type(sample_rate) is not int or sample_rate <= 0):
+        raise BadSample("bad_json", f"{key}: sample_rate is no positive integer")
+    known = ("clip_id", "captions", "text", "label", "tag", "sample_rate")
+    fields = {"clip_id": clip_id, "captions": captions, "label": tags[0] if tags else None, "sample_rate": sample_rate}
+    return fields, {name: value for name, value in record.items() if name not in known}
+
+
+def _strings(key: str, record: dict[str, Any], name: str) -> list[str]:
+    value = record.get(name)
+    values = [] if value is None else [value] if isinstance(value, str) else value
+    if not (isinstance(values, list) and all(isinstance(v, str) for v in values)):
+        raise BadSample("bad_json", f"{key}: {name} is no text or list of texts")
+    return values
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can carry as an escape
+        return False
+    return True

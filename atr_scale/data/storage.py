@@ -1,0 +1,244 @@
+"""One way to read and write bytes, on local disks and on S3.
+
+A location is a local path or `s3://bucket/key`. Other schemes are refused: `https:` would read unversioned input and
+`pipe:` would run a shell. S3 credentials, region and endpoint come from the provider chain only (environment,
+profile, instance role; `AWS_ENDPOINT_URL` for servers other than Amazon's).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from atr_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+FIRST_DELAY_S = 0.2
+# After this long no further attempt is begun, so that a dead server costs a reader less than a minute.
+RETRY_BUDGET_S = 30.0
+READ_TIMEOUT_S = 15
+CONNECT_TIMEOUT_S = 5
+BLOCK_BYTES = 8 << 20
+
+T = TypeVar("T")
+
+
+class ShortRead(OSError):
+    """A file or object ends before the range that was asked for."""
+
+
+def is_remote(location: str) -> bool:
+    """True for s3://, False for a local path. UserError for every other scheme."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", location)
+    if scheme is None:
+        return False
+    if scheme[1] == "s3" and location.startswith("s3://"):
+        return True
+    if not location.startswith(f"{scheme[1]}://") and scheme[1] != "pipe" and os.path.exists(location):
+        return False
+    raise UserError(f"{location}: '{scheme[1]}:' is not supported; give a local path or s3://bucket/prefix")
+
+
+def join(location: str, name: str) -> str:
+    """`name` inside the folder or prefix `location`."""
+    return f"{location.rstrip('/')}/{name}" if is_remote(location) else os.path.join(location, name)
+
+
+def list_files(location: str) -> dict[str, int]:
+    """Bytes of every file directly inside a folder or prefix, by name, sorted; empty where there is none."""
+    if is_remote(location):
+        prefix = location.rstrip("/") + "/"
+        try:
+            entries = _retry(lambda: _filesystem().ls(prefix, detail=True), prefix)
+        except FileNotFoundError:
+            return {}
+        found = {e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
+        found.pop("", None)
+    else:
+        if not os.path.isdir(location):
+            return {}
+        with os.scandir(location) as items:
+            found = {item.name: item.stat().st_size for item in items if item.is_file()}
+    return dict(sorted(found.items()))
+
+
+def size(location: str) -> int:
+    """Bytes of a file or object. FileNotFoundError where there is none."""
+    if is_remote(location):
+        return int(_retry(lambda: _filesystem().info(location), location)["size"])
+    return os.stat(location).st_size
+
+
+def exists(location: str) -> bool:
+    """Whether there is such a file or object."""
+    try:
+        size(location)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def read_bytes(location: str) -> bytes:
+    """The whole file or object."""
+    return read_range(location, 0, size(location))
+
+
+def read_range(location: str, start: int, stop: int) -> bytes:
+    """Exactly the bytes [start, stop). ShortRead where the file ends earlier, OSError where reading fails."""
+    if stop <= start:
+        return b""
+    if is_remote(location):
+        return _retry(lambda: _remote_range(location, start, stop), location)
+    # A file handle for each read: nothing to share between threads or to inherit over a fork.
+    with open(location, "rb", buffering=0) as file:
+        return _local_range(file.fileno(), location, start, stop)
+
+
+@contextlib.contextmanager
+def range_reader(location: str, end: int) -> Iterator[Callable[[int, int], bytes]]:
+    """`read(start, stop)` for many small reads that go forward through one file or object of `end` bytes."""
+    if not is_remote(location):
+        with open(location, "rb", buffering=0) as file:
+            yield lambda start, stop: _local_range(file.fileno(), location, start, stop)
+        return
+    block_start, block = 0, b""
+
+    def read(start: int, stop: int) -> bytes:
+        nonlocal block_start, block
+        if not block_start <= start <= stop <= block_start + len(block):
+            block_start, block = start, read_range(location, start, min(end, max(stop, start + BLOCK_BYTES)))
+        return block[start - block_start : stop - block_start]
+
+    yield read
+
+
+def write_bytes(location: str, data: bytes) -> None:
+    """Write a whole file or object: it is there completely or not at all."""
+    with atomic_file(location) as path:
+        path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def atomic_file(location: str) -> Iterator[Path]:
+    """A local path to write to; what was written takes its place at `location` when the block ends without an error.
+
+    Locally: a hidden temporary beside it, fsync, rename. On S3: one upload, visible only when complete.
+    """
+    if is_remote(location):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / location.rsplit("/", 1)[-1]
+            yield path
+            _retry(lambda: _filesystem().put_file(str(path), location), location)
+        return
+    final = Path(location)
+    path = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        yield path
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(path, final)
+        folder_handle = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder_handle)
+        finally:
+            os.close(folder_handle)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def make_folder(location: str) -> None:
+    """Create a local folder with its parents; S3 has no folders."""
+    if not is_remote(location):
+        try:
+            os.makedirs(location, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create {location}: {error.strerror}; choose another --out") from None
+
+
+def remove_folder(location: str) -> None:
+    """Delete a folder or prefix with everything in it, if it is there."""
+    if is_remote(location):
+        with contextlib.suppress(FileNotFoundError):
+            _retry(lambda: _filesystem().rm(location, recursive=True), location)
+    else:
+        shutil.rmtree(location, ignore_errors=True)
+
+
+def remove_file(location: str) -> None:
+    """Delete one file or object, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_remote(location):
+            _retry(lambda: _filesystem().rm_file(location), location)
+        else:
+            os.unlink(location)
+
+
+def _local_range(handle: int, location: str, start: int, stop: int) -> bytes:
+    parts, position = [], start
+    while position < stop:
+        part = os.pread(handle, stop - position, position)
+        if not part:
+            raise ShortRead(f"{location} ends at byte {position}, expected {stop}")
+        parts.append(part)
+        position += len(part)
+    return b"".join(parts)
+
+
+def _remote_range(location: str, start: int, stop: int) -> bytes:
+    data = _filesystem().cat_file(location, start=start, end=stop)
+    if len(data) != stop - start:
+        if size(location) < stop:
+            raise ShortRead(f"{location} ends at byte {start + len(data)}, expected {stop}")
+        raise ConnectionError(f"{location}: got {len(data)} of {stop - start} bytes")
+    return data
+
+
+def _filesystem() -> Any:
+    """This process's S3 file system. s3fs keeps an event loop and does not survive a fork."""
+    return _filesystem_of(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _filesystem_of(pid: int) -> Any:
+    import s3fs
+
+    timeouts = {"read_timeout": READ_TIMEOUT_S, "connect_timeout": CONNECT_TIMEOUT_S}
+    filesystem = s3fs.S3FileSystem(
+        config_kwargs={**timeouts, "retries": {"total_max_attempts": 1}},
+        skip_instance_cache=True,
+        use_listings_cache=False,
+    )
+    # Retries are counted in one place, below: nested ones multiply to minutes.
+    filesystem.retries = 1
+    return filesystem
+
+
+def _retry(action: Callable[[], T], location: str) -> T:
+    """Run `action` a bounded number of times with jittered, growing pauses."""
+    began = time.monotonic()
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except (FileNotFoundError, PermissionError, ShortRead):
+            raise
+        except Exception as error:
+            if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
+                raise UserError(f"{location}: {error}; set AWS_PROFILE or AWS_ACCESS_KEY_ID and its secret") from None
+            if attempt == ATTEMPTS or time.monotonic() - began > RETRY_BUDGET_S:
+                raise OSError(f"{location}: gave up after {attempt} attempts: {error!r}") from error
+            pause = FIRST_DELAY_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+            logger.info("%s: %r; attempt %d of %d in %.1f s", location, error, attempt + 1, ATTEMPTS, pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
