@@ -1,0 +1,242 @@
+"""Retrieval metrics from ranks: count what scores higher, never sort.
+
+Shape suffixes: T texts, A clips, Q queries, C clips that have a caption.
+The conventions are the field's (WavCaps, salsa and the DCASE baselines agree): every caption is a query with one
+relevant clip; a clip is a query whose relevant texts are all its captions, R@k by the best ranked of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from atr_scale.errors import UserError
+
+RECALL_AT = (1, 5, 10)
+PRECISION_AT = 10
+TILE = 1 << 22  # scores compared at once: bounds the temporaries to tens of MB whatever the matrix
+
+Scores = Tensor | NDArray[np.floating]
+Ids = Tensor | NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks per text, 1 is first; all metrics follow from them, so they are what gets saved.
+
+    t2a [T]: rank of the text's own clip among all clips. a2t [T]: rank of the text among all texts, for its own clip.
+    clip [T]: index of the text's clip in audio_ids. audio_ids [A]: every candidate clip. All int64.
+    """
+
+    t2a: NDArray[np.int64]
+    a2t: NDArray[np.int64]
+    clip: NDArray[np.int64]
+    audio_ids: NDArray[np.int64]
+
+    def best_a2t(self) -> NDArray[np.int64]:
+        """Rank of the best ranked caption of every captioned clip, [C]."""
+        return _queries(self)["a2t"].rank
+
+    def metrics(self) -> dict[str, float]:
+        """`t2a/` and `a2t/` R@1, R@5, R@10, mAP@10 (fractions) and median_rank."""
+        return {f"{name}/{key}": value for name, queries in _queries(self).items() for key, value in queries.metrics()}
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """Queries of one direction: rank of the first relevant item [Q], average precision [Q], captioned clip [Q]."""
+
+    rank: NDArray[np.int64]
+    precision: NDArray[np.float64]
+    clip: NDArray[np.int64]
+
+    def values(self) -> dict[str, NDArray[np.float64]]:
+        """What is averaged over queries, each [Q]."""
+        hits = {f"R@{k}": (self.rank <= k).astype(np.float64) for k in RECALL_AT}
+        return hits | {f"mAP@{PRECISION_AT}": self.precision}
+
+    def metrics(self) -> list[tuple[str, float]]:
+        means = [(key, float(value.mean())) for key, value in self.values().items()]
+        return [*means, ("median_rank", float(np.median(self.rank)))]
+
+
+def retrieval_metrics(scores: Scores, text_audio_ids: Ids, audio_ids: Ids) -> dict[str, float]:
+    """Both directions' metrics of a score matrix [T, A]; ids as in `ranks`, keys as in `Ranks.metrics`."""
+    return ranks(scores, text_audio_ids, audio_ids).metrics()
+
+
+def ranks(scores: Scores, text_audio_ids: Ids, audio_ids: Ids) -> Ranks:
+    """Rank of every relevant pair.
+
+    scores [T, A] (any float dtype, any device), text_audio_ids [T]: the clip each text describes, audio_ids [A]:
+    distinct. rank = 1 + number of greater scores + number of equal scores at a lower index. A clip without a caption
+    is a candidate and no query. Raises UserError on repeated clips, a text whose clip is absent, or NaN scores
+    (no comparison with NaN holds, so a diverged model would rank everything first).
+    """
+    matrix = torch.as_tensor(scores)
+    owner, clips = _int64(text_audio_ids), _int64(audio_ids)
+    if tuple(matrix.shape) != (len(owner), len(clips)):
+        raise UserError(
+            f"retrieval scores: shape {tuple(matrix.shape)} for {len(owner)} texts and {len(clips)} clips;"
+            " give scores as [texts, audios]"
+        )
+    clip = _positions(owner, clips)
+    rows, columns = torch.arange(len(owner)), torch.from_numpy(clip)
+    t2a = _count_ranks(matrix, rows, columns)
+    a2t = _count_ranks(matrix.T, columns, rows)
+    return Ranks(t2a=t2a, a2t=a2t, clip=clip, audio_ids=clips)
+
+
+def bootstrap(ranks: Ranks, samples: int = 1000, seed: int = 0, level: float = 0.95) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap interval of every metric.
+
+    CLIPS are resampled, in both directions: the captions of one clip are hit or missed together, so drawing captions
+    one by one would count them as independent and give intervals that are too narrow.
+    """
+    generator = np.random.default_rng(seed)
+    directions = _queries(ranks)
+    num_clips = len(directions["a2t"].rank)
+    drawn: dict[str, list[NDArray[np.float64]]] = {}
+    chunk = max(1, TILE // len(ranks.t2a))
+    for start in range(0, samples, chunk):
+        size = min(chunk, samples - start)
+        # How often each clip is drawn is all a resample is.
+        weights = generator.multinomial(num_clips, np.full(num_clips, 1 / num_clips), size=size).astype(np.float64)
+        for name, queries in directions.items():
+            captions = np.bincount(queries.clip, minlength=num_clips)
+            total = weights @ captions
+            for key, value in queries.values().items():
+                sums = weights @ np.bincount(queries.clip, value, minlength=num_clips)
+                drawn.setdefault(f"{name}/{key}", []).append(sums / total)
+            drawn.setdefault(f"{name}/median_rank", []).append(_weighted_median(queries, weights, total))
+    bounds = [(1 - level) / 2, (1 + level) / 2]
+    return {
+        key: (float(low), float(high))
+        for key, parts in drawn.items()
+        for low, high in [np.quantile(np.concatenate(parts), bounds)]
+    }
+
+
+def classification(scores: Scores, labels: Ids) -> dict[str, float]:
+    """Zero-shot classification and class retrieval on a labelled set.
+
+    scores [classes, audios]: one caption a class; labels [audios]: class index of each clip. Ties: lower index first.
+
+    zero_shot/accuracy, zero_shot/R@5: the clip's class is first, among the first five classes; zero_shot/mAP: mean of
+    1 / rank of the clip's class. class/R@1: the first clip a class caption retrieves is of that class (precision at 1);
+    class/mAP, class/mAP@10: all clips of the class are relevant, the latter divided by min(10, clips of the class) so
+    that a perfect list scores 1. A class without clips is a candidate and no query.
+    """
+    table = label_ranks(scores, labels)
+    _, group = np.unique(table.clip, return_inverse=True)
+    size = np.bincount(group)
+    return {
+        "zero_shot/accuracy": float((table.t2a == 1).mean()),
+        "zero_shot/R@5": float((table.t2a <= 5).mean()),
+        "zero_shot/mAP": float((1 / table.t2a).mean()),
+        "class/R@1": float(np.bincount(group, table.a2t == 1).mean()),
+        f"class/mAP@{PRECISION_AT}": float(
+            (_precision_sum(table.a2t, group, PRECISION_AT) / np.minimum(size, PRECISION_AT)).mean()
+        ),
+        "class/mAP": float((_precision_sum(table.a2t, group) / size).mean()),
+    }
+
+
+def label_ranks(scores: Scores, labels: Ids) -> Ranks:
+    """Ranks of a labelled set: t2a is the rank of each clip's class, a2t the clip's rank for its class, clip the class.
+
+    scores [classes, audios], labels [audios]: class indices.
+    """
+    matrix, wanted = torch.as_tensor(scores), _int64(labels)
+    num_classes = matrix.shape[0]
+    wrong = np.flatnonzero((wanted < 0) | (wanted >= num_classes))
+    if len(wrong):
+        raise UserError(
+            f"labelled evaluation: label {wanted[wrong[0]]} of clip {wrong[0]} is none of the {num_classes} classes;"
+            " give one caption for every class"
+        )
+    return ranks(matrix.T, wanted, np.arange(num_classes))
+
+
+def _queries(ranks: Ranks) -> dict[str, _Queries]:
+    clips, group = np.unique(ranks.clip, return_inverse=True)
+    best = np.full(len(clips), np.iinfo(np.int64).max)
+    np.minimum.at(best, group, ranks.a2t)
+    single = np.where(ranks.t2a <= PRECISION_AT, 1 / ranks.t2a, 0.0)
+    several = _precision_sum(ranks.a2t, group, PRECISION_AT) / np.bincount(group)
+    return {
+        "t2a": _Queries(rank=ranks.t2a, precision=single, clip=group),
+        "a2t": _Queries(rank=best, precision=several, clip=np.arange(len(clips))),
+    }
+
+
+def _precision_sum(rank: NDArray[np.int64], group: NDArray[np.int64], cutoff: int | None = None) -> NDArray[np.float64]:
+    """Per group, the sum of the precisions at its members' ranks (those within the cutoff)."""
+    order = np.lexsort((rank, group))
+    first = np.searchsorted(group[order], group[order])
+    found = np.arange(len(order)) - first + 1
+    precision = found / rank[order]
+    if cutoff is not None:
+        precision[rank[order] > cutoff] = 0.0
+    return np.bincount(group[order], precision).astype(np.float64)
+
+
+def _weighted_median(
+    queries: _Queries, weights: NDArray[np.float64], total: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """numpy's median (the mean of the two middle values) of each resample: weights [S, C], total [S] -> [S]."""
+    order = np.argsort(queries.rank)
+    upto = np.cumsum(weights[:, queries.clip[order]], axis=1)
+    sorted_rank = queries.rank[order]
+    low, high = (
+        sorted_rank[(upto < position[:, None]).sum(axis=1)]
+        for position in (np.floor((total + 1) / 2), np.floor(total / 2) + 1)
+    )
+    return (low + high) / 2
+
+
+def _count_ranks(scores: Tensor, rows: Tensor, targets: Tensor) -> NDArray[np.int64]:
+    """Rank of scores[rows[i], targets[i]] within its row, [Q]."""
+    rows, targets = rows.to(scores.device), targets.to(scores.device)
+    position = torch.arange(scores.shape[1], device=scores.device)
+    result = torch.empty(len(rows), dtype=torch.int64)
+    step = max(1, TILE // scores.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        tile, target = scores[rows[part]], targets[part, None]
+        if tile.isnan().any():
+            raise UserError("retrieval scores: some are NaN, the model has diverged; evaluate an earlier checkpoint")
+        own = tile.gather(1, target)
+        ahead = (tile > own) | ((tile == own) & (position < target))
+        result[part] = 1 + ahead.sum(dim=1).cpu()
+    return result.numpy()
+
+
+def _positions(owner: NDArray[np.int64], clips: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Index in clips of every text's clip."""
+    if len(owner) == 0:
+        raise UserError("retrieval evaluation: no captions; evaluate a split that has captions")
+    order = np.argsort(clips, kind="stable")
+    ordered = clips[order]
+    repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(repeated):
+        raise UserError(
+            f"retrieval evaluation: clip id {ordered[repeated[0]]} occurs more than once in audio_ids;"
+            " give every clip once"
+        )
+    place = np.searchsorted(ordered, owner).clip(max=len(clips) - 1)
+    missing = np.flatnonzero(ordered[place] != owner) if len(clips) else np.arange(len(owner))
+    if len(missing):
+        raise UserError(
+            f"retrieval evaluation: text {missing[0]} describes clip id {owner[missing[0]]}, which is not in audio_ids;"
+            " embed every clip of the split or drop its captions"
+        )
+    return order[place]
+
+
+def _int64(ids: Ids) -> NDArray[np.int64]:
+    return torch.as_tensor(ids).detach().cpu().numpy().astype(np.int64)

@@ -1,0 +1,210 @@
+"""One evaluation as it is kept: `evaluation-<split>.json` beside `ranks-<split>.npz` in the run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from atr_scale.errors import UserError
+from atr_scale.evaluation.metrics import Ids, Ranks, Scores, bootstrap, classification, label_ranks, ranks
+
+FORMAT = 1
+NUM_PAIRS, NUM_CLASSES = 32, 64  # rows and columns of the kept piece of the score matrix
+NUM_EXAMPLES = 6
+NUM_RETRIEVED = 5
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """One item of a result list: its caption or clip id, its index among the candidates, its score."""
+
+    name: str
+    index: int
+    score: float
+    hit: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """A query ("t2a": a caption, "a2t": a clip id), the rank of its first relevant item, the list it got."""
+
+    direction: str
+    query: str
+    rank: int
+    retrieved: tuple[Retrieved, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Metrics of one split at one step, with what a report shows of it.
+
+    metrics: fractions, keys of `Ranks.metrics` or `classification`; intervals: 95 % bootstrap, for some of the keys.
+    excerpt float32 [n, n]: scores of n pairs, the right ones on the diagonal; a labelled set has classes in its place:
+    row = class caption, column = mean over the clips of a class. excerpt_names: the caption of each row.
+    """
+
+    split: str
+    step: int
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    ranks: Ranks
+    excerpt: NDArray[np.float32]
+    excerpt_names: tuple[str, ...]
+    examples: tuple[Example, ...]
+    labelled: bool = False
+
+    @property
+    def num_texts(self) -> int:
+        """Captions, or classes of a labelled set."""
+        return len(self.ranks.audio_ids) if self.labelled else len(self.ranks.t2a)
+
+    @property
+    def num_clips(self) -> int:
+        """Clips that take part, with a caption or without."""
+        return len(self.ranks.t2a) if self.labelled else len(self.ranks.audio_ids)
+
+    def save(self, folder: Path) -> Path:
+        """Write both files into the folder; a split name's slashes become dashes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = self.split.replace("/", "-")
+        np.savez_compressed(
+            folder / f"ranks-{stem}.npz",
+            t2a=self.ranks.t2a,
+            a2t=self.ranks.a2t,
+            clip=self.ranks.clip,
+            audio_ids=self.ranks.audio_ids,
+            excerpt=self.excerpt,
+        )
+        table = {
+            "format": FORMAT,
+            "split": self.split,
+            "step": self.step,
+            "labelled": self.labelled,
+            "num_texts": self.num_texts,
+            "num_clips": self.num_clips,
+            "metrics": self.metrics,
+            "intervals": self.intervals,
+            "excerpt_names": self.excerpt_names,
+            "examples": [asdict(example) for example in self.examples],
+        }
+        path = folder / f"evaluation-{stem}.json"
+        path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> EvaluationResult:
+        """Read `evaluation-<split>.json` and the ranks beside it."""
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table.get("format") != FORMAT:
+            raise UserError(f"{path}: format {table.get('format')} instead of {FORMAT}; evaluate the checkpoint again")
+        with np.load(path.with_name(path.stem.replace("evaluation-", "ranks-", 1) + ".npz")) as arrays:
+            return cls(
+                split=table["split"],
+                step=table["step"],
+                metrics=table["metrics"],
+                intervals={key: (low, high) for key, (low, high) in table["intervals"].items()},
+                ranks=Ranks(**{name: arrays[name] for name in ("t2a", "a2t", "clip", "audio_ids")}),
+                excerpt=arrays["excerpt"],
+                excerpt_names=tuple(table["excerpt_names"]),
+                examples=tuple(
+                    Example(**{**example, "retrieved": tuple(Retrieved(**item) for item in example["retrieved"])})
+                    for example in table["examples"]
+                ),
+                labelled=table["labelled"],
+            )
+
+
+def evaluate_retrieval(
+    split: str,
+    step: int,
+    scores: Scores,
+    captions: Sequence[str],
+    clip_names: Sequence[str],
+    text_audio_ids: Ids,
+    audio_ids: Ids,
+) -> EvaluationResult:
+    """Everything about a score matrix [T, A]: captions [T], clip_names [A] (to show), ids as in `metrics.ranks`."""
+    table = ranks(scores, text_audio_ids, audio_ids)
+    matrix = torch.as_tensor(scores)
+    first_text = np.unique(table.clip, return_index=True)[1]
+    shown = first_text[_spread(len(first_text), NUM_PAIRS)]
+    t2a = [
+        _example("t2a", captions[text], int(table.t2a[text]), matrix[text], clip_names, table.clip[text : text + 1])
+        for text in _spread(len(captions), NUM_EXAMPLES)
+    ]
+    a2t = []
+    for text in first_text[_spread(len(first_text), NUM_EXAMPLES // 2)]:
+        clip = table.clip[text]
+        relevant = np.flatnonzero(table.clip == clip)
+        rank = int(table.a2t[relevant].min())
+        a2t.append(_example("a2t", clip_names[clip], rank, matrix[:, clip], captions, relevant))
+    return EvaluationResult(
+        split=split,
+        step=step,
+        metrics=table.metrics(),
+        intervals=bootstrap(table),
+        ranks=table,
+        excerpt=_float32(matrix, shown, table.clip[shown]),
+        excerpt_names=tuple(captions[text] for text in shown),
+        examples=(*t2a, *a2t),
+    )
+
+
+def evaluate_labelled(
+    split: str, step: int, scores: Scores, class_captions: Sequence[str], clip_names: Sequence[str], labels: Ids
+) -> EvaluationResult:
+    """Zero-shot classification and class retrieval of scores [classes, audios]; labels [audios] are class indices."""
+    table = label_ranks(scores, labels)
+    matrix = torch.as_tensor(scores)
+    classes = np.unique(table.clip)[:NUM_CLASSES]
+    means = [matrix[classes][:, np.flatnonzero(table.clip == label)].float().mean(dim=1) for label in classes]
+    zero_shot = [
+        _example("a2t", clip_names[clip], int(table.t2a[clip]), matrix[:, clip], class_captions, table.clip[clip, None])
+        for clip in _spread(len(clip_names), NUM_EXAMPLES // 2)
+    ]
+    by_class = []
+    for label in classes[_spread(len(classes), NUM_EXAMPLES)]:
+        relevant = np.flatnonzero(table.clip == label)
+        rank = int(table.a2t[relevant].min())
+        by_class.append(_example("t2a", class_captions[label], rank, matrix[label], clip_names, relevant))
+    return EvaluationResult(
+        split=split,
+        step=step,
+        metrics=classification(scores, labels),
+        intervals={},
+        ranks=table,
+        excerpt=torch.stack(means, dim=1).cpu().numpy(),
+        excerpt_names=tuple(class_captions[label] for label in classes),
+        examples=(*by_class, *zero_shot),
+        labelled=True,
+    )
+
+
+def _example(
+    direction: str,
+    query: str,
+    rank: int,
+    scores: torch.Tensor,
+    names: Sequence[str],
+    relevant: NDArray[np.int64],
+) -> Example:
+    # A stable sort keeps the metrics' rule for ties: the lower index comes first.
+    top = torch.sort(scores.float(), descending=True, stable=True).indices[:NUM_RETRIEVED].tolist()
+    wanted = set(relevant.tolist())
+    found = tuple(Retrieved(names[i], i, float(scores[i]), i in wanted) for i in top)
+    return Example(direction, query, rank, found)
+
+
+def _spread(count: int, wanted: int) -> NDArray[np.int64]:
+    """Indices spread evenly: examples are neither the best nor the first ones, and the same at every step."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+
+
+def _float32(matrix: torch.Tensor, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
+    return matrix[torch.from_numpy(rows)][:, torch.from_numpy(columns)].float().cpu().numpy()

@@ -1,0 +1,197 @@
+"""What a run tells about itself: metrics.jsonl, TensorBoard, the progress bar. Only this file knows tensorboard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from atr_scale import figures
+from atr_scale.training.provenance import redact
+
+logger = logging.getLogger(__name__)
+
+PLAYER_SECONDS = 10.0  # event files keep PCM: longer players would outgrow the checkpoints
+
+
+@dataclass(frozen=True)
+class Player:
+    """A retrieved clip that can be listened to: waveform float [samples] in [-1, 1], sample_rate in Hz."""
+
+    clip_id: str
+    score: float
+    hit: bool
+    waveform: Tensor | NDArray[np.floating]
+    sample_rate: int
+
+
+@dataclass(frozen=True)
+class RetrievedClips:
+    """A caption and the clips found for it, best first; rank is that of the right clip."""
+
+    query: str
+    rank: int
+    clips: Sequence[Player]
+
+
+class Monitor:
+    """Writes run_dir/metrics.jsonl and run_dir/tensorboard and shows progress; on other ranks every call does nothing.
+
+    resume_step: None starts the record anew; N continues a run whose checkpoint is of step N, so what was logged after
+    it is cut and the file becomes what an uninterrupted run writes. Hence log and evaluate a step before saving it.
+    total_steps gives the progress bar its end. Counters (`dropped/...`, `skipped_steps`) are totals since the start.
+    """
+
+    def __init__(
+        self, run_dir: Path, is_main: bool, *, resume_step: int | None = None, total_steps: int | None = None
+    ) -> None:
+        self._writer: SummaryWriter | None = None
+        if not is_main:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        _cut(path, resume_step)
+        self._lines: TextIO = path.open("a", buffering=1, encoding="utf-8")
+        purge_step = 0 if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=20)
+        self._first = resume_step or 0
+        self._total = total_steps
+        self._started = time.monotonic()
+        self._bar = tqdm(
+            total=total_steps, initial=self._first, desc="training", unit="step", dynamic_ncols=True, disable=None
+        )
+
+    def train(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of training: `loss`, `loss/<term>`, `lr/<group>`, `temperature`, `samples_per_s`, ... ."""
+        if self._writer is None:
+            return
+        self._write("train", step, values)
+        self._scalars("train", step, values)
+        shown = {key: f"{values[key]:.4g}" for key in ("loss", "samples_per_s") if key in values}
+        if self._bar.disable:
+            logger.info("step %s%s%s", step, f"/{self._total}" if self._total else "", self._pace(step, shown))
+        else:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def evaluation(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Metrics of a split, tags `<split>/t2a/R@1`."""
+        if self._writer is None:
+            return
+        self._write("evaluation", step, {"split": split, **values})
+        self._scalars(split, step, values)
+
+    def heatmap(
+        self,
+        step: int,
+        scores: Tensor | NDArray[np.floating],
+        names: Sequence[str] = (),
+        split: str = "validation",
+    ) -> None:
+        """Similarity [texts, audios] of a few pairs, the right ones on the diagonal; names [texts]: their captions."""
+        if self._writer is None:
+            return
+        figure = figures.heatmap(_numpy(scores), f"similarity, {split}, step {step}", names=names)
+        self._writer.add_figure(f"{split}/similarity", figure, step, close=False)
+
+    def retrieved(self, step: int, examples: Sequence[RetrievedClips], split: str = "validation") -> None:
+        """A few queries with what they found: a table, and a player (the first 10 s) for every clip."""
+        if self._writer is None:
+            return
+        for number, example in enumerate(examples):
+            tag = f"{split}/retrieved-{number}"
+            rows = [
+                f"| {place} | {'✓' if clip.hit else ''} | {clip.clip_id} | {clip.score:.3f} |"
+                for place, clip in enumerate(example.clips, start=1)
+            ]
+            head = (
+                f"**{example.query}** (right clip at rank {example.rank})\n\n| rank | hit | clip | score |\n|-|-|-|-|\n"
+            )
+            self._writer.add_text(tag, redact(head + "\n".join(rows)), step)
+            for place, clip in enumerate(example.clips, start=1):
+                name = f"{tag}/rank-{place}{'-hit' if clip.hit else ''}"
+                self._writer.add_audio(name, _playable(clip), step, sample_rate=clip.sample_rate)
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Text without secrets, for example the resolved configuration."""
+        if self._writer is not None:
+            self._writer.add_text(tag, redact(markdown), 0)
+
+    def hparams(self, values: Mapping[str, bool | int | float | str], metrics: Mapping[str, float]) -> None:
+        """The run's row in TensorBoard's table of runs; call it once, at the end."""
+        if self._writer is not None:
+            clean = {key: redact(value) if isinstance(value, str) else value for key, value in values.items()}
+            self._writer.add_hparams(clean, {f"final/{key}": value for key, value in metrics.items()}, run_name=".")
+
+    def flush(self) -> None:
+        """Bring everything logged so far to the disk: call it before a checkpoint becomes the latest one."""
+        if self._writer is not None:
+            self._writer.flush()
+            os.fsync(self._lines.fileno())
+
+    def close(self) -> None:
+        """Flush and end; further calls do nothing."""
+        if self._writer is not None:
+            self._bar.close()
+            self._writer.close()
+            self._lines.close()
+            self._writer = None
+
+    def _write(self, kind: str, step: int, values: Mapping[str, float | str]) -> None:
+        line: dict[str, object] = {"kind": kind, "step": step, **values}
+        wild = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        if wild:  # JSON has no NaN, and readers of the file must not mistake a gap for a missing metric
+            line |= dict.fromkeys(wild) | {"nonfinite": wild}
+        self._lines.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def _scalars(self, prefix: str, step: int, values: Mapping[str, float]) -> None:
+        assert self._writer is not None
+        for key, value in values.items():
+            self._writer.add_scalar(f"{prefix}/{key}", value, step)
+
+    def _pace(self, step: int, shown: Mapping[str, str]) -> str:
+        text = "".join(f", {key} {value}" for key, value in shown.items())
+        if not self._total or step <= self._first:
+            return text
+        left = (time.monotonic() - self._started) / (step - self._first) * (self._total - step)
+        return f"{text}, ETA {tqdm.format_interval(left)}"
+
+
+def _cut(path: Path, last_step: int | None) -> None:
+    """Drop the lines after last_step (all of them if None) and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    if last_step is not None:
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s: a line that cannot be read is dropped", path)
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_bytes(b"".join(kept))
+    os.replace(temporary, path)
+
+
+def _playable(clip: Player) -> Tensor:
+    """[1, samples] in [-1, 1], at most PLAYER_SECONDS."""
+    waveform = torch.as_tensor(clip.waveform).detach().float().cpu()[: int(PLAYER_SECONDS * clip.sample_rate)]
+    return (waveform / waveform.abs().max().clamp(min=1.0))[None]
+
+
+def _numpy(values: Tensor | NDArray[np.floating]) -> NDArray[np.float32]:
+    return torch.as_tensor(values).detach().float().cpu().numpy()
