@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Annotated
 
 import typer
 
@@ -18,6 +19,61 @@ app = typer.Typer(
 )
 shards_app = typer.Typer(help="Build and check WebDataset shards.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(shards_app, name="shards")
+
+
+@shards_app.command("build")
+def shards_build(
+    corpus: Annotated[str, typer.Argument(help="audiocaps, clotho, wavcaps or folder (audio/ and captions.csv)")],
+    root: Annotated[str, typer.Option(help="folder of the corpus as it was downloaded")],
+    out: Annotated[str, typer.Option(help="folder or s3://bucket/prefix for the shards of this split")],
+    split: Annotated[str | None, typer.Option(help="train, val or test, or the corpus's own name of a split")] = None,
+    shard_size: Annotated[int, typer.Option(help="clips a shard")] = 1000,
+    encoding: Annotated[str, typer.Option(help="flac, pcm16, or keep (the original bytes)")] = "flac",
+    sample_rate: Annotated[int, typer.Option(help="Hz; 0 keeps each clip's own rate")] = 32_000,
+    workers: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="list of overlapping clips to leave out; repeatable")
+    ] = None,
+) -> None:
+    """Build the shards of one split of a corpus, with a manifest. An interrupted build goes on where it stopped.
+
+    Example: atr-scale shards build clotho --root ~/clotho --split development --out shards/clotho/train
+    """
+    from atr_scale.data.shards import build
+
+    manifest = build(
+        corpus,
+        root,
+        out,
+        split=split,
+        shard_size=shard_size,
+        encoding=encoding,
+        sample_rate=sample_rate or None,
+        workers=workers,
+        exclude=exclude or [],
+    )
+    hours, dropped = manifest["seconds"] / 3600, manifest["dropped"] or "none"
+    counts = f"{manifest['num_samples']} clips, {manifest['num_captions']} captions, {hours:.2f} h"
+    print(f"{out}: {counts} in {len(manifest['shards'])} shards; left out: {dropped}")
+
+
+@shards_app.command("check")
+def shards_check(
+    location: Annotated[str, typer.Argument(help="folder or s3://bucket/prefix of shards")],
+    deep: Annotated[bool, typer.Option("--deep", help="also decode every sample")] = False,
+) -> None:
+    """Check shards against their manifest; prints each problem on a line and exits with 2 where there is one.
+
+    Example: atr-scale shards check shards/clotho/train
+    """
+    from atr_scale.data.shard_check import check
+
+    problems = check(location, deep=deep)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise typer.Exit(2)
+    print(f"{location}: all is well")
 
 
 def main() -> None:

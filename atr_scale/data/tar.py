@@ -29,10 +29,14 @@ class BrokenTar(Exception):
 
 
 class Member(NamedTuple):
-    """A member: bytes [start, stop) from its first header to its padded end, data [data_start, data_start + size)."""
+    """A member: bytes [start, stop) from its first header to its padded end, data [data_start, data_start + size).
+
+    `regular`: a plain file; `folder`: a directory entry; neither: a link, a device or worse.
+    """
 
     name: str
     regular: bool
+    folder: bool
     start: int
     data_start: int
     size: int
@@ -83,7 +87,7 @@ def walk(read: Callable[[int, int], bytes], end: int, start: int = 0) -> Iterato
                 first = stop
             continue
         regular = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
-        yield Member(long_name or info.name, regular, first, data, length if holds_data else 0, stop)
+        yield Member(long_name or info.name, regular, info.isdir(), first, data, length if holds_data else 0, stop)
         long_name = long_size = None
         position = first = stop
     if first != position:

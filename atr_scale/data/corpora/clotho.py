@@ -1,0 +1,89 @@
+"""Clotho v2.1 (Drossos et al. 2020): Freesound clips of 15 to 30 s, five captions each.
+
+Reads clotho_captions_<split>.csv and, where it is there, clotho_metadata_<split>.csv (ISO-8859-1) for the Freesound id
+and the licence of each clip.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from atr_scale.data.corpora.rows import (
+    Clip,
+    Corpus,
+    by_stem,
+    first_file,
+    group_captions,
+    need_columns,
+    normal_name,
+    read_table,
+    walk_audio,
+)
+from atr_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("development", "validation", "evaluation")
+CSV_FOLDERS = ("", "metadata/", "csv/", "clotho_csv_files/", "captions/")
+
+
+def read_rows(root: Path, split: str) -> list[Clip]:
+    """Every clip of development, validation or evaluation; clip ids `clotho/<file name>`.
+
+    A clip whose file name or Freesound id also occurs in another split (v2.1 has a few) carries `also_in` in its meta.
+    """
+    path = first_file(root, [f"{folder}clotho_captions_{split}.csv" for folder in CSV_FOLDERS], "Clotho captions")
+    rows = read_table(path)
+    need_columns(path, rows[0], "file_name")
+    details = _metadata(root, split)
+    elsewhere = {other: _identities(root, other) for other in SPLITS if other != split}
+    clips = []
+    for name, (_, captions) in group_captions(path, rows, lambda row: row["file_name"]).items():
+        meta: dict[str, object] = {k: v for k, v in details.get(name, {}).items() if k in ("sound_id", "license") and v}
+        also_in = [other for other, known in elsewhere.items() if {name, meta.get("sound_id")} & known]
+        if also_in:
+            meta["also_in"] = also_in
+        clips.append(Clip(f"clotho/{name}", captions, split, meta=meta))
+    shared = sum("also_in" in clip.meta for clip in clips)
+    if shared:
+        logger.warning("clotho %s: %d of %d clips are also in another split", split, shared, len(clips))
+    return clips
+
+
+def locate(root: Path, split: str, clips: list[Clip]) -> list[str]:
+    """The file name, with any audio extension, below <split>/, clotho_audio_files/<split>/ or audio/<split>/."""
+    parents = ("", "clotho_audio_files", "audio")
+    files = by_stem(walk_audio(root / parent / split for parent in parents))
+    return [files.get(normal_name(os.path.splitext(clip.clip_id.split("/", 1)[1])[0]), "") for clip in clips]
+
+
+def _metadata(root: Path, split: str) -> dict[str, dict[str, str]]:
+    for folder in CSV_FOLDERS:
+        path = root / folder / f"clotho_metadata_{split}.csv"
+        if path.is_file():
+            rows = read_table(path, "iso-8859-1")
+            need_columns(path, rows[0], "file_name", "sound_id")
+            return {row["file_name"]: row for row in rows}
+    return {}
+
+
+def _identities(root: Path, split: str) -> set[object]:
+    """File names and Freesound ids of another split, as far as its tables are there."""
+    details = _metadata(root, split)
+    known: set[object] = {row["sound_id"] for row in details.values() if row["sound_id"].isdigit()}
+    try:
+        path = first_file(root, [f"{folder}clotho_captions_{split}.csv" for folder in CSV_FOLDERS], "")
+    except UserError:
+        return known | set(details)
+    return known | set(details) | {row.get("file_name") for row in read_table(path)}
+
+
+CORPUS = Corpus(
+    name="clotho",
+    licence="captions: Tampere University, non-commercial; audio: Freesound, a licence for each clip",
+    splits=SPLITS,
+    read_rows=read_rows,
+    locate=locate,
+)

@@ -1,0 +1,139 @@
+"""WavCaps (Mei et al. 2024): FreeSound, BBC Sound Effects, SoundBible and AudioSet-SL, one written caption each.
+
+Reads the JSON files of any of the four sources, below json_files/<Source>/ or <Source>/, and audio below any folder
+named after the source (Waveforms/FreeSound_flac, AudioSet_SL_flac, ...). Clips of other corpora's test sets are left
+out by blacklist_exclude_test_ac.json where the blacklist/ folder is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from atr_scale.data.corpora.rows import SOURCE_EXTENSIONS, Clip, Corpus, by_stem, walk_audio
+from atr_scale.data.exclusions import ExclusionList, read_exclusions, youtube_id
+from atr_scale.data.sample import clean_captions
+from atr_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Folder names (lower case, without an ending like _flac) of each source.
+SOURCES = {
+    "freesound": ("freesound",),
+    "bbc": ("bbc", "bbc_sound_effects"),
+    "soundbible": ("soundbible",),
+    "audioset": ("audioset_sl", "audioset"),
+}
+DEFAULT_BLACKLIST = "blacklist_exclude_test_ac.json"
+UNREADABLE = ("Vcu0pVF1npM", "06-g5jz-OGc", "3sSblRfEG2o", "WudGD6ZHRoY", "Fli8wjBFV2M", "mW3S0u8bj58")
+
+
+def read_rows(root: Path, split: str) -> list[Clip]:
+    """Every clip of the sources that are there; clip ids `wavcaps/<source>/<id>`."""
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}: give WavCaps' folder with --root")
+    clips: dict[str, Clip] = {}
+    counts = {}
+    for source in SOURCES:
+        before = len(clips)
+        for path in _json_files(root, source):
+            for row in _read_json(path):
+                clip = _clip(path, source, row, split)
+                clips.setdefault(clip.clip_id, clip)
+        counts[source] = len(clips) - before
+    if not clips:
+        raise UserError(f"no WavCaps JSON in {root}: expected json_files/<Source>/*.json or <Source>/*.json")
+    logger.info("wavcaps: %s", ", ".join(f"{source} {count}" for source, count in counts.items()))
+    return list(clips.values())
+
+
+def locate(root: Path, split: str, clips: list[Clip]) -> list[str]:
+    """`<id>` with any audio extension, below any folder named after the clip's source."""
+    files = {source: by_stem(walk_audio(folders)) for source, folders in _audio_folders(root).items()}
+
+    def find(clip: Clip) -> str:
+        _, source, name = clip.clip_id.split("/", 2)
+        return files[source].get(name, "")
+
+    return [find(clip) for clip in clips]
+
+
+def own_exclusions(root: Path) -> list[ExclusionList]:
+    """The known unreadable files, and the blacklist against the test sets of AudioCaps and Clotho if it is there."""
+    unreadable = frozenset(UNREADABLE)
+    digest = hashlib.sha256("\n".join(UNREADABLE).encode()).hexdigest()
+    lists = [ExclusionList("unreadable AudioSet files", digest, len(unreadable), unreadable, frozenset())]
+    for folder in ("blacklist", "json_files/blacklist"):
+        path = root / folder / DEFAULT_BLACKLIST
+        if path.is_file():
+            logger.info("applying %s: no clip of the AudioCaps and Clotho test sets goes in", path)
+            return [*lists, read_exclusions(path)]
+    logger.warning(
+        "no blacklist/%s in %s: clips of the AudioCaps and Clotho test sets may go in", DEFAULT_BLACKLIST, root
+    )
+    return lists
+
+
+def _source_of(folder: str) -> str | None:
+    name = folder.lower()
+    for extension in SOURCE_EXTENSIONS:
+        name = name.removesuffix("_" + extension[1:])
+    return next((source for source, names in SOURCES.items() if name in names), None)
+
+
+def _json_files(root: Path, source: str) -> list[Path]:
+    parents = [parent for parent in (root / "json_files", root) if parent.is_dir()]
+    folders = [f for parent in parents for f in sorted(parent.iterdir()) if f.is_dir() and _source_of(f.name) == source]
+    return [path for folder in folders for path in sorted(folder.glob("*.json"))]
+
+
+def _audio_folders(root: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {source: [] for source in SOURCES}
+    for parent, folders, _ in os.walk(root, followlinks=True):
+        for name in sorted(folders):
+            source = _source_of(name)
+            if source is not None:
+                found[source].append(Path(parent) / name)
+        folders[:] = sorted(name for name in folders if _source_of(name) is None)
+    return found
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    payload = path.read_bytes()
+    if payload.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a git-LFS pointer, not the data: fetch the file itself (the project's data page has it)"
+        )
+    try:
+        rows = json.loads(payload)["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a WavCaps JSON ({error!r}): download it again") from None
+    return rows
+
+
+def _clip(path: Path, source: str, row: dict[str, Any], split: str) -> Clip:
+    try:
+        native, caption = str(row["id"]).strip(), str(row["caption"])
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: an entry has no id or caption: download it again") from None
+    meta: dict[str, Any] = {"source": source, **{k: row[k] for k in ("title", "href") if row.get(k)}}
+    if source == "audioset":
+        native = native.removesuffix(".wav")
+        meta["youtube_id"] = youtube_id(native)
+    elif source == "freesound":
+        meta["sound_id"] = native
+    return Clip(f"wavcaps/{source}/{native}", clean_captions([caption]), split, meta=meta)
+
+
+CORPUS = Corpus(
+    name="wavcaps",
+    licence="academic use only",
+    splits=("train",),
+    read_rows=read_rows,
+    locate=locate,
+    own_exclusions=own_exclusions,
+)

@@ -1,0 +1,104 @@
+"""Compare shards with their manifest and name what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from atr_scale.data import storage
+from atr_scale.data.decode import decode, probe
+from atr_scale.data.index import MANIFEST, ShardScan, open_shards, read_manifest, scan_shard
+from atr_scale.data.sample import BadSample
+from atr_scale.data.tar import BrokenTar, split_key, walk
+from atr_scale.errors import UserError
+
+
+def check(location: str, deep: bool = False) -> list[str]:
+    """Every problem of the shards in a folder or under an s3:// prefix, one line each; empty: all is well.
+
+    Against the manifest: missing and extra shards, bytes, sha256, sample count, keys and offsets. With or without one:
+    broken, cut (at a member boundary too: the end marker is missing) and compressed archives, incomplete samples,
+    duplicate and dotted keys, names that leave the archive, links and devices. `deep` also decodes every sample.
+    """
+    files = storage.list_files(location)
+    tars = {name: size for name, size in files.items() if name.endswith(".tar") and not name.startswith(".")}
+    expected: dict[str, Any] = {}
+    problems = []
+    if MANIFEST in files:
+        expected = {shard["name"]: shard for shard in read_manifest(location)["shards"]}
+        problems += [f"{name}: missing, but in the manifest" for name in expected if name not in tars]
+        problems += [f"{name}: not in the manifest" for name in tars if name not in expected]
+    elif not tars:
+        raise UserError(f"no shards in {location}: neither {MANIFEST} nor *.tar")
+    elif storage.list_files(storage.join(location, ".build")):
+        problems.append(f"{MANIFEST}: missing, the build is not finished; run the same `shards build` again")
+    for name, size in tqdm(tars.items(), "checking shards", unit=" shards", disable=None):
+        problems += [f"{name}: {problem}" for problem in _shard_problems(location, name, size, expected.get(name))]
+    return problems + (_deep_problems(location) if deep and not problems else [])
+
+
+def _shard_problems(location: str, name: str, size: int, expected: dict[str, Any] | None) -> Iterator[str]:
+    path = storage.join(location, name)
+    scan = scan_shard(path, size)
+    if scan.fault:
+        yield f"broken tar: {scan.fault}"
+    elif not scan.end_marker:
+        yield f"no end marker at byte {size}: the tar is cut at a member boundary"
+    for reason, count in scan.dropped.items():
+        if reason != "cut_shard":
+            yield f"{count} samples with {reason.replace('_', ' ')}"
+    yield from _odd_members(path, size)
+    if expected is not None:
+        yield from _differences(path, size, scan, expected)
+
+
+def _differences(path: str, size: int, scan: ShardScan, expected: dict[str, Any]) -> Iterator[str]:
+    if size != expected["bytes"]:
+        yield f"{size} bytes, the manifest says {expected['bytes']}"
+    elif _sha256(path, size) != expected["sha256"]:
+        yield "sha256 differs from the manifest's: its content was changed"
+    if len(scan.keys) != expected["samples"]:
+        yield f"{len(scan.keys)} samples, the manifest says {expected['samples']}"
+    elif scan.keys != expected["keys"]:
+        yield "keys differ from the manifest's"
+    elif [*scan.starts, *scan.stops[-1:]] != expected["offsets"]:
+        yield "offsets differ from the manifest's"
+
+
+def _odd_members(path: str, size: int) -> Iterator[str]:
+    """Members that no sample is made of, and dotted keys (their extension is none that is read)."""
+    try:
+        with storage.range_reader(path, size) as read:
+            for member in walk(read, size):
+                if member is None or member.folder:
+                    continue
+                named = split_key(member)
+                if named is None:
+                    yield f"member {member.name!r} is no plain file of a sample: a link, a device or an unsafe name"
+                elif "." in named[1]:
+                    yield f"member {member.name!r} has a dotted key: readers cut it at the first dot"
+    except BrokenTar:
+        return
+
+
+def _deep_problems(location: str) -> list[str]:
+    shards = open_shards(location)
+    problems = []
+    for i in tqdm(range(len(shards)), "decoding", unit=" samples", disable=None):
+        try:
+            sample = shards.read(i)
+            _, rate = probe(sample.audio, sample.extension, sample.sample_rate)
+            decode(sample.audio, sample.extension, rate, pcm_rate=sample.sample_rate)
+        except BadSample as error:
+            problems.append(f"{shards.names[shards.shard_of[i]]}: sample {shards.keys[i]}: {error}")
+    return problems
+
+
+def _sha256(path: str, size: int) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, size, storage.BLOCK_BYTES):
+        digest.update(storage.read_range(path, start, min(size, start + storage.BLOCK_BYTES)))
+    return digest.hexdigest()
