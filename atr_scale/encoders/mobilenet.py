@@ -1,0 +1,167 @@
+"""EfficientAT's MobileNetV3-large over log-mel spectrograms, scaled in width.
+
+Source: fschmid56/EfficientAT, `models/mn` (Schmid, Koutini, Widmer, ICASSP 2023, arXiv 2211.04772); module names follow
+the keys of its checkpoints. Layer table: Howard et al., "Searching for MobileNetV3", ICCV 2019, table 1.
+
+Shape suffixes: B batch, S samples, C channels, M mel bands, F frames, T tokens, L classes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from atr_scale.encoders.audio import AudioEncoder
+from atr_scale.frontends.kaldi import KaldiLogMel
+from atr_scale.sequence import TokenSequence
+
+SAMPLE_RATE = 32_000
+NUM_CLASSES = 527
+
+# kernel, expanded channels, output channels, squeeze-excitation, activation, stride
+BLOCKS: tuple[tuple[int, int, int, bool, type[nn.Module], int], ...] = (
+    (3, 16, 16, False, nn.ReLU, 1),
+    (3, 64, 24, False, nn.ReLU, 2),
+    (3, 72, 24, False, nn.ReLU, 1),
+    (5, 72, 40, True, nn.ReLU, 2),
+    (5, 120, 40, True, nn.ReLU, 1),
+    (5, 120, 40, True, nn.ReLU, 1),
+    (3, 240, 80, False, nn.Hardswish, 2),
+    (3, 200, 80, False, nn.Hardswish, 1),
+    (3, 184, 80, False, nn.Hardswish, 1),
+    (3, 184, 80, False, nn.Hardswish, 1),
+    (3, 480, 112, True, nn.Hardswish, 1),
+    (3, 672, 112, True, nn.Hardswish, 1),
+    (5, 672, 160, True, nn.Hardswish, 2),
+    (5, 960, 160, True, nn.Hardswish, 1),
+    (5, 960, 160, True, nn.Hardswish, 1),
+)
+
+
+def round_to_eight(channels: float) -> int:
+    """The multiple of 8 nearest to `channels`, not more than a tenth below it."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+def conv_norm(
+    inputs: int, outputs: int, kernel: int, activation: type[nn.Module] | None, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    layers = [
+        nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01),
+    ]
+    return nn.Sequential(*layers, *([activation()] if activation else []))
+
+
+class ChannelGate(nn.Module):
+    """Channels scaled by a gate computed from their means over frequency and time."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        squeezed = round_to_eight(channels // 4)
+        self.fc1 = nn.Linear(channels, squeezed)
+        self.fc2 = nn.Linear(squeezed, channels)
+
+    def forward(self, x_BCMF: Tensor) -> Tensor:
+        gate_BC = torch.sigmoid(self.fc2(torch.relu(self.fc1(x_BCMF.mean((2, 3))))))
+        return x_BCMF * gate_BC[:, :, None, None]
+
+
+class SqueezeExcitation(nn.Module):
+    """The original can gate several axes at once and keeps a list of gates; its checkpoints gate channels alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conc_se_layers = nn.ModuleList([ChannelGate(channels)])
+
+    def forward(self, x_BCMF: Tensor) -> Tensor:
+        return self.conc_se_layers[0](x_BCMF)
+
+
+class InvertedResidual(nn.Module):
+    """Expand, filter each channel, gate, project; the input is added where shapes allow."""
+
+    def __init__(
+        self,
+        inputs: int,
+        expanded: int,
+        outputs: int,
+        kernel: int,
+        gated: bool,
+        activation: type[nn.Module],
+        stride: int,
+    ) -> None:
+        super().__init__()
+        self.residual = stride == 1 and inputs == outputs
+        layers: list[nn.Module] = []
+        if expanded != inputs:
+            layers.append(conv_norm(inputs, expanded, 1, activation))
+        layers.append(conv_norm(expanded, expanded, kernel, activation, stride, groups=expanded))
+        if gated:
+            layers.append(SqueezeExcitation(expanded))
+        layers.append(conv_norm(expanded, outputs, 1, None))
+        self.block = nn.Sequential(*layers)
+
+    def forward(self, x_BCMF: Tensor) -> Tensor:
+        y_BCMF = self.block(x_BCMF)
+        return x_BCMF + y_BCMF if self.residual else y_BCMF
+
+
+class MobileNet(AudioEncoder):
+    """Clips of any length in one pass, one token per 0.32 s (F mel frames of 10 ms give ceil(F / 32) tokens).
+
+    tokens: the last map averaged over frequency; pooled: its average over frequency and time, which is the original's
+    feature vector. The AudioSet classifier behind `tags` is kept as loaded: it takes no part in training.
+    """
+
+    sample_rate = SAMPLE_RATE
+
+    def __init__(self, width: float) -> None:
+        super().__init__()
+        self.front_end = KaldiLogMel(
+            sample_rate=SAMPLE_RATE,
+            n_fft=1024,
+            window_length=800,
+            hop=320,
+            num_mels=128,
+            fmin=0.0,
+            fmax=15_000.0,
+            pre_emphasis=0.97,
+            floor=1e-5,
+            shift=4.5,
+            scale=5.0,
+        )
+        channels = round_to_eight(16 * width)
+        features: list[nn.Module] = [conv_norm(1, channels, 3, nn.Hardswish, stride=2)]
+        for kernel, expanded, outputs, gated, activation, stride in BLOCKS:
+            inputs, channels = channels, round_to_eight(outputs * width)
+            features.append(
+                InvertedResidual(inputs, round_to_eight(expanded * width), channels, kernel, gated, activation, stride)
+            )
+        self.dim = 6 * channels
+        features.append(conv_norm(channels, self.dim, 1, nn.Hardswish))
+        self.features = nn.Sequential(*features)
+        hidden = round_to_eight(1280 * width)
+        self.classifier = nn.Sequential(
+            OrderedDict({"2": nn.Linear(self.dim, hidden), "3": nn.Hardswish(), "5": nn.Linear(hidden, NUM_CLASSES)})
+        ).requires_grad_(False)
+        for layer in self.features.modules():
+            if isinstance(layer, nn.Conv2d):
+                # Stored statistics start at 0 and 1, so the convolutions themselves must keep the signal's variance.
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+
+    def encode(self, waveform_BS: Tensor) -> TokenSequence:
+        mel_BMF = self.front_end(waveform_BS)
+        # On a CPU this memory layout halves the time of a training step.
+        x_B1MF = mel_BMF.unsqueeze(1).to(next(self.features.parameters()).dtype, memory_format=torch.channels_last)
+        map_BCMT = self.features(x_B1MF)
+        tokens_BTC = map_BCMT.mean(2).transpose(1, 2)
+        mask_BT = torch.ones(tokens_BTC.shape[:2], dtype=torch.bool, device=tokens_BTC.device)
+        return TokenSequence(tokens_BTC, mask_BT, map_BCMT.mean((2, 3)))
+
+    def tags(self, waveform_BS: Tensor) -> Tensor:
+        """Logits [B, 527] of AudioSet's classes, in the order of its class_labels_indices.csv."""
+        return self.classifier(self.encode(waveform_BS).pooled)

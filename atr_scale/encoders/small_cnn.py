@@ -1,0 +1,72 @@
+"""A light network of our own, for runs on a CPU and for tests. Nothing in it depends on other clips.
+
+Shape suffixes: B batch, S samples, C channels, M mel bands, F frames, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from atr_scale.encoders.audio import AudioEncoder
+from atr_scale.frontends.log_mel import LogMel
+from atr_scale.sequence import TokenSequence
+
+SAMPLE_RATE = 16_000
+NUM_MELS = 64
+GROUPS = 8
+
+
+def halve(inputs: int, outputs: int) -> nn.Sequential:
+    """Frequency and time halved, rounded up."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.GroupNorm(GROUPS, outputs), nn.GELU()
+    )
+
+
+class SmallCNN(AudioEncoder):
+    """Four by four patches of the log-mel, two halving convolutions, then two convolutions over time.
+
+    One token per 0.32 s (16 mel frames of 20 ms), which sees about 2 s; pooled is the tokens' mean and maximum, added.
+    The patches are not normalised, so that loudness survives the group norms that follow; the frequency axis goes into
+    the channels rather than into a mean, so that pitch does.
+    """
+
+    sample_rate = SAMPLE_RATE
+    dim = 256
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front_end = LogMel(
+            sample_rate=SAMPLE_RATE,
+            n_fft=512,
+            window_length=512,
+            hop=320,
+            num_mels=NUM_MELS,
+            fmin=50.0,
+            fmax=8_000.0,
+            floor=1e-5,
+            shift=4.0,
+            scale=5.0,
+        )
+        self.patches = nn.Sequential(nn.Conv2d(1, 48, 4, stride=4), nn.GELU())
+        self.halvings = nn.Sequential(halve(48, 96), halve(96, 160))
+        self.frames = nn.Conv1d(160 * NUM_MELS // 16, self.dim, 1)
+        self.context = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(GROUPS, self.dim), nn.GELU(), nn.Conv1d(self.dim, self.dim, 3, padding=1, bias=False)
+            )
+            for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(self.dim)
+
+    def encode(self, waveform_BS: Tensor) -> TokenSequence:
+        mel_BMF = self.front_end(waveform_BS).to(self.frames.weight.dtype)
+        mel_BMF = nn.functional.pad(mel_BMF, (0, -mel_BMF.shape[2] % 4))
+        map_BCMT = self.halvings(self.patches(mel_BMF.unsqueeze(1)))
+        x_BCT = self.frames(map_BCMT.flatten(1, 2))
+        for layer in self.context:
+            x_BCT = x_BCT + layer(x_BCT)
+        tokens_BTC = self.norm(x_BCT.transpose(1, 2))
+        mask_BT = torch.ones(tokens_BTC.shape[:2], dtype=torch.bool, device=tokens_BTC.device)
+        return TokenSequence(tokens_BTC, mask_BT, tokens_BTC.mean(1) + tokens_BTC.amax(1))
