@@ -122,11 +122,10 @@ class Monitor:
             )
             self._writer.add_text(tag, redact(head + "\n".join(rows)), step)
             for place, clip in enumerate(example.clips, start=1):
-                name = f"{tag}/rank-{place}{'-hit' if clip.hit else ''}"
-                self._writer.add_audio(name, _playable(clip), step, sample_rate=clip.sample_rate)
+                self._writer.add_audio(f"{tag}/rank-{place}", _playable(clip), step, sample_rate=clip.sample_rate)
 
     def text(self, tag: str, markdown: str) -> None:
-        """Text without secrets, for example the resolved configuration."""
+        """Markdown, without secrets; YAML wants a code fence around it."""
         if self._writer is not None:
             self._writer.add_text(tag, redact(markdown), 0)
 

@@ -1,0 +1,172 @@
+"""metrics.jsonl and TensorBoard files, read back."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from atr_scale.training.monitor import PLAYER_SECONDS, Monitor, Player, RetrievedClips
+
+
+def read(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def events(run_dir: Path) -> EventAccumulator:
+    return EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+
+
+def log_steps(monitor: Monitor, steps: range) -> None:
+    for step in steps:
+        monitor.train(step, {"loss": 1 / step, "lr/audio": 1e-4 * step, "dropped/silent_audio": step // 2})
+        if step % 5 == 0:
+            monitor.evaluation(step, "validation", {"t2a/R@1": step / 100, "a2t/R@1": step / 50})
+
+
+def test_lines_and_tags(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, True)
+    log_steps(monitor, range(1, 6))
+    assert len(read(tmp_path)) == 6, "lines must be on the disk before the run ends"
+    monitor.close()
+    assert read(tmp_path)[1] == {
+        "kind": "train",
+        "step": 2,
+        "loss": 0.5,
+        "lr/audio": 2e-4,
+        "dropped/silent_audio": 1,
+    }
+    assert read(tmp_path)[-1] == {
+        "kind": "evaluation",
+        "step": 5,
+        "split": "validation",
+        "t2a/R@1": 0.05,
+        "a2t/R@1": 0.1,
+    }
+    board = events(tmp_path)
+    wanted = {"train/loss", "train/lr/audio", "train/dropped/silent_audio", "validation/t2a/R@1", "validation/a2t/R@1"}
+    assert set(board.Tags()["scalars"]) == wanted
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [
+        (step, pytest.approx(1 / step)) for step in range(1, 6)
+    ]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path / "run", False)
+    log_steps(monitor, range(1, 6))
+    monitor.heatmap(1, torch.zeros(2, 2))
+    monitor.retrieved(1, [])
+    monitor.text("config", "a: 1")
+    monitor.hparams({"lr": 1.0}, {"t2a/R@1": 0.5})
+    monitor.flush()
+    monitor.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_nonfinite_values_are_null_and_flagged(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, True)
+    monitor.train(1, {"loss": math.nan, "grad_norm": math.inf, "temperature": 0.07})
+    monitor.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    (line,) = read(tmp_path)
+    assert line["loss"] is None and line["grad_norm"] is None and line["temperature"] == 0.07
+    assert line["nonfinite"] == ["loss", "grad_norm"]
+
+
+def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = Monitor(tmp_path / "whole", True)
+    log_steps(whole, range(1, 21))
+    whole.close()
+
+    run = tmp_path / "killed"
+    first = Monitor(run, True)
+    log_steps(first, range(1, 14))
+    first.flush()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 1')  # what a kill leaves of a line
+    second = Monitor(run, True, resume_step=10)
+    log_steps(second, range(11, 21))
+    second.close()
+    first.close()
+
+    assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert not list(run.glob("*.tmp"))
+    steps = [event.step for event in events(run).Scalars("train/loss")]
+    assert steps == list(range(1, 21))
+
+
+def test_a_new_run_in_an_old_folder_starts_anew(tmp_path: Path) -> None:
+    for last in (9, 4):
+        monitor = Monitor(tmp_path, True)
+        log_steps(monitor, range(1, last))
+        monitor.close()
+    assert [line["step"] for line in read(tmp_path)] == [1, 2, 3]
+    assert [event.step for event in events(tmp_path).Scalars("train/loss")] == [1, 2, 3]
+
+
+def test_pictures_text_and_players(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, True)
+    monitor.heatmap(5, torch.randn(4, 4, dtype=torch.bfloat16), names=["a", "b $x", "c", "d"])
+    loud = torch.full((40 * 8000,), 3.0, requires_grad=True)
+    clips = [Player("demo/1", 0.5, True, loud, 8000), Player("demo/2", 0.25, False, np.zeros(800), 8000)]
+    monitor.retrieved(5, [RetrievedClips("a dog barks", 1, clips)])
+    monitor.text("configuration", "lr: 0.1")
+    monitor.hparams({"lr": 0.1, "scorer": "meanmax"}, {"t2a/R@1": 0.25})
+    monitor.close()
+    board = events(tmp_path)
+    assert board.Tags()["images"] == ["validation/similarity"]
+    assert board.Images("validation/similarity")[0].width > 300
+    players = {"validation/retrieved-0/rank-1", "validation/retrieved-0/rank-2"}
+    assert set(board.Tags()["audio"]) == players
+    (audio,) = board.Audio("validation/retrieved-0/rank-1")
+    assert audio.sample_rate == 8000 and audio.length_frames == PLAYER_SECONDS * 8000
+    samples = np.frombuffer(audio.encoded_audio_string[44:], dtype="<i2")
+    assert samples.min() == samples.max() > 32000, "a loud clip is scaled, not wrapped around"
+    texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in board.Tags()["tensors"]}
+    assert "a dog barks" in texts["validation/retrieved-0/text_summary"]
+    assert "| 1 | ✓ | demo/1 | 0.500 |" in texts["validation/retrieved-0/text_summary"]
+    assert texts["configuration/text_summary"] == "lr: 0.1"
+    assert board.Scalars("final/t2a/R@1")[0].value == 0.25
+
+
+def test_no_secret_reaches_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary = "canary-3f9a71c2d4"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", canary)
+    monitor = Monitor(tmp_path, True)
+    monitor.text("configuration", f"endpoint: http://me:{canary}@host\nother: {canary}")
+    monitor.hparams({"location": f"s3://{canary}/x"}, {"t2a/R@1": 0.5})
+    monitor.retrieved(1, [RetrievedClips(canary, 1, [])])
+    monitor.close()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 2
+    assert not [path for path in files if canary.encode() in path.read_bytes()]
+
+
+def test_progress_is_logged_with_an_end_where_there_is_no_terminal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.INFO, logger="atr_scale.training.monitor"):
+        monitor = Monitor(tmp_path, True, resume_step=10, total_steps=30)
+        monitor.train(20, {"loss": 1.25, "samples_per_s": 80.04})
+        monitor.close()
+    assert "step 20/30, loss 1.25, samples_per_s 80.04, ETA 00:00" in caplog.messages
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar_with_speed_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monitor = Monitor(tmp_path, True, resume_step=10, total_steps=40)
+    monitor.train(20, {"loss": 1.25, "samples_per_s": 80.04})
+    monitor.close()
+    assert "20/40" in terminal.getvalue() and "loss=1.25, samples_per_s=80.04" in terminal.getvalue()
