@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -74,6 +75,30 @@ def shards_check(
     if problems:
         raise typer.Exit(2)
     print(f"{location}: all is well")
+
+
+@app.command("demo-data")
+def demo_data(
+    out: Annotated[Path, typer.Option(help="new folder for the corpora and the demo's text encoder")],
+    seed: Annotated[int, typer.Option(help="the same seed gives the same files")] = 0,
+    clips_scale: Annotated[float, typer.Option(min=0.001, help="all sizes times this")] = 1.0,
+    sample_rate: Annotated[int, typer.Option(help="Hz")] = 16_000,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: one a core")] = None,
+) -> None:
+    """Make synthetic corpora in the formats of AudioCaps, Clotho and WavCaps, their true correspondences, and a small
+    text encoder. What is there already is kept.
+
+    Example: atr-scale demo-data --out demo --clips-scale 0.1
+    """
+    from atr_scale.data.demo.corpora import training_captions, write_demo_corpora
+    from atr_scale.data.demo.plan import Sizes
+
+    write_demo_corpora(out, seed=seed, sample_rate=sample_rate, workers=workers, sizes=Sizes().scaled(clips_scale))
+    if not (out / "text_encoder" / "model.safetensors").exists():
+        from atr_scale.data.demo.text_encoder import build_demo_text_encoder
+
+        build_demo_text_encoder(training_captions(out), out / "text_encoder", seed=seed)
+    print(f"{out}: audiocaps/, clotho/, wavcaps/, text_encoder/ and correspondences; README.txt says what each file is")
 
 
 def main() -> None:

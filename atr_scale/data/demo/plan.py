@@ -12,11 +12,11 @@ from atr_scale.data.demo.captions import Caption, write_captions
 from atr_scale.data.demo.scenes import Scene, draw_scene
 
 WAVCAPS_SOURCES = {
-    # folder -> (share of the corpus, shortest and longest clip in seconds)
-    "AudioSet_SL": (0.35, 10.0, 10.0),
-    "BBC_Sound_Effects": (0.15, 8.0, 25.0),
-    "FreeSound": (0.40, 5.0, 20.0),
-    "SoundBible": (0.10, 3.5, 9.0),
+    # folder -> (name in clip ids, share of the corpus, shortest and longest clip in seconds)
+    "AudioSet_SL": ("audioset", 0.35, 10.0, 10.0),
+    "BBC_Sound_Effects": ("bbc", 0.15, 8.0, 25.0),
+    "FreeSound": ("freesound", 0.40, 5.0, 20.0),
+    "SoundBible": ("soundbible", 0.10, 3.5, 9.0),
 }
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
@@ -87,7 +87,7 @@ def plan_clips(seed: int, sizes: Sizes) -> list[Clip]:
     for name in dict.fromkeys(clip.name for clip in clips):
         members = [clip for clip in clips if clip.name == name][: sizes.shared]
         twins["AudioSet_SL" if name.startswith("audiocaps") else "FreeSound"] += members
-    for source, (share, *_) in WAVCAPS_SOURCES.items():
+    for source, (_, share, *_) in WAVCAPS_SOURCES.items():
         own = max(1, round(sizes.wavcaps_train * share) - len(twins.get(source, [])))
         clips += [planner.wavcaps(source, i, twin=None) for i in range(own)]
         clips += [planner.wavcaps(source, own + i, twin) for i, twin in enumerate(twins.get(source, []))]
@@ -136,7 +136,7 @@ class _Planner:
 
     def wavcaps(self, source: str, i: int, twin: Clip | None) -> Clip:
         rng = self._rng("wavcaps", source, i)
-        _, shortest, longest = WAVCAPS_SOURCES[source]
+        name, _, shortest, longest = WAVCAPS_SOURCES[source]
         if twin is not None:
             scene = twin.scene
             native_id = f"Y{twin.native_id}.wav" if source == "AudioSet_SL" else twin.sound_id
@@ -153,7 +153,7 @@ class _Planner:
         return Clip(
             "wavcaps",
             "train",
-            f"wavcaps/{source.lower()}/{stem}",
+            f"wavcaps/{name}/{stem}",
             native_id,
             PurePosixPath("wavcaps", "Waveforms", source, f"{stem}.flac"),
             scene,
