@@ -142,8 +142,13 @@ class TrainSection(Section):
 
 class EvaluationSection(Section):
     batch_size: Count = 32
-    bootstrap_samples: Count = 1000
-    examples: Annotated[int, Field(ge=0)] = Field(4, description="queries shown with their retrieved clips")
+    class_prompt: str = Field("the sound of {label}", description="caption of a class, for labelled sets")
+
+    @model_validator(mode="after")
+    def prompt_names_label(self) -> EvaluationSection:
+        if "{label}" not in self.class_prompt:
+            raise ValueError("class_prompt must contain {label}")
+        return self
 
 
 class RunConfig(Section):
@@ -171,10 +176,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         loaded = OmegaConf.load(path)
         for override in overrides:
-            if "=" not in override:
+            key, equals, value = override.partition("=")
+            if not (key and equals):
                 raise UserError(f"override {override!r} is not of the form key.sub=value, for example train.lr=1e-4")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
+            # Parsed as OmegaConf parses a file: 1e-4 is a number, [a, b] a list.
+            OmegaConf.update(loaded, key, OmegaConf.create(f"value: {value}").value, force_add=True)
+        values = OmegaConf.to_container(loaded, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not parse as YAML with its overrides: {reason}") from None

@@ -12,12 +12,25 @@ from atr_scale.errors import UserError
 _WAVCAPS = str.maketrans("", "", '(,.!?;:|*")')
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
+
+def _unchanged(caption: str) -> str:
+    return caption
+
+
+def _wavcaps(caption: str) -> str:
+    """WavCaps' retrieval code: lower case, these marks removed."""
+    return " ".join(caption.lower().translate(_WAVCAPS).split())
+
+
+def _lower_no_punctuation(caption: str) -> str:
+    """Estimated correspondences (arXiv 2408.11641): lower case, all punctuation removed."""
+    return " ".join(caption.lower().translate(_PUNCTUATION).split())
+
+
 CLEANING: dict[str, Callable[[str], str]] = {
-    "none": lambda caption: caption,
-    # WavCaps retrieval code: lower case, these marks removed.
-    "wavcaps": lambda caption: " ".join(caption.lower().translate(_WAVCAPS).split()),
-    # Estimated correspondences (arXiv 2408.11641): lower case, all punctuation removed.
-    "lower_no_punctuation": lambda caption: " ".join(caption.lower().translate(_PUNCTUATION).split()),
+    "none": _unchanged,
+    "wavcaps": _wavcaps,
+    "lower_no_punctuation": _lower_no_punctuation,
 }
 
 
@@ -38,7 +51,5 @@ class CaptionTokenizer:
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         # A caption of punctuation alone keeps its text rather than becoming empty.
         cleaned = [self._clean(c) or c for c in captions]
-        out = self._tokenizer(
-            cleaned, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
-        )
+        out = self._tokenizer(cleaned, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
         return out["input_ids"], out["attention_mask"]

@@ -1,0 +1,178 @@
+"""The retriever: two encoders, their projections to a common width, and a scorer.
+
+Shape suffixes: B texts of the global batch, b rows of this rank, L word pieces, T tokens, D common width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from atr_scale.config import (
+    ModelSection,
+    ObjectiveSection,
+    ProjectionSection,
+    RunConfig,
+    TemperatureSection,
+    load_config,
+)
+from atr_scale.data.batch import Batch
+from atr_scale.encoders import TokenSequence, build_audio_encoder, build_text_encoder
+from atr_scale.errors import UserError
+from atr_scale.objectives import Objective, build_objective
+from atr_scale.objectives.logits import Temperature
+from atr_scale.parallel.world import World
+from atr_scale.scorers import build_scorer
+
+WEIGHTS = "model.safetensors"
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Projection(nn.Module):
+    """A token sequence at the common width, tokens and pooled vector through the same map."""
+
+    def __init__(self, width: int, section: ProjectionSection) -> None:
+        super().__init__()
+        self.map: nn.Module
+        if section.kind == "none":
+            self.map, self.dim = nn.Identity(), width
+        elif section.kind == "linear":
+            self.map, self.dim = nn.Linear(width, section.dim), section.dim
+        else:
+            # Mei et al. and WavCaps: Linear, ReLU, Linear at the joint width.
+            self.map = nn.Sequential(nn.Linear(width, section.dim), nn.ReLU(), nn.Linear(section.dim, section.dim))
+            self.dim = section.dim
+
+    def forward(self, sequence: TokenSequence, with_tokens: bool) -> TokenSequence:
+        """Tokens are projected only where the scorer reads them; otherwise they keep the encoder's width."""
+        return sequence.map(self.map if with_tokens else lambda tokens: tokens, self.map)
+
+
+class Retriever(nn.Module):
+    """Scores any text against any audio; in training, the loss of a global batch."""
+
+    def __init__(self, model: ModelSection, objective: ObjectiveSection) -> None:
+        super().__init__()
+        self.audio_encoder = build_audio_encoder(
+            model.audio.name, model.audio.checkpoint, batch_norm=model.audio.batch_norm
+        )
+        self.text_encoder = build_text_encoder(model.text.name, pooling=model.text.pooling)
+        self.audio_projection = Projection(self.audio_encoder.dim, model.projection)
+        self.text_projection = Projection(self.text_encoder.dim, model.projection)
+        if self.audio_projection.dim != self.text_projection.dim:
+            raise UserError(
+                f"model.projection.kind is none but the encoders differ in width ({self.audio_projection.dim} and "
+                f"{self.text_projection.dim}): set it to linear or mlp"
+            )
+        self.scorer = build_scorer(model.scorer.name, dim=self.audio_projection.dim)
+        self.temperature = _temperature(objective.temperature)
+        self.objective = _objective(objective)
+        self.precision = "fp32"  # or bf16, fp16: what the encoders compute in; parameters stay fp32
+
+    @property
+    def sample_rate(self) -> int:
+        """Rate of the waveforms that the audio encoder takes, Hz."""
+        return self.audio_encoder.sample_rate
+
+    def encode_audio(self, waveform: Tensor, lengths: Tensor) -> TokenSequence:
+        """[b, samples] float32 and [b] int64 -> tokens [b, T, D]."""
+        with self._autocast(waveform):
+            return self.audio_projection(self.audio_encoder(waveform, lengths), self.scorer.reads_frames)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TokenSequence:
+        """[b, L] int64 twice -> tokens [b, L, D]; sentence scorers read `pooled`."""
+        with self._autocast(input_ids):
+            return self.text_projection(self.text_encoder(input_ids, attention_mask), False)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Loss terms over the global batch, each a scalar equal on all ranks, "loss" their sum, and "temperature".
+
+        The backward of "loss" gives this rank's share of the gradient: the sum over ranks is the gradient.
+        """
+        world = World.current()
+        text = self.encode_text(batch.input_ids, batch.attention_mask)
+        audio = self.encode_audio(batch.waveform, batch.lengths)
+        block = self.scorer.block(text, audio, world)
+        temperature = self.temperature()
+        terms = self.objective(block, temperature, (world.gather(batch.ids), batch.ids))
+        return {**terms, "loss": torch.stack(list(terms.values())).sum(), "temperature": temperature.detach().squeeze()}
+
+    def _autocast(self, like: Tensor) -> torch.autocast:
+        """For the encoders alone: scores, logits and losses are fp32."""
+        dtype = AUTOCAST.get(self.precision)
+        return torch.autocast(like.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Trainable parameters by the names "audio", "text" and "heads" (projections, scorer, temperature)."""
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {"audio": [], "text": [], "heads": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                group = {"audio_encoder": "audio", "text_encoder": "text"}.get(name.split(".", 1)[0], "heads")
+                groups[group].append((name, parameter))
+        return groups
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str) -> None:
+    """Load `weights` strictly. Raises UserError naming the first keys that do not fit."""
+    own = model.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in weights]
+    wrong += [f"unexpected {k}" for k in weights if k not in own]
+    wrong += [
+        f"{k} is {list(weights[k].shape)}, this model has {list(own[k].shape)}"
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{place} is a checkpoint of another model ({_some(wrong)}): use the configuration it was trained with"
+        )
+    model.load_state_dict(weights)
+
+
+def read_weights(location: str | Path) -> dict[str, Tensor]:
+    """The weights of a run folder (its best checkpoint, else its latest) or of one checkpoint folder."""
+    return load_file(find_checkpoint(location) / WEIGHTS)
+
+
+def find_checkpoint(location: str | Path) -> Path:
+    """The folder that holds the weights of a run (best, else latest) or of a checkpoint. UserError where none does."""
+    location = Path(location)
+    for folder in (location, location / "best", location / "latest"):
+        if (folder / WEIGHTS).is_file():
+            return folder.resolve()
+    raise UserError(f"no checkpoint at {location}: give a run folder or one of its checkpoints/step-N")
+
+
+def load_retriever(location: str | Path) -> tuple[Retriever, RunConfig, Path]:
+    """A trained model with its configuration and the folder it came from. UserError where it cannot be loaded."""
+    folder = find_checkpoint(location)
+    config = load_config(folder / "config.resolved.yaml")
+    config.model.audio.checkpoint = None  # its weights are in the checkpoint
+    model = Retriever(config.model, config.objective)
+    load_weights(model, load_file(folder / WEIGHTS), str(folder))
+    return model, config, folder
+
+
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _some(items: list[str], limit: int = 3) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return "; ".join(items[:limit]) + more
+
+
+def _temperature(section: TemperatureSection) -> Temperature:
+    return Temperature(section.initial, section.minimum, section.maximum, section.learnable)
+
+
+def _objective(section: ObjectiveSection) -> Objective:
+    options: dict[str, Any] = {}
+    if section.name == "pmr":
+        options = {"omega": section.omega, "detach_prior": section.detach_prior}
+    return build_objective(section.name, **options)

@@ -1,0 +1,198 @@
+"""One update over all ranks: the only file that knows DeepSpeed.
+
+DeepSpeed shards gradients, moments and (stage 3) parameters. Precision, loss scaling, the learning rate and the
+decision whether an update happens are made here: parameters stay fp32 under autocast, and a non-finite value anywhere
+leaves parameters and moments of all ranks as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from atr_scale.config import TrainSection
+from atr_scale.data.batch import Batch
+from atr_scale.errors import UserError
+from atr_scale.model import Retriever
+from atr_scale.parallel.world import World
+
+logger = logging.getLogger(__name__)
+
+FP16_INITIAL_SCALE, FP16_GROWTH_STEPS = 2.0**16, 1000
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """terms: loss terms of the update (mean over its losses). bad_ranks: ranks that saw a non-finite value."""
+
+    terms: dict[str, float]
+    temperature: float
+    gradient_norm: float
+    bad_ranks: tuple[int, ...]
+    overflow: bool
+
+    @property
+    def applied(self) -> bool:
+        return not self.bad_ranks
+
+
+class _SkippableAdamW(torch.optim.AdamW):
+    """AdamW that unscales gradients and, when told to, leaves everything as it is.
+
+    Every ZeRO stage ends in this optimizer's step on the parameters or on their shards, so one switch serves all.
+    """
+
+    skip = False
+    gradient_scale = 1.0
+
+    def step(self, closure: Any = None) -> Any:
+        if self.skip:
+            return None
+        if self.gradient_scale != 1.0:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.div_(self.gradient_scale)
+        return super().step(closure)
+
+
+class Engine:
+    """A retriever under DeepSpeed."""
+
+    def __init__(self, model: Retriever, train: TrainSection, world: World, device: torch.device) -> None:
+        self.world, self.device, self.train = world, device, train
+        self.scale, self._good_steps = (FP16_INITIAL_SCALE if train.precision == "fp16" else 1.0), 0
+        self._quiet_deepspeed()
+        model.to(device)
+        model.precision = train.precision
+        self._probe = torch.zeros((), device=device)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self._watch)
+        self.optimizer = _SkippableAdamW(
+            list(_optimizer_groups(model, train)), lr=train.lr, betas=train.betas, eps=train.eps
+        )
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=deepspeed_config(train, world.size)
+        )
+        self.model = model
+        if train.zero_stage == 3:
+            # Sharded parameters are gathered inside every forward: all ranks must make equally many.
+            model.audio_encoder.equal_rounds = world.max_int
+
+    def update(self, batches: Iterable[Batch], learning_rates: dict[str, float], seeds: Iterable[int]) -> StepResult:
+        """One update from the losses of `batches`, one global batch each; `seeds` fix dropout, one a batch."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rates[group["name"]]
+        self._probe.zero_()
+        self.optimizer.skip, self.optimizer.gradient_scale = False, self.scale
+        self.deepspeed.train()
+        sums: dict[str, Tensor] = {}
+        for batch, seed in zip(batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            terms = self.deepspeed(batch.to(self.device))
+            # Gradients are averaged over ranks, the loss is one sum over them: hence the factor.
+            self.deepspeed.backward(terms["loss"] * (self.world.size * self.scale))
+            for name, value in terms.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / self.train.accum_steps
+            self._probe += terms["loss"].detach() * 0
+            if self.deepspeed.is_gradient_accumulation_boundary():
+                bad_ranks = self._bad_ranks()
+                self.optimizer.skip = bool(bad_ranks)
+                norm = self._clip()
+            self.deepspeed.step()
+        norm = (norm if self.train.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())) / self.scale
+        overflow = self._adapt_scale(bool(bad_ranks))
+        temperature = float(sums.pop("temperature"))
+        return StepResult({name: float(value) for name, value in sums.items()}, temperature, norm, bad_ranks, overflow)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The model's state as fp32 CPU tensors on the main rank ({} elsewhere), gathered where sharded."""
+        out = {}
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            shards = [value] if hasattr(value, "ds_id") else []
+            with deepspeed.zero.GatheredParameters(shards, enabled=bool(shards)):
+                if self.world.is_main:
+                    out[name] = value.detach().cpu().clone().contiguous()
+        return out
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """Everything a resume needs beside the weights, one file a rank; all ranks call this."""
+        state = {**state, "scale": self.scale, "good_steps": self._good_steps}
+        self.deepspeed.save_checkpoint(str(folder), tag="deepspeed", client_state=state, save_latest=False)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """The state given to `save`. Only for files whose checksums were verified: DeepSpeed unpickles them."""
+        path, state = self.deepspeed.load_checkpoint(str(folder), tag="deepspeed")
+        if path is None:
+            raise UserError(f"no DeepSpeed state for {self.world.size} ranks in {folder}: start a new run folder")
+        self.scale, self._good_steps = state["scale"], state["good_steps"]
+        return state
+
+    def _watch(self, gradient: Tensor) -> None:
+        # A sum is finite only where all of its parts are; times zero it adds up without growing.
+        self._probe += gradient.detach().sum().float() * 0
+
+    def _bad_ranks(self) -> tuple[int, ...]:
+        """Ranks on which a loss or gradient of this update is not finite; the same answer everywhere."""
+        flags = self.world.gather_ints(int(not math.isfinite(self._probe.item())))
+        return tuple(rank for rank, bad in enumerate(flags) if bad)
+
+    def _adapt_scale(self, bad: bool) -> bool:
+        """fp16 loss scaling: halve after an overflow, double after a long good stretch. True on an overflow."""
+        if self.train.precision != "fp16":
+            return False
+        if bad:
+            overflow, self.scale, self._good_steps = self.scale > 1, max(1.0, self.scale / 2), 0
+            return overflow
+        self._good_steps += 1
+        if self._good_steps == FP16_GROWTH_STEPS:
+            self.scale, self._good_steps = self.scale * 2, 0
+        return False
+
+    def _clip(self) -> float:
+        """Clip scaled gradients: here without ZeRO, where they are whole, else DeepSpeed does in its step."""
+        limit = self.train.gradient_clipping * self.scale
+        if self.train.zero_stage > 0:
+            self.deepspeed.optimizer.clip_grad = limit
+            return math.nan
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf))
+
+    def _quiet_deepspeed(self) -> None:
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        if self.device.type == "cpu":
+            # Otherwise compiled at every start (minutes on two cores) for a reduction that gloo also does.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
+    """What DeepSpeed is told. It knows nothing of precision: its own modes round parameters or clip by group."""
+    return {
+        "train_micro_batch_size_per_gpu": train.global_batch_size // world_size,
+        "gradient_accumulation_steps": train.accum_steps,
+        "gradient_clipping": train.gradient_clipping if train.zero_stage > 0 else 0.0,
+        "zero_optimization": {"stage": train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _optimizer_groups(model: Retriever, train: TrainSection) -> Iterable[dict[str, Any]]:
+    """Parameter groups "audio", "text" and "heads", each split by weight decay: none for vectors and scalars."""
+    for name, members in model.parameter_groups().items():
+        for decay, parameters in (
+            (train.weight_decay, [p for _, p in members if p.ndim > 1]),
+            (0.0, [p for _, p in members if p.ndim <= 1]),
+        ):
+            if parameters:
+                yield {"params": parameters, "weight_decay": decay, "name": name}

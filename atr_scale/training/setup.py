@@ -1,0 +1,75 @@
+"""What a run is made of, from its configuration; shared by the run itself and by its dry run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from atr_scale.config import RunConfig
+from atr_scale.data.stream import TrainingStream
+from atr_scale.data.text import CaptionTokenizer
+from atr_scale.errors import UserError
+from atr_scale.parallel.world import World
+
+# What may differ when a run is resumed; everything else would make it another run.
+FREE_TO_CHANGE = (
+    "run.dir", "data.workers", "data.validation", "data.test", "data.max_drop_rate", "evaluation.",
+    "train.micro_batch_size", "train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.log_every", "train.max_bad_steps", "train.initial_checkpoint",
+)  # fmt: skip
+
+
+def check_batch_size(config: RunConfig, world_size: int) -> None:
+    """UserError where the global batch does not divide into the ranks' forwards."""
+    train = config.train
+    if train.global_batch_size % world_size:
+        raise UserError(
+            f"train.global_batch_size = {train.global_batch_size} does not divide among {world_size} ranks: "
+            f"set it to a multiple, for example {-(-train.global_batch_size // world_size) * world_size}"
+        )
+    share = train.global_batch_size // world_size
+    if train.micro_batch_size not in (None, share):
+        raise UserError(
+            f"train.micro_batch_size = {train.micro_batch_size}, but a rank's share of train.global_batch_size is "
+            f"{share} on {world_size} ranks and runs in one forward: set it to {share} or null, or change the ranks"
+        )
+
+
+def caption_tokenizer(config: RunConfig) -> CaptionTokenizer:
+    captions = config.data.captions
+    return CaptionTokenizer(config.model.text.name, captions.cleaning, captions.max_tokens)
+
+
+def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate: int, world: World) -> TrainingStream:
+    return TrainingStream(
+        config.data,
+        tokenizer=tokenizer,
+        sample_rate=sample_rate,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.run.seed,
+        world=world,
+    )
+
+
+def num_steps(config: RunConfig, stream: TrainingStream) -> tuple[int, int]:
+    """(updates in all, updates of the warm-up)."""
+    train = config.train
+    steps = train.steps
+    if steps is None:
+        assert train.epochs is not None
+        steps = max(1, math.ceil(train.epochs * stream.plan.epoch_batches / train.accum_steps))
+    return steps, round(0.05 * steps) if train.warmup_steps is None else train.warmup_steps
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys whose values differ between two configurations, with both values, but for those free to change."""
+    found = []
+    for key in sorted({*saved, *current}):
+        name, old, new = f"{prefix}{key}", saved.get(key), current.get(key)
+        if name.startswith(FREE_TO_CHANGE):
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{name}.")
+        elif old != new:
+            found.append(f"{name} was {old}, now {new}")
+    return found

@@ -1,0 +1,46 @@
+"""ESC-50 as a `folder` corpus: class captions, folds 1-4 as the split "train", fold 5 as "test".
+
+    python -m tools.esc50_corpus --esc50 DIR --out DIR
+    atr-scale shards build folder --root DIR --out shards/esc50/train --split train --sample-rate 32000
+
+DIR holds `audio/` and `esc50.csv` as in the official repository; audio may be wav, flac or ogg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+CAPTION = "the sound of {}"
+
+
+def write_corpus(esc50: Path, out: Path, test_fold: int) -> dict[str, int]:
+    """Write OUT/captions.csv and link OUT/audio; returns clips per split."""
+    files = {path.stem: path.name for path in (esc50 / "audio").iterdir()}
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "audio").exists():
+        (out / "audio").symlink_to((esc50 / "audio").resolve(), target_is_directory=True)
+    counts = {"train": 0, "test": 0}
+    with (esc50 / "esc50.csv").open(newline="") as source, (out / "captions.csv").open("w", newline="") as target:
+        writer = csv.writer(target)
+        writer.writerow(["file_name", "caption_1", "label", "split", "fold"])
+        for row in csv.DictReader(source):
+            split = "test" if int(row["fold"]) == test_fold else "train"
+            caption = CAPTION.format(row["category"].replace("_", " "))
+            writer.writerow([files[Path(row["filename"]).stem], caption, row["category"], split, row["fold"]])
+            counts[split] += 1
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write ESC-50 as a folder corpus with class captions.")
+    parser.add_argument("--esc50", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--test-fold", type=int, default=5)
+    given = parser.parse_args()
+    print(write_corpus(given.esc50, given.out, given.test_fold))
+
+
+if __name__ == "__main__":
+    main()
