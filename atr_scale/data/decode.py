@@ -97,7 +97,8 @@ def _read_mono(audio: bytes, start: int, count: int, frames: int) -> np.ndarray:
         slack = MP3_SLACK_FRAMES if file.format == "MP3" and start + count >= frames - MP3_SLACK_FRAMES else 0
     if len(samples) + slack < count or len(samples) == 0:
         raise BadSample("short_audio", f"{len(samples)} of {count} frames decoded")
-    return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    with np.errstate(invalid="ignore"):  # +inf and -inf average to NaN, which is rejected with the others
+        return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
 
 
 def _check_header(frames: int, rate: int, channels: int) -> None:

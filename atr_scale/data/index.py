@@ -322,7 +322,7 @@ def _store_index(location: str, index: dict[str, Any]) -> None:
                 os.makedirs(os.path.dirname(place), exist_ok=True)
             storage.write_bytes(place, payload)
             return
-        except OSError as error:
+        except (OSError, UserError) as error:
             logger.info("the index cannot be kept at %s: %s", place, error)
 
 

@@ -267,7 +267,7 @@ def _finished(location: str, settings: dict[str, Any]) -> dict[str, Any] | None:
             storage.make_folder(storage.join(location, RECORDS))
         storage.write_bytes(settings_path, json.dumps(settings).encode())
         return None
-    changed = [name for name, value in settings.items() if found.get(name) != value]
+    changed = [name.removesuffix("_sha256") for name, value in settings.items() if found.get(name) != value]
     if changed:
         raise UserError(
             f"{location} was begun with other settings ({', '.join(changed)} differ): "

@@ -57,20 +57,23 @@ def join(location: str, name: str) -> str:
 
 
 def list_files(location: str) -> dict[str, int]:
-    """Bytes of every file directly inside a folder or prefix, by name, sorted; empty where there is none."""
-    if is_remote(location):
-        prefix = location.rstrip("/") + "/"
-        try:
+    """Bytes of every file directly inside a folder or prefix, by name, sorted; empty where there is none.
+
+    UserError where it cannot be listed: this is the first contact with a location.
+    """
+    try:
+        if is_remote(location):
+            prefix = location.rstrip("/") + "/"
             entries = _retry(lambda: _filesystem().ls(prefix, detail=True), prefix)
-        except FileNotFoundError:
-            return {}
-        found = {e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
-        found.pop("", None)
-    else:
-        if not os.path.isdir(location):
-            return {}
-        with os.scandir(location) as items:
-            found = {item.name: item.stat().st_size for item in items if item.is_file()}
+            found = {e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
+            found.pop("", None)
+        else:
+            with os.scandir(location) as items:
+                found = {item.name: item.stat().st_size for item in items if item.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise UserError(f"cannot list {location}: {error}; check permissions and, on S3, AWS_ENDPOINT_URL") from None
     return dict(sorted(found.items()))
 
 
@@ -140,7 +143,10 @@ def atomic_file(location: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / location.rsplit("/", 1)[-1]
             yield path
-            _retry(lambda: _filesystem().put_file(str(path), location), location)
+            try:
+                _retry(lambda: _filesystem().put_file(str(path), location), location)
+            except (FileNotFoundError, PermissionError) as error:
+                raise UserError(f"cannot write {location}: {error}; check the bucket and its permissions") from None
         return
     final = Path(location)
     path = final.with_name(f".{final.name}.{os.getpid()}.tmp")
