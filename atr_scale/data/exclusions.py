@@ -20,7 +20,10 @@ from atr_scale.errors import UserError
 
 @dataclass(frozen=True)
 class ExclusionList:
-    """Ids as strings: numbers would compare unequal to the ids of the metadata and exclude nothing."""
+    """Ids as strings: numbers would compare unequal to the ids of the metadata and exclude nothing.
+
+    `entries` counts distinct ids (the published lists repeat some).
+    """
 
     name: str
     sha256: str
@@ -55,9 +58,8 @@ def read_exclusions(path: Path) -> ExclusionList:
             raise UserError(f"{path} is no WavCaps blacklist ({error}): expected keys AudioSet and FreeSound") from None
         if not youtube and not sound:
             raise UserError(f"{path} lists nothing under AudioSet or FreeSound: is it a WavCaps blacklist?")
-    return ExclusionList(
-        path.name, hashlib.sha256(payload).hexdigest(), len(youtube) + len(sound), frozenset(youtube), frozenset(sound)
-    )
+    ids = frozenset(youtube), frozenset(sound)
+    return ExclusionList(path.name, hashlib.sha256(payload).hexdigest(), len(ids[0]) + len(ids[1]), *ids)
 
 
 def youtube_id(name: str) -> str:

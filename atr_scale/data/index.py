@@ -83,7 +83,7 @@ class ShardSet:
         except FileNotFoundError:
             raise BadSample("missing_shard", path) from None
         except OSError as error:
-            raise BadSample("read_error", f"{path}: {error}") from None
+            raise BadSample("read_error", str(error)) from None
         set_name = f"{self.corpus}/{self.split}" if self.split else self.corpus
         return parse_sample(data, key, set_name if self.unique_keys else f"{set_name}/{Path(name).stem}")
 

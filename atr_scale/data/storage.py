@@ -8,6 +8,7 @@ profile, instance role; `AWS_ENDPOINT_URL` for servers other than Amazon's).
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -203,7 +204,12 @@ def _local_range(handle: int, location: str, start: int, stop: int) -> bytes:
 
 
 def _remote_range(location: str, start: int, stop: int) -> bytes:
-    data = _filesystem().cat_file(location, start=start, end=stop)
+    try:
+        data = _filesystem().cat_file(location, start=start, end=stop)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        data = b""  # the range begins beyond the object's end
     if len(data) != stop - start:
         if size(location) < stop:
             raise ShortRead(f"{location} ends at byte {start + len(data)}, expected {stop}")
