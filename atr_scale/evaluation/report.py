@@ -140,6 +140,9 @@ def _training_table(train: Sequence[Line]) -> str:
         return figures.series(train, key)[1]
 
     rows = {"steps": f"{train[-1]['step']}"}
+    for key, name, show in (("samples_seen", "pairs seen", "{:,.0f}"), ("epoch", "epochs", "{:.2f}")):
+        if len(values(key)):
+            rows[name] = show.format(values(key)[-1])
     loss = values("loss")
     if len(loss):
         tail = loss[-max(1, len(loss) // 20) :]
@@ -168,6 +171,7 @@ def _losses_of_data(train: Sequence[Line]) -> str:
             "",
             f"- samples dropped: {', '.join(reasons) or 'none'}",
             f"- updates skipped: {_last(train, 'skipped_steps'):g}",
+            f"- fp16 overflows: {_last(train, 'fp16_overflows'):g}",
             f"- logged lines with a non-finite value: {nonfinite}",
         ]
     )

@@ -131,7 +131,7 @@ def evaluate_retrieval(
 ) -> EvaluationResult:
     """Everything about a score matrix [T, A]: captions [T], clip_names [A] (to show), ids as in `metrics.ranks`."""
     table = ranks(scores, text_audio_ids, audio_ids)
-    matrix = torch.as_tensor(scores)
+    matrix = torch.as_tensor(scores).detach()
     first_text = np.unique(table.clip, return_index=True)[1]
     shown = first_text[_spread(len(first_text), NUM_PAIRS)]
     t2a = [
@@ -161,7 +161,7 @@ def evaluate_labelled(
 ) -> EvaluationResult:
     """Zero-shot classification and class retrieval of scores [classes, audios]; labels [audios] are class indices."""
     table = label_ranks(scores, labels)
-    matrix = torch.as_tensor(scores)
+    matrix = torch.as_tensor(scores).detach()
     classes = np.unique(table.clip)[:NUM_CLASSES]
     means = [matrix[classes][:, np.flatnonzero(table.clip == label)].float().mean(dim=1) for label in classes]
     zero_shot = [

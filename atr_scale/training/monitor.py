@@ -175,10 +175,10 @@ def _cut(path: Path, last_step: int | None) -> None:
         return
     kept = []
     if last_step is not None:
-        for line in path.read_bytes().splitlines(keepends=True):
+        for line in path.read_bytes().splitlines():
             try:
-                if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:
-                    kept.append(line)
+                if json.loads(line)["step"] <= last_step:
+                    kept.append(line + b"\n")
             except (ValueError, KeyError, TypeError):
                 logger.warning("%s: a line that cannot be read is dropped", path)
     temporary = path.with_suffix(".jsonl.tmp")

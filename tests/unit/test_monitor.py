@@ -104,6 +104,14 @@ def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path: Path) -
     assert steps == list(range(1, 21))
 
 
+def test_a_last_line_without_its_end_is_not_glued_to_the_next(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}')
+    monitor = Monitor(tmp_path, True, resume_step=2)
+    monitor.train(3, {"loss": 1.0})
+    monitor.close()
+    assert [line["step"] for line in read(tmp_path)] == [1, 2, 3]
+
+
 def test_a_new_run_in_an_old_folder_starts_anew(tmp_path: Path) -> None:
     for last in (9, 4):
         monitor = Monitor(tmp_path, True)
@@ -116,7 +124,7 @@ def test_a_new_run_in_an_old_folder_starts_anew(tmp_path: Path) -> None:
 def test_pictures_text_and_players(tmp_path: Path) -> None:
     monitor = Monitor(tmp_path, True)
     monitor.heatmap(5, torch.randn(4, 4, dtype=torch.bfloat16), names=["a", "b $x", "c", "d"])
-    loud = torch.full((40 * 8000,), 3.0, requires_grad=True)
+    loud = torch.linspace(0, 3, 10 * 8000, requires_grad=True).repeat(2)
     clips = [Player("demo/1", 0.5, True, loud, 8000), Player("demo/2", 0.25, False, np.zeros(800), 8000)]
     monitor.retrieved(5, [RetrievedClips("a dog barks", 1, clips)])
     monitor.text("configuration", "lr: 0.1")
@@ -130,7 +138,7 @@ def test_pictures_text_and_players(tmp_path: Path) -> None:
     (audio,) = board.Audio("validation/retrieved-0/rank-1")
     assert audio.sample_rate == 8000 and audio.length_frames == PLAYER_SECONDS * 8000
     samples = np.frombuffer(audio.encoded_audio_string[44:], dtype="<i2")
-    assert samples.min() == samples.max() > 32000, "a loud clip is scaled, not wrapped around"
+    np.testing.assert_allclose(samples, np.linspace(0, 32767, len(samples)), atol=2)  # scaled, not cut off
     texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in board.Tags()["tensors"]}
     assert "a dog barks" in texts["validation/retrieved-0/text_summary"]
     assert "| 1 | ✓ | demo/1 | 0.500 |" in texts["validation/retrieved-0/text_summary"]

@@ -119,6 +119,7 @@ def test_revision_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(provenance, "__file__", str(source))
     assert describe_environment(1)["git"] is None
     git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "zero")
     assert describe_environment(1)["git"] is None, "a copy that the checkout does not track has no revision"
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "one")

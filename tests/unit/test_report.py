@@ -45,7 +45,14 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in range(1, 61):
         line: dict[str, object] = {"kind": "train", "step": step, "loss": 4 / step, "loss/nt_xent": 3 / step}
         line |= {"loss/prior": 1 / step, "lr/audio": 1e-4, "lr/heads": 1e-3, "temperature": 0.07, "grad_norm": 1.5}
-        line |= {"samples_per_s": 80.0, "data_wait": 0.05, "memory_gb": 1.25, "dropped/silent_audio": step // 20}
+        line |= {
+            "samples_per_s": 80.0,
+            "data_wait": 0.05,
+            "memory_gb": 1.25,
+            "samples_seen": step * 64.0,
+            "epoch": step / 8,
+            "dropped/silent_audio": step // 20,
+        }
         line |= {"dropped/cut_shard": 0, "skipped_steps": int(step > 30)}
         if step == 31:
             line |= {"loss": None, "nonfinite": ["loss"]}
@@ -123,6 +130,7 @@ def test_the_report_tells_everything(report: str, run_dir: Path) -> None:
     assert "zero-shot accuracy" in text
     assert "tensorboard --logdir 'my run' --host 127.0.0.1" in text
     assert "samples dropped: 3 × silent_audio" in text and "cut_shard" not in text
+    assert "| pairs seen | 3,840 |" in text and "| epochs | 7.50 |" in text
     assert "updates skipped: 1" in text and "non-finite value: 1" in text
     assert "| train.lr | 0.0001 |" in text and "| data.train.0.location | shards/a\\|b |" in text
     assert "| devices | one, two |" in text
