@@ -25,6 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
@@ -58,6 +59,7 @@ wavcaps/Waveforms/<source>/<id>.flac     the clips
 correspondences.npz                      "corpus/split" -> grades [captions, clips], float16: the share of what the
                                          caption states that is true of the clip; 1 where all of it is
 correspondences.json                     the rows and columns of those, what each caption states and each clip holds
+text_encoder/                            a tokenizer for these captions and a small untrained BERT (atr-scale demo-data)
 """
 
 
@@ -71,8 +73,8 @@ def write_demo_corpora(
     holds something else, or demo corpora of other settings.
     """
     sizes = sizes or Sizes()
-    if sample_rate < 8000:
-        raise UserError(f"sample rate {sample_rate} Hz is too low for the demo's sounds: give 8000 or more")
+    if sample_rate < 16000:
+        raise UserError(f"sample rate {sample_rate} Hz is too low for the demo's sounds: give 16000 or more")
     made_with = {"version": VERSION, "seed": seed, "sample_rate": sample_rate, "sizes": asdict(sizes)}
     if _finished(out, made_with):
         logger.info("demo corpora in %s are complete: nothing to do", out)
@@ -132,7 +134,9 @@ def _write_audio(out: Path, clips: Sequence[Clip], sample_rate: int, workers: in
 def _render_chunk(chunk: Sequence[tuple[Path, Scene]], sample_rate: int) -> int:
     for path, scene in chunk:
         with _replacing(path) as partial:
-            sf.write(partial, render(scene, sample_rate), sample_rate, format=path.suffix[1:], subtype="PCM_16")
+            # Rounded here: libsndfile scales floats to one 16-bit value in wav and to another in flac.
+            samples = np.rint(render(scene, sample_rate) * 32767).astype(np.int16)
+            sf.write(partial, samples, sample_rate, format=path.suffix[1:], subtype="PCM_16")
     return len(chunk)
 
 

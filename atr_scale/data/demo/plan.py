@@ -35,10 +35,8 @@ class Sizes:
     shared: int = 8  # WavCaps clips that are also in each of AudioCaps' and Clotho's splits
 
     def scaled(self, factor: float) -> Sizes:
-        """All sizes times `factor`, at least 10 clips a split and one shared."""
-        return Sizes(
-            **{name: max(1 if name == "shared" else 10, round(n * factor)) for name, n in asdict(self).items()}
-        )
+        """All sizes times `factor`, at least 4 clips a split and one shared."""
+        return Sizes(**{name: max(1 if name == "shared" else 4, round(n * factor)) for name, n in asdict(self).items()})
 
 
 @dataclass(frozen=True)

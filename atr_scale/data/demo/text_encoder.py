@@ -5,12 +5,15 @@ Both go into one folder that transformers' AutoModel and AutoTokenizer load with
 
 from __future__ import annotations
 
+import string
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -51,21 +54,33 @@ def build_demo_text_encoder(
         model = BertModel(config, add_pooling_layer=False)
     out.mkdir(parents=True, exist_ok=True)
     fast.save_pretrained(out)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would show one for writing a single file
     model.save_pretrained(out)
+    if bars:
+        logging.enable_progress_bar()
 
 
 def _train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """BERT's uncased WordPiece, its vocabulary learned from `captions`."""
+    """BERT's uncased WordPiece: every character, then the words of `captions`, the most frequent first.
+
+    Not tokenizers' own trainer: it breaks ties in hash order, so that two runs give two vocabularies.
+    """
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        words = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(caption))
+        counts.update(word for word, _ in words)
+    characters = sorted({*string.ascii_lowercase, *string.digits, *string.punctuation}.union(*counts))
+    words_by_count = sorted(counts, key=lambda word: (-counts[word], word))
+    pieces = [*SPECIAL_TOKENS.values(), *characters, *(f"##{c}" for c in characters), *words_by_count]
+    vocabulary = {piece: k for k, piece in enumerate(dict.fromkeys(pieces[:vocab_size]))}
+    tokenizer.model = models.WordPiece(vocabulary, unk_token="[UNK]")
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
-    )
-    tokenizer.train_from_iterator(captions, trainer)
-    first, last = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+    ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", first), ("[SEP]", last)]
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
     )
     return tokenizer
