@@ -1,1 +1,1 @@
-"""Synthetic corpora: dsp -> events -> scenes -> captions -> plan -> corpora and truth; text_encoder for their captions."""
+"""Synthetic corpora: dsp -> events -> scenes -> captions -> plan -> corpora and truth; text_encoder beside them."""
