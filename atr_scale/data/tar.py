@@ -1,18 +1,23 @@
 """Walk a tar by its headers. One walker indexes shards, reads samples and checks shards, so that they always agree.
 
-Members are never extracted to disk. Only the header parser is tarfile's: its reader ends silently at a broken
-header in the middle of an archive, which is just what has to be noticed here.
+Members are never extracted to disk. tarfile is not used: its reader ends silently at a broken header in the middle of
+an archive, which is just what has to be noticed here.
 """
 
 from __future__ import annotations
 
 import re
-import tarfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BLOCK = 512
 MAX_SPECIAL_BYTES = 1 << 20
+OLD_FILE = b"\0"  # of before POSIX; folders have it too, with a name that ends in a slash
+REGULAR = (b"0", OLD_FILE)
+FOLDER = b"5"
+DATALESS = (b"1", b"2", b"3", b"4", FOLDER, b"6")  # links, devices, folder, pipe
+LONG_NAME, PAX, PAX_GLOBAL = b"L", b"x", b"g"
+SPECIAL = (LONG_NAME, b"K", PAX, PAX_GLOBAL)
 KEY_RULE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 
 
@@ -43,12 +48,12 @@ class Member(NamedTuple):
     stop: int
 
 
-def walk(read: Callable[[int, int], bytes], end: int, start: int = 0) -> Iterator[Member | None]:
-    """Members of the archive bytes [start, end), and at last None if the archive's end marker was met.
+def walk(read: Callable[[int, int], bytes], end: int) -> Iterator[Member | None]:
+    """Members of the archive bytes [0, end), and at last None if the archive's end marker was met.
 
     `read(start, stop)` gives bytes and never gets a stop beyond `end`. BrokenTar where a header or member is not whole.
     """
-    position = first = start
+    position = first = 0
     long_name: str | None = None
     long_size: int | None = None
     while position < end:
@@ -60,34 +65,34 @@ def walk(read: Callable[[int, int], bytes], end: int, start: int = 0) -> Iterato
                 raise BrokenTar(first, "header extension without a member")
             yield None
             return
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise BrokenTar(position, str(error)) from None
-        special = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
-        holds_data = special or info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
+        name, kind, length = _parse_header(header, position)
+        if kind == OLD_FILE and (long_name or name).endswith("/"):
+            kind = FOLDER
+        special = kind in SPECIAL
+        if long_size is not None and not special:
+            length = long_size
+        holds_data = kind not in DATALESS
         data = position + BLOCK
-        length = info.size if special or long_size is None else long_size
         stop = data + (-(-length // BLOCK) * BLOCK if holds_data else 0)
         if length < 0 or stop > end:
             raise BrokenTar(first, "cut member" if length >= 0 else "negative size")
         if special:
             if length > MAX_SPECIAL_BYTES:
                 raise BrokenTar(position, "oversized header extension")
-            if info.type == tarfile.GNUTYPE_LONGNAME:
+            if kind == LONG_NAME:
                 long_name = read(data, data + length).split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-            elif info.type == tarfile.XHDTYPE:
+            elif kind == PAX:
                 records = _pax_records(read(data, data + length), position)
                 long_name = records.get("path", long_name)
-                long_size = int(records["size"]) if records.get("size", "").isdigit() else None
+                long_size = int(records["size"]) if re.fullmatch(r"[0-9]{1,18}", records.get("size", "")) else None
                 if any(record.startswith("GNU.sparse") for record in records):
                     raise BrokenTar(position, "sparse member")
             position = stop
-            if info.type == tarfile.XGLTYPE:
+            if kind == PAX_GLOBAL:
                 first = stop
             continue
-        regular = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
-        yield Member(long_name or info.name, regular, info.isdir(), first, data, length if holds_data else 0, stop)
+        size = length if holds_data else 0
+        yield Member(long_name or name, kind in REGULAR, kind == FOLDER, first, data, size, stop)
         long_name = long_size = None
         position = first = stop
     if first != position:
@@ -103,6 +108,28 @@ def split_key(member: Member) -> tuple[str, str] | None:
     if not member.regular or match is None or member.name.startswith("/") or ".." in member.name.split("/"):
         return None
     return match[1], match[2].lower()
+
+
+def _parse_header(header: bytes, offset: int) -> tuple[str, bytes, int]:
+    """(name, type, size) of a v7, ustar, GNU or pax header. BrokenTar where the checksum does not fit."""
+    try:
+        stated, size = _number(header[148:156]), _number(header[124:136])
+    except ValueError:
+        raise BrokenTar(offset, "no tar header") from None
+    # The checksum counts its own field as eight blanks.
+    if stated != sum(header) - sum(header[148:156]) + 8 * 32:
+        raise BrokenTar(offset, "bad header checksum")
+    name, kind = header[:100].partition(b"\0")[0], header[156:157]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].partition(b"\0")[0] + b"/" + name
+    return name.decode("utf-8", "surrogateescape"), kind, size
+
+
+def _number(field: bytes) -> int:
+    """Octal digits, or base 256 where the first bit is set."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big", signed=field[0] == 0xFF)
+    return int(field.partition(b"\0")[0].strip() or b"0", 8)
 
 
 def _pax_records(payload: bytes, offset: int) -> dict[str, str]:

@@ -40,7 +40,7 @@ def make_folder(root: Path, count: int = 14, rate: int = RATE) -> Path:
         table.writerow(["file_name", "caption_1", "caption_2", "label", "place"])
         for n in range(count):
             name = f"clip {n}.wav"
-            soundfile.write(root / "audio" / name, (3000 * rng.standard_normal(rate // 4)).astype(np.int16), rate)
+            soundfile.write(root / "audio" / name, rng.integers(-32768, 32768, rate // 4).astype(np.int16), rate)
             table.writerow([name, name, f'"{name}",\nagain – ümläut', f"label{n % 3}", "here"])
     return root
 

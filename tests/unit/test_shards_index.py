@@ -328,14 +328,60 @@ def test_any_text_is_cleaned_or_refused(captions: list[str]) -> None:
     assert all(c and c == c.strip() and "\0" not in c and c.encode("utf-8") for c in fields["captions"])
 
 
-def test_walker_agrees_with_tarfile(two_shards: Path) -> None:
-    data = (two_shards / "a.tar").read_bytes()
+TAR_FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+@pytest.mark.parametrize("form", TAR_FORMATS)
+@settings(max_examples=25, deadline=None)
+@given(
+    names=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=30), max_size=5
+    ),
+    folder=st.sampled_from(["", "a/", "deep/" * 25]),
+    kind=st.sampled_from([tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE]),
+    size=st.integers(0, 1500),
+)
+def test_walker_agrees_with_tarfile(form: str, names: list[str], folder: str, kind: bytes, size: int) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=TAR_FORMATS[form]) as tar:
+        for name in names:
+            for member_kind in (tarfile.REGTYPE, kind):
+                add(tar, folder + name, b"x" * size if member_kind in tarfile.REGULAR_TYPES else b"", member_kind)
+    data = stream.getvalue()
     found = [m for m in walk_bytes(data) if m is not None]
-    with tarfile.open(two_shards / "a.tar") as tar:
-        expected = [(m.name, m.offset, m.offset_data, m.size) for m in tar]
-    assert [(m.name, m.start, m.data_start, m.size) for m in found] == expected
-    with pytest.raises(BrokenTar, match="cut member at byte"):
-        walk_bytes(data[:700])
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        expected = [(m.name, m.isreg(), m.isdir(), m.offset, m.offset_data, m.size) for m in tar]
+    assert [(m.name.rstrip("/"), *m[1:3], m.start, m.data_start, m.size) for m in found] == expected
+
+
+def test_walker_names_where_an_archive_is_broken(two_shards: Path) -> None:
+    data = (two_shards / "a.tar").read_bytes()
+    for damaged, message in [
+        (data[:700], "cut member at byte 0"),
+        (data[:1324], "cut header at byte 1024"),
+        (data[:1024] + b"x" + data[1025:], "bad header checksum at byte 1024"),
+        (data[:1024] + b"x" * 512, "no tar header at byte 1024"),
+        (data[:124] + b"-0000000001\0" + data[136:], "byte 0"),
+    ]:
+        with pytest.raises(BrokenTar, match=message):
+            walk_bytes(damaged)
+
+
+def test_walker_reads_the_old_file_type() -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        add(tar, "folder/", kind=tarfile.AREGTYPE)
+        add(tar, "deep/" * 25 + "x.flac", b"x" * 600, kind=tarfile.AREGTYPE)
+    found = [m for m in walk_bytes(stream.getvalue()) if m is not None]
+    assert [(m.regular, m.folder, m.size) for m in found] == [(False, True, 0), (True, False, 600)]
+
+
+def test_walker_reads_sizes_in_base_256() -> None:
+    info = tarfile.TarInfo("big.flac")
+    info.size = 9 << 33
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    first = next(iter(walk(lambda start, stop: header[start:stop], info.size + 512)))
+    assert first is not None and first.size == info.size
 
 
 @pytest.mark.real_data
