@@ -35,11 +35,12 @@ def oracle(scores: np.ndarray, text_audio_ids: np.ndarray, audio_ids: np.ndarray
             if clip in text_audio_ids
         ],
     }
-    result = {}
+    result: dict[str, float] = {}
     for direction, queries in lists.items():
         first, precision = map(np.array, zip(*(walk(*query) for query in queries), strict=True))
-        result |= {f"{direction}/R@{k}": np.mean(first <= k) for k in (1, 5, 10)}
-        result |= {f"{direction}/mAP@10": np.mean(precision), f"{direction}/median_rank": np.median(first)}
+        result |= {f"{direction}/R@{k}": float(np.mean(first <= k)) for k in (1, 5, 10)}
+        result[f"{direction}/mAP@10"] = float(np.mean(precision))
+        result[f"{direction}/median_rank"] = float(np.median(first))
     return result
 
 
