@@ -43,6 +43,8 @@ ENCODINGS = ("flac", "pcm16", "keep")
 SHARD_SIZE = 1000
 SAMPLE_RATE = 32_000
 RECORDS = ".build"
+# Starting a worker process takes as long as encoding about this many clips.
+MIN_CLIPS_PER_WORKER = 200
 
 
 @dataclass(frozen=True)
@@ -286,15 +288,10 @@ def _run(tasks: list[Task], location: str, workers: int) -> list[dict[str, Any]]
     todo = [task for task in tasks if task.name not in done]
     if done:
         logger.info("%s: %d of %d shards are already there", location, len(done), len(tasks))
-    total = sum(len(task.clips) for task in tasks)
-    with tqdm(
-        desc="building shards",
-        total=total,
-        initial=total - sum(len(task.clips) for task in todo),
-        unit=" clips",
-        disable=None,
-    ) as progress:
-        for task, record in _results(todo, min(workers, len(todo))):
+    total, left = (sum(len(task.clips) for task in some) for some in (tasks, todo))
+    workers = min(workers, len(todo), left // MIN_CLIPS_PER_WORKER)
+    with tqdm(desc="building shards", total=total, initial=total - left, unit=" clips", disable=None) as progress:
+        for task, record in _results(todo, workers):
             done[task.name] = record
             progress.update(len(task.clips))
             progress.set_postfix(seconds=round(sum(r["seconds"] for r in done.values())), refresh=False)

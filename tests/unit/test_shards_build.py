@@ -88,7 +88,10 @@ def test_webdataset_reads_the_shards(reference: Path) -> None:
     assert {"flac", "json"} <= set(samples[0])
 
 
-def test_rebuild_is_byte_identical_with_more_processes(corpus: Path, reference: Path, tmp_path: Path) -> None:
+def test_rebuild_is_byte_identical_with_more_processes(
+    corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "MIN_CLIPS_PER_WORKER", 1)
     build("folder", corpus, tmp_path / "out", **{**BUILD, "workers": 2})
     assert contents(tmp_path / "out") == contents(reference)
 
