@@ -55,9 +55,8 @@ def main() -> None:
         format=f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
-    for noisy in ("DeepSpeed", "httpx", "deepspeed"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+    # DeepSpeed calls collectives by their older names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         run(sys.argv[1:])
     except UserError as error:

@@ -168,7 +168,7 @@ class Engine:
         return float(torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf))
 
     def _quiet_deepspeed(self) -> None:
-        deepspeed.utils.logger.setLevel(logging.WARNING)
+        deepspeed.utils.logger.setLevel(logging.ERROR)
         if self.device.type == "cpu":
             # Otherwise compiled at every start (minutes on two cores) for a reduction that gloo also does.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
