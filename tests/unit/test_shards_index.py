@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atr_scale.data.index import BadSample, ShardSet, open_shards
-from atr_scale.data.sample import parse_json
 from atr_scale.data.shard_check import check
 from atr_scale.data.tar import BrokenTar, Member, walk
 from atr_scale.errors import UserError
@@ -286,46 +285,6 @@ def test_index_of_a_read_only_folder_goes_to_the_cache(two_shards: Path, monkeyp
     assert len(list(Path(os.environ["XDG_CACHE_HOME"]).glob("atr-scale/*.json"))) == 1
     monkeypatch.setattr("atr_scale.data.index.scan_shard", lambda *a: pytest.fail("scanned again"))
     assert len(open_shards(str(two_shards))) == 2 * len(KEYS)
-
-
-@pytest.mark.parametrize(
-    ("payload", "reason"),
-    [
-        (b"{", "bad_json"),
-        (b"[1]", "bad_json"),
-        (b"[" * 100_000, "bad_json"),
-        (b'{"captions": ["\xff\xfe"]}', "bad_json"),
-        (b'{"captions": 3}', "bad_json"),
-        (b'{"captions": ["x", 3]}', "bad_json"),
-        (b'{"captions": ["x"], "clip_id": 7}', "bad_json"),
-        (b'{"captions": ["x"], "sample_rate": "16000"}', "bad_json"),
-        (b'{"captions": []}', "no_caption"),
-        (b"{}", "no_caption"),
-        (b'{"captions": ["", " \\u0000\\t"]}', "no_caption"),
-        (b'{"captions": ["\\ud800"]}', "no_caption"),
-    ],
-)
-def test_unusable_json_is_a_bad_sample(payload: bytes, reason: str) -> None:
-    with pytest.raises(BadSample) as caught:
-        parse_json("k", payload, "set")
-    assert caught.value.reason == reason
-
-
-def test_captions_are_cleaned_and_kept_whole() -> None:
-    captions = ["  A\x00 dog\nbarks ", "café", "🐕‍🦺 barks", "long " * 2000, ""]
-    fields, meta = parse_json("k", json.dumps({"captions": captions, "extra": 1}).encode(), "set")
-    assert fields["captions"] == ["A dog barks", "café", "🐕‍🦺 barks", ("long " * 2000).strip()]
-    assert fields["clip_id"] == "set/k" and meta == {"extra": 1}
-
-
-@given(st.lists(st.text(), max_size=4))
-def test_any_text_is_cleaned_or_refused(captions: list[str]) -> None:
-    try:
-        fields, _ = parse_json("k", json.dumps({"captions": captions}).encode(), "set")
-    except BadSample as error:
-        assert error.reason == "no_caption"
-        return
-    assert all(c and c == c.strip() and "\0" not in c and c.encode("utf-8") for c in fields["captions"])
 
 
 TAR_FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
