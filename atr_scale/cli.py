@@ -101,6 +101,44 @@ def demo_data(
     print(f"{out}: audiocaps/, clotho/, wavcaps/, text_encoder/ and correspondences; README.txt says what each file is")
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train a retriever in one process; several start with `accelerate launch -m atr_scale.train` or torchrun.
+
+    Example: atr-scale train configs/quickstart/pretrain.yaml train.lr=1e-4
+    """
+    from atr_scale.train import run
+
+    run(context.args)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="run folder (its best checkpoint) or a checkpoints/step-N")],
+    shards: Annotated[str | None, typer.Option(help="shards of the split; default: the run's own")] = None,
+    split: Annotated[str, typer.Option(help="validation, test, or a name of your own for --shards")] = "test",
+    out: Annotated[Path | None, typer.Option(help="where results and report.md go; default: the run folder")] = None,
+    class_prompt: Annotated[
+        str | None, typer.Option(help="caption of a class for labelled sets, with {label} in it")
+    ] = None,
+) -> None:
+    """Measure a trained model on a split: retrieval both ways, for labelled sets also zero-shot classification.
+
+    Example: atr-scale evaluate runs/quickstart --split test
+    Several ranks: torchrun --nproc-per-node 2 -m atr_scale.cli evaluate runs/quickstart
+    """
+    from atr_scale.evaluation.evaluate import evaluate_run
+    from atr_scale.training.environment import distributed
+
+    with distributed() as (world, device):
+        evaluation = evaluate_run(
+            run, shards=shards, split=split, out=out, class_prompt=class_prompt, world=world, device=device
+        )
+        if world.is_main:
+            for name, value in evaluation.metrics.items():
+                print(f"{name:<20} {value:.4f}")
+
+
 def main() -> None:
     """Entry of the console script. Exit codes: 0 done, 2 the user's mistake (one line), 1 a failure of ours."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from atr_scale.config import RunConfig
+from atr_scale.config import EvaluationSection, RunConfig
 from atr_scale.data.batch import stable_id
-from atr_scale.data.index import ShardSet
+from atr_scale.data.index import ShardSet, open_shards
 from atr_scale.data.text import CaptionTokenizer
+from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import Embedded, embed
+from atr_scale.evaluation.report import write_report
 from atr_scale.evaluation.result import EvaluationResult, evaluate_labelled, evaluate_retrieval
-from atr_scale.model import Retriever
+from atr_scale.model import Retriever, load_retriever
 from atr_scale.parallel.world import World
 
 logger = logging.getLogger(__name__)
@@ -95,3 +97,42 @@ def _class_vectors(
     model.train(was_training)
     number = {name: i for i, name in enumerate(classes)}
     return prompts, vectors, np.array([number[label] for label in labels])
+
+
+def evaluate_run(
+    location: str,
+    *,
+    shards: str | None,
+    split: str,
+    out: Path | None,
+    class_prompt: str | None,
+    world: World,
+    device: torch.device,
+) -> Evaluation:
+    """Evaluate a run's best checkpoint (or one checkpoint folder) and write results and report; all ranks call this.
+
+    shards: default the configuration's data.<split>. out: default the run folder. Raises UserError where the model or
+    the shards are not there.
+    """
+    model, config, folder = load_retriever(location)
+    if class_prompt:
+        config.evaluation = EvaluationSection(**{**config.evaluation.model_dump(), "class_prompt": class_prompt})
+    place = shards or {"validation": config.data.validation, "test": config.data.test}.get(split)
+    if place is None:
+        raise UserError(f"the configuration of {location} names no data.{split}: give --shards DIR")
+    captions = config.data.captions
+    evaluation = evaluate(
+        model.to(device),
+        open_shards(place),
+        config,
+        split=split,
+        step=int(folder.name.removeprefix("step-")),
+        world=world,
+        device=device,
+        tokenizer=CaptionTokenizer(config.model.text.name, captions.cleaning, captions.max_tokens),
+    )
+    if world.is_main:
+        target = out or folder.parent.parent
+        evaluation.save(target)
+        write_report(target)
+    return evaluation
