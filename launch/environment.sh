@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Makes .venv in the repository root with this project and the versions of launch/constraints.txt.
+#   launch/environment.sh        what training needs
+#   launch/environment.sh dev    also what the tests need
+# Done once: later calls return at once until pyproject.toml or the constraints change. pip's own settings apply, for
+# example PIP_EXTRA_INDEX_URL for an index that has torch's CPU build. PYTHON names the interpreter to use.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+extra=${1:-}
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 or newer on the PATH: install one, or set PYTHON to its path"
+}
+
+exec 9<pyproject.toml
+flock 9 # two scripts started together install once
+
+stamp=.venv/installed
+wanted=$(cat pyproject.toml launch/constraints.txt | sha256sum | cut -c 1-64)
+# An environment knows its place: in a copied or moved repository it is made anew.
+if ! grep -qsF "$root/.venv" .venv/bin/activate; then
+    python=$(find_python)
+    "$python" -c 'import ensurepip' 2>/dev/null ||
+        fail "$python cannot make virtual environments: install its venv package, for example python3-venv"
+    echo "making $root/.venv with $("$python" --version)"
+    "$python" -m venv --clear .venv
+fi
+if ! grep -qsx "$wanted${extra:+ $extra}" "$stamp"; then
+    echo "installing the tested versions (launch/constraints.txt)"
+    rm -f "$stamp"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        -c launch/constraints.txt -e ".${extra:+[$extra]}"
+    # What has an extra has the rest too.
+    printf '%s\n' "$wanted" ${extra:+"$wanted $extra"} >"$stamp"
+fi
