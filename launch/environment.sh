@@ -41,7 +41,7 @@ fi
 if ! grep -qsx "$wanted${extra:+ $extra}" "$stamp"; then
     echo "installing the tested versions (launch/constraints.txt)"
     rm -f "$stamp"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    .venv/bin/python -m pip install -qq --disable-pip-version-check \
         -c launch/constraints.txt -e ".${extra:+[$extra]}"
     # What has an extra has the rest too.
     printf '%s\n' "$wanted" ${extra:+"$wanted $extra"} >"$stamp"

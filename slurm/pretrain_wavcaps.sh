@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Pretrains on AudioCaps, Clotho and WavCaps:
+#   launch/environment.sh                                     once, in a folder all nodes share
+#   sbatch slurm/pretrain_wavcaps.sh                          configs/pretrain_wavcaps.yaml as it is
+#   sbatch --nodes 4 slurm/pretrain_wavcaps.sh train.lr=2e-5 run.dir=runs/lower_lr
+#   CONFIG=configs/mine.yaml sbatch slurm/pretrain_wavcaps.sh
+# One task a GPU: sbatch's options override those below, for example --gpus-per-node 4 --ntasks-per-node 4. Five minutes
+# before the time limit, or when USR1 comes otherwise, it saves and requeues itself; the run goes on where it was saved.
+#SBATCH --job-name=pretrain_wavcaps
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    echo "error: this is a job script: sbatch $0 [key.sub=value ...]" >&2
+    exit 2
+fi
+# SLURM runs a copy of this file from elsewhere.
+cd "${SLURM_SUBMIT_DIR:?}"
+if [[ ! -e slurm/prologue.sh ]]; then
+    echo "error: $PWD is not the repository's root: submit from there" >&2
+    exit 2
+fi
+# shellcheck source=slurm/prologue.sh
+source slurm/prologue.sh
+train "${CONFIG:-configs/pretrain_wavcaps.yaml}" "$@"

@@ -1,0 +1,85 @@
+# shellcheck shell=bash
+# What the job scripts of this folder share; they source it. After it: the repository root is the working directory,
+# `python` is the environment's, ranks started by srun find each other, and `train` below survives preemption.
+#
+# INTERFACE=ib0 names the network interface ranks talk over, where the one their host names lead to is not the right one.
+# MAX_REQUEUES (100) and MAX_FAILURES (2) cap how often one job puts itself back into the queue.
+set -euo pipefail
+
+export PATH="$PWD/.venv/bin:$PATH" # without .venv the environment that was active at submission is used
+if ! python -c 'import atr_scale' 2>/dev/null; then
+    echo "error: no environment in $PWD: run launch/environment.sh there, on a machine with a network, before sbatch" >&2
+    exit 2
+fi
+
+# srun tells each rank its number; where rank 0 listens is for us to say. Jobs that share a node need ports of their own.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+if [[ -n ${INTERFACE:-} ]]; then
+    export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# srun does not take this over from sbatch by itself.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
+
+# A shell that waits for a foreground command hears no signal: srun runs in the background. The ranks get USR2, for
+# NCCL uses USR1 itself in places, and TERM would make srun kill them.
+srun_pid=
+forward() {
+    interrupted=yes
+    echo "$(date '+%F %T') job $SLURM_JOB_ID got $1: telling the ranks to save and stop"
+    [[ -z $srun_pid ]] || kill -USR2 "$srun_pid" 2>/dev/null || true
+}
+trap 'forward USR1' USR1
+trap 'forward TERM' TERM
+
+# requeue REASON COUNT CAP: back into the queue, unless the cap is reached or somebody else has taken the job out of
+# RUNNING: scancel means the end, and a job that SLURM itself preempts or that lost a node is requeued already.
+requeue() {
+    if [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null) != RUNNING ]]; then
+        echo "$1: SLURM is taking the job away itself, so it is not requeued here"
+    elif (($2 >= $3)); then
+        echo "error: $1, and the job was requeued $2 times already: sbatch again to go on" >&2
+    else
+        echo "$1: requeued ($(($2 + 1)) of at most $3)"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+}
+
+# train CONFIG [key.sub=value ...]: one rank a task. When the ranks were told to stop they have saved, and the job goes
+# back into the queue; after a failure also, a few times; after a mistake in the configuration (exit code 2) not.
+train() {
+    local run_dir status failures
+    run_dir=$(python -c '
+import sys
+from atr_scale.config import load_config
+from atr_scale.errors import UserError
+try:
+    print(load_config(sys.argv[1], sys.argv[2:]).run.dir)
+except UserError as error:
+    sys.exit(f"error: {error}")' "$@") || exit 2
+    mkdir -p "$run_dir"
+    rm -f "$run_dir/preempted" # of an earlier job
+
+    srun --kill-on-bad-exit=1 python -m atr_scale.train "$@" &
+    srun_pid=$!
+    while true; do
+        interrupted=
+        status=0
+        wait "$srun_pid" || status=$?
+        [[ -n $interrupted ]] || break # otherwise it was the signal that ended the wait
+    done
+    srun_pid=
+
+    failures=$run_dir/failures-$SLURM_JOB_ID
+    if [[ -e $run_dir/preempted ]]; then
+        requeue "saved in $run_dir" "${SLURM_RESTART_COUNT:-0}" "${MAX_REQUEUES:-100}"
+    elif ((status != 0 && status != 2)); then
+        echo "$(date '+%F %T') exit code $status" >>"$failures"
+        requeue "training failed with exit code $status" "$(($(wc -l <"$failures") - 1))" "${MAX_FAILURES:-2}"
+    fi
+    return "$status"
+}

@@ -1,0 +1,47 @@
+"""Shards and a text encoder small enough that a training run takes seconds; shared by tests of whole runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from atr_scale.data.demo.text_encoder import build_demo_text_encoder
+from atr_scale.data.shards import build
+
+RATE = 16_000
+WORDS = ("low", "high", "soft", "loud", "short", "long", "dull", "bright")
+
+
+@dataclass(frozen=True)
+class TinyInputs:
+    """Folders: one corpus split as shards, and a BERT without dropout, so that runs can be compared."""
+
+    shards: Path
+    text_encoder: Path
+
+
+def make_tiny_inputs(folder: Path, clips: int = 12) -> TinyInputs:
+    """`clips` tones of one second with a caption each, in shards; a BERT of two layers."""
+    corpus = folder / "corpus"
+    (corpus / "audio").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(clips):
+        tone = 0.3 * np.sin(2 * np.pi * (200 + 100 * number) * np.arange(RATE) / RATE) + 0.01 * rng.normal(size=RATE)
+        soundfile.write(corpus / "audio" / f"tone-{number}.wav", tone, RATE)
+        rows.append((f"tone-{number}.wav", f"a {WORDS[number % 8]} and {WORDS[(number // 2) % 8]} tone {number}"))
+    with open(corpus / "captions.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file_name", "caption_1"), *rows])
+    shards = folder / "shards"
+    build("folder", corpus, shards, shard_size=5, sample_rate=RATE, workers=1)
+    text_encoder = folder / "text_encoder"
+    build_demo_text_encoder([caption for _, caption in rows], text_encoder, layers=2, dim=32, heads=2)
+    settings = text_encoder / "config.json"
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **without_dropout}))
+    return TinyInputs(shards, text_encoder)

@@ -1,0 +1,97 @@
+"""Every shell script parses, passes shellcheck, may be executed, and tells its mistakes in one line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("launch", "slurm", "tools")
+SCRIPTS = sorted([*(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.sh")), ROOT / ".ci/run"])
+SOURCED = {"slurm/prologue.sh"}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def call(*command: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name)
+def test_script_parses(path: Path) -> None:
+    result = call("bash", "-n", path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name)
+def test_shellcheck_finds_nothing(path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    result = call("shellcheck", "--external-sources", name(path), cwd=ROOT)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name)
+def test_script_is_strict_and_can_be_started(path: Path) -> None:
+    text = path.read_text()
+    assert "set -euo pipefail" in text
+    if name(path) in SOURCED:
+        return
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert os.access(path, os.X_OK), "not executable"
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_environment_without_a_new_enough_python(tmp_path: Path) -> None:
+    """In a copy, for the real one may have its environment already."""
+    (tmp_path / "launch").mkdir()
+    for file in ("pyproject.toml", "launch/environment.sh", "launch/constraints.txt"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for program in ("bash", "dirname", "cat", "flock", "sha256sum", "cut", "grep"):
+        (programs / program).symlink_to(shutil.which(program) or "")
+    old = programs / "python3"
+    old.write_text("#!/bin/bash\nexit 1\n")
+    old.chmod(0o755)
+    result = call(programs / "bash", tmp_path / "launch/environment.sh", cwd=tmp_path, PATH=str(programs), PYTHON="")
+    assert "Python 3.11" in one_line(result)
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_constraints_pin_every_direct_dependency() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {item.split(">")[0].split("[")[0].strip().lower() for item in wanted}
+    lines = (ROOT / "launch/constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
+    assert names <= set(pins), f"not pinned: {names - set(pins)}"
+    assert not any("+" in version for version in pins.values()), "a local version exists in one index alone"
+
+
+def test_cloud_script_says_what_it_wants() -> None:
+    assert "MACHINES" in one_line(call(ROOT / "launch/cloud.sh", "configs/pretrain_wavcaps.yaml"))
+
+
+def test_job_script_outside_of_a_job() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    command = [str(ROOT / "slurm/pretrain_wavcaps.sh")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert "sbatch" in one_line(result)
