@@ -27,7 +27,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -175,17 +175,31 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"no configuration file at {path}: give the path of a YAML file, for example configs/*.yaml")
     try:
         loaded = OmegaConf.load(path)
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not (key and equals):
-                raise UserError(f"override {override!r} is not of the form key.sub=value, for example train.lr=1e-4")
-            # Parsed as OmegaConf parses a file: 1e-4 is a number, [a, b] a list.
-            OmegaConf.update(loaded, key, OmegaConf.create(f"value: {value}").value, force_add=True)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} does not parse as YAML: {_one_line(error)}") from None
+    for override in overrides:
+        _apply(loaded, override)
+    try:
         values = OmegaConf.to_container(loaded, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not parse as YAML with its overrides: {reason}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path} does not resolve with its overrides: {_one_line(error)}") from None
     return parse_config(values, str(path))
+
+
+def _apply(loaded: Any, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not (key and equals):
+        raise UserError(f"override {override!r} is not of the form key.sub=value, for example train.lr=1e-4")
+    try:
+        # Parsed as OmegaConf parses a file: 1e-4 is a number, [a, b] a list.
+        parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
+        OmegaConf.update(loaded, key, parsed["value"], force_add=True)  # type: ignore[index, call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"override {override!r} cannot be applied: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def parse_config(values: Any, place: str) -> RunConfig:
@@ -215,10 +229,10 @@ def _explain(error: Any) -> str:
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:
-    """Field names of the section at `path`, following lists of sections."""
+    """Field names of the section at `path`; a place in a list of sections counts as the section."""
     section: Any = RunConfig
     for key in path:
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        if isinstance(section, type) and issubclass(section, BaseModel) and key in section.model_fields:
             section = _section_type(section.model_fields[key].annotation)
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
 
