@@ -1,8 +1,8 @@
 """The objectives as readable formulas on whole matrices: the reference that everything faster is tested against.
 
-`scores` is [texts, audios] (rows i, columns j), any float dtype. "t2a" asks with a text and takes its softmax over
-audios (along a row); "a2t" asks with an audio and takes it over texts (along a column). Every function returns a
-scalar, the mean of the two directions.
+`scores` is [texts, audios] (rows i, columns j), any float dtype; narrow ones are widened to fp32. "t2a" asks with a text
+and takes its softmax over audios (along a row); "a2t" asks with an audio and takes it over texts (along a column). Every
+function returns a scalar, the mean of the two directions.
 
 Several positives: the target is the positives mask [texts, audios], normalised per row for t2a and per column for a2t.
 A query without a positive adds nothing to the mean.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from atr_scale.errors import UserError
+from atr_scale.parallel.blocks import at_least_fp32
 
 
 def nt_xent(scores: Tensor, temperature: float | Tensor, positives: Tensor | None = None) -> Tensor:
@@ -21,7 +22,7 @@ def nt_xent(scores: Tensor, temperature: float | Tensor, positives: Tensor | Non
 
     positives: [texts, audios] bool, default the diagonal.
     """
-    logits, targets = scores / temperature, _targets(scores, positives)
+    logits, targets = at_least_fp32(scores) / temperature, _targets(scores, positives)
     return _both(_cross_entropy(logits, targets, 1), _cross_entropy(logits, targets, 0))
 
 
@@ -39,6 +40,7 @@ def pmr(
     constant there; the text of section 3.2 and CAMoE's dual softmax (arXiv 2109.04290) fix the axis used here.
     detach_prior: no gradient through the prior.
     """
+    scores = at_least_fp32(scores)
     over_texts, over_audios = (omega * scores).softmax(0), (omega * scores).softmax(1)
     if detach_prior:
         over_texts, over_audios = over_texts.detach(), over_audios.detach()
@@ -54,7 +56,8 @@ def distillation(scores: Tensor, teacher_scores: Tensor, temperature: float | Te
 
     teacher_scores: [texts, audios], for an ensemble the mean of its members' cosines; constant (no gradient).
     """
-    logits, teacher = scores / temperature, teacher_scores.detach() / _constant(temperature)
+    logits = at_least_fp32(scores) / temperature
+    teacher = at_least_fp32(teacher_scores.detach()) / _constant(temperature)
     return _both(
         _soft_cross_entropy(logits, teacher.softmax(1), 1),
         _soft_cross_entropy(logits, teacher.softmax(0), 0),
@@ -78,11 +81,11 @@ def cmsc(
     """
     if scores.shape[0] != scores.shape[1]:
         raise UserError(f"cmsc needs as many texts as audios, got scores {list(scores.shape)}")
-    logits = scores / temperature
-    hard = _targets(scores, positives).to(scores.dtype)
+    logits = at_least_fp32(scores) / temperature
+    hard = _targets(scores, positives).to(logits.dtype)
     terms = []
     for dim, intra in ((1, text_scores), (0, audio_scores)):
-        soft = (intra.detach() / target_temperature).softmax(dim)
+        soft = (at_least_fp32(intra.detach()) / target_temperature).softmax(dim)
         target = (1 - beta) * _normalised(hard, dim) + beta * soft
         entropy = -torch.xlogy(target, target).sum(dim).mean()
         terms.append(_soft_cross_entropy(logits, target, dim) - entropy)
@@ -94,7 +97,7 @@ def intra_modal(scores: Tensor, temperature: float | Tensor, same: Tensor | None
 
     scores: [N, N] cosines of one modality. same: [N, N] bool, pairs of one clip, left out of the negatives.
     """
-    logits = scores / temperature
+    logits = at_least_fp32(scores) / temperature
     itself = torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
     if same is not None:
         logits = logits.masked_fill(same & ~itself, -torch.inf)

@@ -57,7 +57,7 @@ class _NTXent(torch.autograd.Function):
         ctx.rows, ctx.columns = rows.merged(), columns
         ctx.block, ctx.pairs, ctx.scale = block, pairs, scale
         ctx.save_for_backward(temperature, *tensors)
-        return _mean_of_directions(block, pairs, ctx.rows, columns, positive).to(temperature.dtype)
+        return _mean_of_directions(block, pairs, ctx.rows, columns, positive).to(_dtype(block, temperature))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -124,7 +124,7 @@ class _PMR(torch.autograd.Function):
         ctx.row_pull, ctx.local_pull = block.sum(row_pull), local_pull
         ctx.block, ctx.pairs, ctx.omega, ctx.detached, ctx.scale = block, pairs, omega, detached, scale
         ctx.save_for_backward(temperature, *tensors)
-        return _mean_of_directions(block, pairs, row_sums, columns, positive).to(temperature.dtype)
+        return _mean_of_directions(block, pairs, row_sums, columns, positive).to(_dtype(block, temperature))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -239,6 +239,11 @@ def _outputs(
         for gradient, tensor in zip(gradients, block.tensors, strict=True)
     )
     return by_temperature.reshape(temperature.shape), *scaled
+
+
+def _dtype(block: ScoreBlock, temperature: Tensor) -> torch.dtype:
+    """Of the loss: that of scores / temperature."""
+    return torch.promote_types(block.dtype, temperature.dtype)
 
 
 def _tensor(temperature: float | Tensor, block: ScoreBlock) -> Tensor:

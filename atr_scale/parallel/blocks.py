@@ -26,7 +26,7 @@ class ScoreBlock(ABC):
     def __init__(self, rows: int, columns: int, like: Tensor, world: World | None) -> None:
         self.world = world or World.current()
         self.device = like.device
-        self.dtype = _at_least_fp32(like.detach()[:0]).dtype
+        self.dtype = at_least_fp32(like.detach()[:0]).dtype
         counts = self.world.gather_ints(columns)
         self.shape = (rows, columns)
         self.offset = sum(counts[: self.world.rank])
@@ -77,7 +77,7 @@ class EmbeddingScores(ScoreBlock):
             )
         super().__init__(text.shape[0], audio.shape[0], text, world)
         self.text, self.audio = text, audio
-        self._text, self._audio = (_at_least_fp32(x.detach()) for x in (text, audio))
+        self._text, self._audio = (at_least_fp32(x.detach()) for x in (text, audio))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -109,14 +109,15 @@ class StoredScores(ScoreBlock):
         return (self.scores,)
 
     def stripe(self, columns: slice) -> Tensor:
-        return _at_least_fp32(self.scores.detach()[:, columns].clone())
+        return at_least_fp32(self.scores.detach()[:, columns].clone())
 
     def new_gradients(self) -> tuple[Tensor, ...]:
-        return (torch.zeros_like(_at_least_fp32(self.scores.detach())),)
+        return (torch.zeros_like(at_least_fp32(self.scores.detach())),)
 
     def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, stripe_gradient: Tensor) -> None:
         gradients[0][:, columns] += stripe_gradient
 
 
-def _at_least_fp32(value: Tensor) -> Tensor:
+def at_least_fp32(value: Tensor) -> Tensor:
+    """Scores and losses are fp32 or wider, whatever the encoders compute in."""
     return value if value.dtype == torch.float64 else value.float()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from atr_scale.parallel.blocks import EmbeddingScores, ScoreBlock
+from atr_scale.parallel.blocks import EmbeddingScores, ScoreBlock, at_least_fp32
 from atr_scale.parallel.world import World
 from atr_scale.sequence import TokenSequence
 
@@ -64,4 +64,4 @@ class CosineScorer(nn.Module):
 
 
 def _unit(value: Tensor) -> Tensor:
-    return normalize(value if value.dtype == torch.float64 else value.float(), dim=-1)
+    return normalize(at_least_fp32(value), dim=-1)
