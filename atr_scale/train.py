@@ -11,7 +11,6 @@ import argparse
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from atr_scale.config import RunConfig, load_config
@@ -55,8 +54,6 @@ def main() -> None:
         format=f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
-    # DeepSpeed calls collectives by their older names.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         run(sys.argv[1:])
     except UserError as error:

@@ -1,4 +1,6 @@
-"""ESC-50 as a `folder` corpus: class captions, folds 1-4 as the split "train", fold 5 as "test".
+"""ESC-50 as a `folder` corpus: class captions; fold 5 is the split "test", the others are "train".
+
+With --validation-fold that fold is held back as "validation", to choose hyper-parameters without the test fold.
 
     python -m tools.esc50_corpus --esc50 DIR --out DIR
     atr-scale shards build folder --root DIR --out shards/esc50/train --split train --sample-rate 32000
@@ -10,23 +12,25 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections import Counter
 from pathlib import Path
 
 CAPTION = "the sound of {}"
 
 
-def write_corpus(esc50: Path, out: Path, test_fold: int) -> dict[str, int]:
+def write_corpus(esc50: Path, out: Path, test_fold: int, validation_fold: int | None) -> Counter[str]:
     """Write OUT/captions.csv and link OUT/audio; returns clips per split."""
     files = {path.stem: path.name for path in (esc50 / "audio").iterdir()}
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "audio").exists():
         (out / "audio").symlink_to((esc50 / "audio").resolve(), target_is_directory=True)
-    counts = {"train": 0, "test": 0}
+    names = {test_fold: "test", validation_fold: "validation"}
+    counts: Counter[str] = Counter()
     with (esc50 / "esc50.csv").open(newline="") as source, (out / "captions.csv").open("w", newline="") as target:
         writer = csv.writer(target)
         writer.writerow(["file_name", "caption_1", "label", "split", "fold"])
         for row in csv.DictReader(source):
-            split = "test" if int(row["fold"]) == test_fold else "train"
+            split = names.get(int(row["fold"]), "train")
             caption = CAPTION.format(row["category"].replace("_", " "))
             writer.writerow([files[Path(row["filename"]).stem], caption, row["category"], split, row["fold"]])
             counts[split] += 1
@@ -38,8 +42,9 @@ def main() -> None:
     parser.add_argument("--esc50", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--test-fold", type=int, default=5)
+    parser.add_argument("--validation-fold", type=int)
     given = parser.parse_args()
-    print(write_corpus(given.esc50, given.out, given.test_fold))
+    print(dict(write_corpus(given.esc50, given.out, given.test_fold, given.validation_fold)))
 
 
 if __name__ == "__main__":

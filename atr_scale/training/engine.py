@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,8 @@ class Engine:
 
     def _quiet_deepspeed(self) -> None:
         deepspeed.utils.logger.setLevel(logging.ERROR)
+        # It calls collectives by their older names.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         if self.device.type == "cpu":
             # Otherwise compiled at every start (minutes on two cores) for a reduction that gloo also does.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

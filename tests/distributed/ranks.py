@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
@@ -31,13 +32,14 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
             for process in processes:
                 process.join(timeout=10)
                 process.kill()
-    for rank, (result, error) in sorted(found.items()):
+    for rank, (_, error) in sorted(found.items()):
         assert error is None, f"rank {rank} failed:\n{error}"
     return [found[rank][0] for rank in range(size)]
 
 
 def _rank(function: Callable[..., Any], rank: int, size: int, store: str, queue: Any, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))  # DeepSpeed looks for them
     try:
         dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
         result = function(*args)
