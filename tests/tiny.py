@@ -45,3 +45,21 @@ def make_tiny_inputs(folder: Path, clips: int = 12) -> TinyInputs:
     without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     settings.write_text(json.dumps({**json.loads(settings.read_text()), **without_dropout}))
     return TinyInputs(shards, text_encoder)
+
+
+def write_tiny_config(path: Path, inputs: TinyInputs, run_dir: Path, **train: object) -> Path:
+    """A run of a few steps of four pairs in fp32 that logs each step; `train` sets further keys of its section."""
+    config = {
+        "run": {"dir": str(run_dir)},
+        "data": {"train": [{"shards": str(inputs.shards)}], "crop_seconds": 1.0, "workers": 0},
+        "model": {"audio": {"name": "small_cnn"}, "text": {"name": str(inputs.text_encoder), "pooling": "mean"}},
+        "train": {"steps": 4, "global_batch_size": 4, "precision": "fp32", "lr": 1e-3, "log_every": 1, **train},
+    }
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return path
+
+
+def read_training(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl about training."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "train"]

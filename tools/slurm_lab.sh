@@ -136,6 +136,7 @@ stop() {
         [[ -s $file ]] || continue
         i=${file##*/node} i=${i%.pid}
         kill -9 "$(cat "$file")" 2>/dev/null || true
+        ip link delete "$(cable "$i")" 2>/dev/null || true # its other end goes with it
         ip netns delete "$(namespace "$i")" 2>/dev/null || true
         rm -f "$file"
     done

@@ -1,0 +1,144 @@
+"""The job script on a SLURM cluster in a box: preempted in the middle, it saves, requeues itself and completes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import TinyInputs, make_tiny_inputs, read_training, write_tiny_config
+
+ROOT = Path(__file__).parents[2]
+LAB = ROOT / "tools/slurm_lab.sh"
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "nsenter", "ip")
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+
+pytestmark = pytest.mark.slow
+
+
+class Cluster:
+    """Two nodes; jobs are submitted as users do."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        variables = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+        self.environment = variables | {
+            "PATH": PATH,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "OMP_NUM_THREADS": "1",
+            "INTERFACE": "eth0",
+        }
+
+    def call(self, *command: str, **variables: str) -> str:
+        environment = self.environment | variables
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, f"{command}: {result.stderr}"
+        return result.stdout.strip()
+
+    def submit(self, config: Path, *overrides: str, **variables: str) -> str:
+        """Two nodes without GPUs, a rank on each; the job's number."""
+        size = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
+        log = f"--output={self.folder}/job-%j.log"
+        script = str(ROOT / "slurm/pretrain_wavcaps.sh")
+        return self.call("sbatch", "--parsable", *size, log, script, *overrides, CONFIG=str(config), **variables)
+
+    def job(self, number: str) -> dict[str, str]:
+        words = self.call("scontrol", "show", "job", number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def log(self, number: str) -> str:
+        path = self.folder / f"job-{number}.log"
+        return path.read_text() if path.exists() else ""
+
+    def wait(self, number: str, reached: Callable[[], bool], seconds: float = 200) -> None:
+        deadline = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < deadline, f"{self.job(number)}\n{self.log(number)}"
+            time.sleep(0.3)
+
+    def finish(self, number: str) -> dict[str, str]:
+        """The job's last state."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.wait(number, lambda: self.job(number)["JobState"] in over)
+        return self.job(number)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if os.geteuid() != 0:
+        pytest.skip("a cluster in a box needs root")
+    missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    folder = tmp_path_factory.mktemp("cluster") / "lab"
+    try:
+        subprocess.run([LAB, folder, "start", "2"], check=True, timeout=90)
+        yield Cluster(folder)
+    finally:
+        subprocess.run([LAB, folder, "stop"], check=True, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
+    return make_tiny_inputs(tmp_path_factory.mktemp("tiny"))
+
+
+def steps(run_dir: Path) -> list[float]:
+    try:
+        return [line["step"] for line in read_training(run_dir)]
+    except (FileNotFoundError, ValueError):  # not begun, or in the middle of a line
+        return []
+
+
+def test_preempted_job_saves_requeues_and_completes(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
+    run_dir, total = tmp_path / "run", 120
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, run_dir, steps=total, checkpoint_every=total)
+    number = cluster.submit(config)
+    cluster.wait(number, lambda: len(steps(run_dir)) >= 5)
+    cluster.call("scancel", "--signal=USR1", "--batch", number)
+    cluster.wait(number, lambda: (run_dir / "preempted").exists())
+    (saved,) = [int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*")]
+    assert 5 <= saved < total
+
+    job = cluster.finish(number)
+    log = cluster.log(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert steps(run_dir) == list(range(1, total + 1))
+    assert not (run_dir / "preempted").exists()
+    assert f"saved at step {saved} of {total}" in log and f"steps {saved} to {total}" in log
+    assert "2 ranks" in log
+
+
+def test_failing_job_requeues_up_to_the_cap(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
+    """A learning rate that makes the loss non-finite, which aborts training with exit code 1."""
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run", steps=20)
+    number = cluster.submit(config, "train.lr=1e38", "train.warmup_steps=0", MAX_FAILURES="1")
+    job = cluster.finish(number)
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "1"), cluster.log(number)
+    assert "requeued (1 of at most 1)" in cluster.log(number)
+
+
+def test_mistake_in_the_configuration_is_not_tried_again(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run")
+    number = cluster.submit(config, "train.stepps=20")
+    job = cluster.finish(number)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
+    assert "did you mean 'steps'" in cluster.log(number)
+
+
+def test_cancelled_job_stays_cancelled(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, run_dir, steps=100_000, checkpoint_every=100_000)
+    number = cluster.submit(config)
+    cluster.wait(number, lambda: len(steps(run_dir)) >= 2)
+    cluster.call("scancel", number)
+    job = cluster.finish(number)
+    time.sleep(2)
+    assert (job["JobState"], cluster.job(number)["JobState"]) == ("CANCELLED", "CANCELLED"), cluster.log(number)
+    assert cluster.job(number)["Restarts"] == "0"
