@@ -36,12 +36,12 @@ READ_THREADS = 8  # concurrent range reads of one worker where shards are remote
 
 @dataclass(frozen=True)
 class Clip:
-    """One decoded sample: waveform [samples] float32, its caption of this visit, and who it is."""
+    """One decoded sample: waveform [samples] float32, its caption of this visit, who it is, and where it lies."""
 
     waveform: np.ndarray
     caption: str
     clip_id: str
-    key: str
+    place: str
 
 
 class TrainingStream(IterableDataset[Batch | UserError]):
@@ -102,13 +102,13 @@ class TrainingStream(IterableDataset[Batch | UserError]):
         raw = pool.map(self._read, rows.source.tolist(), rows.index.tolist())
         clips: list[Clip | None] = []
         dropped: Counter[str] = Counter()
-        for sample, position in zip(raw, rows.position.tolist(), strict=True):
-            clip = sample if isinstance(sample, BadSample) else self._decode(sample, position)
+        places = map(self._place, rows.source.tolist(), rows.index.tolist())
+        for sample, position, place in zip(raw, rows.position.tolist(), places, strict=True):
+            clip = sample if isinstance(sample, BadSample) else self._decode(sample, position, place)
             if isinstance(clip, BadSample):
                 dropped[clip.reason] += 1
-                logger.debug("dropped a sample: %s", clip)
-                clip = None
-            clips.append(clip)
+                logger.debug("dropped %s: %s", place, clip)
+            clips.append(None if isinstance(clip, BadSample) else clip)
         good = [clip for clip in clips if clip is not None]
         if not good:
             raise UserError(
@@ -125,18 +125,22 @@ class TrainingStream(IterableDataset[Batch | UserError]):
         except BadSample as error:
             return error
 
-    def _decode(self, sample: RawSample, position: int) -> Clip | BadSample:
+    def _place(self, source: int, index: int) -> str:
+        shards = self.sources[source]
+        return f"{shards.corpus}/{shards.names[shards.shard_of[index]]}/{shards.keys[index]}"
+
+    def _decode(self, sample: RawSample, position: int, place: str) -> Clip | BadSample:
         rng = np.random.default_rng([self.seed, 2, position])
         caption = sample.captions[int(rng.integers(len(sample.captions)))]
-        place = float(rng.random())
-        crop = Crop(start_fraction=place, seconds=self.crop_seconds)
+        fraction = float(rng.random())
+        crop = Crop(start_fraction=fraction, seconds=self.crop_seconds)
         try:
             waveform = decode(sample.audio, sample.extension, self.sample_rate, pcm_rate=sample.sample_rate, crop=crop)
         except BadSample as error:
             return error
         kept = len(waveform) // self.quantum * self.quantum or len(waveform)
-        start = int(place * (len(waveform) - kept))
-        return Clip(waveform[start : start + kept], caption, sample.clip_id, sample.key)
+        start = int(fraction * (len(waveform) - kept))
+        return Clip(waveform[start : start + kept], caption, sample.clip_id, place)
 
 
 def collate(clips: Sequence[Clip], tokenizer: CaptionTokenizer, dropped: Counter[str] | None = None) -> Batch:
@@ -150,7 +154,7 @@ def collate(clips: Sequence[Clip], tokenizer: CaptionTokenizer, dropped: Counter
         attention_mask=attention_mask,
         clip_ids=torch.tensor([stable_id(clip.clip_id) for clip in clips]),
         caption_ids=torch.tensor([caption_id(clip.caption) for clip in clips]),
-        keys=[clip.key for clip in clips],
+        keys=[clip.place for clip in clips],
         dropped=dropped or Counter(),
     )
 
