@@ -1,8 +1,8 @@
 """The objectives as readable formulas on whole matrices: the reference that everything faster is tested against.
 
-`scores` is [texts, audios] (rows i, columns j), any float dtype; narrow ones are widened to fp32. "t2a" asks with a text
-and takes its softmax over audios (along a row); "a2t" asks with an audio and takes it over texts (along a column). Every
-function returns a scalar, the mean of the two directions.
+`scores` is [texts, audios] (rows i, columns j), any float dtype; narrow ones are widened to fp32. "t2a" asks with a
+text and takes its softmax over audios (along a row); "a2t" asks with an audio and takes it over texts (along a column).
+Every function returns a scalar, the mean of the two directions.
 
 Several positives: the target is the positives mask [texts, audios], normalised per row for t2a and per column for a2t.
 A query without a positive adds nothing to the mean.
