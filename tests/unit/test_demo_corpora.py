@@ -219,7 +219,7 @@ def test_the_verb_writes_corpora_and_a_text_encoder_that_loads_offline(
         assert tokenizer.unk_token_id not in tokens
         assert tokens[0] == tokenizer.cls_token_id and tokens[-1] == tokenizer.sep_token_id
     batch = tokenizer(held_out[:3], padding=True, return_tensors="pt")
-    assert model(**batch).last_hidden_state.shape[2] == 256
+    assert model(**batch).last_hidden_state.shape[2] == 192
 
 
 def test_the_text_encoder_is_the_same_from_the_same_seed(demo: Path, tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ def build_demo_text_encoder(
     *,
     seed: int = 0,
     vocab_size: int = 2000,
-    layers: int = 4,
-    dim: int = 256,
+    layers: int = 2,
+    dim: int = 192,
     heads: int = 4,
     max_tokens: int = 128,
 ) -> None:
