@@ -41,7 +41,9 @@ from atr_scale.training.setup import caption_tokenizer, check_batch_size, differ
 logger = logging.getLogger(__name__)
 
 DROP_GRACE = 10_000  # samples before the drop rate is judged: one bad file must not end a short run
-SELECTION = "t2a/mAP@10"
+# The metric that makes a checkpoint the best; in a labelled set captions are shared, so classes are what is asked for.
+SELECTIONS = ("class/mAP@10", "t2a/mAP@10")
+SHOWN = ("t2a/R@1", "t2a/mAP@10", "a2t/R@1", "zero_shot/accuracy")
 PREEMPTED = "preempted"
 
 
@@ -136,6 +138,8 @@ class Training:
                 self._leave()
                 break
         self.monitor.close()
+        if self.world.is_main and self.progress.step == self.steps:
+            logger.info("%s: trained to step %d; measure it with `atr-scale evaluate`", self.run_dir, self.steps)
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0
@@ -197,10 +201,9 @@ class Training:
             )
 
     def _log(self, result: StepResult, step: int) -> None:
+        self._count_dropped()
         interval, self._since_log = self._since_log, Interval()
         seconds = time.perf_counter() - interval.start
-        for counts in self.world.gather_objects(interval.dropped):
-            self.progress.dropped = dict(Counter(self.progress.dropped) + counts)
         dropped, seen = sum(self.progress.dropped.values()), self.progress.samples_seen
         samples = (self.progress.step - self._logged_step) * self.config.train.accum_steps
         self._logged_step = self.progress.step
@@ -226,6 +229,12 @@ class Training:
                 f"= {self.config.data.max_drop_rate}: run `atr-scale shards check` on data.train"
             )
 
+    def _count_dropped(self) -> None:
+        """Add what all ranks dropped since the last count to the run's totals."""
+        for counts in self.world.gather_objects(self._since_log.dropped):
+            self.progress.dropped = dict(Counter(self.progress.dropped) + counts)
+        self._since_log.dropped = Counter()
+
     def _validate(self) -> bool:
         """Evaluate; whether this is the best step so far."""
         if self.validation is None:
@@ -249,20 +258,23 @@ class Training:
         if evaluation.results:
             self.monitor.retrieved(step, players(evaluation, self.validation))
             logger.info(
-                "step %d: validation t2a R@1 %.3f, mAP@10 %.3f, a2t R@1 %.3f (%.0f s)",
-                step, evaluation.metrics["t2a/R@1"], evaluation.metrics[SELECTION], evaluation.metrics["a2t/R@1"],
+                "step %d: validation %s (%.0f s)",
+                step,
+                ", ".join(f"{name} {evaluation.metrics[name]:.3f}" for name in SHOWN if name in evaluation.metrics),
                 time.perf_counter() - start,
-            )  # fmt: skip
+            )
         # The speed that is logged is training's own.
         self._since_log.start += time.perf_counter() - start
-        if evaluation.metrics[SELECTION] <= self.progress.best:
+        score = next(evaluation.metrics[name] for name in SELECTIONS if name in evaluation.metrics)
+        if score <= self.progress.best:
             return False
-        self.progress.best = evaluation.metrics[SELECTION]
+        self.progress.best = score
         return True
 
     def _save(self, best: bool) -> None:
         start = time.perf_counter()
         self.monitor.flush()
+        self._count_dropped()
         state = {**asdict(self.progress), "world_size": self.world.size}
         folder = checkpoint.save(self.run_dir, self.engine, self.world, self.config.to_yaml(), state)
         if self.world.is_main:
