@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -136,7 +137,11 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str) -> No
 
 def read_weights(location: str | Path) -> dict[str, Tensor]:
     """The weights of a run folder (its best checkpoint, else its latest) or of one checkpoint folder."""
-    return load_file(find_checkpoint(location) / WEIGHTS)
+    path = find_checkpoint(location) / WEIGHTS
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): give another checkpoint") from None
 
 
 def find_checkpoint(location: str | Path) -> Path:
@@ -154,7 +159,7 @@ def load_retriever(location: str | Path) -> tuple[Retriever, RunConfig, Path]:
     config = load_config(folder / "config.resolved.yaml")
     config.model.audio.checkpoint = None  # its weights are in the checkpoint
     model = Retriever(config.model, config.objective)
-    load_weights(model, load_file(folder / WEIGHTS), str(folder))
+    load_weights(model, read_weights(folder), str(folder))
     return model, config, folder
 
 

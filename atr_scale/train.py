@@ -31,6 +31,8 @@ def run(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--world-size", type=int, default=1, help="ranks to plan for with --dry-run (default 1)")
     given = parser.parse_args(arguments)
+    if given.world_size < 1:
+        raise UserError(f"--world-size {given.world_size}: give at least 1")
     config = load_config(given.config, given.overrides)
     if given.dry_run:
         _dry_run(config, given.world_size)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from atr_scale import __version__
 from atr_scale.data import storage
 from atr_scale.data.corpora import CORPORA, Clip
-from atr_scale.data.decode import decode, probe
+from atr_scale.data.decode import MAX_RATE, MIN_RATE, decode, probe
 from atr_scale.data.exclusions import ExclusionList, read_exclusions
 from atr_scale.data.index import FORMAT, MANIFEST, read_manifest, scan_shard
 from atr_scale.data.sample import BadSample
@@ -96,6 +96,8 @@ def build(
         raise UserError(f"unknown encoding '{encoding}': choose one of {', '.join(ENCODINGS)}")
     if shard_size < 1:
         raise UserError(f"shard size {shard_size}: give at least 1")
+    if sample_rate is not None and not MIN_RATE <= sample_rate <= MAX_RATE:
+        raise UserError(f"sample rate {sample_rate} Hz: give {MIN_RATE} to {MAX_RATE}, or 0 for each clip's own")
     location = str(out)
     storage.is_remote(location)
     sample_rate = None if encoding == "keep" else sample_rate

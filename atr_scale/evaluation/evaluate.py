@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from atr_scale.config import EvaluationSection, RunConfig
+from atr_scale.config import RunConfig, parse_config
 from atr_scale.data.batch import stable_id
 from atr_scale.data.index import ShardSet, open_shards
 from atr_scale.data.text import CaptionTokenizer
@@ -89,7 +89,7 @@ def _class_vectors(
     if len(labels) < len(embedded.labels):
         return None
     classes = sorted(set(labels))
-    prompts = [prompt.format(label=name.replace("_", " ")) for name in classes]
+    prompts = [prompt.replace("{label}", name.replace("_", " ")) for name in classes]
     input_ids, attention_mask = tokenizer(prompts)
     was_training = model.training
     model.eval()
@@ -116,7 +116,9 @@ def evaluate_run(
     """
     model, config, folder = load_retriever(location)
     if class_prompt:
-        config.evaluation = EvaluationSection(**{**config.evaluation.model_dump(), "class_prompt": class_prompt})
+        values = config.model_dump()
+        values["evaluation"]["class_prompt"] = class_prompt
+        config = parse_config(values, "--class-prompt")
     place = shards or {"validation": config.data.validation, "test": config.data.test}.get(split)
     if place is None:
         raise UserError(f"the configuration of {location} names no data.{split}: give --shards DIR")

@@ -36,7 +36,14 @@ from atr_scale.training.monitor import Monitor, Player, RetrievedClips
 from atr_scale.training.preemption import PreemptionFlag
 from atr_scale.training.provenance import write_environment
 from atr_scale.training.schedule import learning_rate
-from atr_scale.training.setup import caption_tokenizer, check_batch_size, differences, num_steps, training_stream
+from atr_scale.training.setup import (
+    caption_tokenizer,
+    check_batch_size,
+    check_run_folder,
+    differences,
+    num_steps,
+    training_stream,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +79,7 @@ class Training:
         self.config, self.world, self.device = config, world, device
         self.run_dir = Path(config.run.dir)
         check_batch_size(config, world.size)
+        check_run_folder(self.run_dir)
         self.stop = PreemptionFlag()
         self.tokenizer = caption_tokenizer(config)
         self.validation = open_shards(config.data.validation) if config.data.validation else None

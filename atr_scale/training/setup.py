@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 from atr_scale.config import RunConfig
@@ -33,6 +35,16 @@ def check_batch_size(config: RunConfig, world_size: int) -> None:
             f"train.micro_batch_size = {train.micro_batch_size}, but a rank's share of train.global_batch_size is "
             f"{share} on {world_size} ranks and runs in one forward: set it to {share} or null, or change the ranks"
         )
+
+
+def check_run_folder(folder: Path) -> None:
+    """Make the run folder. UserError where it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the run folder {folder} cannot be made ({error.strerror}): give another run.dir") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"the run folder {folder} is not writable: give another run.dir")
 
 
 def caption_tokenizer(config: RunConfig) -> CaptionTokenizer:

@@ -75,6 +75,8 @@ def write_demo_corpora(
     sizes = sizes or Sizes()
     if sample_rate < 16000:
         raise UserError(f"sample rate {sample_rate} Hz is too low for the demo's sounds: give 16000 or more")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give a folder for the demo corpora")
     made_with = {"version": VERSION, "seed": seed, "sample_rate": sample_rate, "sizes": asdict(sizes)}
     if _finished(out, made_with):
         logger.info("demo corpora in %s are complete: nothing to do", out)
