@@ -267,6 +267,20 @@ def test_damage_never_pairs_audio_with_another_caption(right: str, tmp_path: Pat
             assert clip == number and batch.clip_ids[row] in (clip_id("right", number), clip_id("damaged", number))
 
 
+def test_samples_that_moved_by_one_member_never_mispair(right: str, tmp_path: Path) -> None:
+    """One more JSON in front: every range of the manifest now holds a JSON and the next clip's audio."""
+    folder = copy(right, tmp_path / "right")
+    stream = open_stream(str(folder))
+    for path in folder.glob("*.tar"):
+        whole = path.read_bytes()
+        with tarfile.open(path) as tar:
+            json_member = next(m for m in tar.getmembers() if m.name.endswith(".json"))
+        end = json_member.offset_data + -(-json_member.size // 512) * 512
+        path.write_bytes(whole[json_member.offset : end] + whole)
+    with pytest.raises(UserError, match=r"all 12 samples of a batch are unreadable \(\{'mismatched_key': 12\}\)"):
+        read(stream, 0, 1)
+
+
 def write_laion(folder: Path, shards: dict[str, list[int]]) -> str:
     """Tars of LAION's audio-dataset layout, no manifest; every shard numbers its keys from zero."""
     folder.mkdir(parents=True)
