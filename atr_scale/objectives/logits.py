@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atr_scale.parallel.blocks import at_least_fp32
+
 
 class _ClampInward(torch.autograd.Function):
     """Clamp whose gradient passes unless a descent step would lead further out of the bounds.
@@ -42,6 +44,4 @@ class Temperature(nn.Module):
 
     def forward(self) -> Tensor:
         """tau, shape (1,), at least fp32."""
-        value = self.log_temperature
-        value = value if value.dtype == torch.float64 else value.float()
-        return _ClampInward.apply(value, *self.bounds).exp()
+        return _ClampInward.apply(at_least_fp32(self.log_temperature), *self.bounds).exp()
