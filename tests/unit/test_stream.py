@@ -268,7 +268,7 @@ def test_damage_never_pairs_audio_with_another_caption(right: str, tmp_path: Pat
 
 
 def test_samples_that_moved_by_one_member_never_mispair(right: str, tmp_path: Path) -> None:
-    """One more JSON in front: every range of the manifest but a shard's first holds a JSON and the next clip's audio."""
+    """One more JSON in front: every range but a shard's first now holds a JSON and the next clip's audio."""
     folder = copy(right, tmp_path / "right")
     stream = open_stream(str(folder), batch=20)
     for path in folder.glob("*.tar"):
