@@ -10,6 +10,7 @@ global batch, all make equal steps, and the first batch to be read can be any.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,8 @@ class TrainingStream(IterableDataset[Batch | UserError]):
                 raise UserError(
                     f"no samples in {source.shards} (data.train): build shards with `atr-scale shards build`"
                 )
+            if world.is_main:
+                _check_exclusions(shards)
         given = [source.weight for source in data.train]
         weights = [float(len(s)) if w is None else w for w, s in zip(given, self.sources, strict=True)]
         self.plan = Plan(
@@ -143,6 +146,21 @@ class TrainingStream(IterableDataset[Batch | UserError]):
         return Clip(waveform[start : start + kept], caption, sample.clip_id, place)
 
 
+def _check_exclusions(shards: ShardSet) -> None:
+    """Say which overlap lists WavCaps shards were built with; warn where they may hold other corpora's test clips."""
+    if shards.corpus != "wavcaps":
+        return
+    applied = [e["name"] for e in shards.manifest.get("exclusions", []) if e["name"].endswith((".json", ".csv"))]
+    if applied:
+        logger.info("%s was built without the clips of %s", shards.location, ", ".join(applied))
+    else:
+        logger.warning(
+            "%s was built without an overlap list and may hold test clips of AudioCaps and Clotho: build it again with "
+            "WavCaps' blacklist folder in place, or --exclude FILE",
+            shards.location,
+        )
+
+
 def collate(clips: Sequence[Clip], tokenizer: CaptionTokenizer, dropped: Counter[str] | None = None) -> Batch:
     """Clips as one batch, waveforms padded with zeros to the longest."""
     waveform, lengths = pad([clip.waveform for clip in clips])
@@ -170,11 +188,15 @@ def pad(waveforms: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def read_batches(stream: TrainingStream, workers: int, *, pin_memory: bool = False) -> Iterator[Batch]:
     """Batches of `stream` in order, read ahead by `workers` processes (0: in this one)."""
+    context = None
+    if workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # imported once, not by every worker
     loader = DataLoader(
         stream,
         batch_size=None,
         num_workers=workers,
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=context,
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
     )

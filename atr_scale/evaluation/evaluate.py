@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def evaluate_run(
         open_shards(place),
         config,
         split=split,
-        step=int(folder.name.removeprefix("step-")),
+        step=json.loads((folder / "state.json").read_text())["step"],
         world=world,
         device=device,
         tokenizer=CaptionTokenizer(config.model.text.name, captions.cleaning, captions.max_tokens),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from atr_scale.config import RunConfig
 from atr_scale.data.batch import Batch
-from atr_scale.data.stream import read_batches
 from atr_scale.model import Retriever
 from atr_scale.parallel.world import World
 from atr_scale.training.engine import Engine
-from atr_scale.training.setup import caption_tokenizer, training_stream
-from tests.distributed.ranks import run_ranks
 from tests.tiny_run import tiny_config
+from tools.parity import curves, parameters, start, with_train
+from tools.ranks import run_ranks
 
 RATES = {"audio": 1e-3, "text": 1e-3, "heads": 1e-3}
 
@@ -33,63 +30,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(config: RunConfig) -> tuple[Engine, Iterator[Batch]]:
-    world = World.current()
-    torch.manual_seed(0)
-    model = Retriever(config.model, config.objective)
-    engine = Engine(model, config.train, world, torch.device("cpu"))
-    stream = training_stream(config, caption_tokenizer(config), model.sample_rate, world)
-    return engine, read_batches(stream.between(0, 100), 0)
-
-
-def curves(configs: list[RunConfig], updates: int) -> list[dict[str, Any]]:
-    """`curve` of each; one start of the ranks serves all."""
-    return [curve(config, updates) for config in configs]
-
-
-def curve(config: RunConfig, updates: int) -> dict[str, Any]:
-    """Losses of some updates, the full gradients of the first and the parameters after the last."""
-    engine, batches = start(config)
-    found: dict[str, Any] = {"loss": [], "norm": []}
-
-    def keep_gradients() -> None:
-        if "gradients" not in found:
-            found["gradients"] = {n: safe_get_full_grad(p).numpy().copy() for n, p in watched(engine)}
-
-    judge = engine._bad_ranks  # called when gradients are complete and not yet clipped
-    engine._bad_ranks = lambda: (keep_gradients(), judge())[1]  # type: ignore[method-assign]
-    for number in range(updates):
-        taken = [next(batches) for _ in range(config.train.accum_steps)]
-        result = engine.update(taken, RATES, [number] * len(taken))
-        assert result.applied
-        found["loss"].append(result.terms["loss"])
-        found["norm"].append(result.gradient_norm)
-    found["parameters"] = parameters(engine)
-    return found
-
-
-def parameters(engine: Engine) -> dict[str, np.ndarray]:
-    """The full parameters: without ZeRO the module's own, else from the shards of the optimizer."""
-    found = {n: safe_get_full_fp32_param(p) for n, p in watched(engine)}
-    return {n: (p if found[n] is None else found[n]).detach().numpy().copy() for n, p in watched(engine)}
-
-
-def watched(engine: Engine) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(n, p) for n, p in engine.model.named_parameters() if p.requires_grad]
-
-
-def zero(config: RunConfig, **train: Any) -> RunConfig:
-    return config.model_copy(update={"train": config.train.model_copy(update=train)})
-
-
 @pytest.mark.parametrize("objective", ["nt_xent", "pmr"])
 def test_ranks_and_zero_stages_agree(folder: Path, objective: str) -> None:
     """One process without ZeRO against two with stages 0 to 3: gradients, losses, norms, parameters."""
     config = tiny_config(folder, folder / "run")
     config.objective.name = objective  # type: ignore[assignment]
-    ((expected,),) = run_ranks(curves, 1, [zero(config, zero_stage=0)], 3)
+    ((expected,),) = run_ranks(curves, 1, [with_train(config, zero_stage=0)], 3)
     stages = (0, 1, 2, 3)
-    for rank in run_ranks(curves, 2, [zero(config, zero_stage=stage) for stage in stages], 3):
+    for rank in run_ranks(curves, 2, [with_train(config, zero_stage=stage) for stage in stages], 3):
         for stage, found in zip(stages, rank, strict=True):
             np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-5, err_msg=f"stage {stage}")
             np.testing.assert_allclose(found["norm"], expected["norm"], rtol=2e-4, err_msg=f"stage {stage}")
@@ -102,9 +50,9 @@ def test_ranks_and_zero_stages_agree(folder: Path, objective: str) -> None:
 
 def test_accumulated_losses_are_averaged(folder: Path) -> None:
     """Two losses an update: the gradient is the mean of theirs."""
-    config = zero(tiny_config(folder, folder / "run"), gradient_clipping=0.0, lr=0.0)
+    config = with_train(tiny_config(folder, folder / "run"), gradient_clipping=0.0, lr=0.0)
     single = run_ranks(gradients_of_batches, 1, config)[0]
-    both = run_ranks(curves, 1, [zero(config, accum_steps=2)], 1)[0][0]["gradients"]
+    both = run_ranks(curves, 1, [with_train(config, accum_steps=2)], 1)[0][0]["gradients"]
     for name, gradient in both.items():
         np.testing.assert_allclose(gradient, (single[0][name] + single[1][name]) / 2, rtol=1e-4, atol=1e-6)
 
@@ -162,7 +110,7 @@ def test_a_non_finite_rank_makes_all_skip(folder: Path) -> None:
     """Parameters and moments stay bit for bit, and the next update is a normal one."""
     cases = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 3), ("fp16", 0), ("fp16", 2)]
     config = tiny_config(folder, folder / "run")
-    configs = [zero(config, zero_stage=stage, precision=precision) for precision, stage in cases]
+    configs = [with_train(config, zero_stage=stage, precision=precision) for precision, stage in cases]
     for rank in run_ranks(skips, 2, configs):
         for case, found in zip(cases, rank, strict=True):
             assert 1 in found["bad_ranks"], case
@@ -172,7 +120,7 @@ def test_a_non_finite_rank_makes_all_skip(folder: Path) -> None:
 
 
 def test_fp16_halves_its_scale_after_an_overflow(folder: Path) -> None:
-    config = zero(tiny_config(folder, folder / "run"), precision="fp16")
+    config = with_train(tiny_config(folder, folder / "run"), precision="fp16")
     before, after, overflow = run_ranks(overflow_once, 1, config)[0]
     assert overflow and after == before / 2
 

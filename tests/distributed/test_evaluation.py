@@ -19,8 +19,8 @@ from atr_scale.evaluation.evaluate import Evaluation, evaluate
 from atr_scale.model import Retriever
 from atr_scale.parallel.world import World
 from atr_scale.training.setup import caption_tokenizer
-from tests.distributed.ranks import run_ranks
 from tests.tiny_run import tiny_config
+from tools.ranks import run_ranks
 
 RATE = 16_000
 CLIPS = 11

@@ -17,7 +17,7 @@ from atr_scale.objectives.targets import positives_mask
 from atr_scale.parallel import blocks
 from atr_scale.parallel.blocks import EmbeddingScores, StoredScores
 from atr_scale.parallel.world import World
-from tests.distributed.ranks import run_ranks
+from tools.ranks import run_ranks
 
 B = 12
 CASES = {

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from atr_scale.config import Source
 from atr_scale.data.batch import Batch, caption_id, stable_id
-from atr_scale.data.index import open_shards
-from atr_scale.data.stream import TrainingStream, describe, read_batches
+from atr_scale.data.index import ShardSet, open_shards
+from atr_scale.data.stream import TrainingStream, _check_exclusions, describe, read_batches
 from atr_scale.errors import UserError
 from atr_scale.parallel.world import World
 from tests.coded import (
@@ -333,3 +333,22 @@ def test_the_code_is_sound() -> None:
     values[1000:] = torch.from_numpy(waveform(6)[1123:2123].astype(np.float32) / 32768)
     with pytest.raises(AssertionError, match="clips"):
         heard(batch, 0)
+
+
+@pytest.mark.parametrize(
+    ("exclusions", "words"),
+    [
+        ([{"name": "unreadable AudioSet files"}], "without an overlap list"),
+        ([{"name": "unreadable AudioSet files"}, {"name": "blacklist_exclude_test_ac.json"}], "without the clips of"),
+    ],
+)
+def test_overlap_lists_are_checked_when_read(
+    caplog: pytest.LogCaptureFixture, exclusions: list[dict[str, str]], words: str
+) -> None:
+    """WavCaps shards say which lists they were built with, or that there was none."""
+    shards = ShardSet(
+        "somewhere", "wavcaps", "train", [], *(np.zeros(0, np.int64),) * 3, [], {"exclusions": exclusions}
+    )
+    with caplog.at_level("INFO"):
+        _check_exclusions(shards)
+    assert words in caplog.text

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
@@ -27,7 +29,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
         for process in processes:
             process.start()
         try:
-            found = dict(queue.get(timeout=TIMEOUT_S) for _ in processes)
+            found = _collect(queue, processes)
         finally:
             for process in processes:
                 process.join(timeout=10)
@@ -35,6 +37,21 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
     for rank, (_, error) in sorted(found.items()):
         assert error is None, f"rank {rank} failed:\n{error}"
     return [found[rank][0] for rank in range(size)]
+
+
+def _collect(queue: Any, processes: list[Any]) -> dict[int, Any]:
+    """What every rank put; TimeoutError where one died without a word, or hangs."""
+    found: dict[int, Any] = {}
+    end = time.monotonic() + TIMEOUT_S
+    while len(found) < len(processes):
+        died = [n for n, p in enumerate(processes) if p.exitcode not in (None, 0) and n not in found]
+        try:
+            rank, result = queue.get(timeout=1)
+            found[rank] = result
+        except Empty:
+            if died or time.monotonic() > end:
+                raise TimeoutError(f"ranks {died or 'unknown'} gave no result") from None
+    return found
 
 
 def _rank(function: Callable[..., Any], rank: int, size: int, store: str, queue: Any, args: tuple[Any, ...]) -> None:

@@ -1,0 +1,116 @@
+"""Does a run depend on how it is spread out? The same updates on one and two processes and at every ZeRO stage.
+
+    python -m tools.parity CONFIG.yaml [key.sub=value ...] [--updates 10]
+
+Prints, against one process without ZeRO, the largest relative differences of the losses, the gradient norms and the
+first update's full gradients. Text dropout is switched off: its draws are per rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+from atr_scale.config import RunConfig, load_config
+from atr_scale.data.batch import Batch
+from atr_scale.data.stream import read_batches
+from atr_scale.model import Retriever
+from atr_scale.parallel.world import World
+from atr_scale.training.engine import Engine
+from atr_scale.training.setup import caption_tokenizer, training_stream
+from tools.ranks import run_ranks
+
+
+def start(config: RunConfig) -> tuple[Engine, Iterator[Batch]]:
+    """A new engine on this rank, with its batches."""
+    world = World.current()
+    torch.manual_seed(config.run.seed)
+    model = Retriever(config.model, config.objective)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    engine = Engine(model, config.train, world, torch.device("cpu"))
+    stream = training_stream(config, caption_tokenizer(config), model.sample_rate, world)
+    return engine, read_batches(stream.between(0, 1 << 30), 0)
+
+
+def curve(config: RunConfig, updates: int) -> dict[str, Any]:
+    """Losses and norms of some updates, the full gradients of the first, the parameters after the last."""
+    engine, batches = start(config)
+    found: dict[str, Any] = {"loss": [], "norm": []}
+
+    def keep_gradients() -> None:
+        if "gradients" not in found:
+            found["gradients"] = {n: safe_get_full_grad(p).numpy().copy() for n, p in trainable(engine)}
+
+    judge = engine._bad_ranks  # called when gradients are complete and not yet clipped
+    engine._bad_ranks = lambda: (keep_gradients(), judge())[1]  # type: ignore[method-assign]
+    train = config.train
+    rates = {
+        "audio": train.lr if train.lr_audio is None else train.lr_audio,
+        "text": train.lr if train.lr_text is None else train.lr_text,
+        "heads": train.lr if train.lr_heads is None else train.lr_heads,
+    }
+    for number in range(updates):
+        taken = [next(batches) for _ in range(train.accum_steps)]
+        result = engine.update(taken, rates, [number] * len(taken))
+        assert result.applied
+        found["loss"].append(result.terms["loss"])
+        found["norm"].append(result.gradient_norm)
+    found["parameters"] = parameters(engine)
+    return found
+
+
+def curves(configs: list[RunConfig], updates: int) -> list[dict[str, Any]]:
+    """`curve` of each; one start of the ranks serves all."""
+    return [curve(config, updates) for config in configs]
+
+
+def trainable(engine: Engine) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(n, p) for n, p in engine.model.named_parameters() if p.requires_grad]
+
+
+def parameters(engine: Engine) -> dict[str, np.ndarray]:
+    """The full parameters: without ZeRO the module's own, else from the shards of the optimizer."""
+    found = {n: safe_get_full_fp32_param(p) for n, p in trainable(engine)}
+    return {n: (p if found[n] is None else found[n]).detach().numpy().copy() for n, p in trainable(engine)}
+
+
+def with_train(config: RunConfig, **train: Any) -> RunConfig:
+    """`config` with other values in its train section."""
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare one and two processes at every ZeRO stage.")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--updates", type=int, default=10)
+    given = parser.parse_args()
+    config = load_config(given.config, given.overrides)
+    ((reference,),) = run_ranks(curves, 1, [with_train(config, zero_stage=0)], given.updates)
+    scale = max(np.abs(g).max() for g in reference["gradients"].values())
+    print(f"one process: losses {', '.join(f'{x:.6f}' for x in reference['loss'])}")
+    print("| processes | ZeRO | losses | gradient norms | gradients, of the largest |\n|-|-|-|-|-|")
+    for size, stages in ((1, (1, 2, 3)), (2, (0, 1, 2, 3))):
+        found = run_ranks(curves, size, [with_train(config, zero_stage=stage) for stage in stages], given.updates)[0]
+        for stage, one in zip(stages, found, strict=True):
+            worst = max(np.abs(g - reference["gradients"][n]).max() for n, g in one["gradients"].items()) / scale
+            print(
+                f"| {size} | {stage} | {_relative(one['loss'], reference['loss']):.1e} "
+                f"| {_relative(one['norm'], reference['norm']):.1e} | {worst:.1e} |",
+                flush=True,
+            )
+
+
+def _relative(found: list[float], expected: list[float]) -> float:
+    return float(np.max(np.abs(np.array(found) / np.array(expected) - 1)))
+
+
+if __name__ == "__main__":
+    main()
