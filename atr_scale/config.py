@@ -115,8 +115,8 @@ class TrainSection(Section):
     micro_batch_size: Count | None = Field(None, description="pairs in one forward; default: a rank's share")
     accum_steps: Count = Field(1, description="losses averaged per update")
     lr: Positive = 1e-4
-    lr_audio: NonNegative | None = Field(None, description="default: lr")
-    lr_text: NonNegative | None = Field(None, description="default: lr")
+    lr_audio: NonNegative | None = Field(None, description="default: lr; 0 freezes the audio encoder")
+    lr_text: NonNegative | None = Field(None, description="default: lr; 0 freezes the text encoder")
     lr_heads: NonNegative | None = Field(None, description="projections, scorer, temperature; default: lr")
     lr_floor: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="last learning rate as a share of lr")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="default: 5 % of all steps")

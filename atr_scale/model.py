@@ -103,6 +103,14 @@ class Retriever(nn.Module):
         terms = self.objective(block, temperature, (world.gather(batch.ids), batch.ids))
         return {**terms, "loss": torch.stack(list(terms.values())).sum(), "temperature": temperature.detach().squeeze()}
 
+    def train(self, mode: bool = True) -> Retriever:
+        """Training mode for what is trained: a frozen encoder keeps its dropout off."""
+        super().train(mode)
+        for encoder in (self.audio_encoder, self.text_encoder):
+            if not any(p.requires_grad for p in encoder.parameters()):
+                encoder.eval()
+        return self
+
     def _autocast(self, like: Tensor) -> torch.autocast:
         """For the encoders alone: scores, logits and losses are fp32."""
         dtype = AUTOCAST.get(self.precision)

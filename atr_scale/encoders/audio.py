@@ -5,6 +5,7 @@ Shape suffixes: B batch, S samples.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from atr_scale.encoders.buckets import encode_in_buckets
 from atr_scale.sequence import TokenSequence
 
 
-class AudioEncoder(nn.Module):
+class AudioEncoder(nn.Module, ABC):
     """Waveform -> TokenSequence; a clip's result never depends on its batch mates (batch_norm frozen).
 
     sample_rate: Hz of the waveform. dim: width of tokens and of pooled.
@@ -27,9 +28,9 @@ class AudioEncoder(nn.Module):
     batch_norm: BatchNormMode = "frozen"
     equal_rounds: Callable[[int], int] | None = None
 
+    @abstractmethod
     def encode(self, waveform_BS: Tensor) -> TokenSequence:
         """Clips of one length."""
-        raise NotImplementedError
 
     def forward(self, waveform_BS: Tensor, lengths_B: Tensor | None = None) -> TokenSequence:
         """waveform float32 [B, S]; lengths int64 [B] in samples, None where every clip fills the width."""

@@ -69,14 +69,14 @@ def evaluate(
     results = []
     if world.is_main:
         ids = np.array([stable_id(clip) for clip in embedded.clip_ids])
-        retrieval = evaluate_retrieval(
-            split, step, embedded.scores, embedded.captions, embedded.clip_ids, ids[embedded.owner], ids
-        )
+        first = np.searchsorted(embedded.owner, np.arange(len(ids)))
+        shown = [f"{embedded.captions[c]} ({clip})" for c, clip in zip(first, embedded.clip_ids, strict=True)]
+        retrieval = evaluate_retrieval(split, step, embedded.scores, embedded.captions, shown, ids[embedded.owner], ids)
         results.append(retrieval)
         if class_vectors is not None:
             prompts, vectors, labels = class_vectors
             scores = vectors @ embedded.audio.T
-            results.append(evaluate_labelled(f"{split}/classes", step, scores, prompts, embedded.clip_ids, labels))
+            results.append(evaluate_labelled(f"{split}/classes", step, scores, prompts, shown, labels))
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     return Evaluation(results, world.gather_objects(metrics)[0], embedded.dropped, embedded)
 

@@ -41,6 +41,7 @@ from atr_scale.training.setup import (
     check_batch_size,
     check_run_folder,
     differences,
+    freeze,
     num_steps,
     training_stream,
 )
@@ -88,6 +89,7 @@ class Training:
         resume_from = self._find_checkpoint()
         if resume_from is None and config.train.initial_checkpoint:
             load_weights(model, read_weights(config.train.initial_checkpoint), config.train.initial_checkpoint)
+        freeze(model, config.train)
         self.stream = training_stream(config, self.tokenizer, model.sample_rate, world)
         self.steps, self.warmup_steps = num_steps(config, self.stream)
         self.epoch_steps = max(1, math.ceil(self.stream.plan.epoch_batches / config.train.accum_steps))

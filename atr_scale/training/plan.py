@@ -6,7 +6,7 @@ from atr_scale.config import RunConfig
 from atr_scale.data.index import open_shards
 from atr_scale.model import Retriever, count_parameters
 from atr_scale.parallel.world import World
-from atr_scale.training.setup import caption_tokenizer, check_batch_size, num_steps, training_stream
+from atr_scale.training.setup import caption_tokenizer, check_batch_size, freeze, num_steps, training_stream
 
 BYTES = 4  # parameters, gradients and both moments are fp32
 
@@ -18,13 +18,16 @@ def plan(config: RunConfig, world_size: int) -> str:
     stream = training_stream(config, caption_tokenizer(config), model.sample_rate, World(0, world_size))
     steps, warmup = num_steps(config, stream)
     train = config.train
+    freeze(model, train)
     total = count_parameters(model.parameters())
     groups = {name: count_parameters(p for _, p in members) for name, members in model.parameter_groups().items()}
-    shared = [4 * BYTES * total, 2 * BYTES * total, BYTES * total, 0][train.zero_stage]
-    split = [0, 2 * BYTES * total, 3 * BYTES * total, 4 * BYTES * total][train.zero_stage]
+    learned = sum(groups.values())
+    # ZeRO 1 splits the two moments over the ranks, 2 the gradients too, 3 the parameters too.
+    parts = (2 * learned, learned, total)
+    values = sum(n / world_size if train.zero_stage > k else n for k, n in enumerate(parts))
     lines = [
         f"model       {total / 1e6:.2f} M parameters ({', '.join(f'{k} {n / 1e6:.2f} M' for k, n in groups.items())})",
-        f"memory      {(shared + split / world_size) / 2**30:.2f} GiB a rank for parameters, gradients and moments "
+        f"memory      {BYTES * values / 2**30:.2f} GiB a rank for parameters, gradients and moments "
         f"(ZeRO {train.zero_stage}, {world_size} ranks); activations come on top",
         f"batch       {train.global_batch_size} pairs a loss, {train.global_batch_size // world_size} a rank, "
         f"{train.accum_steps} losses an update",

@@ -1,0 +1,64 @@
+"""Finding, verifying, linking and pruning checkpoints; what they hold is tested with whole runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from atr_scale.errors import UserError
+from atr_scale.training import checkpoint
+
+
+def write(run: Path, step: int) -> Path:
+    folder = run / "checkpoints" / f"step-{step}"
+    (folder / "deepspeed").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(range(200)))
+    (folder / "deepspeed" / "rank_0.pt").write_bytes(b"moments" * step)
+    checkpoint._seal(folder)
+    return folder
+
+
+def test_the_newest_good_one_is_found(tmp_path: Path) -> None:
+    assert checkpoint.find(tmp_path) is None
+    for step in (3, 20, 100):  # by number, not by name
+        write(tmp_path, step)
+    assert checkpoint.find(tmp_path).name == "step-100"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "no manifest", "manifest cut"])
+def test_a_damaged_one_is_passed_over_by_name(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+    weights, manifest = bad / "model.safetensors", bad / checkpoint.MANIFEST
+    if damage == "flip":
+        weights.write_bytes(b"\xff" + weights.read_bytes()[1:])
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "remove":
+        (bad / "deepspeed" / "rank_0.pt").unlink()
+    elif damage == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text(manifest.read_text()[:30])
+    assert checkpoint.find(tmp_path) == good
+    assert "step-2 is broken" in caplog.text
+    shutil.rmtree(good)
+    with pytest.raises(UserError, match=r"all 1 checkpoints .* are broken"):
+        checkpoint.find(tmp_path)
+
+
+def test_unfinished_folders_are_not_seen(tmp_path: Path) -> None:
+    write(tmp_path, 4)
+    (tmp_path / "checkpoints" / ".step-8.partial").mkdir()
+    (tmp_path / "checkpoints" / "step-9-copy").mkdir()
+    assert [p.name for p in checkpoint.newest_first(tmp_path)] == ["step-4"]
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    folders = {step: write(tmp_path, step) for step in (1, 2, 3, 4)}
+    checkpoint.link(tmp_path, "best", folders[1])
+    checkpoint.link(tmp_path, "best", folders[2])  # a link is replaced, not followed
+    checkpoint.prune(tmp_path, keep=1)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    assert (tmp_path / "best").resolve() == folders[2].resolve()
