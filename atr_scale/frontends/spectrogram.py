@@ -5,6 +5,7 @@ Shape suffixes: B batch, S samples, K frequency bins, M mel bands, F frames.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -44,14 +45,15 @@ def mel_bank(num_mels: int, n_fft: int, sample_rate: int, fmin: float, fmax: flo
     return torch.minimum(rising, falling).clamp(min=0).float()
 
 
-class FrontEnd(nn.Module):
+class FrontEnd(nn.Module, ABC):
     """Waveform -> log-mel on the waveform's device: in fp32 whatever the autocast, without gradient.
 
     Its constants are no part of any checkpoint, and they stay fp32 when the model around them is cast.
     """
 
+    @abstractmethod
     def features(self, waveform_BS: Tensor) -> Tensor:
-        raise NotImplementedError
+        """waveform float32 [B, S] -> log-mel [B, M, F]."""
 
     @torch.no_grad()
     def forward(self, waveform_BS: Tensor) -> Tensor:
