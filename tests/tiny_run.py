@@ -5,42 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from atr_scale.config import RunConfig, parse_config
-from tests.tiny import make_tiny_inputs
+from atr_scale.config import RunConfig, load_config
+from tests.tiny import TinyInputs, make_tiny_inputs, write_tiny_config
+
+OVERRIDES = (
+    "data.crop_seconds=0.5",
+    "data.crop_quantum=0.25",
+    "model.projection.dim=16",
+    "model.scorer.name=meanmax",
+    "evaluation.batch_size=4",
+)
 
 
 def tiny_config(folder: Path, run: Path, **train: Any) -> RunConfig:
-    """A run on 40 clips, validated on 11; inputs are made under `folder` once. `train` overrides its section."""
+    """A run on 40 clips, validated on 11; inputs are made under `folder` once. `train` sets keys of its section."""
     if not (folder / "train").exists():
         make_tiny_inputs(folder / "train", 40)
         make_tiny_inputs(folder / "validation", 11)
-    return parse_config(
-        {
-            "run": {"dir": str(run)},
-            "data": {
-                "train": [{"shards": str(folder / "train" / "shards")}],
-                "validation": str(folder / "validation" / "shards"),
-                "crop_seconds": 0.5,
-                "crop_quantum": 0.25,
-                "workers": 0,
-            },
-            "model": {
-                "audio": {"name": "small_cnn"},
-                "text": {"name": str(folder / "train" / "text_encoder"), "pooling": "mean"},
-                "projection": {"dim": 16},
-                "scorer": {"name": "meanmax"},
-            },
-            "train": {
-                "steps": 6,
-                "global_batch_size": 12,
-                "precision": "fp32",
-                "lr": 1e-3,
-                "warmup_steps": 2,
-                "log_every": 1,
-                "evaluate_every": 100,
-                **train,
-            },
-            "evaluation": {"batch_size": 4},
-        },
-        "the tests",
-    )
+    inputs = TinyInputs(folder / "train" / "shards", folder / "train" / "text_encoder")
+    train = {"steps": 6, "global_batch_size": 12, "warmup_steps": 2, "evaluate_every": 100, **train}
+    path = write_tiny_config(folder / "tiny.yaml", inputs, run, **train)
+    return load_config(path, [*OVERRIDES, f"data.validation={folder / 'validation' / 'shards'}"])
