@@ -34,6 +34,7 @@ train() {
         # The processes share the cores; more threads than cores would make them wait for each other.
         local threads=$(($(nproc) / 2))
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
+        export DS_ACCELERATOR=cpu # accelerate looks DeepSpeed up, which would warn that there is no GPU
         accelerate launch --config_file launch/accelerate/cpu.yaml \
             -m atr_scale.train configs/quickstart/pretrain.yaml "$@"
         return
