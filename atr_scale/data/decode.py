@@ -53,6 +53,7 @@ def decode(
     """Decode to float32 mono [samples] at `sample_rate` Hz: the whole clip, or a crop of it.
 
     A clip longer than `crop.seconds` gives exactly round(crop.seconds * sample_rate) samples, a shorter one all of it.
+    A crop that would fall into silence moves to the clip's loudest moment.
     Raises BadSample with the reason undecodable_audio, empty_audio, huge_audio (over an hour, or over 4 GiB decoded),
     short_audio (fewer frames than the header says), nonfinite_audio or silent_audio (all exactly zero).
     """
@@ -61,10 +62,13 @@ def decode(
     if crop is not None and frames > round(crop.seconds * rate):
         count = max(1, round(crop.seconds * rate))
         start = int(crop.start_fraction * (frames - count))
-    if extension == "pcm":
-        mono = np.frombuffer(audio, "<i2", count, offset=2 * start).astype(np.float32) / 32768
-    else:
-        mono = _read_mono(audio, start, count, frames)
+    mono = _read_mono(audio, extension, start, count, frames)
+    if crop is not None and count < frames and not mono.any():
+        # The crop fell into a pause of a good clip: it moves to the loudest moment, which keeps its place in the crop.
+        whole = _read_mono(audio, extension, 0, frames, frames)
+        loudest = int(np.abs(whole).argmax())
+        start = max(0, min(loudest - int(crop.start_fraction * count), len(whole) - count))
+        mono = whole[start : start + count]
     wanted = count if rate == sample_rate else max(1, round(len(mono) * sample_rate / rate))
     if crop is not None and count < frames:
         wanted = max(1, round(crop.seconds * sample_rate))
@@ -86,7 +90,9 @@ def _open(audio: bytes) -> soundfile.SoundFile:
         raise BadSample("undecodable_audio", _first_line(error)) from None
 
 
-def _read_mono(audio: bytes, start: int, count: int, frames: int) -> np.ndarray:
+def _read_mono(audio: bytes, extension: str, start: int, count: int, frames: int) -> np.ndarray:
+    if extension == "pcm":
+        return np.frombuffer(audio, "<i2", count, offset=2 * start).astype(np.float32) / 32768
     with _open(audio) as file:
         try:
             if start:
