@@ -172,7 +172,7 @@ def test_damaged_bytes_never_crash(data: st.DataObject) -> None:
 @pytest.mark.parametrize("extension", ["pcm", "flac"])
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
 def test_a_crop_in_a_pause_moves_to_the_sound(extension: str, fraction: float) -> None:
-    """A short knock in seconds of silence: wherever the crop would fall, the knock is in it, at the crop's own place."""
+    """A short knock in seconds of silence: wherever the crop would fall, the knock is in it, at its own place."""
     clip = np.zeros(10 * RATE, np.float32)
     clip[7 * RATE : 7 * RATE + 50] = np.linspace(0.1, 0.5, 50)
     audio = (clip * 32767).astype("<i2").tobytes() if extension == "pcm" else encode(clip, "FLAC")
