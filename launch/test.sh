@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs the tests.
 #   launch/test.sh [pytest arguments]          the quick tier
-#   launch/test.sh --all [pytest arguments]    everything, for example: launch/test.sh --all --real-data DIR
+#   launch/test.sh --all [pytest arguments]    everything, for example: launch/test.sh --all --real-data=DIR
 # Tests that need more than the environment (SLURM, chromium, shellcheck, real recordings) are skipped with a reason.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,4 +15,15 @@ fi
 launch/environment.sh dev
 export PATH="$root/.venv/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests start several processes of their own
-exec python -m pytest "${tier[@]}" "$@"
+# Before it reads tests/conftest.py, pytest takes a lone DIR behind --real-data for a folder of tests: join the two.
+arguments=()
+while (($#)); do
+    if [[ $1 == --real-data && $# -gt 1 ]]; then
+        arguments+=("--real-data=$2")
+        shift
+    else
+        arguments+=("$1")
+    fi
+    shift
+done
+exec python -m pytest "${tier[@]}" "${arguments[@]}"

@@ -14,7 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--real-data"):
         return
-    skip = pytest.mark.skip(reason="needs --real-data DIR")
+    skip = pytest.mark.skip(reason="needs --real-data=DIR")
     for item in items:
         if "real_data" in item.keywords:
             item.add_marker(skip)
