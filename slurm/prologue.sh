@@ -12,7 +12,9 @@ if ! python -c 'import atr_scale' 2>/dev/null; then
     exit 2
 fi
 
-# srun tells each rank its number; where rank 0 listens is for us to say. Jobs that share a node need ports of their own.
+# srun tells each rank its number, which one left over in the shell that submitted the job would overrule; where rank 0
+# listens is for us to say. Jobs that share a node need ports of their own.
+unset RANK WORLD_SIZE LOCAL_RANK
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT

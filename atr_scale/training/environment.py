@@ -7,7 +7,6 @@ of one. Launchers only spawn processes: training itself is the same under all of
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,13 +58,14 @@ class Place:
                         "launch, or export MASTER_ADDR and MASTER_PORT as slurm/ does"
                     )
                 return place
-        return Place(0, 1, 0, "127.0.0.1", _free_port())
+        return Place(0, 1, 0, "127.0.0.1", 29500)
 
 
 @contextmanager
 def distributed() -> Iterator[tuple[World, torch.device]]:
     """Join the other ranks; leaves on exit. Yields (world, this rank's device)."""
     place = Place.find(os.environ)
+    found = dict(os.environ)
     # DeepSpeed reads these itself, also where srun or nothing has set them.
     os.environ.update(
         RANK=str(place.rank),
@@ -79,21 +79,12 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    # torchrun's agent already holds a store at this address. The attempt's number keeps a restarted group away from
-    # the addresses of the one before it, which a plain env:// start would find and wait for.
-    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        place.address,
-        place.port,
-        place.world_size,
-        is_master=place.rank == 0 and not agent_store,
-        timeout=JOIN_TIMEOUT,
-        wait_for_workers=False,
-    )
+    # The attempt's number keeps a restarted group away from the addresses of the one before it, which a plain env://
+    # start would find and wait for.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") + "-" + os.environ.get("SLURM_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        store=dist.PrefixStore(f"attempt-{attempt}", _store(place)),
         rank=place.rank,
         world_size=place.world_size,
         timeout=TIMEOUT,
@@ -103,9 +94,26 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
         yield World.current(), device
     finally:
         dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(found)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _store(place: Place) -> dist.Store:
+    """Where the ranks meet: rank 0 listens, unless torchrun's agent does already. UserError where that fails."""
+    if place.world_size == 1:
+        return dist.HashStore()
+    agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        return dist.TCPStore(
+            place.address,
+            place.port,
+            place.world_size,
+            is_master=place.rank == 0 and not agent_listens,
+            timeout=JOIN_TIMEOUT,
+            wait_for_workers=False,
+        )
+    except dist.DistError as error:
+        raise UserError(
+            f"rank {place.rank} cannot meet the others at {place.address}:{place.port} ({str(error).splitlines()[0]}): "
+            "check MASTER_ADDR, and set MASTER_PORT to a free port"
+        ) from None

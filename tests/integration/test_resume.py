@@ -150,7 +150,7 @@ def test_resume_refuses_another_run(folder: Path, uninterrupted: list[dict[str, 
 def test_a_diverged_run_stops(folder: Path) -> None:
     """Weights blown up by an absurd rate: three skipped updates in a row, then the end, with the samples named."""
     run = folder / "diverged"
-    process = start(folder, run, lr=1e38, gradient_clipping=0.0, warmup_steps=0, zero_stage=1)
+    process = start(folder, run, lr=1e30, gradient_clipping=0.0, warmup_steps=0, zero_stage=1)
     _, said = process.communicate(timeout=240)
     assert process.returncode != 0
     assert "3 non-finite updates in a row" in said, said[-3000:]

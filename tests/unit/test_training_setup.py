@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
-from atr_scale.training.environment import Place
+from atr_scale.training.environment import Place, distributed
 from atr_scale.training.plan import plan
 from atr_scale.training.schedule import learning_rate
 from atr_scale.training.setup import check_batch_size, differences, freeze
@@ -84,3 +86,23 @@ def test_drift_names_keys_and_leaves_the_free_ones(folder: Path) -> None:
     now["data"]["workers"] = 3
     now["model"]["projection"]["kind"] = "mlp"
     assert differences(saved, now) == ["model.projection.kind was linear, now mlp", "train.lr was 0.001, now 0.0005"]
+
+
+def test_one_process_leaves_the_environment_as_it_was() -> None:
+    """A launcher started from this process later must not take its numbers for its own."""
+    before = dict(os.environ)
+    with distributed() as (world, device):
+        assert (world.rank, world.size, device.type in ("cpu", "cuda")) == (0, 1, True)
+        assert os.environ["WORLD_SIZE"] == "1"
+    assert dict(os.environ) == before
+
+
+def test_ranks_that_cannot_meet_say_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UserError, match=f"127.0.0.1:{port} .* set MASTER_PORT to a free port"), distributed():
+            pass
