@@ -150,9 +150,9 @@ def test_resume_refuses_another_run(folder: Path, uninterrupted: list[dict[str, 
 def test_a_diverged_run_stops(folder: Path) -> None:
     """Weights blown up by an absurd rate: three skipped updates in a row, then the end, with the samples named."""
     run = folder / "diverged"
-    process = start(folder, run, lr=1e30, gradient_clipping=0.0, warmup_steps=0, zero_stage=1)
+    process = start(folder, run, lr=1e30, gradient_clipping=0.0, warmup_steps=0, zero_stage=1, checkpoint_every=100)
     _, said = process.communicate(timeout=240)
     assert process.returncode != 0
     assert "3 non-finite updates in a row" in said, said[-3000:]
     assert len(list(run.glob("nonfinite-step-*-rank-0.json"))) == 3
-    assert not (run / "checkpoints").exists() or not list((run / "checkpoints").glob("step-*"))
+    assert not (run / "checkpoints").exists()
