@@ -94,7 +94,7 @@ class Training:
         self.steps, self.warmup_steps = num_steps(config, self.stream)
         self.epoch_steps = max(1, math.ceil(self.stream.plan.epoch_batches / config.train.accum_steps))
         self.engine = Engine(model, config.train, world, device)
-        self.progress = Progress()
+        self.progress, self._logged_step = Progress(), 0
         if resume_from is not None:
             self._resume(resume_from)
         self.monitor = Monitor(
@@ -332,8 +332,6 @@ class Training:
         self.engine.load(folder)
         self.progress = Progress(**{key: value for key, value in state.items() if key != "world_size"})
         self._logged_step = self.progress.step
-
-    _logged_step = 0
 
 
 @dataclass
