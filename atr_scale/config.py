@@ -24,6 +24,7 @@ from atr_scale.errors import UserError
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
@@ -61,15 +62,49 @@ class DataSection(Section):
     captions: CaptionSection = CaptionSection()
 
 
-class AudioEncoderSection(Section):
+class SpecAugmentSection(Section):
+    """Names and values of PANNs and HTS-AT; widths in mel frames and mel bands."""
+
+    time_drop_width: Count = 64
+    time_stripes_num: Annotated[int, Field(ge=0)] = 2
+    freq_drop_width: Count = 8
+    freq_stripes_num: Annotated[int, Field(ge=0)] = 2
+
+
+class AudioEncoderOptions(Section):
+    """What an audio encoder can be told; an option that it does not have is refused by name."""
+
+    batch_norm: Literal["frozen", "local"] = Field("frozen", description="stored statistics, or those of the batch")
+    long_clips: Literal["windows", "resize"] = Field(
+        "windows", description="clips beyond the window: cut into windows, or the whole spectrogram resized (HTS-AT)"
+    )
+    window_seconds: Positive | None = Field(None, description="default: the encoder's native length, if it has one")
+    window_hop_seconds: Positive | None = Field(None, description="default: the window's length")
+    s_patchout_t: Annotated[int, Field(ge=0)] = Field(0, description="columns of patches left out in training (PaSST)")
+    s_patchout_f: Annotated[int, Field(ge=0)] = Field(0, description="rows of patches left out in training (PaSST)")
+    spec_augment: SpecAugmentSection | None = Field(None, description="stripes of the spectrogram zeroed in training")
+    fmin_aug_range: Annotated[int, Field(ge=0)] = Field(0, description="Hz, jitter of the lowest band (PaSST, MN)")
+    fmax_aug_range: Annotated[int, Field(ge=0)] = Field(0, description="Hz, jitter of the highest band (PaSST, MN)")
+    attention: Literal["eager", "sdpa"] = Field("eager", description="sdpa: fused attention")
+    activation_checkpointing: bool = Field(False, description="layers recomputed in the backward pass")
+    compile: bool = Field(False, description="torch.compile of the layers")
+
+
+class AudioEncoderSection(AudioEncoderOptions):
     name: str
     checkpoint: str | None = Field(None, description="the original project's checkpoint file")
-    batch_norm: Literal["frozen", "local"] = "frozen"
 
 
-class TextEncoderSection(Section):
-    name: str = Field(description="transformers model name or local folder")
+class TextEncoderOptions(Section):
     pooling: Literal["first", "mean"] = "first"
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="default: the model's own")
+    attention: Literal["eager", "sdpa"] = "sdpa"
+    activation_checkpointing: bool = Field(False, description="layers recomputed in the backward pass")
+    compile: bool = Field(False, description="torch.compile of the layers")
+
+
+class TextEncoderSection(TextEncoderOptions):
+    name: str = Field(description="transformers model name or local folder")
 
 
 class ProjectionSection(Section):
@@ -119,6 +154,10 @@ class TrainSection(Section):
     lr_text: NonNegative | None = Field(None, description="default: lr; 0 freezes the text encoder")
     lr_heads: NonNegative | None = Field(None, description="projections, scorer, temperature; default: lr")
     lr_floor: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="last learning rate as a share of lr")
+    layer_decay_audio: Share = Field(1.0, description="learning rate of each layer as a share of the one above it")
+    layer_decay_text: Share = Field(1.0, description="the same in the text encoder")
+    frozen_layers_audio: Annotated[int, Field(ge=0)] = Field(0, description="lowest layers that are not trained")
+    frozen_layers_text: Annotated[int, Field(ge=0)] = Field(0, description="the same in the text encoder")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="default: 5 % of all steps")
     betas: tuple[float, float] = (0.9, 0.999)
     eps: Positive = 1e-8

@@ -59,9 +59,7 @@ class Retriever(nn.Module):
 
     def __init__(self, model: ModelSection, objective: ObjectiveSection) -> None:
         super().__init__()
-        self.audio_encoder = build_audio_encoder(
-            model.audio.name, model.audio.checkpoint, batch_norm=model.audio.batch_norm
-        )
+        self.audio_encoder = build_audio_encoder(**model.audio.model_dump())
         self.text_encoder = build_text_encoder(model.text.name, pooling=model.text.pooling)
         self.audio_projection = Projection(self.audio_encoder.dim, model.projection)
         self.text_projection = Projection(self.text_encoder.dim, model.projection)

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
+
+from atr_scale.config import AudioEncoderOptions
 from atr_scale.encoders.audio import AudioEncoder
-from atr_scale.encoders.batch_norm import BatchNormMode, check_mode
 from atr_scale.encoders.checkpoints import load_strictly
 from atr_scale.encoders.mobilenet import MobileNet
 from atr_scale.encoders.small_cnn import SmallCNN
@@ -35,20 +38,22 @@ AUDIO_ENCODERS: dict[str, Callable[[], AudioEncoder]] = {
 }
 
 
-def build_audio_encoder(
-    name: str, checkpoint: str | Path | None = None, *, batch_norm: BatchNormMode = "frozen"
-) -> AudioEncoder:
+def build_audio_encoder(name: str, checkpoint: str | Path | None = None, **options: Any) -> AudioEncoder:
     """The encoder called `name`, in evaluation mode.
 
-    checkpoint: the original project's file; without one the weights are random.
-    batch_norm: frozen (stored statistics, also in training mode) or local (those of the rank's batch).
-    Raises UserError for an unknown name or mode, and where the file is not a checkpoint of this encoder.
+    checkpoint: the original project's file; without one the weights are random. options: AudioEncoderOptions' fields.
+    Raises UserError for an unknown name or option, for an option that this encoder does not have, and where the file is
+    not a checkpoint of this encoder.
     """
     if name not in AUDIO_ENCODERS:
         raise UserError(f"unknown audio encoder '{name}'; choose one of {', '.join(AUDIO_ENCODERS)}")
-    check_mode(batch_norm)
+    try:
+        chosen = AudioEncoderOptions(**options)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"options of the audio encoder {name}: {problems}") from None
     encoder = AUDIO_ENCODERS[name]()
     if checkpoint is not None:
-        load_strictly(encoder, name, checkpoint)
-    encoder.batch_norm = batch_norm
+        load_strictly(encoder, encoder.layouts, name, checkpoint)
+    encoder.configure(chosen, name)
     return encoder.eval()

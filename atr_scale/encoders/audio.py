@@ -1,43 +1,166 @@
-"""What all audio encoders share.
+"""What all audio encoders share: windows, buckets, options, augmentation, tags.
 
-Shape suffixes: B batch, S samples.
+Shape suffixes: B batch, S samples, M mel bands, F frames, L classes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from atr_scale.encoders.batch_norm import BatchNormMode, use_stored_statistics
+from atr_scale.config import AudioEncoderOptions
+from atr_scale.encoders import augment
+from atr_scale.encoders.batch_norm import use_stored_statistics
 from atr_scale.encoders.buckets import encode_in_buckets
+from atr_scale.encoders.checkpoints import Layout
+from atr_scale.encoders.windows import cut_into_windows, join_windows, window_starts
+from atr_scale.errors import UserError
+from atr_scale.frontends.spectrogram import FrontEnd
 from atr_scale.sequence import TokenSequence
+
+# Options that only some encoders can honour; the others all have.
+SPECIAL_OPTIONS = frozenset(
+    {"long_clips", "s_patchout_t", "s_patchout_f", "fmin_aug_range", "fmax_aug_range", "attention"}
+)
 
 
 class AudioEncoder(nn.Module, ABC):
     """Waveform -> TokenSequence; a clip's result never depends on its batch mates (batch_norm frozen).
 
     sample_rate: Hz of the waveform. dim: width of tokens and of pooled.
-    batch_norm: frozen (stored statistics also in training mode) or local.
-    equal_rounds: see `encode_in_buckets`; needed where parameters are sharded over ranks.
+    native_seconds: the length beyond which a clip is cut into windows; None where any length goes through in one pass.
+    layouts: the original files it loads. layers: what `frozen_layers` and `layer_decay` count, lowest first, each the
+    prefixes of its parameters' names. special_options: those of SPECIAL_OPTIONS that it has.
+    augment_seed: fixes the draws of training; equal on all ranks. equal_rounds: see `encode_in_buckets`; needed where
+    parameters are sharded over ranks.
     """
 
     sample_rate: int
     dim: int
-    batch_norm: BatchNormMode = "frozen"
+    front_end: FrontEnd
+    layouts: tuple[Layout, ...] = (Layout(),)
+    native_seconds: ClassVar[float | None] = None
+    special_options: ClassVar[frozenset[str]] = frozenset()
+    options = AudioEncoderOptions()
+    augment_seed = 0
     equal_rounds: Callable[[int], int] | None = None
 
     @abstractmethod
     def encode(self, waveform_BS: Tensor) -> TokenSequence:
-        """Clips of one length."""
+        """Clips of one length, no longer than the window."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> list[tuple[str, ...]]: ...
+
+    def logits(self, waveform_BS: Tensor) -> Tensor:
+        """[B, L] of the original's classifier, before the sigmoid, for clips no longer than the window."""
+        raise UserError(f"the audio encoder {type(self).__name__} has no classifier: it cannot tag")
+
+    def configure(self, options: AudioEncoderOptions, name: str) -> None:
+        """Takes the options of training. Raises UserError, naming it, for one that this encoder does not have."""
+        default = AudioEncoderOptions()
+        for option in sorted(SPECIAL_OPTIONS - self.special_options):
+            if getattr(options, option) != getattr(default, option):
+                raise UserError(f"the audio encoder {name} has no {option}: leave it at {getattr(default, option)}")
+        native, window = self.native_seconds, options.window_seconds
+        if native is not None and window is not None and window > native:
+            raise UserError(f"window_seconds = {window} is more than {name} takes at once: give at most {native}")
+        if options.window_hop_seconds is not None:
+            if (window or native) is None:
+                raise UserError(f"window_hop_seconds without windows: {name} takes any length, give window_seconds too")
+            if options.window_hop_seconds > (window or native or 0):
+                raise UserError("window_hop_seconds is longer than the window: audio between windows would be unheard")
+        self.options = options
+        if options.compile:
+            for part in self.compiled_parts():
+                part.compile()
+
+    def compiled_parts(self) -> Iterable[nn.Module]:
+        """The modules that `compile` compiles, each by itself: repeated layers share their code."""
+        for name, child in self.named_children():
+            if isinstance(child, nn.Sequential | nn.ModuleList):
+                yield from child
+            elif name != "front_end":
+                yield child
+
+    @property
+    def window(self) -> int | None:
+        """Samples that `encode` sees at most; None for any number."""
+        seconds = self.options.window_seconds or self.native_seconds
+        if seconds is None or self.options.long_clips == "resize":
+            return None
+        return round(seconds * self.sample_rate)
+
+    @property
+    def window_hop(self) -> int:
+        """Samples from the start of a window to the next."""
+        assert self.window is not None
+        seconds = self.options.window_hop_seconds
+        return self.window if seconds is None else round(seconds * self.sample_rate)
 
     def forward(self, waveform_BS: Tensor, lengths_B: Tensor | None = None) -> TokenSequence:
-        """waveform float32 [B, S]; lengths int64 [B] in samples, None where every clip fills the width."""
-        return encode_in_buckets(self.encode, waveform_BS, lengths_B, self.equal_rounds)
+        """waveform float32 [B, S]; lengths int64 [B] in samples, None where every clip fills the width.
+
+        A clip beyond the window is cut into windows, the last filled up with zeros: their tokens and masks are joined,
+        pooled is the mean of theirs.
+        """
+        if self.window is None or waveform_BS.shape[1] <= self.window:
+            return encode_in_buckets(self.encode, waveform_BS, lengths_B, self.equal_rounds)
+        windows = cut_into_windows(waveform_BS, lengths_B, self.window, self.window_hop)
+        encoded = encode_in_buckets(self.encode, windows.waveform, windows.lengths, self.equal_rounds)
+        return join_windows(encoded, windows)
+
+    @torch.no_grad()
+    def tags(self, waveform_BS: Tensor) -> Tensor:
+        """Logits [B, L] of AudioSet's classes, in the order of its class_labels_indices.csv; for a clip beyond the
+        window, their mean over windows. UserError where the weights came without a classifier."""
+        window = self.window or waveform_BS.shape[1]
+        hop = self.window_hop if self.window else window
+        starts = window_starts(waveform_BS.shape[1], window, hop)
+        pieces = [waveform_BS[:, start : start + window] for start in starts]
+        if len(pieces) > 1:
+            pieces[-1] = nn.functional.pad(pieces[-1], (0, window - pieces[-1].shape[1]))
+        return torch.stack([self.logits(piece) for piece in pieces]).mean(0)
+
+    def mel(self, waveform_BS: Tensor) -> Tensor:
+        """The front end's features [B, M, F]; in training with jittered band limits, where the option is set."""
+        low, high = self.options.fmin_aug_range, self.options.fmax_aug_range
+        if not self.training or not (low or high):
+            return self.front_end(waveform_BS)
+        # AugmentMelSTFT of PaSST: whole Hz, the upper limit centred on its usual place.
+        draws = self.draws("mel bands")
+        fmin = self.front_end.fmin + (draws.integers(low) if low else 0)
+        fmax = self.front_end.fmax + (high // 2 - draws.integers(high) if high else 0)
+        return self.front_end(waveform_BS, band=(float(fmin), float(min(fmax, self.sample_rate / 2))))
+
+    def draws(self, purpose: str) -> np.random.Generator:
+        """Draws for all clips of this step alike, on all ranks."""
+        return augment.for_the_batch(self.augment_seed, purpose)
+
+    def spec_augment(self, features_BMF: Tensor, waveform_BS: Tensor) -> Tensor:
+        """Normalised features with SpecAugment's stripes set to 0, in training where the option is set."""
+        widths = self.options.spec_augment
+        if not self.training or widths is None:
+            return features_BMF
+        num_mels, num_frames = features_BMF.shape[1:]
+        keep_BMF = augment.keep_outside_stripes(self.augment_seed, waveform_BS, num_mels, num_frames, widths)
+        return features_BMF * keep_BMF.to(features_BMF.dtype)
+
+    def run(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """layer(x), recomputed in the backward pass where the option is set."""
+        if self.options.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, x, use_reentrant=False)
+        return layer(x)
 
     def train(self, mode: bool = True) -> AudioEncoder:
         super().train(mode)
-        if self.batch_norm == "frozen":
+        if self.options.batch_norm == "frozen":
             use_stored_statistics(self)
         return self

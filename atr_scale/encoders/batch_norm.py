@@ -6,20 +6,8 @@ they do not. The affine weights are trained either way.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from atr_scale.errors import UserError
-
-BatchNormMode = Literal["frozen", "local"]
-
-
-def check_mode(mode: str) -> None:
-    """Raises UserError unless `mode` is one of BatchNormMode."""
-    if mode not in get_args(BatchNormMode):
-        raise UserError(f"unknown batch_norm '{mode}'; choose frozen (stored statistics) or local (the batch's own)")
 
 
 def use_stored_statistics(module: nn.Module) -> None:

@@ -118,6 +118,7 @@ class MobileNet(AudioEncoder):
     """
 
     sample_rate = SAMPLE_RATE
+    special_options = frozenset({"fmin_aug_range", "fmax_aug_range"})
 
     def __init__(self, width: float) -> None:
         super().__init__()
@@ -154,14 +155,20 @@ class MobileNet(AudioEncoder):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def encode(self, waveform_BS: Tensor) -> TokenSequence:
-        mel_BMF = self.front_end(waveform_BS)
+        mel_BMF = self.spec_augment(self.mel(waveform_BS), waveform_BS)
         # On a CPU this memory layout halves the time of a training step.
         x_B1MF = mel_BMF.unsqueeze(1).to(next(self.features.parameters()).dtype, memory_format=torch.channels_last)
-        map_BCMT = self.features(x_B1MF)
+        map_BCMT = x_B1MF
+        for layer in self.features:
+            map_BCMT = self.run(layer, map_BCMT)
         tokens_BTC = map_BCMT.mean(2).transpose(1, 2)
         mask_BT = torch.ones(tokens_BTC.shape[:2], dtype=torch.bool, device=tokens_BTC.device)
         return TokenSequence(tokens_BTC, mask_BT, map_BCMT.mean((2, 3)))
 
-    def tags(self, waveform_BS: Tensor) -> Tensor:
-        """Logits [B, 527] of AudioSet's classes, in the order of its class_labels_indices.csv."""
+    def logits(self, waveform_BS: Tensor) -> Tensor:
+        """[B, 527], AudioSet's classes."""
         return self.classifier(self.encode(waveform_BS).pooled)
+
+    @property
+    def layers(self) -> list[tuple[str, ...]]:
+        return [(f"features.{i}.",) for i in range(len(self.features))]

@@ -61,12 +61,16 @@ class SmallCNN(AudioEncoder):
         self.norm = nn.LayerNorm(self.dim)
 
     def encode(self, waveform_BS: Tensor) -> TokenSequence:
-        mel_BMF = self.front_end(waveform_BS).to(self.frames.weight.dtype)
+        mel_BMF = self.spec_augment(self.mel(waveform_BS), waveform_BS).to(self.frames.weight.dtype)
         mel_BMF = nn.functional.pad(mel_BMF, (0, -mel_BMF.shape[2] % 4))
-        map_BCMT = self.halvings(self.patches(mel_BMF.unsqueeze(1)))
+        map_BCMT = self.run(self.halvings, self.run(self.patches, mel_BMF.unsqueeze(1)))
         x_BCT = self.frames(map_BCMT.flatten(1, 2))
         for layer in self.context:
-            x_BCT = x_BCT + layer(x_BCT)
+            x_BCT = x_BCT + self.run(layer, x_BCT)
         tokens_BTC = self.norm(x_BCT.transpose(1, 2))
         mask_BT = torch.ones(tokens_BTC.shape[:2], dtype=torch.bool, device=tokens_BTC.device)
         return TokenSequence(tokens_BTC, mask_BT, tokens_BTC.mean(1) + tokens_BTC.amax(1))
+
+    @property
+    def layers(self) -> list[tuple[str, ...]]:
+        return [("patches.",), ("halvings.",), ("frames.",), ("context.", "norm.")]

@@ -1,7 +1,7 @@
 """The front end of EfficientAT and PaSST: pre-emphasis, symmetric Hann window, Kaldi's mel bank, natural logarithm.
 
-Source: `AugmentMelSTFT` of fschmid56/EfficientAT and kkoutini/PaSST as it runs in evaluation; its training-time jitter
-of the band edges and its masking are not part of it.
+Source: `AugmentMelSTFT` of fschmid56/EfficientAT and kkoutini/PaSST as it runs in evaluation; the jitter of its band
+limits in training is the `band` of a call.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class KaldiLogMel(LogMel):
     """
 
     def __init__(self, *, pre_emphasis: float, **log_mel: Any) -> None:
-        super().__init__(periodic_window=False, **log_mel)
+        super().__init__(periodic_window=False, mel_scale="kaldi", **log_mel)
         self.pre_emphasis = pre_emphasis
 
-    def features(self, waveform_BS: Tensor) -> Tensor:
-        return super().features(torch.sub(waveform_BS[..., 1:], waveform_BS[..., :-1], alpha=self.pre_emphasis))
+    def prepare(self, waveform_BS: Tensor) -> Tensor:
+        return torch.sub(waveform_BS[..., 1:], waveform_BS[..., :-1], alpha=self.pre_emphasis)

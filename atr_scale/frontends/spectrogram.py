@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+MelScale = Literal["kaldi", "htk", "slaney"]
 
 
 def power_spectrogram(waveform_BS: Tensor, n_fft: int, hop: int, window: Tensor) -> Tensor:
@@ -27,39 +30,96 @@ def power_spectrogram(waveform_BS: Tensor, n_fft: int, hop: int, window: Tensor)
     return spectrum_BKF.real.square() + spectrum_BKF.imag.square()
 
 
-def mel_bank(num_mels: int, n_fft: int, sample_rate: int, fmin: float, fmax: float) -> Tensor:
-    """Triangular filters [num_mels, n_fft // 2 + 1], linear on the mel scale 1127 ln(1 + f / 700), without area
-    normalisation: Kaldi's bank (`MelBanks` in kaldi/src/feat/mel-computations.cc) without vocal tract warping.
+def hertz_to_slaney(hertz: Tensor) -> Tensor:
+    """Mels of Slaney's Auditory Toolbox: linear up to 1 kHz, then 27 mels for a factor of 6.4."""
+    return torch.where(hertz < 1000, hertz * 3 / 200, 15 + 27 * torch.log(hertz.clamp(min=1) / 1000) / SLANEY_RANGE)
 
-    fmin, fmax in Hz.
+
+def slaney_to_hertz(mel: Tensor) -> Tensor:
+    return torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * SLANEY_RANGE / 27))
+
+
+SLANEY_RANGE = float(torch.log(torch.tensor(6.4, dtype=torch.float64)))
+
+
+def mel_bank(
+    num_mels: int, n_fft: int, sample_rate: int, fmin: float, fmax: float, scale: MelScale = "kaldi"
+) -> Tensor:
+    """Triangular filters [num_mels, n_fft // 2 + 1]; fmin, fmax in Hz.
+
+    scale: kaldi (triangles linear in 1127 ln(1 + f / 700), as `MelBanks` in kaldi/src/feat/mel-computations.cc without
+    vocal tract warping), htk (corners on that scale, triangles linear in Hz, as torchaudio's default), or slaney
+    (corners on Slaney's scale, triangles linear in Hz and of unit area, as librosa's default).
     """
-
-    def mel(hertz: Tensor) -> Tensor:
-        return 1127.0 * torch.log1p(hertz / 700.0)
-
-    low, high = mel(torch.tensor([fmin, fmax], dtype=torch.float64)).tolist()
-    edges = torch.linspace(low, high, num_mels + 2, dtype=torch.float64).unsqueeze(1)
-    bins = mel(torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64))
+    bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
+    limits = torch.tensor([fmin, fmax], dtype=torch.float64)
+    if scale == "slaney":
+        low, high = hertz_to_slaney(limits).tolist()
+        edges = slaney_to_hertz(torch.linspace(low, high, num_mels + 2, dtype=torch.float64))
+    else:
+        low, high = (1127.0 * torch.log1p(limits / 700.0)).tolist()
+        edges = torch.linspace(low, high, num_mels + 2, dtype=torch.float64)
+        if scale == "kaldi":
+            bins = 1127.0 * torch.log1p(bins / 700.0)
+        else:
+            edges = 700.0 * torch.expm1(edges / 1127.0)
+    edges = edges.unsqueeze(1)
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    return torch.minimum(rising, falling).clamp(min=0).float()
+    bank = torch.minimum(rising, falling).clamp(min=0)
+    if scale == "slaney":
+        bank = bank * 2 / (edges[2:] - edges[:-2])
+    return bank.float()
 
 
 class FrontEnd(nn.Module, ABC):
     """Waveform -> log-mel on the waveform's device: in fp32 whatever the autocast, without gradient.
 
-    Its constants are no part of any checkpoint, and they stay fp32 when the model around them is cast.
+    n_fft, window_length and hop in samples, fmin and fmax in Hz; Hann window, periodic or symmetric. The constants are
+    no part of any checkpoint, and they stay fp32 when the model around them is cast.
     """
 
+    window: Tensor
+    bank: Tensor
+
+    def __init__(
+        self,
+        *,
+        sample_rate: int,
+        n_fft: int,
+        window_length: int,
+        hop: int,
+        num_mels: int,
+        fmin: float,
+        fmax: float,
+        mel_scale: MelScale,
+        periodic_window: bool = True,
+    ) -> None:
+        super().__init__()
+        self.sample_rate, self.n_fft, self.hop = sample_rate, n_fft, hop
+        self.num_mels, self.fmin, self.fmax, self.mel_scale = num_mels, fmin, fmax, mel_scale
+        self.register_buffer("window", torch.hann_window(window_length, periodic=periodic_window), persistent=False)
+        self.register_buffer("bank", self.bank_between(fmin, fmax), persistent=False)
+
+    def bank_between(self, fmin: float, fmax: float) -> Tensor:
+        """The mel bank with other band limits, in Hz."""
+        return mel_bank(self.num_mels, self.n_fft, self.sample_rate, fmin, fmax, self.mel_scale)
+
+    def prepare(self, waveform_BS: Tensor) -> Tensor:
+        """What happens to the waveform before the spectrogram."""
+        return waveform_BS
+
     @abstractmethod
-    def features(self, waveform_BS: Tensor) -> Tensor:
-        """waveform float32 [B, S] -> log-mel [B, M, F]."""
+    def compress(self, mel_BMF: Tensor) -> Tensor:
+        """Mel power -> features, both [B, M, F]."""
 
     @torch.no_grad()
-    def forward(self, waveform_BS: Tensor) -> Tensor:
-        """waveform [B, S] of any float type -> log-mel float32 [B, M, F]."""
+    def forward(self, waveform_BS: Tensor, band: tuple[float, float] | None = None) -> Tensor:
+        """waveform [B, S] of any float type -> features float32 [B, M, F]; band: (fmin, fmax) for this call, in Hz."""
         with torch.autocast(waveform_BS.device.type, enabled=False):
-            return self.features(waveform_BS.float())
+            bank = self.bank if band is None else self.bank_between(*band).to(self.bank.device)
+            power_BKF = power_spectrogram(self.prepare(waveform_BS.float()), self.n_fft, self.hop, self.window)
+            return self.compress(bank @ power_BKF)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrontEnd:
         # .half() and .bfloat16() pass here too: a mel bank rounded to 16 bits is another front end.
