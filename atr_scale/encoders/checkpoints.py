@@ -40,8 +40,7 @@ class Layout:
     name: for people. container: the key under which the named tensors lie, None where the file is nothing else.
     prefix: what the entries of the encoder start with. derived, unused: regular expressions, matched from the start of
     an entry's full name, of constants that are computed here and of weights without use here; neither is ever read.
-    origin: our name -> its entry, after the prefix; None for what no file holds. fill: what to do for own parameters
-    whose origin is None, after loading.
+    origin: our name -> its entry, after the prefix; None for what no file in this layout holds.
     """
 
     name: str = "original"
@@ -145,7 +144,8 @@ def load_strictly(module: nn.Module, layouts: tuple[Layout, ...], name: str, pat
     else:
         raise UserError(f"{path} {problems[0]}: it is no checkpoint of {name}")
     layout.load(module, entries)
-    for key, value in module.state_dict().items():
-        if layout.origin(key) is not None and value.is_floating_point() and not value.isfinite().all():
-            raise UserError(f"{path} has non-finite values in '{layout.prefix}{layout.origin(key).key}': it is damaged")
+    for own_name, value in module.state_dict().items():
+        entry = layout.origin(own_name)
+        if entry is not None and not value.isfinite().all():
+            raise UserError(f"{path} has non-finite values in '{layout.prefix}{entry.key}': it is damaged")
     return layout

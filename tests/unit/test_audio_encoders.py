@@ -146,7 +146,7 @@ def test_cut_checkpoint(tmp_path: Path) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(UserError, match="mn04, mn10, mn40, small_cnn"):
         build_audio_encoder("mn05")
-    with pytest.raises(UserError, match="batch_norm: .*'frozen' or 'local'"):
+    with pytest.raises(UserError, match=r"batch_norm: .*'frozen' or 'local'"):
         build_audio_encoder("mn04", batch_norm="synced")
 
 
