@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ def draws(name: str, count: int) -> np.ndarray:
     """Even integers, symmetric about 0, whose standard deviation is TWO_SIGMA."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
     words = np.random.PCG64(seed).random_raw(count).view(np.uint16).reshape(count, 4)
-    return 2 * words.sum(1, dtype=np.int64) - 4 * 65535
+    return 2 * sum(words[:, i].astype(np.int64) for i in range(4)) - 4 * 65535
 
 
 def weight(name: str, shape: list[int], kind: str) -> Tensor:
@@ -41,19 +43,53 @@ def weight(name: str, shape: list[int], kind: str) -> Tensor:
         values = 1 + 0.1 * unit
     elif kind == "var":
         values = 1 + 0.1 * np.abs(unit)
+    elif kind == "embed":
+        values = 0.3 * unit
+    elif kind == "melmean":  # of a mel spectrogram in decibels
+        values = -25 + 5 * unit
+    elif kind == "melvar":
+        values = 400 * (1 + 0.1 * np.abs(unit))
     else:
         assert kind in ("bias", "mean")
         values = 0.1 * unit
     return torch.from_numpy(np.asarray(values, np.float32))
 
 
-def state_dict(folder: Path) -> dict[str, Tensor]:
-    """The synthetic checkpoint of the encoder in `folder`."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    state = {name: weight(name, shape, kind) for name, shape, _, kind in manifest["entries"]}
-    for name, digest in manifest["probe_sha256_16"].items():
-        assert hashlib.sha256(state[name].numpy().tobytes()).hexdigest()[:16] == digest, f"{name} is rebuilt wrongly"
+def state_dict(manifest: Path, variant: str | None = None, poisoned: bool = False) -> dict[str, Tensor]:
+    """The synthetic entries that `manifest` lists; a folder stands for the manifest.json in it.
+
+    variant: multiplies entries whose names match its regular expressions by their factors. Constants that the original
+    computes and stores ("derived") are left out, or, if `poisoned`, full of NaN and -1: nobody may read them.
+    """
+    listed = read_manifest(manifest)
+    factors = listed["variants"][variant] if variant else {}
+    state = {}
+    for name, shape, dtype, kind in listed["entries"]:
+        if kind == "derived":
+            if poisoned:
+                kept_type = getattr(torch, dtype)
+                state[name] = torch.full(shape, math.nan if kept_type.is_floating_point else -1, dtype=kept_type)
+            continue
+        state[name] = weight(name, shape, kind)
+        if name in listed["probe_sha256_16"]:
+            digest = hashlib.sha256(state[name].numpy().tobytes()).hexdigest()
+            assert digest.startswith(listed["probe_sha256_16"][name]), f"{name} is rebuilt wrongly"
+        for pattern, factor in factors.items():
+            if re.search(pattern, name):
+                state[name] = state[name] * factor
     return state
+
+
+def write_checkpoint(manifest: Path, path: Path, variant: str | None = None, poisoned: bool = False) -> Path:
+    """Writes the synthetic checkpoint to `path`, in the original's container, and returns `path`."""
+    listed, state = read_manifest(manifest), state_dict(manifest, variant, poisoned)
+    container = listed["container"]
+    torch.save(state if container == "flat" else {**listed.get("extra", {}), container: state}, path)
+    return path
+
+
+def read_manifest(manifest: Path) -> dict[str, Any]:
+    return json.loads((manifest / "manifest.json" if manifest.is_dir() else manifest).read_text())
 
 
 def waveform(seed: int, seconds: float, sample_rate: int) -> np.ndarray:
