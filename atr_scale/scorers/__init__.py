@@ -8,8 +8,9 @@ from typing import Any
 from atr_scale.errors import UserError
 from atr_scale.scorers import cosine
 from atr_scale.scorers.cosine import CosineScorer
+from atr_scale.scorers.scorer import Scorer
 
-SCORERS: dict[str, Callable[..., CosineScorer]] = {
+SCORERS: dict[str, Callable[..., Scorer]] = {
     "pooled": lambda dim: CosineScorer(cosine.pooled),
     "mean": lambda dim: CosineScorer(cosine.mean),
     "max": lambda dim: CosineScorer(cosine.maximum),
@@ -17,7 +18,7 @@ SCORERS: dict[str, Callable[..., CosineScorer]] = {
 }
 
 
-def build_scorer(name: str, dim: int, **options: Any) -> CosineScorer:
+def build_scorer(name: str, dim: int, **options: Any) -> Scorer:
     """The scorer `name` for token sequences of width `dim`. Raises UserError for an unknown name or option."""
     if name not in SCORERS:
         raise UserError(f"unknown scorer {name!r}: known are {', '.join(SCORERS)}")

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from atr_scale.parallel.blocks import EmbeddingScores, ScoreBlock, at_least_fp32
 from atr_scale.parallel.world import World
+from atr_scale.scorers.scorer import Scorer
 from atr_scale.sequence import TokenSequence
 
 
@@ -37,8 +38,10 @@ def mean_plus_max(audio: TokenSequence) -> Tensor:
     return mean(audio) + maximum(audio)
 
 
-class CosineScorer(nn.Module):
+class CosineScorer(Scorer):
     """Cosine between the caption's pooled vector and the clip's frames pooled by `pool`."""
+
+    factorised = True
 
     def __init__(self, pool: Callable[[TokenSequence], Tensor]) -> None:
         super().__init__()
@@ -54,7 +57,6 @@ class CosineScorer(nn.Module):
         return _unit(self.pool(audio))
 
     def block(self, text: TokenSequence, audio: TokenSequence, world: World | None = None) -> ScoreBlock:
-        """All texts of the global batch against this rank's audios: text vectors travel, audio stays."""
         world = world or World.current()
         return EmbeddingScores(world.gather(self.embed_text(text)), self.embed_audio(audio), world)
 

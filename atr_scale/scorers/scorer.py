@@ -1,0 +1,66 @@
+"""What every scorer is: texts against audios.
+
+Shape suffixes: B texts, b audios of this rank, L words, T frames, D width.
+
+Texts travel, audio stays: a rank scores all texts of the global batch against its own audios.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from atr_scale.errors import UserError
+from atr_scale.parallel.blocks import ScoreBlock, StoredScores, at_least_fp32
+from atr_scale.parallel.world import World
+from atr_scale.sequence import TokenSequence
+
+
+class Scorer(nn.Module, ABC):
+    """Scores any text against any audio; a pair's score depends on nothing but the pair.
+
+    Parameters belong to submodules and are used in their forward, where ZeRO-3 gathers them.
+    """
+
+    reads_frames = True  # whether the tokens of audio are read
+    reads_words = False  # whether the tokens of text are read
+    factorised = False  # whether a caption and a clip are one unit vector each, which an index can hold
+
+    @abstractmethod
+    def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
+        """[texts, audios] for any two sets in one process; differentiable, fp32 or wider whatever the autocast."""
+
+    def block(self, text: TokenSequence, audio: TokenSequence, world: World | None = None) -> ScoreBlock:
+        """All texts of the global batch [B, ...] against this rank's audios [b, ...]. Audio never travels."""
+        world = world or World.current()
+        return StoredScores(self.scores(gather_text(text, world, self.reads_words), audio), world)
+
+    def embed_text(self, text: TokenSequence) -> Tensor:
+        """Unit vectors [B, D] of a factorised scorer. Raises UserError where a score needs both sides at once."""
+        raise self._needs_pairs()
+
+    def embed_audio(self, audio: TokenSequence) -> Tensor:
+        """Unit vectors [b, D] of a factorised scorer. Raises UserError where a score needs both sides at once."""
+        raise self._needs_pairs()
+
+    def _needs_pairs(self) -> UserError:
+        return UserError(
+            f"{type(self).__name__} scores pairs and has no vectors to index: use its scores(), or another scorer"
+        )
+
+
+def gather_text(text: TokenSequence, world: World, words: bool) -> TokenSequence:
+    """The texts of all ranks in rank order, differentiable; without `words` the token axis comes back empty.
+
+    Captions are padded to the longest of any rank. Pooled vectors travel in fp32 or wider, words in their own dtype.
+    """
+    pooled = world.gather(at_least_fp32(text.pooled))
+    if not words:
+        empty = text.tokens.new_zeros(len(pooled), 0, text.tokens.shape[-1])
+        return TokenSequence(empty, text.mask.new_zeros(len(pooled), 0), pooled)
+    extra = world.max_int(text.tokens.shape[1]) - text.tokens.shape[1]
+    tokens = world.gather(pad(text.tokens, (0, 0, 0, extra)))
+    mask = world.gather(pad(text.mask, (0, extra)).byte()).bool()
+    return TokenSequence(tokens, mask, pooled)
