@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from atr_scale.frontends.spectrogram import FrontEnd
+
+# Of recordings' spectrograms in dB, digital silence left out.
+TYPICAL_MEAN, TYPICAL_DEVIATION = -30.0, 25.0
 
 
 class DecibelMel(FrontEnd):
@@ -23,3 +26,19 @@ class DecibelMel(FrontEnd):
 
     def compress(self, mel_BMF: Tensor) -> Tensor:
         return 10 * mel_BMF.clamp(min=self.floor).log10()
+
+
+class DecibelNorm(nn.BatchNorm2d):
+    """Batch norm over mel bands, [B, M, F] -> [B, M, F].
+
+    Without a checkpoint its statistics are typical ones: frozen batch norm, the default, would otherwise hand raw
+    decibels to a network that expects unit variance.
+    """
+
+    def __init__(self, num_mels: int) -> None:
+        super().__init__(num_mels)
+        nn.init.constant_(self.running_mean, TYPICAL_MEAN)
+        nn.init.constant_(self.running_var, TYPICAL_DEVIATION**2)
+
+    def forward(self, decibels_BMF: Tensor) -> Tensor:
+        return super().forward(decibels_BMF.unsqueeze(3)).squeeze(3)
