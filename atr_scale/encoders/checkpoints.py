@@ -6,8 +6,10 @@ of what the encoder computes itself or has no use for; anything else, or anythin
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,14 @@ from torch import Tensor, nn
 from atr_scale.encoders.safe_types import safe_types
 from atr_scale.errors import UserError
 
-TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+TRANSFORMERS_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# What DataParallel puts before every name of the model inside it.
+WRAPPER = "module."
 
 
 @dataclass(frozen=True)
@@ -34,13 +43,39 @@ def same_name(name: str) -> Entry | None:
 
 
 @dataclass(frozen=True)
+class Misfit:
+    """The entries of a file that keep it from loading."""
+
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+    def __len__(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.misshapen)
+
+    def __str__(self) -> str:
+        kinds = (
+            ("lacks", self.missing),
+            ("has the unexpected", self.unexpected),
+            ("has another shape of", self.misshapen),
+        )
+        return ", ".join(
+            f"{what} '{keys[0]}'" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+            for what, keys in kinds
+            if keys
+        )
+
+
+@dataclass(frozen=True)
 class Layout:
     """How a project writes an encoder's weights.
 
     name: for people. container: the key under which the named tensors lie, None where the file is nothing else.
     prefix: what the entries of the encoder start with. derived, unused: regular expressions, matched from the start of
     an entry's full name, of constants that are computed here and of weights without use here; neither is ever read.
-    origin: our name -> its entry, after the prefix; None for what no file in this layout holds.
+    origin: our name -> its entry, after the prefix; None for what no file in this layout holds. refusal: what to tell
+    about a file in this layout, where it is known only to be refused.
+    The `module.` that DataParallel puts before every name is no part of prefix, derived and unused.
     """
 
     name: str = "original"
@@ -49,45 +84,71 @@ class Layout:
     derived: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     origin: Callable[[str], Entry | None] = same_name
+    refusal: str | None = None
 
     def entries(self, contents: dict[str, Any]) -> dict[str, Tensor] | None:
         """The named tensors of a file in this layout, None where it is in another."""
         found = contents if self.container is None else contents.get(self.container)
-        if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        if not isinstance(found, dict) or not found:
             return None
-        if all(key.startswith("module.") for key in found):  # a model saved from inside DataParallel
-            found = {key.removeprefix("module."): value for key, value in found.items()}
-        return found if any(key.startswith(self.prefix) for key in found) else None
+        if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
+            return None
+        return found if any(key.startswith(_wrapper(found) + self.prefix) for key in found) else None
 
-    def problem(self, module: nn.Module, entries: dict[str, Tensor]) -> str | None:
-        """Why `entries` do not fit `module`, None where they do."""
-        own = module.state_dict()
-        origins = {name: entry for name in own if (entry := self.origin(name)) is not None}
-        expected = {self.prefix + entry.key for entry in origins.values()}
-        skipped = re.compile("|".join(f"(?:{p})" for p in (*self.derived, *self.unused)) or r"(?!)")
-        missing = [key for key in sorted(expected) if key not in entries]
-        unexpected = [key for key in entries if key not in expected and not skipped.match(key)]
-        misshapen = [
-            key
-            for name, entry in origins.items()
-            if (key := self.prefix + entry.key) in entries and _part(entries[key], entry).shape != own[name].shape
-        ]
-        for problem, keys in (
-            ("lacks", missing),
-            ("has the unexpected", unexpected),
-            ("has another shape of", misshapen),
-        ):
-            if keys:
-                return f"{problem} '{keys[0]}'" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-        return None
+    def sources(self, module: nn.Module, entries: dict[str, Tensor]) -> Iterator[tuple[Tensor, str, Entry]]:
+        """Each tensor of `module` that a file holds, the name of its entry in the file, and where it lies there."""
+        before = _wrapper(entries) + self.prefix
+        for name, own in module.state_dict().items():
+            entry = self.origin(name)
+            if entry is not None:
+                yield own, before + entry.key, entry
+
+    def misfit(self, module: nn.Module, entries: dict[str, Tensor]) -> Misfit:
+        """What keeps `entries` from `module`; empty where they fit. Values are not looked at."""
+        sources = list(self.sources(module, entries))
+        expected = {key for _, key, _ in sources}
+        derived, unused = self.ignored(entries)
+        return Misfit(
+            missing=sorted(expected - entries.keys()),
+            unexpected=[key for key in entries if key not in expected | derived | unused],
+            misshapen=[
+                key for own, key, entry in sources if key in entries and not _alike(own, _part(entries[key], entry))
+            ],
+        )
+
+    def ignored(self, entries: dict[str, Tensor]) -> tuple[set[str], set[str]]:
+        """The entries that are derived, and those that are unused."""
+        start = len(_wrapper(entries))
+
+        def listed(patterns: tuple[str, ...]) -> set[str]:
+            pattern = re.compile("|".join(f"(?:{p})" for p in patterns) or r"(?!)")
+            return {key for key in entries if pattern.match(key, start)}
+
+        return listed(self.derived), listed(self.unused)
+
+    def damaged(self, module: nn.Module, entries: dict[str, Tensor]) -> str | None:
+        """The first of the fitting `entries` to be loaded that holds NaN or infinity."""
+        sources = self.sources(module, entries)
+        return next((key for _, key, entry in sources if not _part(entries[key], entry).isfinite().all()), None)
 
     def load(self, module: nn.Module, entries: dict[str, Tensor]) -> None:
         """Copies `entries`, which must fit, into `module`."""
-        own = module.state_dict()
-        for name, value in own.items():
-            entry = self.origin(name)
-            if entry is not None:
-                value.copy_(_part(entries[self.prefix + entry.key], entry))
+        for own, key, entry in self.sources(module, entries):
+            own.copy_(_part(entries[key], entry))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of a file: its layout, and the number of entries loaded and left."""
+
+    layout: Layout
+    num_loaded: int
+    num_derived: int
+    num_unused: int
+
+
+def _wrapper(entries: dict[str, Tensor]) -> str:
+    return WRAPPER if all(key.startswith(WRAPPER) for key in entries) else ""
 
 
 def _part(tensor: Tensor, entry: Entry) -> Tensor:
@@ -96,27 +157,30 @@ def _part(tensor: Tensor, entry: Entry) -> Tensor:
     return tensor.chunk(3)[entry.part]
 
 
+def _alike(own: Tensor, stored: Tensor) -> bool:
+    # Quantised integers would pass as weights otherwise.
+    return own.shape == stored.shape and (stored.is_floating_point() or not own.is_floating_point())
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What torch.save wrote to `path`, or the weights of a transformers folder; UserError where it is neither."""
+    """What torch.save wrote to `path`, or the weights of a transformers folder; UserError where it is neither.
+
+    Tensors stay on disk until they are used, where the file's format allows.
+    """
     path = Path(path)
     if path.is_dir():
-        for name in TRANSFORMERS_WEIGHTS:
-            if (path / name).is_file():
-                path = path / name
-                break
-        else:
+        candidates = [path / name for name in TRANSFORMERS_WEIGHTS if (path / name).is_file()]
+        if not candidates:
             raise UserError(f"{path} is a folder without {' or '.join(TRANSFORMERS_WEIGHTS)}: give the checkpoint file")
+        path = candidates[0]
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        with safe_types():
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}: check the path") from None
+        contents = _read_shards(path) if path.suffix == ".json" else _read_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint at {error.filename or path}: check the path") from None
     except Exception as error:
         reason = str(error).strip().split("\n")[0].split(". ")[0]
+        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it holds {unsafe[1]}"
         raise UserError(
             f"{path} is no checkpoint of plain tensors ({reason}): give the original weights file"
         ) from None
@@ -125,27 +189,54 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return contents
 
 
-def load_strictly(module: nn.Module, layouts: tuple[Layout, ...], name: str, path: str | Path) -> Layout:
-    """Copies the checkpoint at `path` into `module` and returns its layout; `name` is the encoder's, for messages.
+def _read_file(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
 
-    Raises UserError naming the first missing, unexpected, misshapen or non-finite entry.
+        return load_file(path)
+    # Files of torch before 1.6 are no archives and cannot be mapped.
+    mapped = zipfile.is_zipfile(path)
+    with safe_types():
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """All tensors of the files that a transformers index names."""
+    contents: dict[str, Any] = {}
+    for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+        contents |= _read_file(index.parent / name)
+    return contents
+
+
+def load_strictly(module: nn.Module, layouts: tuple[Layout, ...], name: str, path: str | Path) -> Loaded:
+    """Copies the checkpoint at `path` into `module`; `name` is the encoder's, for messages.
+
+    Raises UserError naming the first missing, unexpected, misshapen or non-finite entry as the file calls it; `module`
+    is then as it was.
     """
     contents = read_checkpoint(path)
     fitting = [(layout, entries) for layout in layouts if (entries := layout.entries(contents)) is not None]
     if not fitting:
-        places = " or ".join(f"'{layout.prefix}*' under '{layout.container or 'its top'}'" for layout in layouts)
-        raise UserError(f"{path} does not hold the named tensors of {name} (entries {places}): give its original file")
-    problems = []
-    for layout, entries in fitting:
-        problem = layout.problem(module, entries)
-        if problem is None:
-            break
-        problems.append(problem)
-    else:
-        raise UserError(f"{path} {problems[0]}: it is no checkpoint of {name}")
+        places = " or ".join(
+            f"'{layout.prefix}*' under '{layout.container or 'its top'}'" for layout in layouts if not layout.refusal
+        )
+        raise UserError(
+            f"{path} does not hold the named tensors of {name} (entries {places}): {_remedy(contents, name)}"
+        )
+    misfits = [(layout.misfit(module, entries), layout, entries) for layout, entries in fitting]
+    misfit, layout, entries = min(misfits, key=lambda found: len(found[0]))
+    if misfit:
+        raise UserError(f"{path} {misfit}: it is no checkpoint of {name}; {_remedy(contents, name)}")
+    if key := layout.damaged(module, entries):
+        raise UserError(f"{path} has non-finite values in '{key}': it is damaged, fetch it again")
     layout.load(module, entries)
-    for own_name, value in module.state_dict().items():
-        entry = layout.origin(own_name)
-        if entry is not None and not value.isfinite().all():
-            raise UserError(f"{path} has non-finite values in '{layout.prefix}{entry.key}': it is damaged")
-    return layout
+    derived, unused = layout.ignored(entries)
+    return Loaded(layout, len({key for _, key, _ in layout.sources(module, entries)}), len(derived), len(unused))
+
+
+def _remedy(contents: dict[str, Any], name: str) -> str:
+    # Imported late: it knows all encoders, which know this module.
+    from atr_scale.encoders.identify import fitting_encoders
+
+    others = fitting_encoders(contents)
+    return f"it is one of {' or '.join(others)}, choose that encoder" if others else "give its original file"

@@ -52,7 +52,7 @@ def mel_bank(
     (corners on Slaney's scale, triangles linear in Hz and of unit area, as librosa's default).
     """
     bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
-    limits = torch.tensor([fmin, fmax], dtype=torch.float64)
+    limits = torch.tensor([fmin, fmax], dtype=torch.float64, device="cpu")
     if scale == "slaney":
         low, high = hertz_to_slaney(limits).tolist()
         edges = slaney_to_hertz(torch.linspace(low, high, num_mels + 2, dtype=torch.float64))
