@@ -223,6 +223,8 @@ def load_strictly(module: nn.Module, layouts: tuple[Layout, ...], name: str, pat
         raise UserError(
             f"{path} does not hold the named tensors of {name} (entries {places}): {_remedy(contents, name)}"
         )
+    if refusal := next((layout.refusal for layout, _ in fitting if layout.refusal), None):
+        raise UserError(f"{path} {refusal}")
     misfits = [(layout.misfit(module, entries), layout, entries) for layout, entries in fitting]
     misfit, layout, entries = min(misfits, key=lambda found: len(found[0]))
     if misfit:
