@@ -102,11 +102,12 @@ class Retriever(nn.Module):
         return {**terms, "loss": torch.stack(list(terms.values())).sum(), "temperature": temperature.detach().squeeze()}
 
     def train(self, mode: bool = True) -> Retriever:
-        """Training mode for what is trained: a frozen encoder keeps its dropout off."""
+        """Training mode for what is trained: frozen encoders and layers keep their dropout off."""
         super().train(mode)
-        for encoder in (self.audio_encoder, self.text_encoder):
-            if not any(p.requires_grad for p in encoder.parameters()):
-                encoder.eval()
+        for module in self.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
         return self
 
     def _autocast(self, like: Tensor) -> torch.autocast:

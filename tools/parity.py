@@ -22,6 +22,8 @@ from atr_scale.data.stream import read_batches
 from atr_scale.model import Retriever
 from atr_scale.parallel.world import World
 from atr_scale.training.engine import Engine
+from atr_scale.training.layers import freeze
+from atr_scale.training.schedule import seeds
 from atr_scale.training.setup import caption_tokenizer, training_stream
 from tools.ranks import run_ranks
 
@@ -34,6 +36,7 @@ def start(config: RunConfig) -> tuple[Engine, Iterator[Batch]]:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    freeze(model, config.train)
     engine = Engine(model, config.train, world, torch.device("cpu"))
     stream = training_stream(config, caption_tokenizer(config), model.sample_rate, world)
     return engine, read_batches(stream.between(0, 1 << 30), 0)
@@ -58,7 +61,7 @@ def curve(config: RunConfig, updates: int) -> dict[str, Any]:
     }
     for number in range(updates):
         taken = [next(batches) for _ in range(train.accum_steps)]
-        result = engine.update(taken, rates, [number] * len(taken))
+        result = engine.update(taken, rates, seeds(config.run.seed, number, len(taken), engine.world.rank))
         assert result.applied
         found["loss"].append(result.terms["loss"])
         found["norm"].append(result.gradient_norm)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from atr_scale.data.batch import Batch
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.parallel.world import World
+from atr_scale.training.layers import rate_scales
+from atr_scale.training.schedule import Seeds
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ class Engine:
             if parameter.requires_grad:
                 parameter.register_hook(self._watch)
         self.optimizer = _SkippableAdamW(
-            list(_optimizer_groups(model, train)), lr=train.lr, betas=train.betas, eps=train.eps
+            list(optimizer_groups(model, train)), lr=train.lr, betas=train.betas, eps=train.eps
         )
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=deepspeed_config(train, world.size)
@@ -89,16 +92,21 @@ class Engine:
             # Sharded parameters are gathered inside every forward: all ranks must make equally many.
             model.audio_encoder.equal_rounds = world.max_int
 
-    def update(self, batches: Iterable[Batch], learning_rates: dict[str, float], seeds: Iterable[int]) -> StepResult:
-        """One update from the losses of `batches`, one global batch each; `seeds` fix dropout, one a batch."""
+    def update(self, batches: Iterable[Batch], learning_rates: dict[str, float], seeds: Iterable[Seeds]) -> StepResult:
+        """One update from the losses of `batches`, one global batch each, with a seed pair for each.
+
+        learning_rates: of the groups "audio", "text" and "heads", that of their fastest layer.
+        """
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rates[group["name"]]
+            # Groups of checkpoints from before there was layer decay have no scale.
+            group["lr"] = learning_rates[group["name"]] * group.get("lr_scale", 1.0)
         self._probe.zero_()
         self.optimizer.skip, self.optimizer.gradient_scale = False, self.scale
         self.deepspeed.train()
         sums: dict[str, Tensor] = {}
         for batch, seed in zip(batches, seeds, strict=True):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed.dropout)
+            self.model.audio_encoder.augment_seed = seed.augmentation
             terms = self.deepspeed(batch.to(self.device))
             # Gradients are averaged over ranks, the loss is one sum over them: hence the factor.
             self.deepspeed.backward(terms["loss"] * (self.world.size * self.scale))
@@ -190,12 +198,17 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
     }
 
 
-def _optimizer_groups(model: Retriever, train: TrainSection) -> Iterable[dict[str, Any]]:
-    """Parameter groups "audio", "text" and "heads", each split by weight decay: none for vectors and scalars."""
+def optimizer_groups(model: Retriever, train: TrainSection) -> Iterable[dict[str, Any]]:
+    """Parameter groups "audio", "text" and "heads", each split by weight decay (none for vectors and scalars) and by
+    the share of the learning rate."""
+    scales = rate_scales(model, train)
     for name, members in model.parameter_groups().items():
-        for decay, parameters in (
-            (train.weight_decay, [p for _, p in members if p.ndim > 1]),
-            (0.0, [p for _, p in members if p.ndim <= 1]),
+        for weight_decay, chosen in (
+            (train.weight_decay, [(n, p) for n, p in members if p.ndim > 1]),
+            (0.0, [(n, p) for n, p in members if p.ndim <= 1]),
         ):
-            if parameters:
-                yield {"params": parameters, "weight_decay": decay, "name": name}
+            by_scale = defaultdict(list)
+            for parameter_name, parameter in chosen:
+                by_scale[scales[parameter_name]].append(parameter)
+            for scale, parameters in by_scale.items():
+                yield {"params": parameters, "weight_decay": weight_decay, "name": name, "lr_scale": scale}

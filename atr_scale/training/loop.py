@@ -2,7 +2,7 @@
 
     batches by plan -> update -> log -> evaluate -> checkpoint -> stop if told to
 
-All of a run's position is the step: the plan, the learning rate and dropout's seeds follow from it.
+All of a run's position is the step: the plan, the learning rate and the seeds of random draws follow from it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from atr_scale.config import RunConfig, load_config
@@ -32,16 +31,16 @@ from atr_scale.parallel.world import World
 from atr_scale.training import checkpoint
 from atr_scale.training.engine import Engine, StepResult
 from atr_scale.training.environment import distributed
+from atr_scale.training.layers import freeze
 from atr_scale.training.monitor import Monitor, Player, RetrievedClips
 from atr_scale.training.preemption import PreemptionFlag
 from atr_scale.training.provenance import write_environment
-from atr_scale.training.schedule import learning_rate
+from atr_scale.training.schedule import learning_rate, seeds
 from atr_scale.training.setup import (
     caption_tokenizer,
     check_batch_size,
     check_run_folder,
     differences,
-    freeze,
     num_steps,
     training_stream,
 )
@@ -126,7 +125,8 @@ class Training:
         while self.progress.step < self.steps:
             step = self.progress.step
             taken = self._take(batches)
-            result = self.engine.update(taken, self._learning_rates(step), self._seeds(step))
+            drawn = seeds(self.config.run.seed, step, losses, self.world.rank)
+            result = self.engine.update(taken, self._learning_rates(step), drawn)
             self.progress.step += 1
             self.progress.samples_seen += losses * train.global_batch_size
             self._judge(result, taken)
@@ -176,13 +176,6 @@ class Training:
             )
             for name, peak in peaks.items()
         }
-
-    def _seeds(self, step: int) -> list[int]:
-        """Dropout's seeds, one a loss: a function of the position, so that a resume needs no saved random state."""
-        key = [self.config.run.seed, 3, step, self.world.rank]
-        return [
-            int(s) for s in np.random.SeedSequence(key).generate_state(self.config.train.accum_steps, np.uint64) >> 1
-        ]
 
     def _judge(self, result: StepResult, taken: list[Batch]) -> None:
         """Count skipped updates; after too many in a row, stop on all ranks."""

@@ -6,7 +6,8 @@ from atr_scale.config import RunConfig
 from atr_scale.data.index import open_shards
 from atr_scale.model import Retriever, count_parameters
 from atr_scale.parallel.world import World
-from atr_scale.training.setup import caption_tokenizer, check_batch_size, freeze, num_steps, training_stream
+from atr_scale.training.layers import describe_layers, freeze
+from atr_scale.training.setup import caption_tokenizer, check_batch_size, num_steps, training_stream
 
 BYTES = 4  # parameters, gradients and both moments are fp32
 
@@ -34,6 +35,7 @@ def plan(config: RunConfig, world_size: int) -> str:
         f"steps       {steps} updates, {warmup} of them warm-up; an epoch is "
         f"{stream.plan.epoch_batches / train.accum_steps:.1f}",
         f"precision   {train.precision}",
+        *describe_layers(model, train),
     ]
     for source, shards in zip(config.data.train, stream.sources, strict=True):
         lines.append(f"train       {source.shards}: {len(shards)} clips in {len(shards.names)} shards")

@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from atr_scale.config import RunConfig, TrainSection
+from atr_scale.config import RunConfig
 from atr_scale.data.stream import TrainingStream
 from atr_scale.data.text import CaptionTokenizer
 from atr_scale.errors import UserError
-from atr_scale.model import Retriever
 from atr_scale.parallel.world import World
 
 # What may differ when a run is resumed; everything else would make it another run.
@@ -46,13 +45,6 @@ def check_run_folder(folder: Path) -> None:
         raise UserError(f"the run folder {folder} cannot be made ({error.strerror}): give another run.dir") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"the run folder {folder} is not writable: give another run.dir")
-
-
-def freeze(model: Retriever, train: TrainSection) -> None:
-    """An encoder with a learning rate of 0 computes no gradients."""
-    for encoder, rate in ((model.audio_encoder, train.lr_audio), (model.text_encoder, train.lr_text)):
-        if rate == 0:
-            encoder.requires_grad_(False)
 
 
 def caption_tokenizer(config: RunConfig) -> CaptionTokenizer:

@@ -15,6 +15,7 @@ from atr_scale.data.batch import Batch
 from atr_scale.model import Retriever
 from atr_scale.parallel.world import World
 from atr_scale.training.engine import Engine
+from atr_scale.training.schedule import seeds
 from tests.tiny_run import tiny_config
 from tools.parity import curves, parameters, start, with_train
 from tools.ranks import run_ranks
@@ -79,11 +80,11 @@ def skip_and_go_on(config: RunConfig) -> dict[str, Any]:
     if world.rank == world.size - 1:
         bad = replace(bad, waveform=bad.waveform * torch.nan)
 
-    engine.update([good], RATES, [0])
+    engine.update([good], RATES, seeds(0, 0, 1, world.rank))
     before, moments = parameters(engine), optimizer_state(engine)
-    skipped = engine.update([bad], RATES, [1])
+    skipped = engine.update([bad], RATES, seeds(0, 1, 1, world.rank))
     after, moments_after = parameters(engine), optimizer_state(engine)
-    last = engine.update([again], RATES, [2])
+    last = engine.update([again], RATES, seeds(0, 2, 1, world.rank))
     return {
         "bad_ranks": skipped.bad_ranks,
         "unchanged": all(np.array_equal(before[n], after[n]) for n in before),
@@ -128,5 +129,5 @@ def test_fp16_halves_its_scale_after_an_overflow(folder: Path) -> None:
 def overflow_once(config: RunConfig) -> tuple[float, float, bool]:
     engine, batches = start(config)
     engine.scale = 1e38
-    result = engine.update([next(batches)], RATES, [0])
+    result = engine.update([next(batches)], RATES, seeds(0, 0, 1, 0))
     return 1e38, engine.scale, result.overflow

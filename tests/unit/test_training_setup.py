@@ -12,9 +12,10 @@ import pytest
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.training.environment import Place, distributed
+from atr_scale.training.layers import freeze
 from atr_scale.training.plan import plan
 from atr_scale.training.schedule import learning_rate
-from atr_scale.training.setup import check_batch_size, differences, freeze
+from atr_scale.training.setup import check_batch_size, differences
 from tests.tiny_run import tiny_config
 
 

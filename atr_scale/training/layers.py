@@ -1,0 +1,76 @@
+"""Layers of the encoders: which of them learn, and at what share of their encoder's rate.
+
+An encoder's `layers` names them from the lowest (next to the input) to the highest, by prefixes of parameter names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from atr_scale.config import TrainSection
+from atr_scale.errors import UserError
+from atr_scale.model import Retriever
+
+ENCODERS = ("audio", "text")
+
+
+def freeze(model: Retriever, train: TrainSection) -> None:
+    """Frozen layers compute no gradients; all layers are frozen in an encoder with a learning rate of 0.
+
+    UserError where train.frozen_layers_* is more than the encoder has.
+    """
+    for kind in ENCODERS:
+        encoder = getattr(model, f"{kind}_encoder")
+        frozen, layers = getattr(train, f"frozen_layers_{kind}"), encoder.layers
+        if frozen > len(layers):
+            raise UserError(
+                f"train.frozen_layers_{kind} = {frozen}, but the {kind} encoder has {len(layers)} layers: "
+                f"give at most {len(layers)}"
+            )
+        if getattr(train, f"lr_{kind}") == 0:
+            frozen = len(layers)
+        for name, parameter in encoder.named_parameters():
+            if parameter.requires_grad and layer_of(name, layers) < frozen:
+                parameter.requires_grad_(False)
+
+
+def rate_scales(model: Retriever, train: TrainSection) -> dict[str, float]:
+    """Each trainable parameter's share of its group's learning rate, by its name in the model.
+
+    Layer k of n learns at decay ** (n - 1 - k), heads at 1: layer-wise decay of ELECTRA (Clark et al. 2020,
+    arXiv 2003.10555) and BEiT (Bao et al. 2021, arXiv 2106.08254).
+    """
+    scales = {}
+    for group, members in model.parameter_groups().items():
+        layers = getattr(model, f"{group}_encoder").layers if group in ENCODERS else []
+        decay = getattr(train, f"layer_decay_{group}") if group in ENCODERS else 1.0
+        for name, _ in members:
+            own_name = name.removeprefix(f"{group}_encoder.")
+            scales[name] = 1.0 if decay == 1 else decay ** (len(layers) - 1 - layer_of(own_name, layers))
+    return scales
+
+
+def layer_of(name: str, layers: Sequence[tuple[str, ...]]) -> int:
+    """The number of the layer that the encoder's parameter `name` belongs to."""
+    found = [number for number, prefixes in enumerate(layers) if name.startswith(prefixes)]
+    assert len(found) == 1, f"parameter {name} belongs to {len(found)} layers, not to one"
+    return found[0]
+
+
+def describe_layers(model: Retriever, train: TrainSection) -> list[str]:
+    """What is frozen and what learns more slowly: one line each, none where nothing is."""
+    frozen, decayed = [], []
+    for kind in ENCODERS:
+        count = len(getattr(model, f"{kind}_encoder").layers)
+        lowest, decay = getattr(train, f"frozen_layers_{kind}"), getattr(train, f"layer_decay_{kind}")
+        if getattr(train, f"lr_{kind}") == 0 or lowest == count:
+            frozen.append(f"{kind}: all {count} layers")
+            continue
+        if lowest:
+            frozen.append(f"{kind}: lowest {lowest} of {count} layers")
+        if decay < 1:
+            smallest = decay ** (count - 1 - lowest)
+            decayed.append(f"{kind}: {decay:g} a layer, lowest trained one {smallest:.2g} of the rate")
+    return [
+        f"{label:<11} {'; '.join(found)}" for label, found in (("frozen", frozen), ("layer decay", decayed)) if found
+    ]

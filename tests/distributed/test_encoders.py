@@ -1,0 +1,165 @@
+"""Every audio encoder in training: the same losses however it is spread out, with all of its draws on, and back from
+its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from atr_scale.config import AudioEncoderSection, RunConfig, SpecAugmentSection
+from atr_scale.data.batch import Batch
+from atr_scale.encoders import AUDIO_ENCODERS
+from atr_scale.model import load_retriever
+from atr_scale.parallel.world import World
+from atr_scale.training import checkpoint, engine
+from atr_scale.training.schedule import seeds
+from tests.tiny_run import tiny_config
+from tools.parity import curve, curves, start, with_train
+from tools.ranks import run_ranks
+
+NAMES = ["small_cnn", *(name for name in AUDIO_ENCODERS if name.startswith("tiny_")), "mn04"]
+UPDATES = 3
+RATES = {"audio": 1e-3, "text": 1e-3, "heads": 1e-3}
+# Each is set where an encoder has it; SpecAugment all have.
+DRAWS = {"s_patchout_t": 2, "s_patchout_f": 1, "fmin_aug_range": 10, "fmax_aug_range": 2000}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Corpus and text encoder, built once."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_config(folder, folder / "run")
+    return folder
+
+
+def config_of(
+    folder: Path, name: str, draws: bool = True, train: dict[str, Any] | None = None, **audio: Any
+) -> RunConfig:
+    """A run of `name` with four pairs a batch; `audio` sets its options."""
+    config = tiny_config(folder, folder / name, global_batch_size=4, gradient_clipping=0.0, **(train or {}))
+    if draws:
+        special = AUDIO_ENCODERS[name]().special_options
+        audio |= {option: value for option, value in DRAWS.items() if option in special}
+        audio["spec_augment"] = SpecAugmentSection(time_drop_width=8)
+    config.model.audio = AudioEncoderSection(name=name, **audio)
+    return config
+
+
+def assert_equal_curves(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2 * tolerance)
+    largest = max(np.abs(g).max() for g in expected["gradients"].values())
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        np.testing.assert_allclose(found["gradients"][name], gradient, rtol=0, atol=tolerance * largest, err_msg=name)
+
+
+def shard_small_parameters() -> None:
+    """ZeRO 3 as for large encoders: by default it keeps parameters as small as these whole on every rank."""
+    original = engine.deepspeed_config
+
+    def with_all_sharded(*args: Any) -> dict[str, Any]:
+        options = original(*args)
+        options["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return options
+
+    engine.deepspeed_config = with_all_sharded
+
+
+def trained(config: RunConfig) -> dict[str, Any]:
+    """What one rank sees of a training that is saved, restored and gone on with, in fp32 and bf16."""
+    found = {"curve": curve(config, UPDATES)}
+    bf16 = with_train(config, precision="bf16", zero_stage=1).model_copy(deep=True)
+    bf16.model.audio.activation_checkpointing = False
+    found["bf16"] = curve(bf16, UPDATES)["loss"]
+
+    world = World.current()
+    first, batches = start(config)
+    losses = [step(first, batches, number) for number in range(2)]
+    saved = checkpoint.save(Path(config.run.dir), first, world, config.to_yaml(), {"step": 2})
+    found["embedded"] = embeddings(first.model)
+    restored, _, _ = load_retriever(saved)
+    found["restored"] = embeddings(restored)
+    found["gone on"] = [*losses, step(first, batches, 2)]
+
+    second, batches = start(config)
+    second.load(saved)
+    for _ in losses:
+        next(batches)
+    found["resumed"] = [*losses, step(second, batches, 2)]
+    return found
+
+
+def all_trained(configs: list[RunConfig]) -> dict[str, dict[str, Any]]:
+    shard_small_parameters()
+    found = {}
+    for config in configs:
+        try:
+            found[config.model.audio.name] = trained(config)
+        except BaseException as error:
+            error.add_note(f"in the training of {config.model.audio.name}")
+            raise
+    return found
+
+
+def step(one: engine.Engine, batches: Iterator[Batch], number: int) -> float:
+    result = one.update([next(batches)], RATES, seeds(0, number, 1, one.world.rank))
+    assert result.applied
+    return result.terms["loss"]
+
+
+@torch.no_grad()
+def embeddings(model: torch.nn.Module) -> np.ndarray:
+    model.eval()
+    waveform = 0.1 * torch.randn(2, 16_000, generator=torch.Generator().manual_seed(1))
+    return model.encode_audio(waveform, torch.tensor([16_000, 12_000])).pooled.numpy()  # type: ignore[operator]
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(folder: Path) -> dict[str, dict[str, Any]]:
+    """All encoders under ZeRO 3 with activation checkpointing; one start of two ranks serves them."""
+    configs = [config_of(folder, n, train={"zero_stage": 3}, activation_checkpointing=True) for n in NAMES]
+    return run_ranks(all_trained, 2, configs)[1]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, dict[str, Any]]:
+    """All encoders in one process without ZeRO and without activation checkpointing."""
+    configs = [config_of(folder, name, train={"zero_stage": 0}) for name in NAMES]
+    return dict(zip(NAMES, run_ranks(curves, 1, configs, UPDATES)[0], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_equal_one_process(alone: dict[str, Any], on_two_ranks: dict[str, Any], name: str) -> None:
+    """Sharded, recomputed in the backward pass, with patchout, band jitter and SpecAugment; one process does without
+    the first two."""
+    found, expected = on_two_ranks[name]["curve"], alone[name]
+    assert_equal_curves(found, expected)
+    assert any(name.startswith("audio_encoder.") for name in expected["gradients"])
+    assert len(set(expected["loss"])) == UPDATES
+    np.testing.assert_allclose(on_two_ranks[name]["bf16"], expected["loss"], rtol=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_restored_and_gone_on_with(on_two_ranks: dict[str, Any], name: str) -> None:
+    found = on_two_ranks[name]
+    np.testing.assert_allclose(found["restored"], found["embedded"], rtol=1e-5, atol=1e-6)
+    assert np.isfinite(found["restored"]).all() and np.abs(found["restored"][0] - found["restored"][1]).max() > 0
+    assert found["resumed"] == found["gone on"]
+
+
+def test_draws_change_the_loss_and_checkpointing_does_not(folder: Path) -> None:
+    """Without the first the comparison of ranks could pass with everything switched off."""
+    name = next((name for name in NAMES if name.startswith("tiny_passt")), "small_cnn")
+    without = config_of(folder, name, draws=False, train={"zero_stage": 0})
+    drawn = config_of(folder, name, train={"zero_stage": 0})
+    recomputed = config_of(folder, name, train={"zero_stage": 0}, activation_checkpointing=True)
+    found = run_ranks(curves, 1, [without, drawn, recomputed], 1)[0]
+    assert abs(found[0]["loss"][0] - found[1]["loss"][0]) > 1e-4
+    assert_equal_curves(found[2], found[1], 1e-6)
