@@ -153,7 +153,7 @@ class AudioEncoder(nn.Module, ABC):
         keep_BMF = augment.keep_outside_stripes(self.augment_seed, waveform_BS, num_mels, num_frames, widths)
         return features_BMF * keep_BMF.to(features_BMF.dtype)
 
-    def run(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def run(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """layer(x), recomputed in the backward pass where the option is set."""
         if self.options.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, x, use_reentrant=False)

@@ -1,0 +1,142 @@
+"""ATST-Frame: a transformer over columns of four mel frames, 40 ms each.
+
+Source: Audio-WestlakeU/audiossl, `methods/atstframe` (Li, Shao, Li, TASLP 2024, arXiv 2306.04186); module names follow
+the keys of its checkpoints.
+
+Shape suffixes: B batch, S samples, M mel bands, F frames, D width, T tokens, P mel values of a token, L classes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from atr_scale.encoders.audio import AudioEncoder
+from atr_scale.encoders.checkpoints import Entry, Layout
+from atr_scale.encoders.vit import EPSILON, Block, embedding, initialise
+from atr_scale.errors import UserError
+from atr_scale.frontends.minmax import MinMaxMel
+from atr_scale.sequence import TokenSequence
+
+SAMPLE_RATE = 16_000
+HOP = 160
+NUM_MELS = 64
+PATCH_FRAMES = 4
+NUM_CLASSES = 527
+
+
+def fine_tuned(name: str) -> Entry:
+    return Entry(name if name.startswith("head.") else f"encoder.encoder.{name}")
+
+
+def self_supervised(name: str) -> Entry | None:
+    return None if name.startswith("head.") else Entry(name)
+
+
+def self_supervised_older(name: str) -> Entry | None:
+    return self_supervised(name.replace("norm_frame.", "norm."))
+
+
+TEACHER = "model.teacher.encoder."
+UNUSED_BESIDE_TEACHER = (r"model\.student\.", r"model\.teacher\.(projector|predictor)\.", r".*\.mask_embed$")
+LAYOUTS = (
+    Layout("fine-tuned on AudioSet", "state_dict", unused=(r".*\.mask_embed$",), origin=fine_tuned),
+    Layout("self-supervised", "state_dict", TEACHER, unused=UNUSED_BESIDE_TEACHER, origin=self_supervised),
+    Layout(
+        "self-supervised, older names",
+        "state_dict",
+        TEACHER,
+        unused=(*UNUSED_BESIDE_TEACHER, r".*\.cls_token$"),
+        origin=self_supervised_older,
+    ),
+)
+
+
+class PatchEmbedding(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.patch_embed = nn.Linear(NUM_MELS * PATCH_FRAMES, dim)
+
+    def forward(self, mel_BMF: Tensor) -> Tensor:
+        """Tokens [B, F // 4, D]; frames beyond a multiple of four are dropped."""
+        patches_BMTf = mel_BMF[..., : mel_BMF.shape[2] // PATCH_FRAMES * PATCH_FRAMES].unflatten(2, (-1, PATCH_FRAMES))
+        return self.patch_embed(patches_BMTf.transpose(1, 2).flatten(2))
+
+
+class Classifier(nn.Module):
+    """Zero until a file brings one, so that `tags` knows, also after a round trip through a checkpoint of ours."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim, affine=False)
+        self.linear = nn.Linear(dim, NUM_CLASSES)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, pooled_BD: Tensor) -> Tensor:
+        return self.linear(self.norm(pooled_BD))
+
+
+class ATSTFrame(AudioEncoder):
+    """Clips up to 10 s, one token per 40 ms (F mel frames of 10 ms give F // 4 tokens).
+
+    tokens: the last layer's outputs after the norm; pooled: their mean, as the original fine-tunes on AudioSet. A file
+    of self-supervised weights gives the teacher's, and no classifier: `tags` needs a fine-tuned file.
+    """
+
+    sample_rate = SAMPLE_RATE
+    native_seconds = 10.0
+    special_options = frozenset({"attention"})
+    layouts = LAYOUTS
+
+    def __init__(self, dim: int = 768, depth: int = 12, heads: int = 12) -> None:
+        super().__init__()
+        self.front_end = MinMaxMel(
+            sample_rate=SAMPLE_RATE,
+            n_fft=1024,
+            window_length=1024,
+            hop=HOP,
+            num_mels=NUM_MELS,
+            fmin=60.0,
+            fmax=7_800.0,
+            floor=1e-10,
+            dynamic_range=80.0,
+            minimum=-79.6482,
+            maximum=50.6842,
+        )
+        self.dim = dim
+        num_tokens = round(self.native_seconds * SAMPLE_RATE) // HOP // PATCH_FRAMES
+        self.patch_embed = PatchEmbedding(dim)
+        # The original keeps the first position for a class token that it does not have.
+        self.pos_embed = embedding(1, 1 + num_tokens, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=False) for _ in range(depth))
+        self.norm_frame = nn.LayerNorm(dim, EPSILON)
+        initialise(self)
+        self.head = Classifier(dim).requires_grad_(False)
+
+    def encode(self, waveform_BS: Tensor) -> TokenSequence:
+        mel_BMF = self.spec_augment(self.mel(waveform_BS), waveform_BS)
+        x_BTD = self.patch_embed(mel_BMF.to(self.pos_embed.dtype))
+        x_BTD = x_BTD + self.pos_embed[:, 1 : 1 + x_BTD.shape[1]]
+        for block in self.blocks:
+            x_BTD = self.run(partial(block, fused=self.options.attention == "sdpa"), x_BTD)
+        tokens_BTD = self.norm_frame(x_BTD)
+        mask_BT = torch.ones(tokens_BTD.shape[:2], dtype=torch.bool, device=tokens_BTD.device)
+        return TokenSequence(tokens_BTD, mask_BT, tokens_BTD.sum(1) / (tokens_BTD.shape[1] + 1e-6))
+
+    def logits(self, waveform_BS: Tensor) -> Tensor:
+        """[B, 527], AudioSet's classes. UserError where the weights came without a classifier."""
+        if not self.head.linear.weight.any():
+            raise UserError("these weights of ATST-Frame have no classifier: load the file fine-tuned on AudioSet")
+        return self.head(self.encode(waveform_BS).pooled)
+
+    def train(self, mode: bool = True) -> ATSTFrame:
+        super().train(mode)
+        self.head.eval()  # kept as loaded, its statistics included, whatever `batch_norm` says
+        return self
+
+    @property
+    def layers(self) -> list[tuple[str, ...]]:
+        blocks = ((f"blocks.{i}.",) for i in range(len(self.blocks)))
+        return [("patch_embed.", "pos_embed"), *blocks, ("norm_frame.",)]

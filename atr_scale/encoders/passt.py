@@ -1,0 +1,131 @@
+"""PaSST: a transformer over square patches of the log-mel, with structured patchout in training.
+
+Source: kkoutini/PaSST, `models/passt.py` (Koutini et al., Interspeech 2022, arXiv 2110.05069); module names follow the
+keys of its checkpoints.
+
+Shape suffixes: B batch, S samples, M mel bands, F frames, D width, R rows of patches (frequency), T columns of patches
+(time), N all tokens (class, distillation, then the patches row by row), L classes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from atr_scale.config import AudioEncoderOptions
+from atr_scale.encoders.audio import AudioEncoder
+from atr_scale.encoders.checkpoints import Layout
+from atr_scale.encoders.vit import EPSILON, Block, embedding, initialise
+from atr_scale.errors import UserError
+from atr_scale.frontends.kaldi import KaldiLogMel
+from atr_scale.sequence import TokenSequence
+
+SAMPLE_RATE = 32_000
+HOP = 320
+NUM_MELS = 128
+PATCH = 16
+NUM_CLASSES = 527
+
+
+class PaSST(AudioEncoder):
+    """Clips up to 10 s; one token per column of patches, `stride` mel frames of 10 ms apart.
+
+    tokens: the patches' outputs averaged over frequency; pooled: the mean of the outputs of the class and distillation
+    tokens, which is the original's feature vector. A clip shorter than a patch is followed by silence.
+
+    s_patchout_t, s_patchout_f: in training so many columns and rows of patches, drawn for the whole batch, are left
+    out, and so are their tokens; a short clip keeps one column at least. In training the original also shifts the time
+    positions of clips below 10 s at random; here they start at the first, as in its evaluation.
+    """
+
+    sample_rate = SAMPLE_RATE
+    native_seconds = 10.0
+    special_options = frozenset({"s_patchout_t", "s_patchout_f", "fmin_aug_range", "fmax_aug_range", "attention"})
+    layouts = (Layout(unused=(r"head_dist\.",)),)
+
+    def __init__(self, stride: int, dim: int = 768, depth: int = 12, heads: int = 12) -> None:
+        super().__init__()
+        self.front_end = KaldiLogMel(
+            sample_rate=SAMPLE_RATE,
+            n_fft=1024,
+            window_length=800,
+            hop=HOP,
+            num_mels=NUM_MELS,
+            fmin=0.0,
+            fmax=15_000.0,
+            pre_emphasis=0.97,
+            floor=1e-5,
+            shift=4.5,
+            scale=5.0,
+        )
+        self.dim = dim
+        self.rows = (NUM_MELS - PATCH) // stride + 1
+        self.columns = (round(self.native_seconds * SAMPLE_RATE) // HOP - PATCH) // stride + 1
+        self.cls_token = embedding(1, 1, dim)
+        self.dist_token = embedding(1, 1, dim)
+        self.new_pos_embed = embedding(1, 2, dim)
+        self.freq_new_pos_embed = embedding(1, dim, self.rows, 1)
+        self.time_new_pos_embed = embedding(1, dim, 1, self.columns)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(1, dim, PATCH, stride)))
+        self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, EPSILON)
+        self.head = nn.Sequential(nn.LayerNorm(dim, 1e-5), nn.Linear(dim, NUM_CLASSES)).requires_grad_(False)
+        initialise(self)
+
+    def configure(self, options: AudioEncoderOptions, name: str) -> None:
+        for option, number, axis in (("s_patchout_t", self.columns, "columns"), ("s_patchout_f", self.rows, "rows")):
+            if getattr(options, option) >= number:
+                raise UserError(
+                    f"{option} = {getattr(options, option)} leaves out all {number} {axis} of patches of {name}: "
+                    f"give at most {number - 1}"
+                )
+        super().configure(options, name)
+
+    def encode(self, waveform_BS: Tensor) -> TokenSequence:
+        shortest = (PATCH - 1) * HOP + 1
+        if waveform_BS.shape[1] < shortest:
+            waveform_BS = nn.functional.pad(waveform_BS, (0, shortest - waveform_BS.shape[1]))
+        mel_BMF = self.spec_augment(self.mel(waveform_BS), waveform_BS)
+        patches_BDRT = self.patchout(self.patches(mel_BMF))
+        x_BND = self.transform(patches_BDRT)
+        tokens_BTD = x_BND[:, 2:].unflatten(1, patches_BDRT.shape[2:]).mean(1)
+        mask_BT = torch.ones(tokens_BTD.shape[:2], dtype=torch.bool, device=tokens_BTD.device)
+        return TokenSequence(tokens_BTD, mask_BT, x_BND[:, :2].mean(1))
+
+    def patches(self, mel_BMF: Tensor) -> Tensor:
+        """Projected patches with their positions, [B, D, R, T]."""
+        patches_BDRT = self.patch_embed(mel_BMF.unsqueeze(1).to(self.cls_token.dtype))
+        return patches_BDRT + self.time_new_pos_embed[..., : patches_BDRT.shape[3]] + self.freq_new_pos_embed
+
+    def patchout(self, patches_BDRT: Tensor) -> Tensor:
+        """In training, without the rows and columns that the options leave out; the others keep their order."""
+        if not self.training:
+            return patches_BDRT
+        draws = self.draws("patchout")
+        for axis, left_out in ((3, self.options.s_patchout_t), (2, self.options.s_patchout_f)):
+            if left_out:
+                number = patches_BDRT.shape[axis]
+                kept = np.sort(draws.permutation(number)[: max(1, number - left_out)])
+                patches_BDRT = patches_BDRT.index_select(axis, torch.from_numpy(kept).to(patches_BDRT.device))
+        return patches_BDRT
+
+    def transform(self, patches_BDRT: Tensor) -> Tensor:
+        """The transformer's outputs [B, 2 + R * T, D]."""
+        special_1ND = torch.cat([self.cls_token, self.dist_token], 1) + self.new_pos_embed
+        x_BND = torch.cat([special_1ND.expand(len(patches_BDRT), -1, -1), patches_BDRT.flatten(2).transpose(1, 2)], 1)
+        for block in self.blocks:
+            x_BND = self.run(partial(block, fused=self.options.attention == "sdpa"), x_BND)
+        return self.norm(x_BND)
+
+    def logits(self, waveform_BS: Tensor) -> Tensor:
+        """[B, 527], AudioSet's classes."""
+        return self.head(self.encode(waveform_BS).pooled)
+
+    @property
+    def layers(self) -> list[tuple[str, ...]]:
+        embeddings = ("patch_embed.", "cls_token", "dist_token", "new_pos_", "freq_new_pos_", "time_new_pos_")
+        return [embeddings, *((f"blocks.{i}.",) for i in range(len(self.blocks))), ("norm.",)]
