@@ -114,6 +114,7 @@ class ProjectionSection(Section):
 
 class ScorerSection(Section):
     name: str = "pooled"
+    options: dict[str, Any] = Field({}, description="what the scorer can be told, by its own names")
 
 
 class ModelSection(Section):
@@ -136,11 +137,64 @@ class TemperatureSection(Section):
         return self
 
 
+class TermSection(Section):
+    """A loss term; the loss is the weighted sum of those with a positive weight."""
+
+    weight: NonNegative = 0.0
+
+
+class NTXentSection(TermSection):
+    weight: NonNegative = 1.0
+
+
+class PMRSection(TermSection):
+    omega: Positive = Field(5.0, description="scale of the prior's softmax")
+    detach_prior: bool = Field(False, description="no gradient through the prior")
+    scale_by_batch: bool = Field(False, description="prior times the number of candidates (CAMoE, with omega 0.1)")
+
+
+class CMSCSection(TermSection):
+    beta: Share = Field(0.2, description="share of the intra-modal similarities in the targets")
+    beta_warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="beta rises from 0 over these updates")
+    target_temperature: Positive | None = Field(None, description="of the similarities; default: the model's")
+    mode: Literal["each", "add"] = Field(
+        "each", description="texts guide t2a and audios a2t, or the mean of both guides both"
+    )
+
+
+class IntraModalSection(TermSection):
+    """Contrast of texts with texts and of audios with audios; the weight is the paper's gamma."""
+
+
+class DistillationSection(TermSection):
+    tables: list[str] = Field([], description="teachers' embeddings, as `atr-scale estimate` writes them")
+    temperature: Positive | None = Field(None, description="of student and teachers in this term; default: the model's")
+
+    @model_validator(mode="after")
+    def has_teachers(self) -> DistillationSection:
+        if self.weight > 0 and not self.tables:
+            raise ValueError("distillation needs teachers: give tables that `atr-scale estimate` has written")
+        return self
+
+
 class ObjectiveSection(Section):
-    name: Literal["nt_xent", "pmr"] = "nt_xent"
-    omega: Positive = Field(5.0, description="prior scale of pmr")
-    detach_prior: bool = Field(False, description="pmr without the gradient through its prior")
+    nt_xent: NTXentSection = NTXentSection()
+    pmr: PMRSection = PMRSection()
+    cmsc: CMSCSection = CMSCSection()
+    intra_modal: IntraModalSection = IntraModalSection()
+    distillation: DistillationSection = DistillationSection()
     temperature: TemperatureSection = TemperatureSection()
+
+    @property
+    def terms(self) -> dict[str, TermSection]:
+        """The loss terms by name."""
+        return {name: value for name, value in self if isinstance(value, TermSection)}
+
+    @model_validator(mode="after")
+    def has_a_term(self) -> ObjectiveSection:
+        if not any(term.weight > 0 for term in self.terms.values()):
+            raise ValueError(f"no loss term has a positive weight: give one to {', '.join(self.terms)}")
+        return self
 
 
 class TrainSection(Section):

@@ -5,14 +5,15 @@ Shape suffixes: B texts of the global batch, b rows of this rank, L word pieces,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from atr_scale.config import (
     ModelSection,
@@ -25,12 +26,18 @@ from atr_scale.config import (
 from atr_scale.data.batch import Batch
 from atr_scale.encoders import TokenSequence, build_audio_encoder, build_text_encoder
 from atr_scale.errors import UserError
-from atr_scale.objectives import Objective, build_objective
+from atr_scale.objectives import Objective, ObjectiveInputs, build_objective
 from atr_scale.objectives.logits import Temperature
+from atr_scale.objectives.modality import ModalityScores
+from atr_scale.parallel.blocks import EmbeddingScores, ScoreBlock, at_least_fp32
 from atr_scale.parallel.world import World
 from atr_scale.scorers import build_scorer
+from atr_scale.scorers.cosine import mean as mean_over_frames
 
 WEIGHTS = "model.safetensors"
+# Stored teacher embeddings of a batch's rows, (text [b, r], audio [b, r]), constant: their products are the teacher's
+# scores. For an ensemble its members' unit vectors side by side, each times the root of its weight.
+Teacher = Callable[[Batch], tuple[Tensor, Tensor]]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,7 +67,7 @@ class Retriever(nn.Module):
     def __init__(self, model: ModelSection, objective: ObjectiveSection) -> None:
         super().__init__()
         self.audio_encoder = build_audio_encoder(**model.audio.model_dump())
-        self.text_encoder = build_text_encoder(model.text.name, pooling=model.text.pooling)
+        self.text_encoder = build_text_encoder(model.text.name, **model.text.model_dump(exclude={"name"}))
         self.audio_projection = Projection(self.audio_encoder.dim, model.projection)
         self.text_projection = Projection(self.text_encoder.dim, model.projection)
         if self.audio_projection.dim != self.text_projection.dim:
@@ -68,9 +75,11 @@ class Retriever(nn.Module):
                 f"model.projection.kind is none but the encoders differ in width ({self.audio_projection.dim} and "
                 f"{self.text_projection.dim}): set it to linear or mlp"
             )
-        self.scorer = build_scorer(model.scorer.name, dim=self.audio_projection.dim)
+        self.scorer = build_scorer(model.scorer.name, dim=self.audio_projection.dim, **model.scorer.options)
         self.temperature = _temperature(objective.temperature)
         self.objective = _objective(objective)
+        self.step = 0  # updates made so far, set by the training loop: terms may depend on it
+        self.teacher: Teacher | None = None  # set before training where a term needs one
         self.precision = "fp32"  # or bf16, fp16: what the encoders compute in; parameters stay fp32
 
     @property
@@ -84,22 +93,37 @@ class Retriever(nn.Module):
             return self.audio_projection(self.audio_encoder(waveform, lengths), self.scorer.reads_frames)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TokenSequence:
-        """[b, L] int64 twice -> tokens [b, L, D]; sentence scorers read `pooled`."""
+        """[b, L] int64 twice -> tokens [b, L, D]."""
         with self._autocast(input_ids):
-            return self.text_projection(self.text_encoder(input_ids, attention_mask), False)
+            return self.text_projection(self.text_encoder(input_ids, attention_mask), self.scorer.reads_words)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss terms over the global batch, each a scalar equal on all ranks, "loss" their sum, and "temperature".
+        """Loss terms over the global batch, each a scalar equal on all ranks, "loss" their weighted sum, "temperature".
 
         The backward of "loss" gives this rank's share of the gradient: the sum over ranks is the gradient.
         """
         world = World.current()
         text = self.encode_text(batch.input_ids, batch.attention_mask)
         audio = self.encode_audio(batch.waveform, batch.lengths)
-        block = self.scorer.block(text, audio, world)
-        temperature = self.temperature()
-        terms = self.objective(block, temperature, (world.gather(batch.ids), batch.ids))
-        return {**terms, "loss": torch.stack(list(terms.values())).sum(), "temperature": temperature.detach().squeeze()}
+        inputs = ObjectiveInputs(
+            block=self.scorer.block(text, audio, world),
+            temperature=self.temperature(),
+            ids=(world.gather(batch.ids), batch.ids),
+            text_block=cache(lambda: ModalityScores(_unit(text.pooled), world)),
+            audio_block=cache(lambda: ModalityScores(_unit(self._whole_clip(audio)), world)),
+            teacher_block=lambda: self._teacher_block(batch, world),
+            step=self.step,
+        )
+        return {**self.objective(inputs), "temperature": inputs.temperature.detach().squeeze()}
+
+    def _whole_clip(self, audio: TokenSequence) -> Tensor:
+        """One vector a clip [b, D] at the common width, from what the scorer reads of it."""
+        return mean_over_frames(audio) if self.scorer.reads_frames else audio.pooled
+
+    def _teacher_block(self, batch: Batch, world: World) -> ScoreBlock:
+        assert self.teacher is not None, "distillation without a teacher"
+        text, audio = self.teacher(batch)
+        return EmbeddingScores(world.gather(text), audio, world)
 
     def train(self, mode: bool = True) -> Retriever:
         """Training mode for what is trained: frozen encoders and layers keep their dropout off."""
@@ -184,7 +208,10 @@ def _temperature(section: TemperatureSection) -> Temperature:
 
 
 def _objective(section: ObjectiveSection) -> Objective:
-    options: dict[str, Any] = {}
-    if section.name == "pmr":
-        options = {"omega": section.omega, "detach_prior": section.detach_prior}
-    return build_objective(section.name, **options)
+    terms = {name: term.model_dump() for name, term in section.terms.items()}
+    terms["distillation"].pop("tables")  # read by who sets `Retriever.teacher`
+    return build_objective(**terms)
+
+
+def _unit(value: Tensor) -> Tensor:
+    return normalize(at_least_fp32(value), dim=-1)

@@ -10,6 +10,8 @@ A query without a positive adds nothing to the mean.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -32,18 +34,22 @@ def pmr(
     omega: float,
     positives: Tensor | None = None,
     detach_prior: bool = False,
+    scale_by_batch: bool = False,
 ) -> Tensor:
     """Prior-matrix-revised loss (arXiv 2303.05681, eq. 12-14): logits scores * prior / temperature.
 
     The prior of t2a is the softmax over *texts* of omega * scores (of a2t: over audios), so that a pair counts only
     where both directions agree. The equations as printed index the prior along its own loss' axis, which makes it
     constant there; the text of section 3.2 and CAMoE's dual softmax (arXiv 2109.04290) fix the axis used here.
-    detach_prior: no gradient through the prior.
+    detach_prior: no gradient through the prior. scale_by_batch: the prior times the number of its candidates, as in
+    CAMoE, so that a uniform prior leaves the scores as they are.
     """
     scores = at_least_fp32(scores)
     over_texts, over_audios = (omega * scores).softmax(0), (omega * scores).softmax(1)
     if detach_prior:
         over_texts, over_audios = over_texts.detach(), over_audios.detach()
+    if scale_by_batch:
+        over_texts, over_audios = over_texts * scores.shape[0], over_audios * scores.shape[1]
     targets = _targets(scores, positives)
     return _both(
         _cross_entropy(scores * over_texts / temperature, targets, 1),
@@ -70,22 +76,26 @@ def cmsc(
     audio_scores: Tensor,
     temperature: float | Tensor,
     beta: float,
-    target_temperature: float,
+    target_temperature: float | Tensor,
     positives: Tensor | None = None,
+    mode: Literal["each", "add"] = "each",
 ) -> Tensor:
     """Cross-modal similarity consistency (arXiv 2403.10146): the joint soft-supervision term alone, as KL divergence.
 
     text_scores [texts, texts], audio_scores [audios, audios]: cosines inside a modality, constant (no gradient).
     Targets are (1 - beta) * positives + beta * softmax(intra-modal cosines / target_temperature): text similarities
-    for t2a, audio similarities for a2t. Needs as many texts as audios.
+    for t2a and audio similarities for a2t (mode "each"), or their mean for both ("add"). Needs as many texts as audios.
     """
     if scores.shape[0] != scores.shape[1]:
         raise UserError(f"cmsc needs as many texts as audios, got scores {list(scores.shape)}")
     logits = at_least_fp32(scores) / temperature
     hard = _targets(scores, positives).to(logits.dtype)
+    text_scores, audio_scores = (at_least_fp32(x.detach()) for x in (text_scores, audio_scores))
+    if mode == "add":
+        text_scores = audio_scores = (text_scores + audio_scores) / 2
     terms = []
     for dim, intra in ((1, text_scores), (0, audio_scores)):
-        soft = (at_least_fp32(intra.detach()) / target_temperature).softmax(dim)
+        soft = (intra / _constant(target_temperature)).softmax(dim)
         target = (1 - beta) * _normalised(hard, dim) + beta * soft
         entropy = -torch.xlogy(target, target).sum(dim).mean()
         terms.append(_soft_cross_entropy(logits, target, dim) - entropy)

@@ -13,56 +13,81 @@ from torch import Tensor
 from atr_scale.errors import UserError
 from atr_scale.parallel.blocks import ScoreBlock
 
+Ids = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
-class Positives:
-    """The positive pairs of a score block, each once, sorted by column.
+class Pairs:
+    """Some pairs of a score block, each once, sorted by column: rows and (local) columns, [P] int64."""
 
-    rows, columns:  [P] int64, local columns.
+    rows: Tensor
+    columns: Tensor
+
+    @staticmethod
+    def agreeing(block: ScoreBlock, ids: Ids) -> Pairs:
+        """Pairs where any id column agrees: `ids` = (of rows [B, k], of columns [b, k]) int64."""
+        rows, columns = ids
+        shapes = (rows.ndim, columns.ndim, rows.shape[0], columns.shape[0], rows.shape[-1])
+        if shapes != (2, 2, *block.shape, columns.shape[-1]):
+            raise UserError(
+                f"positives need text ids [{block.shape[0]}, k] and audio ids [{block.shape[1]}, k], "
+                f"got {list(rows.shape)} and {list(columns.shape)}"
+            )
+        joined = torch.cat([_join(rows[:, c].contiguous(), columns[:, c].contiguous()) for c in range(rows.shape[1])])
+        # One number a pair, column first: unique sorts by column and drops pairs that agree in several ids.
+        pair = torch.unique(joined[:, 1] * block.shape[0] + joined[:, 0])
+        return Pairs(pair % block.shape[0], pair // block.shape[0])
+
+    @staticmethod
+    def by_position(block: ScoreBlock) -> Pairs:
+        """Row i with column i of the global batch."""
+        if block.shape[0] != block.num_columns:
+            raise UserError(
+                f"{block.shape[0]} texts and {block.num_columns} audios do not pair by position: give positives=..."
+            )
+        columns = torch.arange(block.shape[1], device=block.device)
+        return Pairs(columns + block.offset, columns)
+
+    def within(self, stripe: slice) -> tuple[Tensor, Tensor]:
+        """(row, column inside the stripe) of the pairs that lie in a stripe of columns."""
+        bounds = torch.tensor([stripe.start, stripe.stop], device=self.columns.device)
+        first, last = torch.searchsorted(self.columns, bounds).tolist()
+        return self.rows[first:last], self.columns[first:last] - stripe.start
+
+    def beside_itself(self, block: ScoreBlock) -> Pairs:
+        """The pairs of two different samples, in a block of samples against themselves."""
+        different = self.rows != self.columns + block.offset
+        return Pairs(self.rows[different], self.columns[different])
+
+
+@dataclass(frozen=True)
+class Positives(Pairs):
+    """The positive pairs of a score block.
+
     row_weight:     [B] float64, 1 / number of positives of a text over all ranks (0 where it has none).
     column_weight:  [b] float64, the same for an audio.
     """
 
-    rows: Tensor
-    columns: Tensor
     row_weight: Tensor
     column_weight: Tensor
 
     @staticmethod
-    def of(block: ScoreBlock, ids: tuple[Tensor, Tensor] | None = None) -> Positives:
+    def of(block: ScoreBlock, ids: Ids | None = None) -> Positives:
         """Positives where any id column agrees: `ids` = (text [B, k], audio [b, k]) int64.
 
         Without ids, text i belongs to audio i of the global batch.
         """
-        num_rows, num_columns = block.shape
-        if ids is None:
-            if num_rows != block.num_columns:
-                raise UserError(
-                    f"{num_rows} texts and {block.num_columns} audios do not pair by position: give positives=..."
-                )
-            columns = torch.arange(num_columns, device=block.device)
-            rows = columns + block.offset
-        else:
-            text, audio = ids
-            shapes = (text.ndim, audio.ndim, text.shape[0], audio.shape[0], text.shape[-1])
-            if shapes != (2, 2, num_rows, num_columns, audio.shape[-1]):
-                raise UserError(
-                    f"positives need text ids [{num_rows}, k] and audio ids [{num_columns}, k], "
-                    f"got {list(text.shape)} and {list(audio.shape)}"
-                )
-            joined = torch.cat([_join(text[:, c].contiguous(), audio[:, c].contiguous()) for c in range(text.shape[1])])
-            # One number a pair, column first: unique sorts by column and drops pairs that agree in several ids.
-            pair = torch.unique(joined[:, 1] * num_rows + joined[:, 0])
-            rows, columns = pair % num_rows, pair // num_rows
-        row_count = block.sum(torch.bincount(rows, minlength=num_rows).double())
-        column_count = torch.bincount(columns, minlength=num_columns).double()
-        return Positives(rows, columns, _reciprocal(row_count), _reciprocal(column_count))
+        pairs = Pairs.by_position(block) if ids is None else Pairs.agreeing(block, ids)
+        row_count = block.sum(torch.bincount(pairs.rows, minlength=block.shape[0]).double())
+        column_count = torch.bincount(pairs.columns, minlength=block.shape[1]).double()
+        return Positives(pairs.rows, pairs.columns, _reciprocal(row_count), _reciprocal(column_count))
 
-    def within(self, stripe: slice) -> tuple[Tensor, Tensor]:
-        """(row, column inside the stripe) of the positives that lie in a stripe of columns."""
-        bounds = torch.tensor([stripe.start, stripe.stop], device=self.columns.device)
-        first, last = torch.searchsorted(self.columns, bounds).tolist()
-        return self.rows[first:last], self.columns[first:last] - stripe.start
+    @staticmethod
+    def none(block: ScoreBlock) -> Positives:
+        """No positives at all."""
+        nothing = torch.empty(0, dtype=torch.int64, device=block.device)
+        rows, columns = (torch.zeros(size, dtype=torch.float64, device=block.device) for size in block.shape)
+        return Positives(nothing, nothing, rows, columns)
 
 
 def positives_mask(text_ids: Tensor, audio_ids: Tensor) -> Tensor:
