@@ -8,13 +8,17 @@ from typing import Any
 from atr_scale.errors import UserError
 from atr_scale.scorers import cosine
 from atr_scale.scorers.cosine import CosineScorer
+from atr_scale.scorers.local_global import LocalGlobalScorer
 from atr_scale.scorers.scorer import Scorer
+from atr_scale.scorers.tap import TextAwarePooling
 
 SCORERS: dict[str, Callable[..., Scorer]] = {
     "pooled": lambda dim: CosineScorer(cosine.pooled),
     "mean": lambda dim: CosineScorer(cosine.mean),
     "max": lambda dim: CosineScorer(cosine.maximum),
     "meanmax": lambda dim: CosineScorer(cosine.mean_plus_max),
+    "tap": TextAwarePooling,
+    "lgmm": LocalGlobalScorer,
 }
 
 

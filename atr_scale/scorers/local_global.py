@@ -1,0 +1,112 @@
+"""Local-to-global matching of frames and words (LGMM): Wang, Gu, Ling, ICASSP 2024, arXiv 2403.10146.
+
+Shape suffixes: B texts, b audios, M frames, N words, D width; one side holds the queries (Q sequences of q tokens), the
+other the contexts (C of c): frames over words has audios as queries.
+
+Every query token attends over the context's tokens, is compared with what it found there, and the comparisons are
+pooled. With unit tokens the attended vector is never built: its product with the query is a weighted mean of
+similarities, its norm a quadratic form of the context's Gram matrix.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from atr_scale.errors import UserError
+from atr_scale.parallel.blocks import at_least_fp32
+from atr_scale.scorers.scorer import Scorer
+from atr_scale.scorers.tiles import Tensors, real_tokens, score_tiles
+from atr_scale.sequence import TokenSequence
+
+DIRECTIONS = ("frames_over_words", "words_over_frames", "both")
+NORMALISATIONS = ("none", "clipped_l2")
+# Token pairs of a tile: what a processor's caches hold, or enough to keep a GPU busy.
+TILE_SIZES = {"cpu": 2**20, "cuda": 2**26}
+
+
+class LocalGlobalScorer(Scorer):
+    """Log-mean-exp over query tokens of cos(token, its attended context); has no parameters.
+
+    s_mn = cos(f_m, w_n), alpha_m = softmax_n(lambda1 s_mn), r_m = cos(f_m, sum_n alpha_mn w_n),
+    score = 1/lambda2 log mean_m exp(lambda2 r_m), here with frames as queries. The mean, in place of the sum of the
+    paper, keeps long clips from scoring higher; it changes nothing where all clips have equally many frames.
+
+    lambda1, lambda2: inverse temperatures of the attention and of the pooling; the paper does not give them, the
+    defaults are those of SCAN (Lee et al., ECCV 2018, arXiv 1803.08024).
+    direction: which side asks; "both" is the mean of the two.
+    normalise: "clipped_l2" divides the positive part of s_mn by its norm over the queries before the attention (SCAN,
+    eq. 1).
+    Raises UserError for other values.
+    """
+
+    reads_words = True
+
+    def __init__(
+        self,
+        dim: int,
+        lambda1: float = 4.0,
+        lambda2: float = 5.0,
+        direction: str = "frames_over_words",
+        normalise: str = "none",
+    ) -> None:
+        super().__init__()
+        for name, value in (("lambda1", lambda1), ("lambda2", lambda2)):
+            if not 0 < value < math.inf:
+                raise UserError(f"lgmm: {name} is {value}: give a positive number")
+        for name, choice, known in (("direction", direction, DIRECTIONS), ("normalise", normalise, NORMALISATIONS)):
+            if choice not in known:
+                raise UserError(f"lgmm: {name} is {choice!r}: give one of {', '.join(known)}")
+        self.lambda1, self.lambda2 = lambda1, lambda2
+        self.direction, self.clipped = direction, normalise == "clipped_l2"
+
+    def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
+        words, frames = _unit_tokens(text), _unit_tokens(audio)
+        if self.direction == "frames_over_words":
+            return self._attend(frames, words).T
+        if self.direction == "words_over_frames":
+            return self._attend(words, frames)
+        return (self._attend(frames, words).T + self._attend(words, frames)) / 2
+
+    def _attend(self, query: Tensors, context: Tensors) -> Tensor:
+        """[Q, C]."""
+        tokens, mask = context
+        pairs = TILE_SIZES.get(tokens.device.type, TILE_SIZES["cuda"]) // (query[0].shape[1] * tokens.shape[1])
+        side = max(1, math.isqrt(pairs))
+        with torch.autocast(tokens.device.type, enabled=False):
+            gram = tokens @ tokens.transpose(1, 2)
+        return score_tiles(self._tile, query, (tokens, mask, gram), (side, side))
+
+    def _tile(self, query: Tensors, context: Tensors) -> Tensor:
+        (asking, asking_mask), (tokens, mask, gram) = query, context
+        Q, C = len(asking), len(tokens)
+        similarity = asking.flatten(0, 1) @ tokens.flatten(0, 1).T
+        similarity = at_least_fp32(similarity).unflatten(1, mask.shape).transpose(0, 1)  # [C, Q q, c]
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits = _clipped(similarity, asking_mask.shape) if self.clipped else similarity
+            weights = (self.lambda1 * logits).masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1)
+            product = (weights * similarity).sum(-1)
+            squared_norm = ((weights @ gram) * weights).sum(-1)
+            # Words that cancel out leave a norm of rounding errors.
+            cosine = product * squared_norm.clamp(min=torch.finfo(gram.dtype).eps).rsqrt()
+            cosine = cosine.view(C, Q, -1).transpose(0, 1)
+            return _log_mean_exp(self.lambda2 * cosine, asking_mask.unsqueeze(1)) / self.lambda2
+
+
+def _unit_tokens(sequence: TokenSequence) -> Tensors:
+    tokens, mask = real_tokens(sequence)
+    return normalize(tokens, dim=-1), mask
+
+
+def _clipped(similarity: Tensor, queries: torch.Size) -> Tensor:
+    """Positive part of [C, Q q, c], of unit norm over the q tokens of a query; its padded tokens are zero already."""
+    positive = similarity.unflatten(1, queries).relu()
+    squared_norm = positive.square().sum(2, keepdim=True).clamp(min=torch.finfo(positive.dtype).eps)
+    return (positive * squared_norm.rsqrt()).flatten(1, 2)
+
+
+def _log_mean_exp(values: Tensor, mask: Tensor) -> Tensor:
+    return values.masked_fill(~mask, -torch.inf).logsumexp(-1) - mask.sum(-1).to(values.dtype).log()
