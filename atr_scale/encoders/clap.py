@@ -1,0 +1,93 @@
+"""The audio half of LAION-CLAP without feature fusion: HTS-AT's network at 48 kHz, trained against captions.
+
+Source: LAION-AI/CLAP, `htsat.py`, `model.py` and the preparation of waveforms in `hook.py` (Wu et al., ICASSP 2023,
+arXiv 2211.06687).
+
+Shape suffixes: B batch, S samples, D width, E joint width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from atr_scale.encoders.checkpoints import Entry, Layout
+from atr_scale.encoders.htsat import AUDIO_MODEL, DERIVED, FUSION, MEL, SwinEncoder, original_entry, transformers_entry
+from atr_scale.errors import UserError
+from atr_scale.frontends.decibel import DecibelMel
+
+JOINT_DIM = 512
+INT16 = 32_767
+
+
+class ClapMel(DecibelMel):
+    """`DecibelMel` of the waveform rounded to 16 bits; a clip below ten seconds is repeated as often as it fits into
+    them, the rest filled up with zeros."""
+
+    def prepare(self, waveform_BS: Tensor) -> Tensor:
+        waveform_BS = (waveform_BS.clamp(-1, 1) * INT16).trunc() / INT16
+        length, full = waveform_BS.shape[1], 10 * self.sample_rate
+        if 0 < length < full:
+            waveform_BS = waveform_BS.repeat(1, full // length)
+        return nn.functional.pad(waveform_BS, (0, max(0, full - waveform_BS.shape[1])))
+
+
+def laion_entry(name: str) -> Entry | None:
+    """Our name -> the entry of LAION's file, after "audio_"."""
+    if name.startswith("audio_projection."):
+        return Entry(name.removeprefix("audio_"))
+    entry = original_entry(name)
+    return entry and Entry("branch." + entry.key, entry.part)
+
+
+def clap_model_entry(name: str) -> Entry | None:
+    """Our name -> the entry of a saved `ClapModel`, after "audio_"."""
+    if name.startswith("audio_projection."):
+        return Entry(name.removeprefix("audio_").replace(".0.", ".linear1.").replace(".2.", ".linear2."))
+    entry = transformers_entry(name)
+    return entry and Entry("model.audio_encoder." + entry.key)
+
+
+class CLAP(SwinEncoder):
+    """LAION-CLAP's audio encoder. Its projection to the space it shares with captions is kept as loaded, for `project`;
+    it takes no part in training."""
+
+    sample_rate = 48_000
+    layouts = (
+        Layout(
+            "LAION-CLAP",
+            container="state_dict",
+            prefix="audio_",
+            derived=DERIVED,
+            unused=(r"audio_branch\.(head|tscam_conv)\.", r"audio_transform\.", r"text_", r"logit_scale_[at]$"),
+            origin=laion_entry,
+        ),
+        Layout("ClapModel", prefix="audio_", derived=DERIVED, unused=(r"text_", r"logit_"), origin=clap_model_entry),
+        AUDIO_MODEL,
+        *(
+            Layout(container=container, prefix=prefix + "patch_embed.mel_conv2d.", refusal=FUSION)
+            for container, prefix in (
+                ("state_dict", "audio_branch."),
+                (None, "audio_model.audio_encoder."),
+                (None, "audio_encoder."),
+            )
+        ),
+    )
+
+    def __init__(self, **network: Any) -> None:
+        super().__init__(ClapMel(sample_rate=self.sample_rate, hop=480, **MEL), **network)
+        self.audio_projection: Any = nn.Sequential(
+            nn.Linear(self.dim, JOINT_DIM), nn.ReLU(), nn.Linear(JOINT_DIM, JOINT_DIM)
+        ).requires_grad_(False)
+        for parameter in self.audio_projection.parameters():
+            nn.init.zeros_(parameter)  # until one is loaded
+
+    def project(self, pooled_BD: Tensor) -> Tensor:
+        """Pooled vectors -> [B, 512] in the space that CLAP shares with captions, not normalised.
+
+        Raises UserError where the weights came without the projection.
+        """
+        if not self.audio_projection[0].weight.any():
+            raise UserError("these weights of clap came without audio_projection: load the checkpoint of a whole CLAP")
+        return self.audio_projection(pooled_BD)

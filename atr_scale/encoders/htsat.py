@@ -1,0 +1,222 @@
+"""HTS-AT: a Swin transformer over the log-mel spectrogram, folded into a square image.
+
+Source: RetroCirce/HTS-Audio-Transformer, `model/htsat.py` (Chen et al., ICASSP 2022, arXiv 2202.00874). The blocks are
+those of transformers' `ClapAudioModel`, which is the same network.
+
+Shape suffixes: B batch, S samples, M mel bands, F mel frames, P patches of the image, D width, C chunks, Q rows of
+frequency and T frames of the last map; in attention N windows of the batch, W of a clip, H heads, L patches of each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atr_scale.config import AudioEncoderOptions
+from atr_scale.encoders.audio import AudioEncoder
+from atr_scale.encoders.checkpoints import Entry, Layout
+from atr_scale.errors import UserError
+from atr_scale.frontends.decibel import DecibelMel, DecibelNorm
+from atr_scale.sequence import TokenSequence
+
+NUM_CLASSES = 527
+NUM_FRAMES = 1024  # of the spectrogram that becomes the image
+NUM_CHUNKS = 4  # of time, one above the other in the image
+MEL: dict[str, Any] = {"n_fft": 1024, "window_length": 1024, "num_mels": 64, "fmin": 50.0, "fmax": 14_000.0}
+
+# Constants that are computed here; only the first is part of our state.
+INDEX = "relative_position_index"
+DERIVED = (rf".*\.{INDEX}$", r".*\.attn_mask$", r"\w+\.(spectrogram|logmel)_extractor\.")
+FUSION = "is a CLAP with feature fusion, which is another network: give one without (enable_fusion false)"
+PARTS = {"query": 0, "key": 1, "value": 2}
+
+
+def original_entry(name: str) -> Entry | None:
+    """Our name -> the entry of HTS-AT's own code, where query, key and value are thirds of one matrix."""
+    if name.endswith(INDEX):
+        return None
+    part = re.search(r"attention\.self\.(query|key|value)\.", name)
+    for ours, theirs in (
+        (r"^swin\.", ""),
+        (r"^batch_norm\.", "bn0."),
+        (r"attention\.self\.(query|key|value)\.", "attn.qkv."),
+        (r"attention\.self\.", "attn."),
+        (r"attention\.output\.dense\.", "attn.proj."),
+        (r"layernorm_before\.", "norm1."),
+        (r"layernorm_after\.", "norm2."),
+        (r"intermediate\.dense\.", "mlp.fc1."),
+        (r"output\.dense\.", "mlp.fc2."),
+    ):
+        name = re.sub(ours, theirs, name)
+    return Entry(name, PARTS[part[1]] if part else None)
+
+
+def transformers_entry(name: str) -> Entry | None:
+    """Our name -> the entry of a saved `ClapAudioModel`, which holds the network alone."""
+    if name.endswith(INDEX) or not name.startswith("swin."):
+        return None
+    return Entry(name.removeprefix("swin."))
+
+
+AUDIO_MODEL = Layout("ClapAudioModel", prefix="audio_encoder.", derived=DERIVED, origin=transformers_entry)
+
+
+class FusedWindowAttention(nn.Module):
+    """The attention inside windows as one fused call, with the parameters of the module whose place it takes."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, eager: Any) -> None:
+        super().__init__()
+        self.num_heads = eager.num_attention_heads
+        self.query, self.key, self.value, self.dropout = eager.query, eager.key, eager.value, eager.dropout
+        self.relative_position_bias_table = eager.relative_position_bias_table
+        self.register_buffer(INDEX, eager.relative_position_index)
+
+    def forward(self, x_NLD: Tensor, mask_WLL: Tensor | None = None, _: bool | None = None) -> tuple[Tensor]:
+        length = x_NLD.shape[1]
+        bias_HLL = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        bias_HLL = bias_HLL.unflatten(0, (length, length)).permute(2, 0, 1)
+        # A clip's windows stand beside its heads: then one mask serves all clips and is never copied for each.
+        num_windows = 1 if mask_WLL is None else len(mask_WLL)
+        mask = bias_HLL if mask_WLL is None else (mask_WLL.unsqueeze(1) + bias_HLL).flatten(0, 1)
+        split = (-1, num_windows, length, self.num_heads, x_NLD.shape[2] // self.num_heads)
+        query, key, value = (
+            layer(x_NLD).view(split).transpose(2, 3).flatten(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        dropout = self.dropout.p if self.training else 0.0
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask[None].to(query.dtype), dropout)
+        return (mixed.unflatten(1, (num_windows, -1)).transpose(2, 3).reshape(x_NLD.shape),)
+
+
+class SwinEncoder(AudioEncoder):
+    """The network of HTS-AT and of LAION-CLAP: a clip of any length up to ten seconds becomes 32 tokens.
+
+    tokens: the last map averaged over its two rows of frequency; pooled: its average over both axes.
+    embed_dim: width of the first stage, doubled by each further one; depths, heads: blocks and heads of the stages.
+    """
+
+    native_seconds = 10.0
+    special_options = frozenset({"attention"})
+
+    def __init__(
+        self,
+        front_end: DecibelMel,
+        embed_dim: int = 96,
+        depths: tuple[int, ...] = (2, 2, 6, 2),
+        heads: tuple[int, ...] = (4, 8, 16, 32),
+    ) -> None:
+        # Importing transformers takes seconds, and most encoders do without it.
+        from transformers.models.clap.configuration_clap import ClapAudioConfig
+        from transformers.models.clap.modeling_clap import ClapAudioEncoder
+
+        super().__init__()
+        self.front_end = front_end
+        self.dim = embed_dim * 2 ** (len(depths) - 1)
+        self.swin: Any = ClapAudioEncoder(
+            ClapAudioConfig(
+                patch_embeds_hidden_size=embed_dim,
+                hidden_size=self.dim,
+                depths=list(depths),
+                num_attention_heads=list(heads),
+                hidden_dropout_prob=0.0,  # as both projects trained
+            )
+        )
+        self.swin.batch_norm = DecibelNorm(MEL["num_mels"])
+        for layer in self.swin.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def configure(self, options: AudioEncoderOptions, name: str) -> None:
+        super().configure(options, name)
+        if options.attention == "sdpa":
+            for block in self.blocks:
+                block.attention.self = FusedWindowAttention(block.attention.self)
+
+    @property
+    def blocks(self) -> list[Any]:
+        """The transformer blocks, lowest first."""
+        return [block for stage in self.swin.layers for block in stage.blocks]
+
+    def compiled_parts(self) -> Iterable[nn.Module]:
+        return self.blocks
+
+    def image(self, waveform_BS: Tensor) -> Tensor:
+        """The network's input [B, 1, 256, 256]: row = chunk * 64 + mel band, column = time inside the chunk.
+
+        The normalised spectrogram is resized in time to 1024 frames: a shorter clip is stretched, as the original does.
+        """
+        mel_BMF = self.mel(waveform_BS).to(self.swin.batch_norm.weight.dtype)
+        mel_BMF = self.spec_augment(self.swin.batch_norm(mel_BMF), waveform_BS)
+        size = (mel_BMF.shape[1], NUM_FRAMES)
+        mel_B1MF = nn.functional.interpolate(mel_BMF.unsqueeze(1), size, mode="bicubic", align_corners=True)
+        return mel_B1MF.unflatten(3, (NUM_CHUNKS, -1)).transpose(2, 3).flatten(2, 3)
+
+    def feature_map(self, waveform_BS: Tensor) -> Tensor:
+        """The last map [B, D, 2, 32]: frequency, time."""
+        x_BPD = self.swin.patch_embed(self.image(waveform_BS))
+        for stage, resolution in zip(self.swin.layers, self.swin.input_resolutions, strict=True):
+            for block in stage.blocks:
+                x_BPD = self.run(partial(_first_output, block, resolution), x_BPD)
+            if stage.downsample is not None:
+                x_BPD = stage.downsample(x_BPD, resolution)
+        height, width = self.swin.input_resolutions[-1]
+        map_BCQTD = self.swin.norm(x_BPD).unflatten(1, (NUM_CHUNKS, height // NUM_CHUNKS, width))
+        return map_BCQTD.permute(0, 4, 2, 1, 3).flatten(3)
+
+    def encode(self, waveform_BS: Tensor) -> TokenSequence:
+        map_BDQT = self.feature_map(waveform_BS)
+        tokens_BTD = map_BDQT.mean(2).transpose(1, 2)
+        mask_BT = torch.ones(tokens_BTD.shape[:2], dtype=torch.bool, device=tokens_BTD.device)
+        return TokenSequence(tokens_BTD, mask_BT, map_BDQT.mean((2, 3)))
+
+    @property
+    def layers(self) -> list[tuple[str, ...]]:
+        layers: list[tuple[str, ...]] = [("swin.batch_norm.", "swin.patch_embed.")]
+        for i, stage in enumerate(self.swin.layers):
+            layers += [(f"swin.layers.{i}.blocks.{j}.",) for j in range(len(stage.blocks))]
+            layers[-1] += (f"swin.layers.{i}.downsample.",)
+        layers[-1] += ("swin.norm.",)
+        return layers
+
+
+def _first_output(block: nn.Module, resolution: tuple[int, int], x_BPD: Tensor) -> Tensor:
+    return block(x_BPD, resolution)[0]
+
+
+class HTSAT(SwinEncoder):
+    """HTS-AT at 32 kHz. Its classifier of AudioSet, behind `tags`, is kept as loaded: it takes no part in training."""
+
+    sample_rate = 32_000
+    special_options = frozenset({"attention", "long_clips"})
+    layouts = (
+        Layout(
+            "HTS-AT",
+            container="state_dict",
+            prefix="sed_model.",
+            derived=DERIVED,
+            unused=(r"sed_model\.head\.",),
+            origin=original_entry,
+        ),
+        AUDIO_MODEL,
+        Layout(prefix="audio_encoder.patch_embed.mel_conv2d.", refusal=FUSION),
+    )
+
+    def __init__(self, **network: Any) -> None:
+        super().__init__(DecibelMel(sample_rate=self.sample_rate, hop=320, **MEL), **network)
+        self.tscam_conv = nn.Conv2d(self.dim, NUM_CLASSES, (2, 3), padding=(0, 1)).requires_grad_(False)
+        for parameter in self.tscam_conv.parameters():
+            nn.init.zeros_(parameter)  # until a classifier is loaded
+
+    def logits(self, waveform_BS: Tensor) -> Tensor:
+        """[B, 527], AudioSet's classes: the mean over frames."""
+        if not self.tscam_conv.weight.any():
+            raise UserError("these weights of htsat came without a classifier: load HTS-AT's own checkpoint to tag")
+        return self.tscam_conv(self.feature_map(waveform_BS)).flatten(2).mean(2)
