@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atr_scale.encoders import build_text_encoder
+from atr_scale.encoders import TextEncoder, build_text_encoder
 from atr_scale.errors import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -156,8 +156,109 @@ def test_code_beside_a_model_is_not_run(tmp_path: Path) -> None:
 
 
 def test_unknown_pooling(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="first or mean"):
-        build_text_encoder(tmp_path, "max")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"pooling: .*'first' or 'mean'"):
+        build_text_encoder(tmp_path, "max")
+
+
+def test_unknown_options(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="droput: Extra inputs") as error:
+        build_text_encoder(tmp_path, droput=0.2)
+    assert str(tmp_path) in str(error.value)
+    with pytest.raises(UserError, match=r"dropout: .*less than 1"):
+        build_text_encoder(tmp_path, dropout=1.0)
+
+
+def test_dropout_reaches_hidden_states_and_attention(folder: Path) -> None:
+    own, none = build_text_encoder(folder).train(), build_text_encoder(folder, dropout=0.0).train()
+    ids = tokens_of(folder)
+    exact = build_text_encoder(folder)(*ids).tokens
+    assert torch.equal(none(*ids).tokens, exact) and not torch.allclose(own(*ids).tokens, exact)
+    strong = build_text_encoder(folder, dropout=0.2)
+    rates = {module.p for module in strong.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates == {0.2}
+    assert torch.equal(strong(*ids).tokens, exact)  # off in evaluation
+
+
+def test_fused_attention_gives_the_same(folder: Path) -> None:
+    eager, fused = (build_text_encoder(folder, attention=kind) for kind in ("eager", "sdpa"))
+    assert eager.transformer.config._attn_implementation == "eager"
+    assert fused.transformer.config._attn_implementation == "sdpa"
+    ids = tokens_of(folder)
+    mask = eager(*ids).mask
+    torch.testing.assert_close(eager(*ids).tokens[mask], fused(*ids).tokens[mask])
+
+
+def test_activation_checkpointing_gives_the_same_gradients(folder: Path) -> None:
+    ids, gradients = tokens_of(folder), []
+    for option in (False, True):
+        encoder = build_text_encoder(folder, dropout=0.0, activation_checkpointing=option).train()
+        calls = 0
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        first = encoder.get_submodule(encoder.layers[1][0].rstrip("."))
+        next(m for m in first.modules() if isinstance(m, torch.nn.Linear)).register_forward_pre_hook(count)
+        encoder(*ids).pooled.square().sum().backward()
+        assert calls == 1 + option  # forward again in the backward pass
+        gradients.append({n: p.grad for n, p in encoder.named_parameters()})
+    torch.testing.assert_close(*gradients)
+
+
+def test_frozen_layers_stay_outside_of_the_backward_pass(folder: Path) -> None:
+    encoder = build_text_encoder(folder, activation_checkpointing=True).train()
+    layers = encoder.layers
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(not name.startswith(layers[0] + layers[1]))
+    inputs: list[bool] = []
+    second = encoder.get_submodule(layers[2][0].rstrip("."))
+    second.register_forward_pre_hook(lambda _, args: inputs.append(args[0].requires_grad))
+    encoder(*tokens_of(folder)).pooled.square().sum().backward()
+    assert inputs and not any(inputs)
+
+
+def test_layers_from_the_embeddings_up(folder: Path) -> None:
+    check_layers(build_text_encoder(folder), ["word_embeddings", "0.", "1."])
+
+
+def check_layers(encoder: TextEncoder, parts: list[str]) -> None:
+    layers = encoder.layers
+    assert len(layers) == len(parts)
+    for part, prefixes in zip(parts, layers, strict=True):
+        assert any(part in prefix for prefix in prefixes)
+    for name, _ in encoder.named_parameters():
+        assert sum(name.startswith(prefixes) for prefixes in layers) == 1, name
+
+
+def test_layers_of_families_with_more_around_the_stack(tmp_path: Path) -> None:
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    sizes = small_sizes(len(word_tokenizer(tmp_path, {**names, "mask_token": "[MASK]"}, "[SEP]")))
+    transformers.MPNetModel(transformers.MPNetConfig(**sizes, pad_token_id=0)).save_pretrained(tmp_path)
+    mpnet = build_text_encoder(tmp_path)  # has no fused attention
+    check_layers(mpnet, ["word_embeddings", "0.", "1."])
+    assert any("relative_attention_bias" in name for name in mpnet.layers[0])
+    with pytest.raises(UserError, match="mpnet model has no activation_checkpointing"):
+        build_text_encoder(tmp_path, activation_checkpointing=True)
+
+    specials = {f"{name}_token_id": 0 for name in ("pad", "cls", "sep", "bos", "eos")}
+    transformers.ModernBertModel(transformers.ModernBertConfig(**sizes, **specials)).save_pretrained(tmp_path)
+    modern = build_text_encoder(tmp_path)
+    check_layers(modern, ["tok_embeddings", "0.", "1."])
+    assert any("final_norm" in name for name in modern.layers[-1])
+    assert any("embeddings.norm" in name for name in modern.layers[0])
+
+    transformers.AlbertModel(transformers.AlbertConfig(**sizes, embedding_size=8)).save_pretrained(tmp_path)
+    check_layers(build_text_encoder(tmp_path), ["transformer."])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["bert"], indirect=True)
+def test_compiled_layers_give_the_same(folder: Path) -> None:
+    ids = tokens_of(folder)
+    compiled = build_text_encoder(folder, compile=True)
+    torch.testing.assert_close(compiled(*ids).tokens, build_text_encoder(folder)(*ids).tokens)
+    assert not any("_orig_mod" in name for name in compiled.state_dict())
 
 
 @torch.no_grad()
