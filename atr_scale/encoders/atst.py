@@ -128,7 +128,9 @@ class ATSTFrame(AudioEncoder):
     def logits(self, waveform_BS: Tensor) -> Tensor:
         """[B, 527], AudioSet's classes. UserError where the weights came without a classifier."""
         if not self.head.linear.weight.any():
-            raise UserError("these weights of ATST-Frame have no classifier: load the file fine-tuned on AudioSet")
+            raise UserError(
+                "these weights of atst_frame came without a classifier: load the file fine-tuned on AudioSet to tag"
+            )
         return self.head(self.encode(waveform_BS).pooled)
 
     def train(self, mode: bool = True) -> ATSTFrame:
