@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -64,3 +65,8 @@ def gather_text(text: TokenSequence, world: World, words: bool) -> TokenSequence
     tokens = world.gather(pad(text.tokens, (0, 0, 0, extra)))
     mask = world.gather(pad(text.mask, (0, extra)).byte()).bool()
     return TokenSequence(tokens, mask, pooled)
+
+
+def without_autocast(like: Tensor) -> torch.autocast:
+    """Scores are computed in the dtype of their inputs, fp32 or wider, also inside an autocast region."""
+    return torch.autocast(like.device.type, enabled=False)
