@@ -22,7 +22,7 @@ SHORTEST_TAIL = 0.01
 def window_starts(length: int, window: int, hop: int) -> list[int]:
     """First samples of the windows of a clip of `length` samples."""
     beyond = length - window - int(SHORTEST_TAIL * window)
-    return [hop * i for i in range(1 + max(0, math.ceil(beyond / hop)))]
+    return [0, *range(hop, beyond + hop, hop)] if beyond > 0 else [0]
 
 
 @dataclass(frozen=True)

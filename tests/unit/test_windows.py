@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from atr_scale.encoders import AudioEncoder, build_audio_encoder
+from atr_scale.encoders.windows import cut_into_windows, join_windows, window_starts
+from atr_scale.sequence import TokenSequence
+
+ENCODERS = ["mn04", "small_cnn"]
+
+
+def noise(*shape: int) -> Tensor:
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def seconds(encoder: AudioEncoder, time: float) -> int:
+    return round(time * encoder.sample_rate)
+
+
+@pytest.mark.parametrize(
+    ("length", "hop", "starts"),
+    [
+        (0, 100, [0]),
+        (99, 100, [0]),
+        (100, 100, [0]),
+        (101, 100, [0]),  # a tail of a hundredth gets no window
+        (102, 100, [0, 100]),
+        (200, 100, [0, 100]),
+        (201, 100, [0, 100]),
+        (202, 100, [0, 100, 200]),
+        (102, 50, [0, 50]),
+        (151, 50, [0, 50]),
+        (152, 50, [0, 50, 100]),
+        (250, 60, [0, 60, 120, 180]),
+    ],
+)
+def test_window_starts(length: int, hop: int, starts: list[int]) -> None:
+    assert window_starts(length, 100, hop) == starts
+
+
+def test_no_samples_without_a_window() -> None:
+    assert window_starts(0, 0, 0) == [0]
+
+
+def test_cut_and_join_by_hand() -> None:
+    waveform = torch.arange(1.0, 22).reshape(3, 7)
+    windows = cut_into_windows(waveform, torch.tensor([7, 2, 4]), window=4, hop=4)
+    rows = [[1, 2, 3, 4], [5, 6, 7, 0], [8, 9, 0, 0], [15, 16, 17, 18]]
+    assert windows.waveform.tolist() == rows and windows.counts == [2, 1, 1]
+    assert windows.lengths.tolist() == [4, 4, 2, 4] and windows.heard == [1.0, 0.75, 1.0, 1.0]
+
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    encoded = TokenSequence(windows.waveform.unsqueeze(2), mask, windows.waveform[:, :1])
+    joined = join_windows(encoded, windows)
+    assert joined.tokens[..., 0].tolist() == [[1, 2, 3, 4, 5, 6, 7], [8, 0, 0, 0, 0, 0, 0], [15, 16, 17, 18, 0, 0, 0]]
+    assert joined.mask.sum(1).tolist() == [7, 1, 4] and torch.equal(joined.mask, joined.tokens[..., 0] > 0)
+    assert joined.pooled.tolist() == [[3], [8], [15]]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("hop", [2.0, 1.2])
+@torch.no_grad()
+def test_a_long_clip_is_its_windows_one_by_one(name: str, hop: float) -> None:
+    encoder = build_audio_encoder(name, window_seconds=2.0, window_hop_seconds=hop)
+    window, length = seconds(encoder, 2), seconds(encoder, 4.5)
+    waveform = noise(1, length)
+    starts = window_starts(length, window, seconds(encoder, hop))
+    pieces = [waveform[:, start : start + window] for start in starts]
+    pieces[-1] = torch.nn.functional.pad(pieces[-1], (0, window - pieces[-1].shape[1]))
+    alone = [encoder.encode(piece) for piece in pieces]
+
+    joined = encoder(waveform)
+    assert len(alone) == (3 if hop == 2.0 else 4) and joined.mask.all()
+    tokens = torch.cat([part.tokens for part in alone], 1)
+    count = joined.tokens.shape[1]
+    torch.testing.assert_close(joined.tokens, tokens[:, :count], rtol=1e-4, atol=1e-4)
+    heard = (length - starts[-1]) / window
+    left_out = int((1 - heard) * alone[-1].tokens.shape[1])
+    assert count == tokens.shape[1] - left_out and (heard < 0.95) == (left_out > 0)
+    pooled = torch.stack([part.pooled for part in alone]).mean(0)
+    torch.testing.assert_close(joined.pooled, pooled, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@torch.no_grad()
+def test_long_and_short_clips_in_one_batch(name: str) -> None:
+    encoder = build_audio_encoder(name, window_seconds=1.0)
+    lengths = [seconds(encoder, t) for t in (2.6, 0.4, 1.0, 1.005, 0.0, 1.7)]
+    waveform = noise(len(lengths), max(lengths))
+    together = encoder(waveform, torch.tensor(lengths))
+    others = waveform.clone()
+    for row, length in enumerate(lengths):
+        others[row, length:] = 5.0
+    assert torch.equal(encoder(others, torch.tensor(lengths)).tokens, together.tokens)
+    for row, length in enumerate(lengths):
+        alone = encoder(waveform[row : row + 1, :length])
+        count = alone.tokens.shape[1]
+        assert alone.mask.all() and together.mask[row].tolist() == [True] * count + [False] * (
+            together.mask.shape[1] - count
+        )
+        assert not together.tokens[row, count:].any()
+        torch.testing.assert_close(together.tokens[row, :count], alone.tokens[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together.pooled[row], alone.pooled[0], rtol=1e-4, atol=1e-4)
+    # The few milliseconds beyond a window are not heard.
+    window = encoder(waveform[3:4, : seconds(encoder, 1)])
+    torch.testing.assert_close(together.pooled[3], window.pooled[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_gradient_of_a_long_clip_is_that_of_its_windows(name: str) -> None:
+    encoder = build_audio_encoder(name, window_seconds=1.0)
+    waveform = noise(1, seconds(encoder, 2))
+    parameters = [p for p in encoder.parameters() if p.requires_grad]
+
+    def gradients(sequence: TokenSequence) -> list[Tensor]:
+        return list(torch.autograd.grad(sequence.pooled.square().sum() + sequence.tokens.sum(), parameters))
+
+    halves = [encoder.encode(half) for half in waveform.chunk(2, 1)]
+    by_hand = TokenSequence(
+        torch.cat([half.tokens for half in halves], 1),
+        torch.cat([half.mask for half in halves], 1),
+        (halves[0].pooled + halves[1].pooled) / 2,
+    )
+    for given, expected in zip(gradients(encoder(waveform)), gradients(by_hand), strict=True):
+        assert given.any()
+        torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_tags_average_the_windows() -> None:
+    encoder = build_audio_encoder("mn04", window_seconds=1.0)
+    rate = encoder.sample_rate
+    waveform = noise(2, rate * 5 // 2)
+    last = torch.nn.functional.pad(waveform[:, 2 * rate :], (0, rate // 2))
+    with torch.no_grad():
+        windows = [encoder.logits(piece) for piece in (waveform[:, :rate], waveform[:, rate : 2 * rate], last)]
+    torch.testing.assert_close(encoder.tags(waveform), torch.stack(windows).mean(0))
+    assert encoder.tags(waveform[:, :0]).shape == build_audio_encoder("mn04").tags(waveform[:, :0]).shape == (2, 527)
+
+
+def test_ranks_with_fewer_buckets_run_as_many_rounds() -> None:
+    encoder = build_audio_encoder("small_cnn", window_seconds=1.0)
+    rate = encoder.sample_rate
+    waveform, lengths = noise(2, 5 * rate // 2), torch.tensor([5 * rate // 2, rate // 2])
+    expected = encoder(waveform, lengths)
+    own, calls, encode = [], [], encoder.encode
+
+    def rounds(count: int) -> int:
+        own.append(count)
+        return 5
+
+    def counted(waveform_BS: Tensor) -> TokenSequence:
+        calls.append(waveform_BS.shape)
+        return encode(waveform_BS)
+
+    encoder.equal_rounds, encoder.encode = rounds, counted
+    sequence = encoder(waveform, lengths)
+    assert own == [2] and len(calls) == 5  # windows are one bucket, the short clip another
+    assert torch.equal(sequence.tokens, expected.tokens) and torch.equal(sequence.pooled, expected.pooled)
+    encoder(waveform[1:, : rate // 2])
+    assert own == [2, 1] and len(calls) == 10
