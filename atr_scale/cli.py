@@ -121,6 +121,13 @@ def evaluate(
     class_prompt: Annotated[
         str | None, typer.Option(help="caption of a class for labelled sets, with {label} in it")
     ] = None,
+    relevance: Annotated[
+        Path | None, typer.Option(help="which clips fit which caption: DCASE's CSV, or the demo's correspondences.npz")
+    ] = None,
+    rerank: Annotated[
+        int | None, typer.Option(min=1, help="score only so many candidates a query, for scorers of pairs")
+    ] = None,
+    candidates: Annotated[str | None, typer.Option(help="run whose vectors choose the candidates of --rerank")] = None,
 ) -> None:
     """Measure a trained model on a split: retrieval both ways, for labelled sets also zero-shot classification.
 
@@ -132,11 +139,48 @@ def evaluate(
 
     with distributed() as (world, device):
         evaluation = evaluate_run(
-            run, shards=shards, split=split, out=out, class_prompt=class_prompt, world=world, device=device
+            run,
+            shards=shards,
+            split=split,
+            out=out,
+            class_prompt=class_prompt,
+            relevance=relevance,
+            rerank_top=rerank,
+            candidates=candidates,
+            world=world,
+            device=device,
         )
         if world.is_main:
             for name, value in evaluation.metrics.items():
                 print(f"{name:<20} {value:.4f}")
+
+
+@app.command()
+def doctor(
+    encoder: Annotated[str | None, typer.Option(help="name of an audio encoder; default: the checkpoint's")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="original file, or transformers folder, to load")] = None,
+    audio: Annotated[Path | None, typer.Option(help="recording to tag with the checkpoint's classifier")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="names of the classes: AudioSet's class_labels_indices.csv")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="length of the clips that are timed")] = 10.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="clips that are timed at once")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="timed calls, of which the median counts")] = 3,
+    json: Annotated[Path | None, typer.Option(help="file for the same facts")] = None,
+) -> None:
+    """Examine an audio encoder and its checkpoint: does it load, what does it give, what does it cost here.
+
+    Example: atr-scale doctor --checkpoint mn04_as_mAP_432.pt --audio dog.wav --labels class_labels_indices.csv
+    """
+    from atr_scale.doctor import diagnose, table, write_json
+
+    facts = diagnose(
+        encoder, checkpoint, audio=audio, labels=labels, seconds=seconds, batch_size=batch_size, repeats=repeats
+    )
+    for name, text in table(facts):
+        print(f"{name:<20} {text}".rstrip())
+    if json is not None:
+        write_json(facts, json)
 
 
 def main() -> None:

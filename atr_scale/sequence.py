@@ -33,6 +33,9 @@ class TokenSequence:
         """Rows `rows` (int64) of the batch."""
         return TokenSequence(self.tokens[rows], self.mask[rows], self.pooled[rows])
 
+    def to(self, device: torch.device | str) -> TokenSequence:
+        return TokenSequence(self.tokens.to(device), self.mask.to(device), self.pooled.to(device))
+
     @staticmethod
     def cat(parts: list[TokenSequence]) -> TokenSequence:
         """Batches joined along B; shorter token axes are padded with masked zeros."""

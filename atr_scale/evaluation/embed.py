@@ -1,6 +1,6 @@
-"""Every clip and caption of a split as vectors, the work shared by all ranks.
+"""Every clip and caption of a split as the scorer reads it, the work shared by all ranks.
 
-Shape suffixes: N clips, C captions, D width.
+Shape suffixes: N clips, C captions, T tokens, D width.
 
 Batches are fixed by the split alone: rank r embeds batches r, r + W, ...; so one rank and several give the same numbers
 to the last bit, and uneven tails need no padding.
@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from atr_scale.data.text import CaptionTokenizer
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.parallel.world import World
+from atr_scale.scorers.scorer import Scorer
+from atr_scale.sequence import TokenSequence
 
 T = TypeVar("T")
 DECODE_THREADS = 2
@@ -34,14 +36,15 @@ DECODE_THREADS = 2
 
 @dataclass
 class Embedded:
-    """A split as unit vectors, on the CPU, in the split's order.
+    """A split as the scorer reads it, on the CPU, in the split's order.
 
-    text [C, D], audio [N, D] float32; captions [C] and the clip of each, owner [C]; clip_ids, labels and the index in
-    the shard set, each [N]; samples that could not be read, by reason.
+    text [C, T, D], audio [N, T, D]: for a factorised scorer without tokens, `pooled` being the unit vectors; captions
+    [C] and the clip of each, owner [C]; clip_ids, labels and the index in the shard set, each [N]; samples that could
+    not be read, by reason.
     """
 
-    text: Tensor
-    audio: Tensor
+    text: TokenSequence
+    audio: TokenSequence
     captions: list[str]
     owner: np.ndarray
     clip_ids: list[str]
@@ -49,19 +52,14 @@ class Embedded:
     index: list[int]
     dropped: Counter[str] = field(default_factory=Counter)
 
-    @property
-    def scores(self) -> Tensor:
-        """[C, N]."""
-        return self.text @ self.audio.T
-
 
 @dataclass
 class _Part:
     """What one batch gives."""
 
     number: int
-    text: Tensor
-    audio: Tensor
+    text: TokenSequence | None
+    audio: TokenSequence | None
     captions: list[list[str]]
     clip_ids: list[str]
     labels: list[str | None]
@@ -109,6 +107,24 @@ def embed(
     return _join(sorted(everything, key=lambda part: part.number), shards)
 
 
+def as_read(scorer: Scorer, sequence: TokenSequence, side: Literal["text", "audio"]) -> TokenSequence:
+    """What `scorer` needs of a side, on the CPU."""
+    if scorer.factorised:
+        pooled = scorer.embed_text(sequence) if side == "text" else scorer.embed_audio(sequence)
+        return without_tokens(pooled).to("cpu")
+    if side == "text" and not scorer.reads_words:
+        return without_tokens(sequence.pooled).to("cpu")
+    return sequence.to("cpu")
+
+
+def without_tokens(pooled: Tensor) -> TokenSequence:
+    return TokenSequence(
+        pooled.new_zeros(len(pooled), 0, pooled.shape[1]),
+        torch.zeros(len(pooled), 0, dtype=torch.bool, device=pooled.device),
+        pooled,
+    )
+
+
 def _load(
     shards: ShardSet, rows: Sequence[int], sample_rate: int, seconds: float
 ) -> tuple[list[tuple[int, RawSample, np.ndarray]], Counter[str]]:
@@ -141,12 +157,12 @@ def _embed_batch(
     waveform, lengths = pad([w for _, _, w in clips] or [np.zeros(model.sample_rate, np.float32)])
     input_ids, attention_mask = tokenizer([c for group in captions for c in group] or ["silence"])
     if clips or with_surplus:
-        text = model.scorer.embed_text(model.encode_text(input_ids.to(device), attention_mask.to(device))).cpu()
-        audio = model.scorer.embed_audio(model.encode_audio(waveform.to(device), lengths.to(device))).cpu()
+        text = as_read(model.scorer, model.encode_text(input_ids.to(device), attention_mask.to(device)), "text")
+        audio = as_read(model.scorer, model.encode_audio(waveform.to(device), lengths.to(device)), "audio")
     return _Part(
         number=number,
-        text=text if clips else torch.zeros(0, 0),
-        audio=audio if clips else torch.zeros(0, 0),
+        text=text if clips else None,
+        audio=audio if clips else None,
         captions=captions,
         clip_ids=[sample.clip_id for sample in samples],
         labels=[sample.label for sample in samples],
@@ -162,8 +178,8 @@ def _join(parts: list[_Part], shards: ShardSet) -> Embedded:
         raise UserError(f"no readable clip in {shards.location}: {dict(dropped)}; run `atr-scale shards check`")
     groups = [group for part in full for group in part.captions]
     return Embedded(
-        text=torch.cat([part.text for part in full]),
-        audio=torch.cat([part.audio for part in full]),
+        text=TokenSequence.cat([part.text for part in full if part.text]),
+        audio=TokenSequence.cat([part.audio for part in full if part.audio]),
         captions=[caption for group in groups for caption in group],
         owner=np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
         clip_ids=[clip for part in full for clip in part.clip_ids],

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +17,26 @@ from atr_scale.data.batch import stable_id
 from atr_scale.data.index import ShardSet, open_shards
 from atr_scale.data.text import CaptionTokenizer
 from atr_scale.errors import UserError
-from atr_scale.evaluation.embed import Embedded, embed
+from atr_scale.evaluation.embed import Embedded, as_read, embed
+from atr_scale.evaluation.relevance import read_relevance
 from atr_scale.evaluation.report import write_report
 from atr_scale.evaluation.result import EvaluationResult, evaluate_labelled, evaluate_retrieval
+from atr_scale.evaluation.score import rerank, score
 from atr_scale.model import Retriever, load_retriever
 from atr_scale.parallel.world import World
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """What a pairwise scorer re-ranks: scores [C, N] of the model `name`, and how many candidates of each query."""
+
+    name: str
+    scores: torch.Tensor
+    candidates: int
+    captions: list[str]
+    clip_ids: list[str]
 
 
 @dataclass
@@ -50,54 +64,85 @@ def evaluate(
     device: torch.device,
     tokenizer: CaptionTokenizer,
     lockstep: bool = False,
+    relevance: str | Path | None = None,
+    first_stage: FirstStage | None = None,
 ) -> Evaluation:
-    """Retrieval metrics of a split and, where all of its clips carry a label, zero-shot classification."""
+    """Retrieval metrics of a split and, where all of its clips carry a label, zero-shot classification.
+
+    relevance: a file of `read_relevance` for graded metrics. first_stage: the scores whose best candidates alone are
+    scored by the model; otherwise every pair is.
+    """
+    options: dict[str, Any] = {"world": world, "device": device}
     embedded = embed(
         model,
         shards,
         tokenizer,
         batch_size=config.evaluation.batch_size,
         seconds=config.data.evaluation_seconds,
-        world=world,
-        device=device,
         lockstep=lockstep,
+        **options,
     )
     if embedded.dropped:
         logger.warning("%s: unreadable and left out: %s", shards.location, dict(embedded.dropped))
+    was_training = model.training
+    model.eval()
+    options["batch_size"], options["lockstep"] = config.evaluation.batch_size, lockstep
+    if first_stage is None:
+        scores = a2t_scores = score(model.scorer, embedded.text, embedded.audio, **options)
+        method = "every pair scored"
+    else:
+        if first_stage.clip_ids != embedded.clip_ids or first_stage.captions != embedded.captions:
+            raise UserError(f"{first_stage.name} could not read the same clips of {shards.location}: check the shards")
+        scores, a2t_scores = rerank(
+            model.scorer, embedded.text, embedded.audio, first_stage.scores, first_stage.candidates,
+            world=world, device=device,
+        )  # fmt: skip
+        method = f"the best {first_stage.candidates} of {first_stage.name} re-ranked"
     # The class captions run on every rank alike: in lockstep, and with the same rounding.
-    class_vectors = _class_vectors(model, embedded, tokenizer, config.evaluation.class_prompt, device)
+    classes = _classes(embedded, config.evaluation.class_prompt)
+    if classes is not None:
+        prompts, labels = classes
+        input_ids, attention_mask = tokenizer(prompts)
+        with torch.no_grad():
+            encoded = model.encode_text(input_ids.to(device), attention_mask.to(device))
+            text = as_read(model.scorer, encoded, "text")
+        class_scores = score(model.scorer, text, embedded.audio, **options)
+    model.train(was_training)
     results = []
     if world.is_main:
         ids = np.array([stable_id(clip) for clip in embedded.clip_ids])
         first = np.searchsorted(embedded.owner, np.arange(len(ids)))
         shown = [f"{embedded.captions[c]} ({clip})" for c, clip in zip(first, embedded.clip_ids, strict=True)]
-        retrieval = evaluate_retrieval(split, step, embedded.scores, embedded.captions, shown, ids[embedded.owner], ids)
-        results.append(retrieval)
-        if class_vectors is not None:
-            prompts, vectors, labels = class_vectors
-            scores = vectors @ embedded.audio.T
-            results.append(evaluate_labelled(f"{split}/classes", step, scores, prompts, shown, labels))
+        owners = ids[embedded.owner]
+        grades = None if relevance is None else read_relevance(relevance, shards, embedded)
+        results.append(
+            evaluate_retrieval(
+                split,
+                step,
+                scores,
+                embedded.captions,
+                shown,
+                owners,
+                ids,
+                a2t_scores=a2t_scores,
+                method=method,
+                grades=grades,
+            )
+        )
+        if classes is not None:
+            results.append(evaluate_labelled(f"{split}/classes", step, class_scores, prompts, shown, labels))
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     return Evaluation(results, world.gather_objects(metrics)[0], embedded.dropped, embedded)
 
 
-@torch.no_grad()
-def _class_vectors(
-    model: Retriever, embedded: Embedded, tokenizer: CaptionTokenizer, prompt: str, device: torch.device
-) -> tuple[list[str], torch.Tensor, np.ndarray] | None:
-    """(captions, unit vectors, label number of every clip) of a labelled split; None where a clip has no label."""
+def _classes(embedded: Embedded, prompt: str) -> tuple[list[str], np.ndarray] | None:
+    """(captions of the classes, class number of every clip) of a labelled split; None where a clip has no label."""
     labels = [label for label in embedded.labels if label is not None]
     if len(labels) < len(embedded.labels):
         return None
-    classes = sorted(set(labels))
-    prompts = [prompt.replace("{label}", name.replace("_", " ")) for name in classes]
-    input_ids, attention_mask = tokenizer(prompts)
-    was_training = model.training
-    model.eval()
-    vectors = model.scorer.embed_text(model.encode_text(input_ids.to(device), attention_mask.to(device))).cpu()
-    model.train(was_training)
-    number = {name: i for i, name in enumerate(classes)}
-    return prompts, vectors, np.array([number[label] for label in labels])
+    names = sorted(set(labels))
+    prompts = [prompt.replace("{label}", name.replace("_", " ")) for name in names]
+    return prompts, np.array([names.index(label) for label in labels])
 
 
 def evaluate_run(
@@ -109,11 +154,15 @@ def evaluate_run(
     class_prompt: str | None,
     world: World,
     device: torch.device,
+    relevance: str | Path | None = None,
+    rerank_top: int | None = None,
+    candidates: str | None = None,
 ) -> Evaluation:
     """Evaluate a run's best checkpoint (or one checkpoint folder) and write results and report; all ranks call this.
 
-    shards: default the configuration's data.<split>. out: default the run folder. Raises UserError where the model or
-    the shards are not there.
+    shards: default the configuration's data.<split>. out: default the run folder. relevance: file of graded relevance.
+    rerank_top: score only so many candidates of each query, those of the run `candidates`, whose scorer must have
+    vectors. Raises UserError where a model or the shards are not there, or where the two do not go together.
     """
     model, config, folder = load_retriever(location)
     if class_prompt:
@@ -123,19 +172,51 @@ def evaluate_run(
     place = shards or {"validation": config.data.validation, "test": config.data.test}.get(split)
     if place is None:
         raise UserError(f"the configuration of {location} names no data.{split}: give --shards DIR")
-    captions = config.data.captions
+    if (rerank_top is None) != (candidates is None):
+        raise UserError("re-ranking needs both --rerank K and --candidates RUN, the run whose best K are re-ranked")
+    opened = open_shards(place)
+    first_stage = None
+    if rerank_top is not None and candidates is not None:
+        first_stage = _first_stage(candidates, rerank_top, opened, world, device)
     evaluation = evaluate(
         model.to(device),
-        open_shards(place),
+        opened,
         config,
         split=split,
         step=json.loads((folder / "state.json").read_text())["step"],
         world=world,
         device=device,
-        tokenizer=CaptionTokenizer(config.model.text.name, captions.cleaning, captions.max_tokens),
+        tokenizer=_tokenizer(config),
+        relevance=relevance,
+        first_stage=first_stage,
     )
     if world.is_main:
         target = out or folder.parent.parent
         evaluation.save(target)
         write_report(target)
     return evaluation
+
+
+def _first_stage(location: str, candidates: int, shards: ShardSet, world: World, device: torch.device) -> FirstStage:
+    model, config, _ = load_retriever(location)
+    if not model.scorer.factorised:
+        raise UserError(
+            f"{location} scores pairs by {config.model.scorer.name} and cannot choose candidates: give --candidates a "
+            "run with one of the scorers pooled, mean, max, meanmax, netrvlad, attention"
+        )
+    embedded = embed(
+        model.to(device),
+        shards,
+        _tokenizer(config),
+        batch_size=config.evaluation.batch_size,
+        seconds=config.data.evaluation_seconds,
+        world=world,
+        device=device,
+    )
+    scores = embedded.text.pooled @ embedded.audio.pooled.T
+    return FirstStage(location, scores, candidates, embedded.captions, embedded.clip_ids)
+
+
+def _tokenizer(config: RunConfig) -> CaptionTokenizer:
+    captions = config.data.captions
+    return CaptionTokenizer(config.model.text.name, captions.cleaning, captions.max_tokens)

@@ -18,6 +18,7 @@ from atr_scale.errors import UserError
 
 RECALL_AT = (1, 5, 10)
 PRECISION_AT = 10
+GRADED_AT = 16
 TILE = 1 << 20  # scores compared at once: bounds the temporaries to some MB whatever the matrix
 
 Scores = Tensor | NDArray[np.floating]
@@ -141,6 +142,29 @@ def classification(scores: Scores, labels: Ids) -> dict[str, float]:
             (_precision_sum(table.a2t, group, PRECISION_AT) / np.minimum(size, PRECISION_AT)).mean()
         ),
         "class/mAP": float((_precision_sum(table.a2t, group) / size).mean()),
+    }
+
+
+def graded(scores: Scores, grades: NDArray[np.floating]) -> dict[str, float]:
+    """Text to audio with several relevant clips: `t2a/mAP@16`, `t2a/nDCG@16`, means over captions with a relevant clip.
+
+    scores, grades [T, A]. mAP@16: clips of grade 1 are relevant, precisions at their ranks up to 16, divided by their
+    number (DCASE 2025 task 6). nDCG@16 (Jarvelin and Kekalainen 2002): the grade is the gain, discounted by
+    log2(1 + rank). Ties: lower index first.
+    """
+    matrix = _numpy(torch.as_tensor(scores))
+    order = np.argsort(-matrix, axis=1, kind="stable")[:, :GRADED_AT]
+    gains = np.take_along_axis(grades, order, 1)
+    hits = gains >= 1
+    places = np.arange(1, hits.shape[1] + 1)
+    relevant = (grades >= 1).sum(1)
+    precision = (hits * np.cumsum(hits, 1) / places).sum(1) / np.maximum(relevant, 1)
+    discount = 1 / np.log2(1 + places)
+    ideal = (-np.sort(-grades, axis=1)[:, :GRADED_AT] * discount).sum(1)
+    gained = (gains * discount).sum(1) / np.maximum(ideal, np.finfo(np.float64).tiny)
+    return {
+        f"t2a/mAP@{GRADED_AT}": float(precision[relevant > 0].mean()) if (relevant > 0).any() else 0.0,
+        f"t2a/nDCG@{GRADED_AT}": float(gained[ideal > 0].mean()) if (ideal > 0).any() else 0.0,
     }
 
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from atr_scale import figures
 from atr_scale.errors import UserError
-from atr_scale.evaluation.metrics import PRECISION_AT, RECALL_AT
+from atr_scale.evaluation.metrics import GRADED_AT, PRECISION_AT, RECALL_AT
 from atr_scale.evaluation.result import EvaluationResult, Example
 
 logger = logging.getLogger(__name__)
@@ -103,9 +103,12 @@ def _retrieval_table(result: EvaluationResult) -> str:
         rows.append(f"| {name} | {' | '.join(cells)} |")
     cells = [_with_interval(result, f"{direction}/median_rank", "{:g}".format) for direction, _ in DIRECTIONS]
     rows.append(f"| median rank | {' | '.join(cells)} |")
+    for name, note in ((f"mAP@{GRADED_AT}", "several relevant clips"), (f"nDCG@{GRADED_AT}", "graded relevance")):
+        if f"t2a/{name}" in result.metrics:
+            rows.append(f"| {name}, {note} | {_percent(result.metrics[f't2a/{name}'])} | |")
     note = (
         f"In brackets: 95 % bootstrap intervals over clips. Chance is R@1 {_percent(1 / result.num_clips)} for text →"
-        " audio. Audio → text recall counts the best ranked caption of a clip."
+        f" audio. Audio → text recall counts the best ranked caption of a clip. Scoring: {result.method}."
     )
     return "\n".join(rows) + "\n\n" + note
 

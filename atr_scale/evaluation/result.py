@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,18 @@ import torch
 from numpy.typing import NDArray
 
 from atr_scale.errors import UserError
-from atr_scale.evaluation.metrics import Ids, Ranks, Scores, bootstrap, classification, label_ranks, ranks
+from atr_scale.evaluation.metrics import (
+    Ids,
+    Ranks,
+    Scores,
+    bootstrap,
+    classification,
+    graded,
+    label_ranks,
+    ranks,
+)
 
-FORMAT = 1
+FORMAT = 2
 NUM_PAIRS, NUM_CLASSES = 32, 64  # rows and columns of the kept piece of the score matrix
 NUM_EXAMPLES = 6
 NUM_RETRIEVED = 5
@@ -46,7 +55,8 @@ class EvaluationResult:
 
     metrics: fractions, keys of `Ranks.metrics` or `classification`; intervals: 95 % bootstrap, for some of the keys.
     excerpt float32 [n, n]: scores of n pairs, the right ones on the diagonal; a labelled set has classes in its place:
-    row = class caption, column = mean over the clips of a class. excerpt_names: the caption of each row.
+    row = class caption, column = mean over the clips of a class. excerpt_names: the caption of each row. method: which
+    pairs were scored.
     """
 
     split: str
@@ -58,6 +68,7 @@ class EvaluationResult:
     excerpt_names: tuple[str, ...]
     examples: tuple[Example, ...]
     labelled: bool = False
+    method: str = ""
 
     @property
     def num_texts(self) -> int:
@@ -86,6 +97,7 @@ class EvaluationResult:
             "split": self.split,
             "step": self.step,
             "labelled": self.labelled,
+            "method": self.method,
             "num_texts": self.num_texts,
             "num_clips": self.num_clips,
             "metrics": self.metrics,
@@ -117,6 +129,7 @@ class EvaluationResult:
                     for example in table["examples"]
                 ),
                 labelled=table["labelled"],
+                method=table["method"],
             )
 
 
@@ -128,10 +141,20 @@ def evaluate_retrieval(
     clip_names: Sequence[str],
     text_audio_ids: Ids,
     audio_ids: Ids,
+    *,
+    a2t_scores: Scores | None = None,
+    method: str = "every pair scored",
+    grades: NDArray[np.floating] | None = None,
 ) -> EvaluationResult:
-    """Everything about a score matrix [T, A]: captions [T], clip_names [A] (to show), ids as in `metrics.ranks`."""
+    """Everything about a score matrix [T, A]: captions [T], clip_names [A] (to show), ids as in `metrics.ranks`.
+
+    a2t_scores: what audio queries rank by, where it differs. grades [T, A]: relevance, for `metrics.graded`.
+    """
     table = ranks(scores, text_audio_ids, audio_ids)
     matrix = torch.as_tensor(scores).detach()
+    a2t_matrix = matrix if a2t_scores is None else torch.as_tensor(a2t_scores).detach()
+    if a2t_matrix is not matrix:
+        table = replace(table, a2t=ranks(a2t_matrix, text_audio_ids, audio_ids).a2t)
     first_text = np.unique(table.clip, return_index=True)[1]
     shown = first_text[_spread(len(first_text), NUM_PAIRS)]
     t2a = [
@@ -143,16 +166,17 @@ def evaluate_retrieval(
         clip = table.clip[text]
         relevant = np.flatnonzero(table.clip == clip)
         rank = int(table.a2t[relevant].min())
-        a2t.append(_example("a2t", clip_names[clip], rank, matrix[:, clip], captions, relevant))
+        a2t.append(_example("a2t", clip_names[clip], rank, a2t_matrix[:, clip], captions, relevant))
     return EvaluationResult(
         split=split,
         step=step,
-        metrics=table.metrics(),
+        metrics=table.metrics() | ({} if grades is None else graded(matrix, grades)),
         intervals=bootstrap(table),
         ranks=table,
         excerpt=_float32(matrix, shown, table.clip[shown]),
         excerpt_names=tuple(captions[text] for text in shown),
         examples=(*t2a, *a2t),
+        method=method,
     )
 
 

@@ -27,7 +27,14 @@ CLIPS = 11
 WORDS = ("low", "high", "soft", "loud")
 LABELS = ("dog", "rain_drops", "bell")
 # Batches of 4: 3 of them, the last with 3 clips. Batches of 5 on 3 ranks: one each, 11 = 5 + 5 + 1.
-CASES = {"plain": ("plain", 4), "one_batch": ("plain", 16), "labelled": ("labelled", 5), "damaged": ("damaged", 4)}
+# The tiny configuration's scorer has vectors, "tap" scores pairs.
+CASES = {
+    "plain": ("plain", 4, "meanmax"),
+    "one_batch": ("plain", 16, "meanmax"),
+    "labelled": ("labelled", 5, "meanmax"),
+    "damaged": ("damaged", 4, "meanmax"),
+    "pairs": ("labelled", 4, "tap"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +76,19 @@ def damage(shards: Path) -> None:
 
 def on_rank(config: RunConfig) -> dict[str, dict[str, Any]]:
     return {
-        f"{name}/{lockstep}": summary(run(config, split, batch_size, lockstep))
-        for name, (split, batch_size) in CASES.items()
+        f"{name}/{lockstep}": summary(run(config, split, batch_size, lockstep, scorer))
+        for name, (split, batch_size, scorer) in CASES.items()
         for lockstep in (False, True)
     }
 
 
-def run(config: RunConfig, split: str, batch_size: int, lockstep: bool) -> Evaluation:
+def run(config: RunConfig, split: str, batch_size: int, lockstep: bool, scorer: str) -> Evaluation:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = Retriever(config.model, config.objective)
-    model.train()
     changed = config.model_copy(deep=True)
-    changed.evaluation.batch_size = batch_size
+    changed.evaluation.batch_size, changed.model.scorer.name = batch_size, scorer
+    model = Retriever(changed.model, changed.objective)
+    model.train()
     found = evaluate(
         model,
         open_shards(f"{config.run.dir}/{split}/shards"),
@@ -100,8 +107,8 @@ def run(config: RunConfig, split: str, batch_size: int, lockstep: bool) -> Evalu
 def summary(found: Evaluation) -> dict[str, Any]:
     embedded = found.embedded
     return {
-        "text": embedded.text.numpy(),
-        "audio": embedded.audio.numpy(),
+        "text": embedded.text.pooled.numpy(),
+        "audio": embedded.audio.pooled.numpy(),
         "names": (embedded.captions, embedded.owner.tolist(), embedded.clip_ids, embedded.labels, embedded.index),
         "dropped": found.dropped,
         "metrics": found.metrics,

@@ -88,7 +88,7 @@ def test_a_result_survives_the_disk(tmp_path: Path, result: EvaluationResult) ->
 
 def test_a_result_of_another_format_is_refused(tmp_path: Path) -> None:
     path = retrieval_result().save(tmp_path)
-    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+    path.write_text(path.read_text().replace('"format": 2', '"format": 99'))
     with pytest.raises(UserError, match="format 99"):
         EvaluationResult.load(path)
 
