@@ -13,19 +13,13 @@ from torch.nn.functional import cross_entropy, normalize
 
 from atr_scale.objectives import dense, tiled
 from atr_scale.objectives.logits import Temperature
-from atr_scale.objectives.targets import positives_mask
 from atr_scale.parallel import blocks
-from atr_scale.parallel.blocks import EmbeddingScores, StoredScores
+from atr_scale.parallel.blocks import EmbeddingScores
 from atr_scale.parallel.world import World
+from tests.losses import BLOCKS, CASES, dense_loss, tiled_loss, unit
 from tools.ranks import run_ranks
 
 B = 12
-CASES = {
-    "nt_xent": ("nt_xent", {}),
-    "pmr": ("pmr", {"omega": 5.0}),
-    "pmr_detached": ("pmr", {"omega": 5.0, "detach_prior": True}),
-    "pmr_sharp": ("pmr", {"omega": 120.0}),
-}
 
 
 class Towers(nn.Module):
@@ -69,30 +63,27 @@ def averaged(model: nn.Module, size: int) -> list[np.ndarray]:
     return gradients(model)
 
 
-def global_loss(case: str, stored: bool, with_ids: bool) -> tuple[float, list[np.ndarray]]:
+def global_loss(case: str, kind: str, with_ids: bool) -> tuple[float, list[np.ndarray]]:
     """One rank's part of the recipe: texts gathered, audio kept, world size times the global mean loss."""
     blocks.STRIPE_COLUMNS = 3  # several stripes, the last one not full
     world = World.current()
     model = Towers()
-    text, audio, ids = data()
     share = B // world.size
     mine = slice(world.rank * share, (world.rank + 1) * share)
-    text_all, audio_mine = (lambda t, a: (world.gather(t), a))(*model.embed(text[mine], audio[mine]))
-    block = StoredScores(text_all @ audio_mine.T) if stored else EmbeddingScores(text_all, audio_mine)
-    positives = (world.gather(ids[mine]), ids[mine]) if with_ids else None
-    name, options = CASES[case]
-    loss = getattr(tiled, name)(block, model.temperature(), positives=positives, **options)
+    text, audio, ids = (x[mine] for x in data())
+    teacher = unit(B, 5, 98)[mine], unit(B, 5, 99)[mine]
+    positives = (ids, ids) if with_ids else None
+    loss = tiled_loss(case, BLOCKS[kind], *model.embed(text, audio), model.temperature(), positives, teacher)
     (world.size * loss).backward()
     return loss.item(), averaged(model, world.size) if world.size > 1 else gradients(model)
 
 
-def dense_loss(case: str, with_ids: bool) -> tuple[float, list[np.ndarray]]:
+def dense_of_towers(case: str, with_ids: bool) -> tuple[float, list[np.ndarray]]:
     model = Towers()
     text, audio, ids = data()
-    texts, audios = model.embed(text, audio)
-    name, options = CASES[case]
-    positives = positives_mask(ids, ids) if with_ids else None
-    loss = getattr(dense, name)(texts @ audios.T, model.temperature(), positives=positives, **options)
+    teacher = unit(B, 5, 98), unit(B, 5, 99)
+    positives = (ids, ids) if with_ids else None
+    loss = dense_loss(case, *model.embed(text, audio), model.temperature(), positives, teacher)
     loss.backward()
     return loss.item(), gradients(model)
 
@@ -101,8 +92,8 @@ def largest(a: list[np.ndarray], b: list[np.ndarray]) -> float:
     return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True))
 
 
-def all_cases() -> list[tuple[str, bool, bool]]:
-    return [(case, stored, ids) for case in CASES for stored in (False, True) for ids in (False, True)]
+def all_cases() -> list[tuple[str, str, bool]]:
+    return [(case, kind, ids) for case in CASES for kind in BLOCKS for ids in (False, True)]
 
 
 def on_rank() -> dict[Any, tuple[float, list[np.ndarray]]]:
@@ -113,12 +104,12 @@ def on_rank() -> dict[Any, tuple[float, list[np.ndarray]]]:
 def test_gradients_equal_one_process(size: int) -> None:
     """The temperature's too, with duplicated clips and captions across ranks."""
     ranks = run_ranks(on_rank, size) if size > 1 else [on_rank()]
-    for case, stored, ids in all_cases():
-        loss, grads = dense_loss(case, ids)
+    for case, kind, ids in all_cases():
+        loss, grads = dense_of_towers(case, ids)
         for rank in ranks:
-            got_loss, got = rank[case, stored, ids]
-            assert abs(got_loss - loss) < 1e-12, (case, stored, ids)
-            assert largest(got, grads) < 1e-12, (case, stored, ids)
+            got_loss, got = rank[case, kind, ids]
+            assert abs(got_loss - loss) < 1e-12, (case, kind, ids)
+            assert largest(got, grads) < 1e-12, (case, kind, ids)
 
 
 # The recipes that are common and wrong, and by how much (SCALE of the error: relative to the largest gradient).
@@ -166,7 +157,7 @@ def wrong_recipes() -> dict[str, list[np.ndarray]]:
 
 
 def test_wrong_recipes_fail() -> None:
-    _, right = dense_loss("nt_xent", with_ids=False)
+    _, right = dense_of_towers("nt_xent", with_ids=False)
     scale = max(float(np.abs(g).max()) for g in right)
     errors = {name: largest(grads, right) / scale for name, grads in run_ranks(wrong_recipes, 3)[0].items()}
     assert errors.pop("the right recipe") < 1e-12
