@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from transformers.audio_utils import mel_filter_bank
 
+from atr_scale.frontends.decibel import DecibelMel, DecibelNorm
 from atr_scale.frontends.kaldi import KaldiLogMel
 from atr_scale.frontends.log_mel import LogMel
 from atr_scale.frontends.spectrogram import mel_bank, power_spectrogram
@@ -13,12 +16,16 @@ SIZES = {"sample_rate": 16_000, "n_fft": 512, "window_length": 400, "hop": 160, 
 LOG = {"fmax": 7_600.0, "floor": 1e-5, "shift": 4.5, "scale": 5.0}
 
 
-def plain() -> LogMel:
-    return LogMel(**SIZES, **LOG)
+def plain(**band: float) -> LogMel:
+    return LogMel(**{**SIZES, **LOG, **band})
 
 
-def kaldi() -> KaldiLogMel:
-    return KaldiLogMel(**SIZES, **LOG, pre_emphasis=0.97)
+def kaldi(**band: float) -> KaldiLogMel:
+    return KaldiLogMel(**{**SIZES, **LOG, **band}, pre_emphasis=0.97)
+
+
+def decibel(**band: float) -> DecibelMel:
+    return DecibelMel(**{**SIZES, "fmax": 7_600.0, **band})
 
 
 def test_power_spectrogram_equals_a_written_out_transform() -> None:
@@ -49,6 +56,57 @@ def test_mel_bank_peaks_where_the_mel_scale_says() -> None:
     torch.testing.assert_close(bank.sum(0)[inside], torch.ones(int(inside.sum())))
 
 
+@pytest.mark.parametrize(("scale", "area"), [("kaldi", None), ("htk", None), ("slaney", "slaney")])
+@pytest.mark.parametrize(
+    ("num_mels", "n_fft", "sample_rate", "fmin", "fmax"),
+    [(64, 1024, 32_000, 50.0, 14_000.0), (64, 1024, 16_000, 60.0, 7_800.0), (128, 1024, 32_000, 0.0, 15_000.0)],
+)
+def test_mel_banks_equal_those_of_transformers(scale, area, num_mels, n_fft, sample_rate, fmin, fmax) -> None:
+    bank = mel_bank(num_mels, n_fft, sample_rate, fmin, fmax, scale)
+    expected = mel_filter_bank(
+        n_fft // 2 + 1,
+        num_mels,
+        fmin,
+        fmax,
+        sample_rate,
+        norm=area,
+        mel_scale=scale,
+        triangularize_in_mel_space=scale == "kaldi",
+    ).T
+    assert bank.dtype == torch.float32 and bank.shape == expected.shape
+    peak = float(np.abs(expected).max())
+    np.testing.assert_allclose(bank.numpy(), expected, rtol=0, atol=1e-5 * peak)
+
+
+@pytest.mark.parametrize("build", [plain, kaldi, decibel])
+def test_band_of_a_call(build) -> None:
+    waveform, front_end = 0.1 * torch.randn(2, 8_000), build()
+    usual = front_end(waveform)
+    other = build(fmin=200.0, fmax=5_000.0)
+    assert torch.equal(front_end(waveform, band=(200.0, 5_000.0)), other(waveform))
+    assert torch.equal(front_end(waveform, band=(20.0, 7_600.0)), usual)
+    assert not torch.equal(other(waveform), usual) and torch.equal(front_end(waveform), usual)
+
+
+def test_decibels() -> None:
+    tone = torch.sin(2 * math.pi * 1000 * torch.arange(16_000) / 16_000)[None]
+    loud, quiet = decibel()(tone)[..., 5:-5], decibel()(tone / 10)[..., 5:-5]
+    band = int(loud.mean(2).argmax())
+    torch.testing.assert_close(quiet[:, band], loud[:, band] - 20, atol=1e-3, rtol=0)
+    bank = mel_bank(40, 512, 16_000, 20.0, 7_600.0, "slaney")
+    power = power_spectrogram(tone, 512, 160, torch.hann_window(400))
+    torch.testing.assert_close(decibel()(tone), 10 * (bank @ power).clamp(min=1e-10).log10())
+    assert torch.equal(decibel()(torch.zeros(1, 800)), torch.full((1, 40, 6), -100.0))
+
+
+def test_norm_of_decibels_starts_at_typical_levels() -> None:
+    norm = DecibelNorm(3).eval()
+    decibels = torch.tensor([-30.0, -5.0, -55.0]).reshape(1, 3, 1).expand(2, 3, 4)
+    expected = torch.tensor([0.0, 1.0, -1.0]).reshape(1, 3, 1).expand(2, 3, 4)
+    torch.testing.assert_close(norm(decibels), expected)
+    assert set(norm.state_dict()) == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+
+
 def test_pre_emphasis_filters_and_takes_one_sample() -> None:
     waveform = torch.randn(2, 1600)
     filtered = torch.nn.functional.conv1d(waveform[:, None], torch.tensor([[[-0.97, 1.0]]]))[:, 0]
@@ -61,7 +119,7 @@ def test_pre_emphasis_filters_and_takes_one_sample() -> None:
 
 
 @pytest.mark.parametrize("samples", [0, 1, 2, 256, 257, 258])
-@pytest.mark.parametrize("build", [plain, kaldi])
+@pytest.mark.parametrize("build", [plain, kaldi, decibel])
 def test_clips_shorter_than_a_frame(build, samples: int) -> None:
     mel = build()(torch.ones(2, samples))
     assert mel.shape[:2] == (2, 40) and mel.shape[2] >= 1

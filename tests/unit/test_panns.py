@@ -81,10 +81,7 @@ def test_tiny_checkpoint_round_trip(name: str, tmp_path: Path) -> None:
     key = "conv_block1.bn2.running_var"
     renamed = {k if k != key else "conv_block1.bn3.running_var": v for k, v in state.items()}
     refused({"model": renamed}, f"lacks '{key}'")
-    refused({"model": {**state, "logmel_extractor.melX": torch.zeros(1)}}, "unexpected 'logmel_extractor.melX'")
     refused(state, "named tensors")
-    (other,) = set(TINY) - {name}
-    refused({"model": build_audio_encoder(other).state_dict()}, f"no checkpoint of {name}")
 
 
 @pytest.mark.parametrize("name", TINY)
