@@ -1,6 +1,6 @@
 """Scorers whose score is the cosine of one vector a caption and one vector a clip.
 
-Shape suffixes: B texts, b audios, T frames, D width. The caption's vector is its encoder's `pooled`.
+Shape suffixes: B texts, b audios, T frames, D width, C clusters. The caption's vector is its encoder's `pooled`.
 """
 
 from __future__ import annotations
@@ -8,34 +8,79 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from atr_scale.errors import UserError
 from atr_scale.parallel.blocks import EmbeddingScores, ScoreBlock, at_least_fp32
 from atr_scale.parallel.world import World
-from atr_scale.scorers.scorer import Scorer
+from atr_scale.scorers.scorer import Scorer, without_autocast
 from atr_scale.sequence import TokenSequence
 
 
 def pooled(audio: TokenSequence) -> Tensor:
-    """The audio encoder's own summary, [B, D]."""
+    """The audio encoder's own summary, [b, D]."""
     return audio.pooled
 
 
 def mean(audio: TokenSequence) -> Tensor:
-    """Mean over real frames, [B, D]."""
+    """Mean over real frames, [b, D]; zero where there are none."""
     weight = audio.mask.to(audio.tokens.dtype).unsqueeze(-1)
     return (audio.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def maximum(audio: TokenSequence) -> Tensor:
-    """Largest value over real frames, [B, D]."""
-    return audio.tokens.masked_fill(~audio.mask.unsqueeze(-1), -torch.inf).amax(1)
+    """Largest value over real frames, [b, D]; zero where there are none."""
+    largest = audio.tokens.masked_fill(~audio.mask.unsqueeze(-1), -torch.inf).amax(1)
+    return largest.masked_fill(~audio.mask.any(1, keepdim=True), 0)
 
 
 def mean_plus_max(audio: TokenSequence) -> Tensor:
-    """Mean plus maximum over real frames (PANNs; the MeanMax of arXiv 2303.05681), [B, D]."""
+    """Mean plus maximum over real frames (PANNs; the MeanMax of arXiv 2303.05681), [b, D]."""
     return mean(audio) + maximum(audio)
+
+
+class AttentionPooling(nn.Module):
+    """sum_f w_f c_f with w = softmax_f(MLP(c_f)), the MLP of one hidden layer (AttFlat of MCAN, arXiv 1906.10770).
+
+    Raises UserError for a hidden_dim below 1.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int = 512) -> None:
+        super().__init__()
+        if hidden_dim < 1:
+            raise UserError(f"attention: hidden_dim is {hidden_dim}: give 1 or more")
+        self.weigh = nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1))
+
+    def forward(self, audio: TokenSequence) -> Tensor:
+        """[b, D]; zero where there are no real frames."""
+        tokens, mask = at_least_fp32(audio.tokens), audio.mask.unsqueeze(-1)
+        logits = self.weigh(tokens)
+        weight = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(1) * mask
+        return (weight * tokens).sum(1)
+
+
+class NetRVLAD(nn.Module):
+    """Sums of frames softly assigned to clusters, without the residuals of NetVLAD (Miech et al., arXiv 1706.06905).
+
+    v_c = sum_f softmax_c(c_f W + bias) c_f; every v_c to unit length, their concatenation too, and a linear map back to
+    D. The bias stands for the batch normalisation of the original, which would tie a clip to its batch. The default of
+    num_clusters is no paper's. Raises UserError for a num_clusters below 1.
+    """
+
+    def __init__(self, dim: int, num_clusters: int = 16) -> None:
+        super().__init__()
+        if num_clusters < 1:
+            raise UserError(f"netrvlad: num_clusters is {num_clusters}: give 1 or more")
+        self.assign = nn.Linear(dim, num_clusters)
+        self.project = nn.Linear(num_clusters * dim, dim, bias=False)
+
+    def forward(self, audio: TokenSequence) -> Tensor:
+        """[b, D]; zero where there are no real frames."""
+        tokens = at_least_fp32(audio.tokens)
+        weight = self.assign(tokens).softmax(-1) * audio.mask.unsqueeze(-1)
+        clusters = normalize(weight.mT @ tokens, dim=-1)  # [b, C, D]
+        return self.project(normalize(clusters.flatten(1), dim=-1))
 
 
 class CosineScorer(Scorer):
@@ -50,20 +95,17 @@ class CosineScorer(Scorer):
 
     def embed_text(self, text: TokenSequence) -> Tensor:
         """Unit vectors [B, D], at least fp32 whatever the autocast."""
-        return _unit(text.pooled)
+        return normalize(at_least_fp32(text.pooled), dim=-1)
 
     def embed_audio(self, audio: TokenSequence) -> Tensor:
         """Unit vectors [b, D], at least fp32 whatever the autocast."""
-        return _unit(self.pool(audio))
+        with without_autocast(audio.tokens):
+            return normalize(at_least_fp32(self.pool(audio)), dim=-1)
 
     def block(self, text: TokenSequence, audio: TokenSequence, world: World | None = None) -> ScoreBlock:
         world = world or World.current()
         return EmbeddingScores(world.gather(self.embed_text(text)), self.embed_audio(audio), world)
 
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
-        """[texts, audios] for any two sets in one process."""
-        return self.embed_text(text) @ self.embed_audio(audio).T
-
-
-def _unit(value: Tensor) -> Tensor:
-    return normalize(at_least_fp32(value), dim=-1)
+        with without_autocast(audio.tokens):
+            return self.embed_text(text) @ self.embed_audio(audio).T
