@@ -6,15 +6,17 @@ Shape suffixes: B batch, T tokens (audio frames or words), D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class TokenSequence:
+class TokenSequence(NamedTuple):
     """A batch of encoded clips or captions.
+
+    A tuple, so that DeepSpeed finds the tensors in it: parameters that a module uses itself, rather than in a submodule,
+    are gathered for the backward pass by a hook on what it returns.
 
     tokens: [B, T, D] one vector a frame or word.
     mask:   [B, T] bool, True where the token is real; special tokens of a tokenizer are masked out.
