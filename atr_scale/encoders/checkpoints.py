@@ -112,7 +112,7 @@ class Layout:
             missing=sorted(expected - entries.keys()),
             unexpected=[key for key in entries if key not in expected | derived | unused],
             misshapen=[
-                key for own, key, entry in sources if key in entries and not _alike(own, _part(entries[key], entry))
+                key for own, key, entry in sources if key in entries and not _alike(own, entries[key], entry.part)
             ],
         )
 
@@ -152,14 +152,13 @@ def _wrapper(entries: dict[str, Tensor]) -> str:
 
 
 def _part(tensor: Tensor, entry: Entry) -> Tensor:
-    if entry.part is None or tensor.ndim == 0 or len(tensor) % 3:
-        return tensor
-    return tensor.chunk(3)[entry.part]
+    return tensor if entry.part is None else tensor.chunk(3)[entry.part]
 
 
-def _alike(own: Tensor, stored: Tensor) -> bool:
+def _alike(own: Tensor, stored: Tensor, part: int | None) -> bool:
+    shape = own.shape if part is None else (3 * own.shape[0], *own.shape[1:])
     # Quantised integers would pass as weights otherwise.
-    return own.shape == stored.shape and (stored.is_floating_point() or not own.is_floating_point())
+    return stored.shape == shape and (stored.is_floating_point() or not own.is_floating_point())
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -175,8 +174,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         path = candidates[0]
     try:
         contents = _read_shards(path) if path.suffix == ".json" else _read_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {error.filename or path}: check the path") from None
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0].split(". ")[0]
         if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
@@ -190,6 +189,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> Any:
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}: check the path")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 

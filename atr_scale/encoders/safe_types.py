@@ -44,8 +44,14 @@ class Inert:
 
 @contextmanager
 def safe_types() -> Iterator[None]:
-    """Within it `torch.load(weights_only=True)` reads the names above too."""
+    """Within it `torch.load(weights_only=True)` reads the names above, and nothing that others have declared safe."""
+    others = torch.serialization.get_safe_globals()
     known: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(Inert, name) for name in INERT]
     known += [(dict, name) for name in DICTS]
-    with torch.serialization.safe_globals(known):
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(known)
+    try:
         yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
