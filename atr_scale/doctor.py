@@ -1,0 +1,280 @@
+"""What an audio encoder is, whether a checkpoint loads into it, what it costs here and what it hears.
+
+Shape suffixes: B batch, S samples, L classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atr_scale.data.decode import decode
+from atr_scale.data.sample import BadSample
+from atr_scale.encoders import AUDIO_ENCODERS, AudioEncoder, build_audio_encoder
+from atr_scale.encoders.checkpoints import load_strictly
+from atr_scale.encoders.identify import identify
+from atr_scale.errors import UserError
+
+NUM_TAGS = 5
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Clips per second, and peak memory in bytes beyond the weights; None where the system does not tell."""
+
+    device: str
+    dtype: str
+    seconds: float
+    batch_size: int
+    forward: float
+    forward_memory: int | None
+    training: float
+    training_memory: int | None
+
+
+def measure(encoder: AudioEncoder, seconds: float = 10.0, batch_size: int = 4, repeats: int = 3) -> Measurement:
+    """Times `encoder`, where it is, on noise; the median of `repeats` after a first call that does not count.
+
+    forward: in evaluation without gradients; training: forward and backward. Memory on a GPU is what tensors take; on a
+    CPU the growth of the process, which is exact in a fresh one alone.
+    """
+    parameter = next(encoder.parameters())
+    device, was_training = parameter.device, encoder.training
+    waveform_BS = 0.1 * torch.randn(batch_size, round(seconds * encoder.sample_rate), device=device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            encoder(waveform_BS)
+
+    def training() -> None:
+        sequence = encoder(waveform_BS)
+        (sequence.tokens.float().square().mean() + sequence.pooled.float().square().mean()).backward()
+        encoder.zero_grad()
+
+    start = _reset_peak(device)
+    encoder.eval()
+    forward_rate = batch_size / _median_time(forward, repeats, device)
+    forward_peak = _peak(device)
+    encoder.train()
+    training_rate = batch_size / _median_time(training, repeats, device)
+    training_peak = _peak(device)
+    encoder.train(was_training)
+    on_gpu = device.type == "cuda"
+    return Measurement(
+        device=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        seconds=seconds,
+        batch_size=batch_size,
+        forward=forward_rate,
+        forward_memory=_growth(start, forward_peak),
+        training=training_rate,
+        training_memory=_growth(start, training_peak),
+    )
+
+
+def measure_by_name(name: str, seconds: float, batch_size: int, repeats: int) -> Measurement:
+    """`measure` of a randomly initialised encoder, on a GPU if there is one."""
+    encoder = build_audio_encoder(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    return measure(encoder, seconds, batch_size, repeats)
+
+
+def _median_time(step: Callable[[], None], repeats: int, device: torch.device) -> float:
+    times = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def _reset_peak(device: torch.device) -> int | None:
+    """Bytes in use now, from which the peak is counted anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _peak(device)
+
+
+def _peak(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), None)
+
+
+@torch.no_grad()
+def top_tags(encoder: AudioEncoder, waveform_S: Tensor, labels: list[str], count: int = NUM_TAGS) -> dict[str, float]:
+    """The most probable classes of a clip, the most probable first. UserError where the encoder has no classifier, or
+    `labels` (none: indices are the names) are not as many as its classes."""
+    probabilities_L = encoder.tags(waveform_S.unsqueeze(0))[0].sigmoid()
+    names = labels or [f"class {i}" for i in range(len(probabilities_L))]
+    if len(names) != len(probabilities_L):
+        raise UserError(f"{len(names)} labels for {len(probabilities_L)} classes: give the labels of AudioSet")
+    best = probabilities_L.topk(count)
+    return {names[i]: p for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)}
+
+
+def read_labels(path: Path) -> list[str]:
+    """Class names by index, from AudioSet's class_labels_indices.csv (index, mid, display_name)."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            names = {int(row["index"]): row["display_name"] for row in csv.DictReader(file)}
+    except FileNotFoundError:
+        raise UserError(f"no labels at {path}: check the path") from None
+    except (KeyError, ValueError, TypeError, OSError):
+        names = {}
+    if not names or sorted(names) != list(range(len(names))):
+        raise UserError(f"{path} is no list of labels: give AudioSet's class_labels_indices.csv")
+    return [names[i] for i in range(len(names))]
+
+
+def read_audio(path: Path, sample_rate: int) -> Tensor:
+    """float32 [samples], mono, at `sample_rate` Hz."""
+    try:
+        return torch.from_numpy(decode(path.read_bytes(), path.suffix.lstrip("."), sample_rate))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): give an audio file") from None
+    except BadSample as error:
+        raise UserError(f"{path} cannot be heard ({error}): give an audio file") from None
+
+
+def diagnose(
+    name: str | None = None,
+    checkpoint: Path | None = None,
+    *,
+    audio: Path | None = None,
+    labels: Path | None = None,
+    seconds: float = 10.0,
+    batch_size: int = 4,
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """All facts about the encoder called `name`, or about the one that `checkpoint` belongs to.
+
+    Raises UserError where the checkpoint does not load, belongs to no encoder or to several, and where there is nothing
+    that could tag `audio`.
+    """
+    if audio is not None and checkpoint is None:
+        raise UserError("--audio without --checkpoint: random weights hear nothing, give the original file too")
+    if labels is not None and audio is None:
+        raise UserError("--labels without --audio: give a recording whose tags shall be named")
+    names = read_labels(labels) if labels is not None else []
+    if name is None:
+        if checkpoint is None:
+            raise UserError(f"nothing to examine: give --checkpoint, or --encoder: {', '.join(AUDIO_ENCODERS)}")
+        name = _only(identify(checkpoint), checkpoint)
+    encoder = build_audio_encoder(name)
+    facts: dict[str, Any] = {"encoder": name}
+    if checkpoint is not None:
+        loaded = load_strictly(encoder, encoder.layouts, name, checkpoint)
+        facts |= {
+            "checkpoint": str(checkpoint),
+            "layout": loaded.layout.name,
+            "entries_loaded": loaded.num_loaded,
+            "entries_derived": loaded.num_derived,
+            "entries_unused": loaded.num_unused,
+        }
+    if audio is not None:
+        waveform_S = read_audio(audio, encoder.sample_rate)
+        facts |= {"audio": str(audio), "tags": top_tags(encoder, waveform_S, names)}
+    with torch.no_grad():
+        tokens = int(encoder(torch.zeros(1, 10 * encoder.sample_rate)).mask.sum())
+    facts |= {
+        "parameters": sum(p.numel() for p in encoder.parameters()),
+        "parameters_trained": sum(p.numel() for p in encoder.parameters() if p.requires_grad),
+        "sample_rate": encoder.sample_rate,
+        "native_seconds": encoder.native_seconds,
+        "dim": encoder.dim,
+        "tokens_per_second": tokens / 10,
+        "tokens_per_10_seconds": tokens,
+    }
+    return {**facts, "measured": asdict(_measure_in_fresh_process(name, seconds, batch_size, repeats))}
+
+
+def _measure_in_fresh_process(name: str, seconds: float, batch_size: int, repeats: int) -> Measurement:
+    """In this one, memory that was given back already would hide the growth."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        try:
+            return fresh.submit(measure_by_name, name, seconds, batch_size, repeats).result()
+        except (BrokenProcessPool, torch.OutOfMemoryError):
+            raise UserError(
+                f"timing {name} on {batch_size} clips of {seconds:g} s needs more memory than there is: "
+                "give a smaller --batch-size or fewer --seconds"
+            ) from None
+
+
+def _only(names: list[str], checkpoint: Path) -> str:
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise UserError(f"{checkpoint} is no checkpoint of an encoder known here: say with --encoder what it should be")
+    raise UserError(f"{checkpoint} loads into {' and '.join(names)}: choose one with --encoder")
+
+
+def table(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The facts of `diagnose` for people: a name and a text in each row."""
+    measured, native = facts["measured"], facts["native_seconds"]
+    rows = [("encoder", facts["encoder"])]
+    if "layout" in facts:
+        rows += [
+            ("checkpoint", f"{facts['checkpoint']} loads"),
+            ("layout", facts["layout"]),
+            (
+                "entries",
+                f"{facts['entries_loaded']} loaded; ignored: {facts['entries_derived']} derived, "
+                f"{facts['entries_unused']} unused",
+            ),
+        ]
+    rows += [
+        ("parameters", f"{facts['parameters'] / 1e6:.2f} M, {facts['parameters_trained'] / 1e6:.2f} M of them trained"),
+        ("sample rate", f"{facts['sample_rate']} Hz"),
+        ("native length", "any" if native is None else f"{native:g} s, longer clips in windows"),
+        ("dim", str(facts["dim"])),
+        ("tokens", f"{facts['tokens_per_second']:g} per second of audio, {facts['tokens_per_10_seconds']} per 10 s"),
+        ("forward", _cost(measured["forward"], measured["forward_memory"])),
+        ("forward, backward", _cost(measured["training"], measured["training_memory"])),
+        (
+            "measured with",
+            f"{measured['device']}; {measured['dtype']}, {measured['batch_size']} clips of {measured['seconds']:g} s",
+        ),
+    ]
+    if "tags" in facts:
+        rows.append(("tags", facts["audio"]))
+        rows += [("", f"{probability:.3f} {tag}") for tag, probability in facts["tags"].items()]
+    return rows
+
+
+def _growth(start: int | None, peak: int | None) -> int | None:
+    return None if start is None or peak is None else peak - start
+
+
+def _cost(rate: float, memory: int | None) -> str:
+    peak = "peak memory unknown" if memory is None else f"{memory / 2**20:.0f} MiB at the peak, beyond the weights"
+    return f"{rate:.3g} clips/s, {peak}"
+
+
+def write_json(facts: dict[str, Any], path: Path) -> None:
+    try:
+        path.write_text(json.dumps(facts, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): give another file") from None
