@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from atr_scale.errors import UserError
 from atr_scale.parallel.blocks import at_least_fp32
-from atr_scale.scorers.scorer import Scorer
+from atr_scale.scorers.scorer import Scorer, without_autocast
 from atr_scale.scorers.tiles import Tensors, real_tokens, score_tiles
 from atr_scale.sequence import TokenSequence
 
@@ -76,7 +76,7 @@ class LocalGlobalScorer(Scorer):
         tokens, mask = context
         pairs = TILE_SIZES.get(tokens.device.type, TILE_SIZES["cuda"]) // (query[0].shape[1] * tokens.shape[1])
         side = max(1, math.isqrt(pairs))
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens):
             gram = tokens @ tokens.transpose(1, 2)
         return score_tiles(self._tile, query, (tokens, mask, gram), (side, side))
 
@@ -85,7 +85,7 @@ class LocalGlobalScorer(Scorer):
         Q, C = len(asking), len(tokens)
         similarity = asking.flatten(0, 1) @ tokens.flatten(0, 1).T
         similarity = at_least_fp32(similarity).unflatten(1, mask.shape).transpose(0, 1)  # [C, Q q, c]
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens):
             logits = _clipped(similarity, asking_mask.shape) if self.clipped else similarity
             weights = (self.lambda1 * logits).masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1)
             product = (weights * similarity).sum(-1)

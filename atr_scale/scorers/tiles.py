@@ -40,6 +40,12 @@ def score_tiles(
     return torch.cat([torch.cat([recomputed(function, r, c) for c in parts], 1) for r in split(rows, tile[0])])
 
 
+def in_groups(function: Callable[..., Tensors], tensors: Tensors, rows: int) -> Tensors:
+    """function(*tensors), row by row of the first axis, at most `rows` rows at once."""
+    groups = [recomputed(function, *group) for group in split(tensors, rows)]
+    return tuple(torch.cat(parts) for parts in zip(*groups, strict=True))
+
+
 def split(tensors: Tensors, rows: int) -> list[Tensors]:
     """Consecutive groups of at most `rows` rows of all tensors."""
     return list(zip(*(tensor.split(rows) for tensor in tensors), strict=True))
