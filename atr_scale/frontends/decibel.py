@@ -37,6 +37,7 @@ class DecibelNorm(nn.BatchNorm2d):
 
     def __init__(self, num_mels: int) -> None:
         super().__init__(num_mels)
+        assert self.running_mean is not None and self.running_var is not None
         nn.init.constant_(self.running_mean, TYPICAL_MEAN)
         nn.init.constant_(self.running_var, TYPICAL_DEVIATION**2)
 

@@ -36,6 +36,18 @@ def test_a_clip_draws_alike_in_any_batch() -> None:
     assert not strided.is_contiguous() and torch.equal(for_each_clip(5, strided, 8), draws)
 
 
+def test_draws_are_those_of_splitmix() -> None:
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    clip = noise(1, 400)
+    start = mix((int(clip.numpy().view("int32").sum(dtype="int64")) + 7) % 2**64)
+    expected = [(mix((start + n * 0x9E3779B97F4A7C15) % 2**64) >> 11) * 2.0**-53 for n in range(20)]
+    assert for_each_clip(7, clip, 20)[0].tolist() == expected
+
+
 def test_draws_do_not_depend_on_the_type_of_samples() -> None:
     clips = noise(4, 400)
     assert torch.equal(for_each_clip(5, clips.double(), 8), for_each_clip(5, clips, 8))
