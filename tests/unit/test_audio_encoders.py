@@ -4,16 +4,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from golden.reference import Golden, state_dict
+from torch import Tensor
 
-from atr_scale.encoders import AUDIO_ENCODERS, build_audio_encoder
+from atr_scale.encoders import AUDIO_ENCODERS, AudioEncoder, TokenSequence, build_audio_encoder
+from atr_scale.encoders.audio import SPECIAL_OPTIONS
 from atr_scale.errors import UserError
 
-LIGHT = ["mn04", "small_cnn"]
+LIGHT = ["mn04", "small_cnn", *(name for name in AUDIO_ENCODERS if name.startswith("tiny_"))]
+CONVOLUTIONAL = ["mn04", "small_cnn", "tiny_cnn14", "tiny_resnet38"]
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +27,29 @@ def seed() -> None:
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def training(name: str, **options: Any) -> AudioEncoder:
+    """In training mode, but without dropout: what is left to draw are the options' augmentations."""
+    encoder = build_audio_encoder(name, **options).train()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return encoder
+
+
+def assert_like_alone(
+    encoder: AudioEncoder, together: TokenSequence, waveform: Tensor, lengths: list[int], exact: bool
+) -> None:
+    """exact: a clip of a length of its own is the same to the last bit."""
+    for row, length in enumerate(lengths):
+        alone = encoder(waveform[row : row + 1, :length])
+        count = alone.tokens.shape[1]
+        assert together.mask[row].tolist() == [True] * count + [False] * (together.mask.shape[1] - count)
+        assert not together.tokens[row, count:].any()
+        tolerance = 0.0 if exact and lengths.count(length) == 1 else 1e-4
+        for of_batch, own in ((together.tokens[row, :count], alone.tokens[0]), (together.pooled[row], alone.pooled[0])):
+            torch.testing.assert_close(of_batch, own, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["mn04", "mn10", pytest.param("mn40", marks=pytest.mark.slow)])
@@ -153,23 +180,12 @@ def test_unknown_names() -> None:
 @pytest.mark.parametrize("name", LIGHT)
 @torch.no_grad()
 def test_a_clip_never_depends_on_its_batch_mates(name: str) -> None:
-    encoder = build_audio_encoder(name).train()
+    encoder = training(name)
     rate = encoder.sample_rate
     lengths = [2 * rate, 3 * rate, 2 * rate, 100, rate + 7, 0, 3 * rate]
     waveform = noise(len(lengths), 3 * rate)
     together = encoder(waveform, torch.tensor(lengths))
-
-    for row, length in enumerate(lengths):
-        alone = encoder(waveform[row : row + 1, :length])
-        count = alone.tokens.shape[1]
-        assert together.mask[row].tolist() == [True] * count + [False] * (together.mask.shape[1] - count)
-        assert not together.tokens[row, count:].any()
-        if lengths.count(length) == 1:
-            assert torch.equal(together.tokens[row, :count], alone.tokens[0])
-            assert torch.equal(together.pooled[row], alone.pooled[0])
-        else:
-            torch.testing.assert_close(together.tokens[row, :count], alone.tokens[0], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(together.pooled[row], alone.pooled[0], rtol=1e-4, atol=1e-4)
+    assert_like_alone(encoder, together, waveform, lengths, exact=True)
 
     # What the others contain, beyond their ends included, makes no difference to the last bit.
     others = noise(len(lengths), 3 * rate, seed=1)
@@ -178,6 +194,19 @@ def test_a_clip_never_depends_on_its_batch_mates(name: str) -> None:
     assert torch.equal(changed.tokens[0], together.tokens[0])
     assert torch.equal(changed.pooled[0], together.pooled[0])
     assert not torch.equal(changed.pooled[1], together.pooled[1])
+
+
+@pytest.mark.parametrize("name", LIGHT)
+@torch.no_grad()
+def test_windows_of_a_clip_never_depend_on_its_batch_mates(name: str) -> None:
+    encoder = build_audio_encoder(name, window_seconds=1.0, window_hop_seconds=0.75)
+    rate = encoder.sample_rate
+    lengths = [int(2.4 * rate), rate // 2, rate, int(1.9 * rate)]
+    waveform = noise(len(lengths), int(2.4 * rate))
+    together = encoder(waveform, torch.tensor(lengths))
+    assert_like_alone(encoder, together, waveform, lengths, exact=False)
+    first = encoder(waveform[:1, :rate])
+    torch.testing.assert_close(together.tokens[0, : first.tokens.shape[1]], first.tokens[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -190,7 +219,7 @@ def test_full_lengths_are_the_default(name: str) -> None:
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_bf16_autocast(name: str) -> None:
-    encoder = build_audio_encoder(name).train()
+    encoder = training(name)
     waveform = noise(2, encoder.sample_rate)
     exact = encoder(waveform)
     with torch.autocast("cpu", torch.bfloat16):
@@ -201,22 +230,104 @@ def test_bf16_autocast(name: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters() if p.requires_grad)
 
 
-def test_token_times() -> None:
-    for name in LIGHT:
-        encoder = build_audio_encoder(name)
-        assert encoder(noise(1, 10 * encoder.sample_rate)).tokens.shape == (1, 32, encoder.dim)
-
-
+@pytest.mark.parametrize("name", LIGHT)
 @torch.no_grad()
-def test_tokens_follow_time() -> None:
-    for name in LIGHT:
-        encoder = build_audio_encoder(name)
-        rate = encoder.sample_rate
-        hiss, hum = noise(1, 4 * rate), torch.sin(torch.arange(4 * rate) / 50)[None]
-        pure = encoder(torch.cat([hiss, hum])).tokens.mean(1)
-        tokens = encoder(torch.cat([hiss, hum], 1)).tokens[0]
-        distances = torch.cdist(tokens, pure)
-        assert distances[2].argmin() == 0 and distances[-3].argmin() == 1
+def test_options_are_off_by_default(name: str) -> None:
+    encoder = training(name)
+    waveform = noise(2, encoder.sample_rate)
+    sequence = encoder(waveform)
+    encoder.augment_seed = 1
+    assert torch.equal(encoder(waveform).tokens, sequence.tokens)
+    assert torch.equal(encoder.eval()(waveform).tokens, sequence.tokens)
+
+
+CHANGED: dict[str, Any] = {
+    "long_clips": "resize", "s_patchout_t": 1, "s_patchout_f": 1, "fmin_aug_range": 10, "fmax_aug_range": 1000,
+    "attention": "sdpa",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_options_that_an_encoder_does_not_have(name: str) -> None:
+    assert set(CHANGED) == SPECIAL_OPTIONS
+    for option, value in CHANGED.items():
+        if option in build_audio_encoder(name).special_options:
+            assert getattr(build_audio_encoder(name, **{option: value}).options, option) == value
+        else:
+            with pytest.raises(UserError, match=f"{name} has no {option}"):
+                build_audio_encoder(name, **{option: value})
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_augmentation_draws_by_the_seed_in_training_alone(name: str) -> None:
+    encoder = training(name, spec_augment={"time_drop_width": 16, "freq_drop_width": 16})
+    waveform = noise(2, encoder.sample_rate)
+    with torch.no_grad():
+        first, again = encoder(waveform).tokens, encoder(waveform).tokens
+        encoder.augment_seed = 1
+        other = encoder(waveform).tokens
+        plain = encoder.eval()(waveform).tokens
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, plain)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_every_trained_parameter_belongs_to_one_layer_and_learns(name: str) -> None:
+    encoder = training(name)
+    layers = encoder.layers
+    sequence = encoder(noise(2, encoder.sample_rate))
+    (sequence.tokens.square().sum() + sequence.pooled.square().sum()).backward()
+    reached = set()
+    for parameter_name, parameter in encoder.named_parameters():
+        found = [number for number, prefixes in enumerate(layers) if parameter_name.startswith(prefixes)]
+        if parameter.requires_grad:
+            assert len(found) == 1, parameter_name
+            assert parameter.grad is not None, parameter_name
+            reached.update(found)
+        else:
+            assert parameter.grad is None, parameter_name
+    assert reached == set(range(len(layers)))
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_tags(name: str) -> None:
+    encoder = build_audio_encoder(name)
+    waveform = noise(2, encoder.sample_rate)
+    for parameter in encoder.parameters():
+        if not parameter.requires_grad:  # the classifier
+            torch.nn.init.normal_(parameter, std=0.1)
+    if type(encoder).logits is AudioEncoder.logits:
+        with pytest.raises(UserError, match="cannot tag"):
+            encoder.tags(waveform)
+    else:
+        tags = encoder.tags(waveform)
+        assert tags.shape == (2, 527) and tags.isfinite().all() and not tags.requires_grad
+        assert not torch.allclose(tags[0], tags[1])
+
+
+TOKENS = {
+    "mn04": 32, "small_cnn": 32, "tiny_cnn14": 31, "tiny_resnet38": 31, "tiny_htsat": 32, "tiny_clap": 32,
+    "tiny_passt": 62, "tiny_atst": 250,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIGHT)
+@torch.no_grad()
+def test_tokens_of_ten_seconds(name: str) -> None:
+    encoder = build_audio_encoder(name)
+    sequence = encoder(noise(1, 10 * encoder.sample_rate))
+    assert sequence.tokens.shape == (1, TOKENS[name], encoder.dim) and sequence.pooled.shape == (1, encoder.dim)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+@torch.no_grad()
+def test_tokens_follow_time(name: str) -> None:
+    encoder = build_audio_encoder(name)
+    rate = encoder.sample_rate
+    hiss, hum = noise(1, 4 * rate), torch.sin(torch.arange(4 * rate) / 50)[None]
+    pure = encoder(torch.cat([hiss, hum])).tokens.mean(1)
+    tokens = encoder(torch.cat([hiss, hum], 1)).tokens[0]
+    distances = torch.cdist(tokens, pure)
+    assert distances[2].argmin() == 0 and distances[-3].argmin() == 1
 
 
 def test_frozen_batch_norm_ignores_the_batch_and_trains_its_weights() -> None:
@@ -266,4 +377,8 @@ def test_importing_encoders_is_light() -> None:
 
 
 def test_names() -> None:
-    assert list(AUDIO_ENCODERS) == ["mn04", "mn10", "mn40", "small_cnn"]
+    names = (
+        "cnn14 resnet38 htsat clap clap_base passt_s16 passt_s10 atst_frame mn04 mn10 mn40 small_cnn "
+        "tiny_cnn14 tiny_resnet38 tiny_htsat tiny_clap tiny_passt tiny_atst"
+    )
+    assert list(AUDIO_ENCODERS) == names.split()
