@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -75,6 +76,19 @@ def test_pmr_by_hand() -> None:
     check(dense.pmr(tensor(S), TAU, omega), soft_ce(t2a, IDENTITY), soft_ce(transposed(a2t), IDENTITY))
 
 
+def test_pmr_by_hand_scaled_by_the_batch() -> None:
+    """CAMoE: each prior times the number of candidates it is spread over, here two texts and three audios."""
+    omega, scores = 0.5, S[:2]
+    over_texts = transposed([softmax([omega * v for v in column]) for column in transposed(scores)])
+    over_audios = [softmax([omega * v for v in row]) for row in scores]
+    t2a = [[2 * scores[i][j] * over_texts[i][j] / TAU for j in N] for i in range(2)]
+    a2t = [[3 * scores[i][j] * over_audios[i][j] / TAU for j in N] for i in range(2)]
+    positives = [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]
+    rows = [[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]]
+    value = dense.pmr(tensor(scores), TAU, omega, tensor(positives), scale_by_batch=True)
+    check(value, soft_ce(t2a, rows), soft_ce(transposed(a2t), transposed(positives)))
+
+
 def test_distillation_by_hand() -> None:
     rows = [softmax([v / TAU for v in row]) for row in TEACHER]
     columns = [softmax([v / TAU for v in column]) for column in transposed(TEACHER)]
@@ -83,13 +97,15 @@ def test_distillation_by_hand() -> None:
     check(value, soft_ce(logits, rows), soft_ce(transposed(logits), columns))
 
 
-def test_cmsc_by_hand() -> None:
+@pytest.mark.parametrize("mode", ["each", "add"])
+def test_cmsc_by_hand(mode: Literal["each", "add"]) -> None:
     beta, target_tau = 0.3, 0.2
-    text = [softmax([v / target_tau for v in row]) for row in TEXTS]
-    audio = [softmax([v / target_tau for v in row]) for row in AUDIOS]
-    t2a, a2t = ([[(1 - beta) * IDENTITY[i][j] + beta * q[i][j] for j in N] for i in N] for q in (text, audio))
+    mean = [[(TEXTS[i][j] + AUDIOS[i][j]) / 2 for j in N] for i in N]
+    guides = (TEXTS, AUDIOS) if mode == "each" else (mean, mean)
+    soft = [[softmax([v / target_tau for v in row]) for row in guide] for guide in guides]
+    t2a, a2t = ([[(1 - beta) * IDENTITY[i][j] + beta * q[i][j] for j in N] for i in N] for q in soft)
     logits = scaled(S, 1 / TAU)
-    value = dense.cmsc(tensor(S), tensor(TEXTS), tensor(AUDIOS), TAU, beta, target_tau)
+    value = dense.cmsc(tensor(S), tensor(TEXTS), tensor(AUDIOS), TAU, beta, target_tau, mode=mode)
     check(value, soft_ce(logits, t2a) - entropy(t2a), soft_ce(transposed(logits), a2t) - entropy(a2t))
 
 
@@ -176,6 +192,13 @@ def test_cmsc_without_soft_targets_is_nt_xent() -> None:
     """beta 0: the targets are one-hot and their entropy zero."""
     value = dense.cmsc(tensor(S), tensor(TEXTS), tensor(AUDIOS), TAU, 0.0, 0.1)
     assert value.item() == pytest.approx(dense.nt_xent(tensor(S), TAU).item(), abs=1e-12)
+
+
+def test_the_temperature_of_the_targets_is_constant() -> None:
+    temperature = torch.tensor([0.2], dtype=torch.float64, requires_grad=True)
+    scores = tensor(S).requires_grad_()
+    dense.cmsc(scores, tensor(TEXTS), tensor(AUDIOS), TAU, 0.3, temperature).backward()
+    assert temperature.grad is None and scores.grad is not None
 
 
 def test_cmsc_with_its_own_targets_is_zero() -> None:
