@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from atr_scale.config import SpecAugmentSection
 from atr_scale.encoders import build_audio_encoder
-from atr_scale.encoders.htsat import SwinEncoder
+from atr_scale.encoders.checkpoints import Entry
+from atr_scale.encoders.htsat import SwinEncoder, original_entry
 from atr_scale.errors import UserError
 
 TINY = ["tiny_htsat", "tiny_clap"]
@@ -174,6 +175,12 @@ def test_round_trip_through_the_original_layout(
     for part in (str(path), f"lacks '{key}'", f"unexpected '{key}_'", name):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_query_key_and_value_are_thirds_in_this_order() -> None:
+    own, theirs = "swin.layers.1.blocks.0.attention.self.", "layers.1.blocks.0.attn.qkv.weight"
+    parts = [original_entry(f"{own}{part}.weight") for part in ("query", "key", "value")]
+    assert parts == [Entry(theirs, 0), Entry(theirs, 1), Entry(theirs, 2)]
 
 
 def test_each_project_has_its_own_name(tmp_path: Path) -> None:
