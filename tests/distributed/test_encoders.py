@@ -26,7 +26,7 @@ NAMES = ["small_cnn", *(name for name in AUDIO_ENCODERS if name.startswith("tiny
 UPDATES = 3
 RATES = {"audio": 1e-3, "text": 1e-3, "heads": 1e-3}
 # Each is set where an encoder has it; SpecAugment all have.
-DRAWS = {"s_patchout_t": 2, "s_patchout_f": 1, "fmin_aug_range": 10, "fmax_aug_range": 2000}
+DRAWS: dict[str, Any] = {"s_patchout_t": 2, "s_patchout_f": 1, "fmin_aug_range": 10, "fmax_aug_range": 2000}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,9 @@ def assert_equal_curves(found: dict[str, Any], expected: dict[str, Any], toleran
     largest = max(np.abs(g).max() for g in expected["gradients"].values())
     assert found["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
-        np.testing.assert_allclose(found["gradients"][name], gradient, rtol=0, atol=tolerance * largest, err_msg=name)
+        np.testing.assert_allclose(
+            found["gradients"][name], gradient, rtol=1e-4, atol=2 * tolerance * largest, err_msg=name
+        )
 
 
 def shard_small_parameters() -> None:
@@ -75,7 +77,7 @@ def trained(config: RunConfig) -> dict[str, Any]:
     found = {"curve": curve(config, UPDATES)}
     bf16 = with_train(config, precision="bf16", zero_stage=1).model_copy(deep=True)
     bf16.model.audio.activation_checkpointing = False
-    found["bf16"] = curve(bf16, UPDATES)["loss"]
+    found["bf16"] = curve(bf16, 1)["loss"]
 
     world = World.current()
     first, batches = start(config)
@@ -92,6 +94,26 @@ def trained(config: RunConfig) -> dict[str, Any]:
         next(batches)
     found["resumed"] = [*losses, step(second, batches, 2)]
     return found
+
+
+def uneven(config: RunConfig) -> tuple[float, float]:
+    """Loss and gradient norm of a batch whose ranks hear unequal numbers of windows, and of lengths."""
+    one, _ = start(config)
+    generator = torch.Generator().manual_seed(0)
+    seconds = torch.tensor([0.5, 0.5, 1.7, 0.4])
+    lengths = (seconds * one.model.sample_rate).long()
+    waveform = 0.1 * torch.randn(4, int(lengths.max()), generator=generator)
+    waveform *= torch.arange(waveform.shape[1]) < lengths.unsqueeze(1)
+    words, ids = torch.randint(5, 40, (4, 6), generator=generator), torch.arange(4)
+    rows = slice(one.world.rank * 4 // one.world.size, (one.world.rank + 1) * 4 // one.world.size)
+    batch = Batch(*(x[rows] for x in (waveform, lengths, words, torch.ones_like(words), ids, ids)))
+    result = one.update([batch], RATES, seeds(0, 0, 1, one.world.rank))
+    return result.terms["loss"], result.gradient_norm
+
+
+def all_uneven(configs: list[RunConfig]) -> list[tuple[float, float]]:
+    shard_small_parameters()
+    return [uneven(config) for config in configs]
 
 
 def all_trained(configs: list[RunConfig]) -> dict[str, dict[str, Any]]:
@@ -121,14 +143,17 @@ def embeddings(model: torch.nn.Module) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(folder: Path) -> dict[str, dict[str, Any]]:
-    """All encoders under ZeRO 3 with activation checkpointing; one start of two ranks serves them."""
+    """All encoders under ZeRO 3 with activation checkpointing and fused attention; one start of two ranks for all."""
     configs = [config_of(folder, n, train={"zero_stage": 3}, activation_checkpointing=True) for n in NAMES]
+    for config in configs:
+        if "attention" in AUDIO_ENCODERS[config.model.audio.name]().special_options:
+            config.model.audio.attention = "sdpa"
     return run_ranks(all_trained, 2, configs)[1]
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, dict[str, Any]]:
-    """All encoders in one process without ZeRO and without activation checkpointing."""
+    """All encoders in one process, without ZeRO, activation checkpointing and fused attention."""
     configs = [config_of(folder, name, train={"zero_stage": 0}) for name in NAMES]
     return dict(zip(NAMES, run_ranks(curves, 1, configs, UPDATES)[0], strict=True))
 
@@ -136,13 +161,12 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_equal_one_process(alone: dict[str, Any], on_two_ranks: dict[str, Any], name: str) -> None:
-    """Sharded, recomputed in the backward pass, with patchout, band jitter and SpecAugment; one process does without
-    the first two."""
+    """With patchout, band jitter and SpecAugment on."""
     found, expected = on_two_ranks[name]["curve"], alone[name]
     assert_equal_curves(found, expected)
     assert any(name.startswith("audio_encoder.") for name in expected["gradients"])
     assert len(set(expected["loss"])) == UPDATES
-    np.testing.assert_allclose(on_two_ranks[name]["bf16"], expected["loss"], rtol=0.05)
+    np.testing.assert_allclose(on_two_ranks[name]["bf16"], expected["loss"][:1], rtol=0.05)
 
 
 @pytest.mark.slow
@@ -163,3 +187,27 @@ def test_draws_change_the_loss_and_checkpointing_does_not(folder: Path) -> None:
     found = run_ranks(curves, 1, [without, drawn, recomputed], 1)[0]
     assert abs(found[0]["loss"][0] - found[1]["loss"][0]) > 1e-4
     assert_equal_curves(found[2], found[1], 1e-6)
+
+
+@pytest.mark.slow
+def test_unequal_numbers_of_windows(folder: Path) -> None:
+    """Under ZeRO 3 each gather waits for the other rank, so ranks must encode equally often."""
+    configs = [
+        config_of(folder, name, train={"zero_stage": 3}, window_seconds=0.5, activation_checkpointing=True)
+        for name in ("tiny_passt", "tiny_cnn14")
+    ]
+    expected = run_ranks(all_uneven, 1, [with_train(config, zero_stage=0) for config in configs])[0]
+    for rank in run_ranks(all_uneven, 2, configs):
+        np.testing.assert_allclose(rank, expected, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike(folder: Path) -> None:
+    """torch.compile alone, and with activation checkpointing."""
+    configs = [
+        config_of(folder, "tiny_passt", train={"zero_stage": 0}, **options)
+        for options in ({}, {"compile": True}, {"compile": True, "activation_checkpointing": True})
+    ]
+    expected, *compiled = run_ranks(curves, 1, configs, 1)[0]
+    for found in compiled:
+        assert_equal_curves(found, expected)
