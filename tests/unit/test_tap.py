@@ -1,0 +1,149 @@
+"""Text-aware attention pooling: the formula pair by pair, tiles, LayerNorm's epsilon, dropout, memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout, layer_norm, normalize
+
+from atr_scale.errors import UserError
+from atr_scale.scorers import build_scorer, tap
+from atr_scale.scorers.tap import TextAwarePoolingScorer
+from atr_scale.sequence import TokenSequence
+from tests.sequences import kept_numbers, random_sequence
+
+DIM, ATTENTION_DIM = 24, 12
+WORDS = [1] * 5
+# Gram matrices pay up to 11 frames at these widths, 16 with the residual block.
+FRAMES = {"grams": [6, 1, 4, 2, 6, 3, 5], "dense": [6, 20, 4, 2, 6, 3, 5]}
+
+
+def build(residual: bool, spread: float = 0.4, probability: float = 0.0) -> TextAwarePoolingScorer:
+    scorer = TextAwarePoolingScorer(DIM, ATTENTION_DIM, residual, probability).double()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in scorer.parameters():
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+    return scorer
+
+
+def vector(scorer: TextAwarePoolingScorer, caption: Tensor, frames: Tensor, kept: Tensor | float = 1.0) -> Tensor:
+    """z [D] of one pair, by the paper: caption [D], real frames [T, D]; `kept` is dropout's factor."""
+    w = scorer.weights
+
+    def norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * scale + shift
+
+    query = norm(caption, w.norm_scale, w.norm_shift) @ w.query.T
+    inputs = norm(frames, w.norm_scale, w.norm_shift)
+    attention = (inputs @ w.key.T @ query / math.sqrt(ATTENTION_DIM)).softmax(0)
+    pooled = attention @ (inputs @ w.value.T) @ w.out
+    if w.residual:
+        pooled = norm(pooled, w.inner_scale, w.inner_shift)
+        pooled = pooled + kept * (pooled @ w.linear_weight.T + w.linear_bias)
+    return norm(pooled, w.scale, w.shift)
+
+
+def by_hand(scorer: TextAwarePoolingScorer, text: TokenSequence, audio: TokenSequence) -> Tensor:
+    rows = [
+        [
+            normalize(caption, dim=0) @ normalize(vector(scorer, caption, tokens[mask]), dim=0)
+            for tokens, mask in zip(audio.tokens, audio.mask, strict=True)
+        ]
+        for caption in text.pooled
+    ]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def assert_equal_with_gradients(found: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weight = torch.randn(found.shape, dtype=torch.float64)
+    for got, want in zip(*(torch.autograd.grad((s * weight).sum(), leaves) for s in (found, expected)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("tile", [(1024, 2**19), (2, 40), (3, 1)])
+@pytest.mark.parametrize("spread", [0.4, 1e-3])
+@pytest.mark.parametrize("kind", FRAMES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_scores_and_gradients_equal_the_formula(
+    residual: bool, kind: str, spread: float, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters of 1e-3 leave variances far below LayerNorm's epsilon, which must then be in the right places."""
+    monkeypatch.setattr(tap, "TILE_ROWS", tile[0])
+    monkeypatch.setitem(tap.TILE_NUMBERS, "cpu", tile[1])
+    scorer = build(residual, spread)
+    text, audio = random_sequence(WORDS, DIM, 1), random_sequence(FRAMES[kind], DIM, 2, extra=1, gradient=True)
+    assert scorer.weights.grams_pay(audio.tokens.shape[1]) == (kind == "grams")
+    leaves = [text.pooled.requires_grad_(), audio.tokens, *scorer.parameters()]
+    assert_equal_with_gradients(scorer.scores(text, audio), by_hand(scorer, text, audio), leaves)
+
+
+def test_gram_matrices_are_left_where_they_stop_paying() -> None:
+    for residual, longest in ((False, 511), (True, 724)):
+        weights = tap._Weights(1024, 512, residual)
+        assert weights.grams_pay(longest) and not weights.grams_pay(longest + 1)
+
+
+def test_dropout_is_that_of_the_formula_and_is_replayed() -> None:
+    """Every number of every pair is drawn; backward must meet the same draws, or the gradients differ."""
+    scorer, probability = build(True, probability=0.3), 0.3
+    text, audio = random_sequence(WORDS, DIM, 1), random_sequence(FRAMES["grams"], DIM, 2, gradient=True)
+    torch.manual_seed(4)
+    kept = dropout(torch.ones(len(audio.mask), len(WORDS), DIM, dtype=torch.float64), probability)
+    expected = torch.stack(
+        [
+            normalize(vector(scorer, text.pooled[i], audio.tokens[j][audio.mask[j]], kept[j, i]), dim=0)
+            @ normalize(text.pooled[i], dim=0)
+            for i in range(len(WORDS))
+            for j in range(len(audio.mask))
+        ]
+    ).view(len(WORDS), -1)
+    torch.manual_seed(4)
+    found = scorer.scores(text, audio)
+    torch.manual_seed(5)
+    assert_equal_with_gradients(found, expected, [audio.tokens, *scorer.parameters()])
+    assert not torch.allclose(scorer.scores(text, audio), found, atol=1e-3)
+    torch.testing.assert_close(scorer.eval().scores(text, audio), by_hand(scorer, text, audio), rtol=0, atol=1e-12)
+
+
+def test_training_starts_from_dot_products_of_normalised_inputs() -> None:
+    """X-Pool's identity start: with K = D nothing is projected away, the pooled vector is a mean of frames."""
+    scorer = TextAwarePoolingScorer(DIM, DIM, residual=True).double()
+    text, audio = random_sequence(WORDS, DIM, 1), random_sequence(FRAMES["grams"], DIM, 2)
+    asked = layer_norm(text.pooled, (DIM,))
+    for j, (tokens, mask) in enumerate(zip(audio.tokens, audio.mask, strict=True)):
+        frames = layer_norm(tokens[mask], (DIM,))
+        mean = (asked @ frames.T / math.sqrt(DIM)).softmax(1) @ frames
+        expected = (normalize(layer_norm(mean, (DIM,)), dim=1) * normalize(text.pooled, dim=1)).sum(1)
+        found = scorer.scores(text, audio)[:, j]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the orthonormal start is made in fp32
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_fp32_is_near_float64(residual: bool) -> None:
+    scorer = build(residual)
+    text, audio = random_sequence(WORDS, DIM, 1), random_sequence(FRAMES["grams"], DIM, 2)
+    expected = scorer.scores(text, audio)
+    narrow = [TokenSequence(s.tokens.float(), s.mask, s.pooled.float()) for s in (text, audio)]
+    torch.testing.assert_close(scorer.float().scores(*narrow).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_neither_pairs_of_vectors_nor_of_frames_are_kept() -> None:
+    scorer, frames, pairs = build(True), 8, 300 * 30
+    text, audio = random_sequence([1] * 300, DIM, 1), random_sequence([frames] * 30, DIM, 2, gradient=True)
+    assert kept_numbers(lambda: scorer.scores(text, audio)) < pairs * frames < pairs * DIM
+
+
+def test_options_out_of_range() -> None:
+    for options, message in (
+        ({"attention_dim": 0}, "attention_dim is 0"),
+        ({"residual": True, "dropout": 1.0}, "dropout 1.0: give"),
+        ({"dropout": 0.3}, "dropout is part of the residual block"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_scorer("tap", dim=DIM, **options)
