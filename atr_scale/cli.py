@@ -101,6 +101,69 @@ def demo_data(
     print(f"{out}: audiocaps/, clotho/, wavcaps/, text_encoder/ and correspondences; README.txt says what each file is")
 
 
+@app.command("augment-captions")
+def augment_captions(
+    shards: Annotated[str, typer.Argument(help="folder or s3://bucket/prefix of a training split's shards")],
+    endpoint: Annotated[
+        str | None, typer.Option(help="URL of an OpenAI-compatible server; default: OPENAI_BASE_URL, or OpenAI's own")
+    ] = None,
+    model: Annotated[str, typer.Option(help="chat model to ask")] = "gpt-4o-mini",
+    text_encoder: Annotated[
+        str, typer.Option(help="transformers folder or name that compares paraphrases with captions")
+    ] = "sentence-transformers/all-MiniLM-L6-v2",
+    paraphrases: Annotated[int, typer.Option(min=1, max=20, help="asked of each caption")] = 5,
+    keep: Annotated[int | None, typer.Option(min=1, help="closest ones kept; default: all above the threshold")] = None,
+    threshold: Annotated[float, typer.Option(min=-1, max=1, help="least cosine with the caption")] = 0.7,
+    requests_per_minute: Annotated[float, typer.Option(min=0.1, help="repeated attempts count too")] = 300.0,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="requests at once")] = 8,
+    price_per_million_input: Annotated[float | None, typer.Option(min=0, help="of tokens, for the estimate")] = None,
+    price_per_million_output: Annotated[float | None, typer.Option(min=0, help="of tokens, for the estimate")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="ask for so many captions only")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask for confirmation")] = False,
+) -> None:
+    """Ask a chat model for paraphrases of training captions, keep the closest, store them beside the shards. The key
+    is read from OPENAI_API_KEY. What is stored already is not asked again. Training draws paraphrases where
+    data.augmented_captions is above 0; evaluation never does.
+
+    Example: atr-scale augment-captions shards/clotho/train --model gpt-4o-mini --limit 20
+    """
+    try:
+        from atr_scale.data.augment import augment
+        from atr_scale.data.augment import endpoint as chat
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'atr-scale[augment]'") from None
+    from atr_scale.encoders.sentence import SentenceEncoder
+
+    server = chat.Endpoint(model, endpoint, count=paraphrases, requests_per_minute=requests_per_minute)
+    captions, before = augment.open_captions(shards, limit)
+    if not captions:
+        print(f"{shards}: all {before} captions were asked before, nothing to do")
+        return
+    embed = SentenceEncoder(text_encoder)
+    prices = None
+    if price_per_million_input is not None and price_per_million_output is not None:
+        prices = augment.Prices(price_per_million_input, price_per_million_output)
+    print(f"{server.url}, {model}: {augment.estimate(captions, paraphrases, prices)} ({before} asked before)")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError("nobody is there to confirm the cost: add --yes")
+        if not typer.confirm("Ask them?"):
+            return
+    summary = augment.augment(
+        shards,
+        captions,
+        server,
+        embed,
+        keep=keep or paraphrases,
+        threshold=threshold,
+        concurrency=concurrency,
+        text_encoder=text_encoder,
+    )
+    print(f"{shards}: {summary}")
+    if prices is not None:
+        print(f"cost: {prices.cost(summary.input_tokens, summary.output_tokens):.2f}")
+
+
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train a retriever in one process; several start with `accelerate launch -m atr_scale.train` or torchrun.
@@ -153,6 +216,32 @@ def evaluate(
         if world.is_main:
             for name, value in evaluation.metrics.items():
                 print(f"{name:<20} {value:.4f}")
+
+
+@app.command()
+def estimate(
+    runs: Annotated[list[str], typer.Argument(help="run folders (their best checkpoints) or checkpoints/step-N")],
+    shards: Annotated[str, typer.Option(help="shards of the split that a second stage trains on")],
+    out: Annotated[Path, typer.Option(help="folder for the tables, estimate.json and report.md")],
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="clips embedded at once; default: the run's own evaluation.batch_size")
+    ] = None,
+) -> None:
+    """Write what trained models say of every caption and clip of a split, the teachers of a second stage of training,
+    and compare them. A table that is there already is kept.
+
+    Example: atr-scale estimate runs/one runs/other --shards shards/clotho/train --out correspondences
+    Several ranks: torchrun --nproc-per-node 2 -m atr_scale.cli estimate ...
+    """
+    from atr_scale.evaluation.estimate import estimate as estimate_correspondences
+    from atr_scale.training.environment import distributed
+
+    with distributed() as (world, device):
+        comparison = estimate_correspondences(
+            runs, shards=shards, out=out, batch_size=batch_size, world=world, device=device
+        )
+    if comparison is not None:
+        print(comparison.table())
 
 
 @app.command()

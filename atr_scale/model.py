@@ -5,7 +5,7 @@ Shape suffixes: B texts of the global batch, b rows of this rank, L word pieces,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -23,21 +23,19 @@ from atr_scale.config import (
     TemperatureSection,
     load_config,
 )
+from atr_scale.correspondences import Correspondences
 from atr_scale.data.batch import Batch
 from atr_scale.encoders import TokenSequence, build_audio_encoder, build_text_encoder
 from atr_scale.errors import UserError
 from atr_scale.objectives import Objective, ObjectiveInputs, build_objective
 from atr_scale.objectives.logits import Temperature
 from atr_scale.objectives.modality import ModalityScores
-from atr_scale.parallel.blocks import EmbeddingScores, ScoreBlock, at_least_fp32
+from atr_scale.parallel.blocks import ScoreBlock, at_least_fp32
 from atr_scale.parallel.world import World
 from atr_scale.scorers import build_scorer
 from atr_scale.scorers.cosine import mean as mean_over_frames
 
 WEIGHTS = "model.safetensors"
-# Stored teacher embeddings of a batch's rows, (text [b, r], audio [b, r]), constant: their products are the teacher's
-# scores. For an ensemble its members' unit vectors side by side, each times the root of its weight.
-Teacher = Callable[[Batch], tuple[Tensor, Tensor]]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -79,7 +77,7 @@ class Retriever(nn.Module):
         self.temperature = _temperature(objective.temperature)
         self.objective = _objective(objective)
         self.step = 0  # updates made so far, set by the training loop: terms may depend on it
-        self.teacher: Teacher | None = None  # set before training where a term needs one
+        self.teacher: Correspondences | None = None  # set before training where a term needs one
         self.precision = "fp32"  # or bf16, fp16: what the encoders compute in; parameters stay fp32
 
     @property
@@ -122,8 +120,7 @@ class Retriever(nn.Module):
 
     def _teacher_block(self, batch: Batch, world: World) -> ScoreBlock:
         assert self.teacher is not None, "distillation without a teacher"
-        text, audio = self.teacher(batch)
-        return EmbeddingScores(world.gather(text), audio, world)
+        return self.teacher.block(batch, world)
 
     def train(self, mode: bool = True) -> Retriever:
         """Training mode for what is trained: frozen encoders and layers keep their dropout off."""

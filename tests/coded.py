@@ -100,6 +100,7 @@ def rows_of(batch: Batch) -> list[tuple[str, int, int, int, int]]:
         number, start = heard(batch, row)
         clip, take = batch.input_ids[row].tolist()
         assert clip == number, f"the audio of clip {number} with a caption of clip {clip}"
+        assert int(batch.caption_index[row]) == take
         found.append((batch.keys[row], number, start, int(batch.lengths[row]), take))
     return found
 

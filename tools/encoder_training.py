@@ -66,7 +66,7 @@ def synthetic(config: RunConfig, step: int, sample_rate: int, world: World) -> B
     ids = torch.arange(size) + step * size
     rows = slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
     lengths = torch.full((size,), samples)
-    return Batch(*(x[rows] for x in (waveform, lengths, words, torch.ones_like(words), ids, ids)))
+    return Batch(*(x[rows] for x in (waveform, lengths, words, torch.ones_like(words), ids, ids, ids)))
 
 
 def trained(config: RunConfig) -> dict[str, Any]:

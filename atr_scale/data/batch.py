@@ -32,6 +32,7 @@ class Batch:
     lengths:        [b] int64, samples of each clip.
     input_ids, attention_mask: [b, L] int64.
     clip_ids, caption_ids: [b] int64, stable over processes and runs; rows that agree in either are positives.
+    caption_index:  [b] int64, which of the sample's captions it is.
     keys:           where each row came from, "corpus/shard/key", for audits and error reports.
     dropped:        unreadable samples by reason; each row they left holds a copy of a good one.
     """
@@ -42,6 +43,7 @@ class Batch:
     attention_mask: Tensor
     clip_ids: Tensor
     caption_ids: Tensor
+    caption_index: Tensor
     keys: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
 

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from atr_scale.config import DataSection
+from atr_scale.data.augment.stored import FILE, Paraphrases, refuse_evaluation_split
 from atr_scale.data.batch import Batch, caption_id, stable_id
 from atr_scale.data.decode import Crop, decode
 from atr_scale.data.index import ShardSet, open_shards
@@ -37,10 +38,12 @@ READ_THREADS = 8  # concurrent range reads of one worker where shards are remote
 
 @dataclass(frozen=True)
 class Clip:
-    """One decoded sample: waveform [samples] float32, its caption of this visit, who it is, and where it lies."""
+    """One decoded sample: waveform [samples] float32, its caption of this visit and which one that is, who it is, and
+    where it lies."""
 
     waveform: np.ndarray
     caption: str
+    caption_index: int
     clip_id: str
     place: str
 
@@ -78,6 +81,8 @@ class TrainingStream(IterableDataset[Batch | UserError]):
             block=data.shuffle_block,
         )
         self.tokenizer, self.sample_rate, self.seed = tokenizer, sample_rate, seed
+        self.augmented_share = data.augmented_captions
+        self.paraphrases = _read_paraphrases(self.sources) if data.augmented_captions else []
         self.crop_seconds, self.quantum = data.crop_seconds, max(1, round(data.crop_quantum * sample_rate))
         share = global_batch_size // world.size
         self.rows = slice(world.rank * share, (world.rank + 1) * share)
@@ -106,8 +111,10 @@ class TrainingStream(IterableDataset[Batch | UserError]):
         clips: list[Clip | None] = []
         dropped: Counter[str] = Counter()
         places = map(self._place, rows.source.tolist(), rows.index.tolist())
-        for sample, position, place in zip(raw, rows.position.tolist(), places, strict=True):
-            clip = sample if isinstance(sample, BadSample) else self._decode(sample, position, place)
+        for sample, source, position, place in zip(
+            raw, rows.source.tolist(), rows.position.tolist(), places, strict=True
+        ):
+            clip = sample if isinstance(sample, BadSample) else self._decode(sample, source, position, place)
             if isinstance(clip, BadSample):
                 dropped[clip.reason] += 1
                 logger.debug("dropped %s: %s", place, clip)
@@ -132,10 +139,14 @@ class TrainingStream(IterableDataset[Batch | UserError]):
         shards = self.sources[source]
         return f"{shards.corpus}/{shards.names[shards.shard_of[index]]}/{shards.keys[index]}"
 
-    def _decode(self, sample: RawSample, position: int, place: str) -> Clip | BadSample:
+    def _decode(self, sample: RawSample, source: int, position: int, place: str) -> Clip | BadSample:
         rng = np.random.default_rng([self.seed, 2, position])
-        caption = sample.captions[int(rng.integers(len(sample.captions)))]
+        drawn = int(rng.integers(len(sample.captions)))
+        caption = sample.captions[drawn]
         fraction = float(rng.random())
+        if self.paraphrases and rng.random() < self.augmented_share:
+            reworded = self.paraphrases[source].of(sample.clip_id, drawn, caption)
+            caption = reworded[int(rng.integers(len(reworded)))] if reworded else caption
         crop = Crop(start_fraction=fraction, seconds=self.crop_seconds)
         try:
             waveform = decode(sample.audio, sample.extension, self.sample_rate, pcm_rate=sample.sample_rate, crop=crop)
@@ -143,7 +154,20 @@ class TrainingStream(IterableDataset[Batch | UserError]):
             return error
         kept = len(waveform) // self.quantum * self.quantum or len(waveform)
         start = int(fraction * (len(waveform) - kept))
-        return Clip(waveform[start : start + kept], caption, sample.clip_id, place)
+        return Clip(waveform[start : start + kept], caption, drawn, sample.clip_id, place)
+
+
+def _read_paraphrases(sources: Sequence[ShardSet]) -> list[Paraphrases]:
+    """Of each source. UserError where none has any, or where they belong to another split than training."""
+    for shards in sources:
+        refuse_evaluation_split(shards.location, shards.split)
+    found = [Paraphrases(shards.location) for shards in sources]
+    if not any(map(len, found)):
+        raise UserError(
+            f"data.augmented_captions is set, but no {FILE} in data.train ({', '.join(s.location for s in sources)}) "
+            "holds a paraphrase: run `atr-scale augment-captions` on those shards, or leave it at 0"
+        )
+    return found
 
 
 def _check_exclusions(shards: ShardSet) -> None:
@@ -172,6 +196,7 @@ def collate(clips: Sequence[Clip], tokenizer: CaptionTokenizer, dropped: Counter
         attention_mask=attention_mask,
         clip_ids=torch.tensor([stable_id(clip.clip_id) for clip in clips]),
         caption_ids=torch.tensor([caption_id(clip.caption) for clip in clips]),
+        caption_index=torch.tensor([clip.caption_index for clip in clips]),
         keys=[clip.place for clip in clips],
         dropped=dropped or Counter(),
     )

@@ -186,7 +186,7 @@ def evaluate_run(
         step=json.loads((folder / "state.json").read_text())["step"],
         world=world,
         device=device,
-        tokenizer=_tokenizer(config),
+        tokenizer=caption_tokenizer(config),
         relevance=relevance,
         first_stage=first_stage,
     )
@@ -207,7 +207,7 @@ def _first_stage(location: str, candidates: int, shards: ShardSet, world: World,
     embedded = embed(
         model.to(device),
         shards,
-        _tokenizer(config),
+        caption_tokenizer(config),
         batch_size=config.evaluation.batch_size,
         seconds=config.data.evaluation_seconds,
         world=world,
@@ -217,6 +217,6 @@ def _first_stage(location: str, candidates: int, shards: ShardSet, world: World,
     return FirstStage(location, scores, candidates, embedded.captions, embedded.clip_ids)
 
 
-def _tokenizer(config: RunConfig) -> CaptionTokenizer:
+def caption_tokenizer(config: RunConfig) -> CaptionTokenizer:
     captions = config.data.captions
     return CaptionTokenizer(config.model.text.name, captions.cleaning, captions.max_tokens)

@@ -42,6 +42,7 @@ from atr_scale.training.setup import (
     check_run_folder,
     differences,
     num_steps,
+    read_teacher,
     training_stream,
 )
 
@@ -90,6 +91,7 @@ class Training:
             load_weights(model, read_weights(config.train.initial_checkpoint), config.train.initial_checkpoint)
         freeze(model, config.train)
         self.stream = training_stream(config, self.tokenizer, model.sample_rate, world)
+        model.teacher = read_teacher(config, self.stream.sources)
         self.steps, self.warmup_steps = num_steps(config, self.stream)
         self.epoch_steps = max(1, math.ceil(self.stream.plan.epoch_batches / config.train.accum_steps))
         self.engine = Engine(model, config.train, world, device)

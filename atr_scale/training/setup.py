@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from atr_scale.config import RunConfig
+from atr_scale.correspondences import Correspondences
+from atr_scale.data.index import ShardSet
 from atr_scale.data.stream import TrainingStream
 from atr_scale.data.text import CaptionTokenizer
 from atr_scale.errors import UserError
@@ -61,6 +64,17 @@ def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate:
         seed=config.run.seed,
         world=world,
     )
+
+
+def read_teacher(config: RunConfig, sources: Sequence[ShardSet]) -> Correspondences | None:
+    """The tables of objective.distillation where it has a weight. UserError where they are not about `sources`."""
+    section = config.objective.distillation
+    if section.weight == 0:
+        return None
+    teacher = Correspondences.read(section.tables)
+    for shards in sources:
+        teacher.check(shards)
+    return teacher
 
 
 def num_steps(config: RunConfig, stream: TrainingStream) -> tuple[int, int]:

@@ -106,7 +106,7 @@ def uneven(config: RunConfig) -> tuple[float, float]:
     waveform *= torch.arange(waveform.shape[1]) < lengths.unsqueeze(1)
     words, ids = torch.randint(5, 40, (4, 6), generator=generator), torch.arange(4)
     rows = slice(one.world.rank * 4 // one.world.size, (one.world.rank + 1) * 4 // one.world.size)
-    batch = Batch(*(x[rows] for x in (waveform, lengths, words, torch.ones_like(words), ids, ids)))
+    batch = Batch(*(x[rows] for x in (waveform, lengths, words, torch.ones_like(words), ids, ids, ids)))
     result = one.update([batch], RATES, seeds(0, 0, 1, one.world.rank))
     return result.terms["loss"], result.gradient_norm
 

@@ -19,6 +19,7 @@ from atr_scale.objectives import TERMS, ObjectiveInputs, build_objective, dense,
 from atr_scale.objectives.modality import ModalityScores
 from atr_scale.objectives.targets import positives_mask
 from atr_scale.parallel.blocks import EmbeddingScores, ScoreBlock
+from atr_scale.parallel.world import World
 from tests.losses import unit
 from tests.tiny_run import tiny_config
 
@@ -142,6 +143,7 @@ def batch() -> Batch:
         attention_mask=torch.ones_like(input_ids),
         clip_ids=torch.arange(5),
         caption_ids=torch.tensor([caption_id(caption) for caption in captions]),
+        caption_index=torch.zeros(5, dtype=torch.int64),
     )
 
 
@@ -181,11 +183,12 @@ def test_the_model_asks_its_teacher_about_the_batch(config: RunConfig) -> None:
     data = batch()
     asked: list[Batch] = []
 
-    def teacher(rows: Batch) -> tuple[Tensor, Tensor]:
-        asked.append(rows)
-        return unit(5, 4, 0).float(), unit(5, 4, 1).float()
+    class Teacher:
+        def block(self, rows: Batch, world: World) -> EmbeddingScores:
+            asked.append(rows)
+            return EmbeddingScores(unit(5, 4, 0).float(), unit(5, 4, 1).float(), world)
 
-    model.teacher = teacher
+    model.teacher = Teacher()
     found = model(data)
     scores = model.scorer.scores(
         model.encode_text(data.input_ids, data.attention_mask), model.encode_audio(data.waveform, data.lengths)
