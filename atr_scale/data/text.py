@@ -9,7 +9,7 @@ from torch import Tensor
 
 from atr_scale.errors import UserError
 
-_WAVCAPS = str.maketrans("", "", '(,.!?;:|*")')
+_WAVCAPS = str.maketrans(dict.fromkeys('(,.!?;:|*")', " "))
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -18,7 +18,7 @@ def _unchanged(caption: str) -> str:
 
 
 def _wavcaps(caption: str) -> str:
-    """WavCaps' retrieval code: lower case, these marks removed."""
+    """WavCaps' and Mei et al.'s retrieval code: lower case, these marks replaced by spaces."""
     return " ".join(caption.lower().translate(_WAVCAPS).split())
 
 
