@@ -60,6 +60,9 @@ class DataSection(Section):
     workers: Annotated[int, Field(ge=0)] = 2
     max_drop_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     captions: CaptionSection = CaptionSection()
+    augmented_captions: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of training visits that take a paraphrase of the drawn caption, where it has any"
+    )
 
 
 class SpecAugmentSection(Section):

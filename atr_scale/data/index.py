@@ -74,18 +74,40 @@ class ShardSet:
 
     def read(self, i: int) -> RawSample:
         """Sample `i`. Raises BadSample where its bytes are not exactly that sample."""
-        name, key = self.names[self.shard_of[i]], self.keys[i]
-        path = storage.join(self.location, name)
+        return parse_sample(self._bytes(i, 0, self._size(i)), self.keys[i], self._set_name(i))
+
+    def read_text(self, i: int) -> tuple[str, list[str], dict[str, Any]]:
+        """(clip id, captions, the JSON's rest) of sample `i`; its audio is not read. Raises BadSample."""
+        key = self.keys[i]
         try:
-            data = storage.read_range(path, int(self.start[i]), int(self.stop[i]))
+            for member in walk(lambda start, stop: self._bytes(i, start, stop), self._size(i)):
+                if member is not None and split_key(member) == (key, "json"):
+                    payload = self._bytes(i, member.data_start, member.data_start + member.size)
+                    fields, meta = parse_json(key, payload, self._set_name(i))
+                    return fields["clip_id"], fields["captions"], meta
+        except BrokenTar as error:
+            raise BadSample("cut_shard", f"{key}: {error}") from None
+        raise BadSample("missing_json", key)
+
+    def _size(self, i: int) -> int:
+        return int(self.stop[i] - self.start[i])
+
+    def _bytes(self, i: int, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of sample `i`."""
+        path, first = storage.join(self.location, self.names[self.shard_of[i]]), int(self.start[i])
+        try:
+            return storage.read_range(path, first + start, first + stop)
         except storage.ShortRead as error:
             raise BadSample("cut_shard", str(error)) from None
         except FileNotFoundError:
             raise BadSample("missing_shard", path) from None
         except OSError as error:
             raise BadSample("read_error", str(error)) from None
-        set_name = f"{self.corpus}/{self.split}" if self.split else self.corpus
-        return parse_sample(data, key, set_name if self.unique_keys else f"{set_name}/{Path(name).stem}")
+
+    def _set_name(self, i: int) -> str:
+        """What makes a clip id for samples that carry none."""
+        name = f"{self.corpus}/{self.split}" if self.split else self.corpus
+        return name if self.unique_keys else f"{name}/{Path(self.names[self.shard_of[i]]).stem}"
 
 
 def parse_sample(data: bytes, key: str, set_name: str) -> RawSample:
