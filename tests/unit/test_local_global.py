@@ -83,7 +83,7 @@ def test_scores_and_gradients_equal_loops(options: dict[str, Any]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [*OPTIONS, {"lambda1": 40.0}])
 def test_padding_and_companions_do_not_count(options: dict[str, Any]) -> None:
     scorer = build_scorer("lgmm", dim=DIM, **options)
     text, audio = inputs(filler=0.0)
