@@ -31,11 +31,19 @@ def on_tiny_inputs(config: RunConfig, tiny: TinyInputs) -> list[str]:
     data = config.data
     overrides = [f"data.train[{n}].shards={tiny.shards}" for n in range(len(data.train))]
     overrides += [f"data.{split}={tiny.shards}" for split in ("validation", "test") if getattr(data, split)]
-    return [*overrides, f"model.text.name={tiny.text_encoder}", "model.audio.checkpoint=null"]
+    if config.objective.distillation.tables:
+        overrides += ["objective.distillation={weight: 0, tables: []}", "objective.nt_xent.weight=1"]
+    if config.data.augmented_captions:
+        overrides.append("data.augmented_captions=0")
+    overrides += ["model.audio.checkpoint=null", "train.initial_checkpoint=null"]
+    return [*overrides, f"model.text.name={tiny.text_encoder}"]
 
 
 def test_there_are_configurations() -> None:
-    assert {"configs/quickstart/pretrain.yaml", "configs/pretrain_wavcaps.yaml"} <= {name(path) for path in CONFIGS}
+    papers = ("tap_pmr", "lgmm_cmsc", "estimated_correspondences", "co_attention")
+    runs = ("quickstart/pretrain", "pretrain_wavcaps", "finetune_clotho", "finetune_audiocaps")
+    expected = {f"configs/{stem}.yaml" for stem in (*runs, *(f"papers/{paper}" for paper in papers))}
+    assert expected <= {name(path) for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", YAML_FILES, ids=name)
