@@ -39,6 +39,10 @@ def encode_in_buckets(
             assert 0 <= length <= waveform_BS.shape[1], "a clip's length exceeds its batch's width"
             buckets.setdefault(length, []).append(row)
 
+    # Agreed on before the first call: a rank that asked later would meet the others inside their calls.
+    surplus = equal_rounds(len(buckets)) - len(buckets) if equal_rounds else 0
+    assert surplus >= 0, "equal_rounds returned fewer rounds than this rank needs"
+
     if len(buckets) == 1:
         (length,) = buckets
         joined = encode(waveform_BS[:, :length])
@@ -47,8 +51,6 @@ def encode_in_buckets(
         order = torch.tensor([row for rows in buckets.values() for row in rows], device=waveform_BS.device)
         joined = TokenSequence.cat(parts).take(order.argsort())
 
-    surplus = equal_rounds(len(buckets)) - len(buckets) if equal_rounds else 0
-    assert surplus >= 0, "equal_rounds returned fewer rounds than this rank needs"
     if surplus:
         length, rows = next(iter(buckets.items()))
         again = [encode(waveform_BS[rows[:1], :length]) for _ in range(surplus)]
