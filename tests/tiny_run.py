@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from atr_scale.config import RunConfig, load_config
+from atr_scale.model import Retriever
 from tests.tiny import TinyInputs, make_tiny_inputs, write_tiny_config
 
 OVERRIDES = (
@@ -26,3 +30,17 @@ def tiny_config(folder: Path, run: Path, **train: Any) -> RunConfig:
     train = {"steps": 6, "global_batch_size": 12, "warmup_steps": 2, "evaluate_every": 100, **train}
     path = write_tiny_config(folder / "tiny.yaml", inputs, run, **train)
     return load_config(path, [*OVERRIDES, f"data.validation={folder / 'validation' / 'shards'}"])
+
+
+def save_run(config: RunConfig, run: Path, seed: int, scorer: str = "meanmax") -> Path:
+    """A run folder with one checkpoint, the best one, of a model that was never trained."""
+    config = config.model_copy(deep=True)
+    config.model.scorer.name = scorer
+    folder = run / "checkpoints" / "step-3"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    save_file(Retriever(config.model, config.objective).state_dict(), folder / "model.safetensors")
+    (folder / "config.resolved.yaml").write_text(config.to_yaml())
+    if not (run / "best").exists():
+        (run / "best").symlink_to(Path("checkpoints") / folder.name)
+    return run

@@ -69,7 +69,8 @@ class Comparison:
             rows.append(("**all**", self.ensemble))
             rows += [(f"all but {name}", metrics) for name, metrics in self.without.items()]
         width = max(len(name) for name, _ in rows)
-        lines = [f"| {'scores of':<{width}} | {' | '.join(SHOWN)} |", f"|:-{'-' * width}|{'-:|' * len(SHOWN)}"]
+        rule = "|".join("-" * len(key) + "-:" for key in SHOWN)
+        lines = [f"| {'scores of':<{width}} | {' | '.join(SHOWN)} |", f"|:-{'-' * width}|{rule}|"]
         for name, metrics in rows:
             cells = (f"{100 * metrics[key]:.2f} %".rjust(len(key)) for key in SHOWN)
             lines.append(f"| {name:<{width}} | {' | '.join(cells)} |")
