@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from atr_scale.config import ScorerSection
 from atr_scale.objectives import dense, tiled
 from atr_scale.objectives.targets import positives_mask
 from atr_scale.parallel.world import World
 from atr_scale.scorers import build_scorer
 from atr_scale.sequence import TokenSequence
 from tests.sequences import random_sequence
+from tests.tiny_run import tiny_config
+from tools.parity import curves, with_train
 from tools.ranks import run_ranks
 
 B, DIM = 6, 5
@@ -109,3 +113,24 @@ def test_gradients_equal_one_process(size: int, expected: dict[Any, tuple[float,
             assert found.keys() == wanted.keys(), case
             for name, gradient in wanted.items():
                 np.testing.assert_allclose(found[name], gradient, rtol=0, atol=1e-12, err_msg=f"{case} {name}")
+
+
+@pytest.mark.slow
+def test_tiles_are_computed_again_under_zero_3(tmp_path: Path) -> None:
+    """Sharded parameters are gathered once more in the backward pass, also where one block serves all layers."""
+    configs = []
+    for shared in (False, True):
+        config = tiny_config(tmp_path, tmp_path / "run").model_copy(deep=True)
+        options = {"depth": 2, "guidance": "both", "share_weights": shared, **SMALL, "pairs_per_tile": 9}
+        config.model.scorer = ScorerSection(name="coattention", options=options)
+        configs.append(config)
+    expected = run_ranks(curves, 1, [with_train(config, zero_stage=0) for config in configs], 2)[0]
+    sharded = run_ranks(curves, 2, [with_train(config, zero_stage=3) for config in configs], 2)
+    for rank in sharded:
+        for found, wanted in zip(rank, expected, strict=True):
+            np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=2e-5)
+            largest = max(np.abs(g).max() for g in wanted["gradients"].values())
+            for name, gradient in wanted["gradients"].items():
+                np.testing.assert_allclose(
+                    found["gradients"][name], gradient, rtol=1e-4, atol=2e-5 * largest, err_msg=name
+                )
