@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("launch", "slurm", "tools")
 SCRIPTS = sorted([*(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.sh")), ROOT / ".ci/run"])
-SOURCED = {"slurm/prologue.sh"}
+SOURCED = {"slurm/prologue.sh", "launch/demo.sh"}
 
 
 def name(path: Path) -> str:
@@ -90,8 +90,9 @@ def test_cloud_script_says_what_it_wants() -> None:
     assert "MACHINES" in one_line(call(ROOT / "launch/cloud.sh", "configs/pretrain_wavcaps.yaml"))
 
 
-def test_job_script_outside_of_a_job() -> None:
+@pytest.mark.parametrize("script", ["pretrain_wavcaps", "estimate_correspondences", "finetune_clotho"])
+def test_job_script_outside_of_a_job(script: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    command = [str(ROOT / "slurm/pretrain_wavcaps.sh")]
+    command = [str(ROOT / f"slurm/{script}.sh")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert "sbatch" in one_line(result)
