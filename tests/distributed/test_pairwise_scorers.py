@@ -121,7 +121,7 @@ def test_tiles_are_computed_again_under_zero_3(tmp_path: Path) -> None:
     configs = []
     for shared in (False, True):
         config = tiny_config(tmp_path, tmp_path / "run").model_copy(deep=True)
-        options = {"depth": 2, "guidance": "both", "share_weights": shared, **SMALL, "pairs_per_tile": 9}
+        options = {"depth": 2, "guidance": "both", "share_weights": shared, **SMALL, "pairs_per_tile": 36}
         config.model.scorer = ScorerSection(name="coattention", options=options)
         configs.append(config)
     expected = run_ranks(curves, 1, [with_train(config, zero_stage=0) for config in configs], 2)[0]
