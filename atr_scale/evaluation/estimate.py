@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class Comparison:
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write estimate.json (with `about` in it) and report.md with its picture."""
-        text = json.dumps({**about, **self.__dict__}, indent=2, ensure_ascii=False)
+        text = json.dumps({**about, **asdict(self)}, indent=2, ensure_ascii=False)
         (folder / "estimate.json").write_text(text + "\n", encoding="utf-8")
         (folder / "report.md").write_text("\n\n".join(self._report(folder)) + "\n", encoding="utf-8")
 
@@ -132,22 +132,23 @@ def estimate(
     folders = _by_name(runs)
     opened = open_shards(shards)
     storage.make_folder(str(out))
-    paths = []
+    say = logger.info if world.is_main else logger.debug
+    paths: list[Path] = []
     spent = 0.0
     for number, (name, folder) in enumerate(folders.items()):
         start = time.monotonic()
         paths.append(out / f"{name}.safetensors")
         metadata = _metadata(folder, opened)
         if world.gather_objects(world.is_main and _is_current(paths[-1], metadata))[0]:
-            logger.info("%s is there and is kept", paths[-1])
+            say("%s is there and is kept", paths[-1])
             continue
-        logger.info("model %d of %d: %s", number + 1, len(folders), name)
+        say("model %d of %d: %s", number + 1, len(folders), name)
         table = _table(name, folder, opened, metadata, batch_size, world, device)
         if world.is_main:
             table.save(out)
-            spent += time.monotonic() - start
-            left = tqdm.format_interval(spent / len(paths) * (len(folders) - len(paths)))
-            logger.info("%s written, ETA of the others %s", paths[-1], left)
+        spent += time.monotonic() - start
+        left = tqdm.format_interval(spent / len(paths) * (len(folders) - len(paths)))
+        say("%s written, ETA of the others %s", paths[-1], left)
     if not world.is_main:
         return None
     tables = Correspondences.read(paths).tables

@@ -1,4 +1,4 @@
-"""The job script on a SLURM cluster in a box: preempted in the middle, it saves, requeues itself and completes."""
+"""The job scripts on a SLURM cluster in a box: preempted in the middle, one saves, requeues itself and completes."""
 
 from __future__ import annotations
 
@@ -42,11 +42,15 @@ class Cluster:
         return result.stdout.strip()
 
     def submit(self, config: Path, *overrides: str, **variables: str) -> str:
-        """Two nodes without GPUs, a rank on each; the job's number."""
+        return self.sbatch("pretrain_wavcaps", *overrides, CONFIG=str(config), **variables)
+
+    def sbatch(self, script: str, *arguments: str, after: str | None = None, **variables: str) -> str:
+        """Two nodes without GPUs, a rank on each, once the job `after` has succeeded; the job's number."""
         size = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
         log = f"--output={self.folder}/job-%j.log"
-        script = str(ROOT / "slurm/pretrain_wavcaps.sh")
-        return self.call("sbatch", "--parsable", *size, log, script, *overrides, CONFIG=str(config), **variables)
+        order = [f"--dependency=afterok:{after}"] if after else []
+        path = str(ROOT / f"slurm/{script}.sh")
+        return self.call("sbatch", "--parsable", *size, *order, log, path, *arguments, **variables)
 
     def job(self, number: str) -> dict[str, str]:
         words = self.call("scontrol", "show", "job", number).split()
@@ -113,6 +117,29 @@ def test_preempted_job_saves_requeues_and_completes(cluster: Cluster, tiny: Tiny
     assert not (run_dir / "preempted").exists()
     assert f"saved at step {saved} of {total}" in log and f"steps {saved} to {total}" in log
     assert "2 ranks" in log
+
+
+def test_both_stages_in_one_chain(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
+    """Pretraining, the tables of what it has learnt, and distillation from them, submitted at once."""
+    stage1, stage2, tables = tmp_path / "stage1", tmp_path / "stage2", tmp_path / "tables"
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, stage1)
+    first = cluster.submit(config)
+    estimate = ("--shards", str(tiny.shards), "--out", str(tables))
+    second = cluster.sbatch("estimate_correspondences", str(stage1), *estimate, after=first)
+    third = cluster.sbatch(
+        "finetune_clotho",
+        f"run.dir={stage2}",
+        f"train.initial_checkpoint={stage1}",
+        "objective.distillation.weight=1",
+        f"objective.distillation.tables=[{tables}/stage1.safetensors]",
+        after=second,
+        CONFIG=str(config),
+    )
+    for number in (first, second, third):
+        assert cluster.finish(number)["JobState"] == "COMPLETED", cluster.log(number)
+    assert "t2a/mAP@10" in cluster.log(second)
+    assert all("loss/distillation" in line for line in read_training(stage2))
+    assert steps(stage2) == [1, 2, 3, 4]
 
 
 def test_failing_job_requeues_up_to_the_cap(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Fine-tunes on Clotho with the correspondences that slurm/estimate_correspondences.sh has written; its head shows how
+# the jobs of both stages are chained:
+#   sbatch slurm/finetune_clotho.sh                           configs/finetune_clotho.yaml as it is
+#   sbatch slurm/finetune_clotho.sh train.lr=1e-5 run.dir=runs/lower_lr
+#   CONFIG=configs/papers/estimated_correspondences.yaml sbatch slurm/finetune_clotho.sh
+# One task a GPU: sbatch's options override those below, for example --gpus-per-node 4 --ntasks-per-node 4. Five minutes
+# before the time limit, or when USR1 comes otherwise, it saves and requeues itself; the run goes on where it was saved.
+#SBATCH --job-name=finetune_clotho
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    echo "error: this is a job script: sbatch $0 [key.sub=value ...]" >&2
+    exit 2
+fi
+# SLURM runs a copy of this file from elsewhere.
+cd "${SLURM_SUBMIT_DIR:?}"
+if [[ ! -e slurm/prologue.sh ]]; then
+    echo "error: $PWD is not the repository's root: submit from there" >&2
+    exit 2
+fi
+# shellcheck source=slurm/prologue.sh
+source slurm/prologue.sh
+train "${CONFIG:-configs/finetune_clotho.yaml}" "$@"
