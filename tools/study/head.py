@@ -1,0 +1,91 @@
+"""What is trained on frozen encoders' tokens: projections, scorer, objective, as in atr_scale.model.Retriever."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from atr_scale.config import ProjectionSection
+from atr_scale.model import Projection
+from atr_scale.objectives import ObjectiveInputs, build_objective, dense
+from atr_scale.objectives.logits import Temperature
+from atr_scale.objectives.modality import ModalityScores
+from atr_scale.parallel.blocks import StoredScores
+from atr_scale.scorers import build_scorer
+from atr_scale.scorers.cosine import mean
+from atr_scale.sequence import TokenSequence
+from atr_scale.training.schedule import learning_rate
+from tools.study.recipes import TEMPERATURE, WIDTH, Recipe
+
+DISTILLATION_TEMPERATURE = 0.05  # of the paper, fixed
+CLIPS_AT_ONCE = 25  # in evaluation
+
+
+class Head(nn.Module):
+    """Scores and the loss of a recipe. Shapes: B captions and clips of a batch, all matched by `ids` [B, k]."""
+
+    def __init__(self, audio_dim: int, text_dim: int, recipe: Recipe) -> None:
+        super().__init__()
+        section = ProjectionSection(kind="mlp", dim=WIDTH)
+        self.audio, self.text = Projection(audio_dim, section), Projection(text_dim, section)
+        self.scorer = build_scorer(recipe.scorer, WIDTH, **recipe.options)
+        fixed = recipe.teacher is not None
+        initial = DISTILLATION_TEMPERATURE if fixed else TEMPERATURE
+        self.temperature = Temperature(initial, 0.01, 1.0, learnable=not fixed)
+        supervised = any(term["weight"] > 0 for term in recipe.objective.values())
+        self.objective = build_objective(**recipe.objective) if supervised else None
+        self.distillation = recipe.distillation
+
+    def project(self, text: TokenSequence, audio: TokenSequence) -> tuple[TokenSequence, TokenSequence]:
+        return self.text(text, self.scorer.reads_words), self.audio(audio, self.scorer.reads_frames)
+
+    def forward(
+        self, text: TokenSequence, audio: TokenSequence, ids: Tensor, step: int, teachers: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """The loss. teachers: scores [B, B], of which the distillation term is averaged (the mean of their targets)."""
+        text, audio = self.project(text, audio)
+        scores = self.scorer.scores(text, audio)
+        loss = scores.new_zeros(())
+        if self.objective is not None:
+            clips = mean(audio) if self.scorer.reads_frames else audio.pooled
+            inputs = ObjectiveInputs(
+                block=StoredScores(scores),
+                temperature=self.temperature(),
+                ids=(ids, ids),
+                text_block=cache(lambda: ModalityScores(normalize(text.pooled, dim=-1))),
+                audio_block=cache(lambda: ModalityScores(normalize(clips, dim=-1))),
+                teacher_block=lambda: StoredScores(teachers[0]),
+                step=step,
+            )
+            loss = loss + self.objective(inputs)["loss"]
+        for teacher in teachers:
+            term = dense.distillation(scores, teacher, DISTILLATION_TEMPERATURE)
+            loss = loss + self.distillation / len(teachers) * term
+        return loss
+
+    @torch.no_grad()
+    def score(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
+        """[captions, clips] of whole splits, as the encoders gave them."""
+        text, audio = self.project(text, audio)
+        clips = torch.arange(len(audio.mask)).split(CLIPS_AT_ONCE)
+        return torch.cat([self.scorer.scores(text, audio.take(some)) for some in clips], 1)
+
+
+class Optimiser:
+    """Adam with a linear warm-up over a tenth of the steps and a cosine down to zero; gradients clipped to norm 1."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, steps: int) -> None:
+        self.adam = torch.optim.Adam(parameters, lr=lr)
+        self.parameters, self.lr, self.steps = parameters, lr, steps
+
+    def step(self, loss: Tensor, step: int) -> None:
+        rate = learning_rate(step, peak=self.lr, warmup_steps=self.steps // 10, steps=self.steps, floor=0.0)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.adam.step()

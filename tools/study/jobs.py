@@ -1,0 +1,132 @@
+"""All runs of a study, in processes of one thread each; what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from atr_scale.errors import UserError
+from tools.study import encoders, esc50, runs, teachers
+from tools.study.recipes import EXPERIMENTS, SWEEP, Recipe
+from tools.study.store import ESC50, Line, Settings, chosen_rates, name_of
+
+logger = logging.getLogger("study")
+ON_ESC50 = ("a", "b")
+
+
+@dataclass(frozen=True)
+class Job:
+    """kind: "tokens" (makes a file), or what a line of runs.jsonl is: "sweep", "demo", "esc50", "teachers"."""
+
+    kind: str
+    recipe: Recipe | None
+    seed: int
+    encoders: str = ""
+
+    @property
+    def name(self) -> str:
+        return name_of(self.kind, self.recipe, self.seed)
+
+
+def phases(settings: Settings, chosen: Sequence[str]) -> Iterator[list[Job]]:
+    """Jobs that may run side by side; a phase starts when the last one is done. Seed by seed, so that an interrupted
+    study has whole tables of fewer seeds; the learning rates are chosen with the first seed."""
+    recipes = _recipes(chosen)
+    needs = [r for r in runs.KEPT if any(other.depends for other in recipes) and r not in recipes]
+    recipes = [*needs, *recipes]
+    first = settings.seeds[0]
+    real = _recipes([letter for letter in chosen if letter in ON_ESC50])
+    for seed in settings.seeds:
+        names = dict.fromkeys(["all", *(recipe.encoders for recipe in recipes)])
+        yield [Job("tokens", None, seed, name) for name in names]
+        if seed == first:
+            families = {recipe.family for recipe in recipes}
+            yield [Job("sweep", recipe, seed) for recipe in SWEEP if recipe.family in families]
+        yield [Job("demo", recipe, seed) for recipe in recipes if not recipe.depends]
+    if settings.esc50 is not None and real:
+        yield [Job("tokens", None, first, ESC50)]
+        yield [Job("esc50", recipe, seed) for seed in settings.seeds for recipe in real]
+    yield [Job("demo", recipe, seed) for seed in settings.seeds for recipe in recipes if recipe.depends]
+    if "g" in chosen and len(settings.seeds) > 1:
+        yield [Job("teachers", None, first)]
+
+
+def _recipes(letters: Sequence[str]) -> list[Recipe]:
+    """Each once."""
+    return list({r.key: r for letter in letters for r in EXPERIMENTS[letter].rows.values()}.values())
+
+
+def perform(job: Job, settings: Settings, rates: dict[str, float]) -> Line:
+    """In a worker process."""
+    if job.kind == "tokens":
+        path = settings.tokens(job.encoders, job.seed)
+        if job.encoders == ESC50:
+            assert settings.esc50 is not None
+            esc50.write_tokens(*settings.esc50, path)
+        else:
+            demo = runs.demo_of(settings.demo)
+            encoders.save(encoders.tokens_of_demo(demo, job.encoders, job.seed, settings.encoder_steps), path)
+        return {}
+    if job.kind == "teachers":
+        return teachers.statistics(runs.demo_of(settings.demo).training, settings)
+    assert job.recipe is not None
+    lr = job.recipe.lr or rates[job.recipe.family]
+    if job.kind == "esc50":
+        line = runs.run_esc50(job.recipe, job.seed, lr, settings)
+    else:
+        line = runs.run_demo(job.recipe, job.seed, lr, settings, validate=job.kind == "sweep")
+    return {**line, "lr": lr}
+
+
+def run(settings: Settings, chosen: Sequence[str], workers: int, minutes: float) -> bool:
+    """All jobs that are not done yet, until the time is up. Returns whether all of them succeeded."""
+    end, failed = time.monotonic() + 60 * minutes, 0
+    settings.out.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")  # forking a process that runs torch's threads can deadlock
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for phase in phases(settings, chosen):
+            lines = settings.lines()
+            done, rates = {line["name"] for line in lines}, chosen_rates(lines)
+            todo = [job for job in phase if not _is_done(job, settings, done)]
+            running: dict[Future[Line], Job] = {}
+            bar = tqdm(total=len(todo), desc="study", unit="run", disable=None)
+            while running or (todo and time.monotonic() < end):
+                while todo and len(running) < workers and time.monotonic() < end:
+                    job = todo.pop(0)
+                    running[pool.submit(perform, job, settings, rates)] = job
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    bar.update()
+                    try:
+                        line = future.result()
+                    except UserError:
+                        raise
+                    except Exception:
+                        logger.exception("%s failed", job.name)
+                        failed += 1
+                    else:
+                        _note(job, line, settings)
+            bar.close()
+    return failed == 0
+
+
+def _is_done(job: Job, settings: Settings, done: set[str]) -> bool:
+    if job.kind == "tokens":
+        return settings.tokens(job.encoders, job.seed).exists()
+    return job.name in done
+
+
+def _note(job: Job, line: Line, settings: Settings) -> None:
+    logger.info("%s done", job.name if job.kind != "tokens" else f"tokens {job.encoders} {job.seed}")
+    if job.kind == "tokens":
+        return
+    with settings.runs.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"name": job.name, "kind": job.kind, "seed": job.seed, **line}) + "\n")

@@ -1,0 +1,103 @@
+"""Hard negatives: a caption with one stated fact made false, in as few words as can be.
+
+"a dog barks three times" against "a dog barks twice", "rain falls, then a bell rings" against the reverse (the same
+words), "a loud horn honks" against "a soft horn honks". What a caption states is true of its clip, so the changed
+caption is not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from atr_scale.data.demo.captions import Caption
+from atr_scale.data.demo.lexicon import (
+    LOUDNESS_ADJECTIVES,
+    LOUDNESS_ADVERBS,
+    NUMBERS,
+    PITCH_ADJECTIVES,
+    PITCH_PHRASES,
+    TIMES,
+)
+from tools.study.corpora import Split
+
+KINDS = ("count", "order", "pitch", "loudness")
+# Joints after which the second event stands as the first does, so that the two can change places.
+JOINTS = (", then ", ", and after that ", " and then ", " and later ", " followed by ", " before ", " after ")
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """For every changed caption: its text, its kind, and the caption of the split that it was made from."""
+
+    texts: list[str]
+    kinds: list[str]
+    sources: list[int]
+
+
+def hard_negatives(split: Split) -> Negatives:
+    """Up to one negative of each kind for every caption."""
+    found = [
+        (text, kind, number)
+        for number, caption in enumerate(split.captions)
+        for kind in KINDS
+        if (text := _changed(caption, kind)) is not None
+    ]
+    texts, kinds, sources = zip(*found, strict=True) if found else ((), (), ())
+    return Negatives(list(texts), list(kinds), list(sources))
+
+
+def _changed(caption: Caption, kind: str) -> str | None:
+    """The caption with a fact of this kind made false; None where it states none that can be changed so."""
+    if kind == "order":
+        return _other_order(caption)
+    return _replaced(caption.text, _PHRASES[kind])
+
+
+def _other_counts(stated: Mapping[int, tuple[str, ...]]) -> dict[str, str]:
+    """Each phrase of a count, with one of a count that is two away."""
+    return {
+        phrase: stated[count + 2 if count + 2 in stated else count - 2][0]
+        for count, phrases in stated.items()
+        for phrase in phrases
+    }
+
+
+def _opposites(table: Mapping[str, tuple[str, ...]], one: str, other: str) -> dict[str, str]:
+    """Each phrase of the two ends of a scale, with one of the other end."""
+    return {
+        phrase: table[to][min(k, len(table[to]) - 1)]
+        for end, to in ((one, other), (other, one))
+        for k, phrase in enumerate(table[end])
+    }
+
+
+_PHRASES = {
+    # A noun's number stays plural: "two barks" becomes "four barks", never "one barks".
+    "count": _other_counts(TIMES) | _other_counts({n: (word,) for n, word in NUMBERS.items() if n > 1}),
+    "pitch": _opposites(PITCH_ADJECTIVES, "low", "high") | _opposites(PITCH_PHRASES, "low", "high"),
+    "loudness": _opposites(LOUDNESS_ADJECTIVES, "soft", "loud") | _opposites(LOUDNESS_ADVERBS, "soft", "loud"),
+}
+
+
+def _other_order(caption: Caption) -> str | None:
+    """The two events of "one, then the other" in each other's place; captions of more or fewer are left."""
+    kinds = [kind for _, _, kind in caption.states.relations]
+    if len(caption.states.sounds) != 2 or kinds != ["before"]:
+        return None
+    text = caption.text.rstrip(".")
+    joint = next((joint for joint in JOINTS if joint in text), None)
+    if joint is None or text.lower().startswith("first "):
+        return None
+    first, second = text.split(joint, 1)
+    return f"{second}{joint}{first[0].lower()}{first[1:]}"
+
+
+def _replaced(text: str, phrases: dict[str, str]) -> str | None:
+    """The text with the first phrase that it holds exchanged; longer ones are looked for first ("two times", "two")."""
+    for phrase in sorted(phrases, key=len, reverse=True):
+        pattern = rf"(?<![\w-]){re.escape(phrase)}(?![\w-])"
+        if re.search(pattern, text, re.IGNORECASE):
+            return re.sub(pattern, phrases[phrase], text, count=1, flags=re.IGNORECASE)
+    return None

@@ -1,0 +1,218 @@
+"""One run: a recipe trained with a seed, tested, its cost taken."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atr_scale.evaluation.metrics import classification, graded, retrieval_metrics
+from atr_scale.evaluation.score import rerank
+from atr_scale.parallel.world import World
+from tools.study import teachers
+from tools.study.corpora import TESTS, TRAINING, Demo, Split, read_demo
+from tools.study.encoders import EXTRA_CAPTIONS, draw_captions, epochs, load
+from tools.study.head import Head, Optimiser
+from tools.study.negatives import KINDS, Negatives, hard_negatives
+from tools.study.recipes import BASELINE, RERANKED, SMALL_BATCH, Recipe
+from tools.study.store import ESC50, Line, Settings
+from tools.study.tokens import Tokens
+
+CROP_TOKENS = 32  # ten seconds, as in the training of the encoders
+FIRST_STAGE = replace(BASELINE, batch=SMALL_BATCH)
+KEPT = (BASELINE, FIRST_STAGE, RERANKED)  # recipes that others start from
+KEPT_METRICS = ("t2a/R@1", "t2a/R@10", "t2a/mAP@10", "a2t/R@1", "a2t/mAP@10")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a head is trained on: clips, captions, the first caption row and the number of captions of each clip."""
+
+    audio: Tokens
+    text: Tokens
+    draw: Callable[[Tensor, np.random.Generator], Tensor]
+    text_ids: Tensor  # equal captions have equal ids
+
+
+@lru_cache(1)
+def demo_of(folder: Path) -> Demo:
+    return read_demo(folder)
+
+
+@lru_cache(2)
+def tokens_of(path: Path) -> dict[str, Tokens]:
+    return load(path)
+
+
+@lru_cache(None)
+def negatives_of(folder: Path, name: str) -> Negatives:
+    return hard_negatives(demo_of(folder).tests[name])
+
+
+def run_demo(recipe: Recipe, seed: int, lr: float, settings: Settings, validate: bool = False) -> Line:
+    """Trains and tests on the demo corpora; with `validate` tested on the validation split alone."""
+    demo, tokens = demo_of(settings.demo), tokens_of(settings.tokens(recipe.encoders, seed))
+    if recipe.rerank is not None:
+        return {"metrics": _test_reranked(recipe.rerank, seed, settings)}
+    head = _head(recipe, seed, tokens)
+    if recipe.teacher is not None:
+        state = _kept(BASELINE, seed, settings)["state"]
+        head.load_state_dict({**state, "temperature.log_temperature": head.temperature.log_temperature.detach()})
+    split = demo.of((recipe.encoders,) if recipe.encoders in TRAINING else tuple(TRAINING))
+    teach = teachers.teacher(recipe.teacher, split, seed, settings) if recipe.teacher and recipe.distillation else None
+    cost = train(head, recipe, seed, lr, settings.steps, _pairs(recipe, split, tokens), teach)
+    if validate:
+        place = "validation"
+        scores = head.score(tokens[f"{place}/text"].all(), tokens[f"{place}/audio"].all())
+        return {"metrics": _retrieval(place, scores, demo.validation), "cost": cost}
+    metrics: dict[str, float] = {}
+    for name, test in demo.tests.items():
+        way = recipe.long_clips if recipe.long_clips in ("windows", "crop") else "audio"
+        audio, text = tokens[f"{name}/{way}"], tokens[f"{name}/text"]
+        scores = head.score(text.all(), audio.all())
+        metrics |= _retrieval(name, scores, test)
+        negatives = negatives_of(settings.demo, name)
+        metrics |= _hard(name, head, scores, negatives, tokens[f"{name}/negatives"], audio, test.owner)
+    if recipe in KEPT:
+        _keep(head, settings.head(recipe, seed), tokens)
+    return {"metrics": metrics, "cost": cost}
+
+
+def run_esc50(recipe: Recipe, seed: int, lr: float, settings: Settings) -> Line:
+    """Folds 1 to 4 train with class captions, fold 5 tests."""
+    path = settings.tokens(ESC50, seed)
+    tokens = tokens_of(path)
+    info = torch.load(path.with_suffix(".labels.pt"), weights_only=True)
+    head = _head(recipe, seed, tokens)
+    classes = torch.arange(len(tokens["train/text"]))
+    pairs = Pairs(tokens["train/audio"], tokens["train/text"], lambda clips, rng: info["train"][clips], classes)
+    cost = train(head, recipe, seed, lr, settings.steps, pairs, None)
+    scores = head.score(tokens["train/text"].all(), tokens["test/audio"].all())
+    return {"metrics": classification(scores, info["test"]), "cost": cost}
+
+
+def train(
+    head: Head, recipe: Recipe, seed: int, lr: float, steps: int, pairs: Pairs, teach: teachers.Teach | None
+) -> dict[str, float]:
+    """Leaves the head in evaluation mode. CPU seconds of a step and peak memory over that of data and weights."""
+    rng = np.random.default_rng([seed, 2])
+    torch.manual_seed(seed)
+    head.train()
+    optimiser = Optimiser([p for p in head.parameters() if p.requires_grad], lr, steps)
+    before = _reset_peak()
+    began = time.process_time()
+    last: list[float] = []
+    for step, clips in enumerate(epochs(len(pairs.audio), recipe.batch, steps, rng)):
+        captions = pairs.draw(clips, rng)
+        ids = torch.stack([clips, pairs.text_ids[captions]], 1)
+        told = () if teach is None else teach(captions, clips)
+        loss = head(pairs.text.take(captions), pairs.audio.take(clips, CROP_TOKENS), ids, step, told)
+        optimiser.step(loss, step)
+        last = [*last[-19:], loss.item()]
+    cost = {"cpu_seconds_per_step": (time.process_time() - began) / steps, "peak_mb": _peak() - before}
+    head.eval()
+    return {**cost, "last_loss": float(np.mean(last))}
+
+
+def _head(recipe: Recipe, seed: int, tokens: dict[str, Tokens]) -> Head:
+    torch.manual_seed(seed)
+    return Head(tokens["train/audio"].pooled.shape[1], tokens["train/text"].pooled.shape[1], recipe)
+
+
+def _pairs(recipe: Recipe, split: Split, tokens: dict[str, Tokens]) -> Pairs:
+    counts = torch.bincount(split.owner) + recipe.extra_captions
+    if recipe.extra_captions:
+        split = split.with_more_captions(EXTRA_CAPTIONS)
+    known: dict[str, int] = {}
+    text_ids = torch.tensor([known.setdefault(caption.text, len(known)) for caption in split.captions])
+    return Pairs(
+        tokens["train/audio"],
+        tokens["train/more" if recipe.extra_captions else "train/text"],
+        lambda clips, rng: draw_captions(split.owner, clips, rng, counts[clips]),
+        text_ids,
+    )
+
+
+def _retrieval(name: str, scores: Tensor, split: Split, by_audio: Tensor | None = None) -> dict[str, float]:
+    """by_audio: scores for audio queries, where they differ."""
+    clips = torch.arange(len(split.clips))
+    found = retrieval_metrics(scores, split.owner, clips) | graded(scores, split.grades)
+    if by_audio is not None:
+        other = retrieval_metrics(by_audio, split.owner, clips)
+        found |= {key: value for key, value in other.items() if key.startswith("a2t/")}
+    return {f"{name}/{key}": found[key] for key in (*KEPT_METRICS, "t2a/mAP@16", "t2a/nDCG@16")}
+
+
+@torch.no_grad()
+def _hard(
+    name: str, head: Head, scores: Tensor, negatives: Negatives, texts: Tokens, clips: Tokens, owner: Tensor
+) -> dict[str, float]:
+    """Share of the captions that score higher with their clip than their changed copies do; ties count half."""
+    sources = torch.tensor(negatives.sources)
+    true, wrong = scores[sources, owner[sources]], torch.empty(len(sources))
+    for some in torch.arange(len(clips)).split(5):
+        rows = torch.nonzero((owner[sources] >= some[0]) & (owner[sources] <= some[-1]))[:, 0]
+        if len(rows):
+            found = head.score(texts.take(rows), clips.take(some))
+            wrong[rows] = found[torch.arange(len(rows)), owner[sources[rows]] - some[0]]
+    right = (true > wrong).double() + 0.5 * (true == wrong)
+    kinds = np.array(negatives.kinds)
+    return {f"{name}/hard/{kind}": float(right[torch.from_numpy(kinds == kind)].mean()) for kind in KINDS}
+
+
+@torch.no_grad()
+def _test_reranked(candidates: int, seed: int, settings: Settings) -> dict[str, float]:
+    tokens, demo = tokens_of(settings.tokens("all", seed)), demo_of(settings.demo)
+    first, second = _head(FIRST_STAGE, seed, tokens), _head(RERANKED, seed, tokens)
+    for head, recipe in ((first, FIRST_STAGE), (second, RERANKED)):
+        head.load_state_dict(_kept(recipe, seed, settings)["state"])
+        head.eval()
+    metrics: dict[str, float] = {}
+    for name in TESTS:
+        text, audio = tokens[f"{name}/text"].all(), tokens[f"{name}/audio"].all()
+        scores = first.score(text, audio)
+        by_text, by_audio = rerank(
+            second.scorer, *second.project(text, audio), scores, candidates, world=World(), device=torch.device("cpu")
+        )
+        metrics |= _retrieval(name, by_text, demo.tests[name], by_audio)
+    return metrics
+
+
+def _keep(head: Head, path: Path, tokens: dict[str, Tokens]) -> None:
+    """Weights, and for a dual encoder the unit vectors of the training split."""
+    kept: dict[str, object] = {"state": head.state_dict()}
+    if head.scorer.factorised:
+        with torch.no_grad():
+            text, audio = head.project(tokens["train/text"].all(), tokens["train/audio"].all())
+            kept |= {"text": head.scorer.embed_text(text), "audio": head.scorer.embed_audio(audio)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(kept, partial)
+    partial.rename(path)
+
+
+def _kept(recipe: Recipe, seed: int, settings: Settings) -> dict[str, dict[str, Tensor]]:
+    return torch.load(settings.head(recipe, seed), weights_only=True)
+
+
+def _reset_peak() -> float:
+    """Megabytes in use now; the peak counts from here on (Linux: proc(5), clear_refs)."""
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak() -> float:
+    return _status("VmHWM")
+
+
+def _status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:")), 0.0)
