@@ -15,8 +15,8 @@ from torch import Tensor
 class TokenSequence(NamedTuple):
     """A batch of encoded clips or captions.
 
-    A tuple, so that DeepSpeed finds the tensors in it: parameters that a module uses itself, rather than in a submodule,
-    are gathered for the backward pass by a hook on what it returns.
+    A tuple, so that DeepSpeed finds the tensors in it: parameters that a module uses itself, rather than in a
+    submodule, are gathered for the backward pass by a hook on what it returns.
 
     tokens: [B, T, D] one vector a frame or word.
     mask:   [B, T] bool, True where the token is real; special tokens of a tokenizer are masked out.

@@ -127,6 +127,7 @@ class Training:
         while self.progress.step < self.steps:
             step = self.progress.step
             taken = self._take(batches)
+            self.engine.model.step = step
             drawn = seeds(self.config.run.seed, step, losses, self.world.rank)
             result = self.engine.update(taken, self._learning_rates(step), drawn)
             self.progress.step += 1
