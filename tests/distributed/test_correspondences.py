@@ -132,7 +132,7 @@ def on_rank(config: RunConfig) -> tuple[dict[str, Any], str]:
     return distilled(config), surprised()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_equal_one_process(config: RunConfig, alone: dict[str, Any], size: int) -> None:
     """Loss and gradients; and all ranks stop where one draws an unknown caption, which that one names."""
     ranks = run_ranks(on_rank, size, config)
@@ -153,6 +153,7 @@ def written(runs: list[Path], shards: Path, out: Path) -> Comparison | None:
     return estimate([str(run) for run in runs], shards=str(shards), out=out, batch_size=4, **blank)
 
 
+@pytest.mark.slow
 def test_tables_written_by_several_ranks_are_the_same_to_the_last_bit(config: RunConfig, tmp_path: Path) -> None:
     """11 clips in batches of 4 with one to three captions each, by a scorer of vectors and by one of pairs."""
     write_split(tmp_path / "sounds", labelled=False)
