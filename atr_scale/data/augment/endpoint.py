@@ -31,7 +31,7 @@ PROMPT = (
 CHARS_PER_TOKEN = 4
 ATTEMPTS = 6
 LONGEST_PAUSE_S = 60.0
-BAD_ANSWERS = 2  # an answer that cannot be read is asked for once more
+BAD_ANSWERS = 3  # so often is a readable answer asked for
 
 
 class Unanswered(Exception):
