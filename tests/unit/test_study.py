@@ -22,7 +22,7 @@ from tools.study.encoders import draw_captions, epochs
 from tools.study.head import Head
 from tools.study.jobs import Job, phases
 from tools.study.negatives import KINDS, hard_negatives
-from tools.study.recipes import BASELINE, EXPERIMENTS, LGMM, SWEEP, Recipe
+from tools.study.recipes import BASELINE, EXPERIMENTS, SWEEP, Recipe
 from tools.study.store import Settings, chosen_rates, name_of
 from tools.study.teachers import spearman
 from tools.study.tokens import Tokens
@@ -132,7 +132,7 @@ def test_recipes_have_different_names_and_dependents_come_last(tmp_path: Path) -
     order = [job for phase in phases(settings(tmp_path), ["d", "g"]) for job in phase]
     kinds = [job.recipe is not None and job.recipe.depends for job in order]
     assert order[0] == Job("tokens", None, 0, "all")
-    assert kinds.index(True) > max(k for k, job in enumerate(order) if job.recipe in (BASELINE, LGMM))
+    assert kinds.index(True) > max(k for k, job in enumerate(order) if job.recipe == BASELINE)
 
 
 def test_a_report_replaces_its_own_lines_alone(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tools.study.store import ESC50, Line, Settings, chosen_rates, name_of
 
 logger = logging.getLogger("study")
 ON_ESC50 = ("a", "b")
+SLOW = ("d",)
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,30 @@ class Job:
 
 
 def phases(settings: Settings, chosen: Sequence[str]) -> Iterator[list[Job]]:
-    """Jobs that may run side by side; a phase starts when the last one is done. Seed by seed, so that an interrupted
-    study has whole tables of fewer seeds; the learning rates are chosen with the first seed."""
-    recipes = _recipes(chosen)
-    needs = [r for r in runs.KEPT if any(other.depends for other in recipes) and r not in recipes]
-    recipes = [*needs, *recipes]
-    first = settings.seeds[0]
-    real = _recipes([letter for letter in chosen if letter in ON_ESC50])
-    for seed in settings.seeds:
-        names = dict.fromkeys(["all", *(recipe.encoders for recipe in recipes)])
-        yield [Job("tokens", None, seed, name) for name in names]
-        if seed == first:
-            families = {recipe.family for recipe in recipes}
-            yield [Job("sweep", recipe, seed) for recipe in SWEEP if recipe.family in families]
-        yield [Job("demo", recipe, seed) for recipe in recipes if not recipe.depends]
+    """Jobs that may run side by side; a phase starts when the one before is done. What takes longest comes last."""
+    yield from _phases_of([letter for letter in chosen if letter not in SLOW], settings)
+    first, real = settings.seeds[0], _recipes([letter for letter in chosen if letter in ON_ESC50])
+    if "g" in chosen and len(settings.seeds) > 1:
+        yield [Job("teachers", None, first)]
     if settings.esc50 is not None and real:
         yield [Job("tokens", None, first, ESC50)]
         yield [Job("esc50", recipe, seed) for seed in settings.seeds for recipe in real]
+    yield from _phases_of([letter for letter in chosen if letter in SLOW], settings)
+
+
+def _phases_of(letters: Sequence[str], settings: Settings) -> Iterator[list[Job]]:
+    """Seed by seed, so that an interrupted study has tables of fewer seeds; the learning rates are chosen with the
+    first seed; then what needs the runs of others, maybe of all seeds."""
+    recipes = _recipes(letters)
+    if any(recipe.teacher for recipe in recipes) and runs.BASELINE not in recipes:
+        recipes.insert(0, runs.BASELINE)
+    families = {recipe.family for recipe in recipes}
+    for seed in settings.seeds:
+        yield [Job("tokens", None, seed, name) for name in dict.fromkeys(recipe.encoders for recipe in recipes)]
+        if seed == settings.seeds[0]:
+            yield [Job("sweep", recipe, seed) for recipe in SWEEP if recipe.family in families]
+        yield [Job("demo", recipe, seed) for recipe in recipes if not recipe.depends]
     yield [Job("demo", recipe, seed) for seed in settings.seeds for recipe in recipes if recipe.depends]
-    if "g" in chosen and len(settings.seeds) > 1:
-        yield [Job("teachers", None, first)]
 
 
 def _recipes(letters: Sequence[str]) -> list[Recipe]:

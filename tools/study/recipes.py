@@ -53,7 +53,7 @@ class Recipe:
 
     @property
     def depends(self) -> bool:
-        """Whether it needs runs of other recipes."""
+        """Whether it needs runs of other recipes: BASELINE of some seeds, or the two stages of a re-ranking."""
         return self.teacher is not None or self.rerank is not None
 
 
@@ -62,7 +62,7 @@ TAP, LGMM = Recipe("tap"), Recipe("lgmm")
 SMALL_BATCH = 16
 CO_ATTENTION = Recipe(
     "coattention",
-    {"width": 64, "heads": 4, "ffn_width": 128, "pool_width": 64, "joint": 64},
+    {"width": 32, "heads": 2, "ffn_width": 64, "pool_width": 64, "joint": 64, "dropout": 0.0},
     batch=SMALL_BATCH,
 )
 
@@ -156,7 +156,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             **{f"meanmax, best {k} re-ranked by iterating, depth 3": replace(RERANKED, rerank=k) for k in (10, 50)},
         },
         f"All with batch {SMALL_BATCH};"
-        " width 64, 4 heads, feed-forward 128. At depth 1 the three configurations are one.",
+        " width 32, 2 heads, feed-forward 64, no dropout. At depth 1 the three configurations are one.",
     ),
     "f": Experiment(
         "Long clips",
