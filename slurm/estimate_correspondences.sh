@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Writes what trained models say of Clotho's training split, the teachers of slurm/finetune_clotho.sh, and compares them:
 #   sbatch slurm/estimate_correspondences.sh                  runs/pretrain_wavcaps alone: self-distillation
-#   sbatch slurm/estimate_correspondences.sh runs/one runs/other --shards shards/clotho/train --out correspondences/clotho
+#   sbatch slurm/estimate_correspondences.sh runs/one runs/other
+#   sbatch slurm/estimate_correspondences.sh runs/one --shards shards/audiocaps/train --out correspondences/audiocaps
 # Arguments are those of `atr-scale estimate`. Both stages in one go, each job when the one before it has succeeded:
 #   one=$(sbatch --parsable slurm/pretrain_wavcaps.sh)
 #   two=$(sbatch --parsable --dependency=afterok:$one slurm/estimate_correspondences.sh)
@@ -20,7 +21,7 @@
 set -euo pipefail
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
-    echo "error: this is a job script: sbatch $0 [RUN ... --shards DIR --out DIR]" >&2
+    echo "error: this is a job script: sbatch $0 [RUN ...] [--shards DIR --out DIR]" >&2
     exit 2
 fi
 # SLURM runs a copy of this file from elsewhere.
@@ -31,5 +32,7 @@ if [[ ! -e slurm/prologue.sh ]]; then
 fi
 # shellcheck source=slurm/prologue.sh
 source slurm/prologue.sh
-(($#)) || set -- runs/pretrain_wavcaps --shards shards/clotho/train --out correspondences/clotho
-exec srun --kill-on-bad-exit=1 python -m atr_scale.cli estimate "$@"
+(($#)) || set -- runs/pretrain_wavcaps
+# Of an option given twice, the last counts.
+exec srun --kill-on-bad-exit=1 python -m atr_scale.cli estimate \
+    --shards shards/clotho/train --out correspondences/clotho "$@"

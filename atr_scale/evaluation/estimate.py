@@ -83,11 +83,11 @@ class Comparison:
         (folder / "report.md").write_text("\n\n".join(self._report(folder)) + "\n", encoding="utf-8")
 
     def _report(self, folder: Path) -> list[str]:
-        measured = "all clips" if self.measured_clips == self.num_clips else f"{self.measured_clips} clips drawn"
+        drawn = "" if self.measured_clips == self.num_clips else f"{self.measured_clips} of "
         parts = [
             f"# Estimated correspondences of {self.split}",
             self.table(),
-            f"Retrieval inside the split ({measured} of {self.num_clips}), on which the models may have been trained: "
+            f"Retrieval inside the split ({drawn}{self.num_clips} clips), on which the models may have been trained: "
             "it says how sharp the targets are, not how good the models are on anything new. The score of several is "
             "the mean of their scores.",
         ]
@@ -103,7 +103,7 @@ class Comparison:
         names = list(self.models)
         values = np.array(self.unmatched, dtype=np.float32)
         (folder / "figures").mkdir(exist_ok=True)
-        figure = figures.heatmap(values, "correlation of scores", "", "model", names)
+        figure = figures.heatmap(values, "correlation of scores, without matched pairs", "", "model", names)
         figure.savefig(folder / "figures" / "correlation.png")
         rows = [
             f"| {one} | {other} | {self.correlation[i][j]:.4f} | {self.unmatched[i][j]:.4f} |"
@@ -116,7 +116,7 @@ class Comparison:
             *parts,
             f"## Correlation of scores over {self.num_pairs} pairs",
             "\n".join([*head, *rows]),
-            "![correlation of scores, without matched pairs](figures/correlation.png)",
+            "![correlation of scores](figures/correlation.png)",
         ]
 
 
