@@ -23,6 +23,7 @@ from tools.study.head import Head
 from tools.study.jobs import Job, phases
 from tools.study.negatives import KINDS, hard_negatives
 from tools.study.recipes import BASELINE, EXPERIMENTS, SWEEP, Recipe
+from tools.study.runs import peak_megabytes
 from tools.study.store import Settings, chosen_rates, name_of
 from tools.study.teachers import spearman
 from tools.study.tokens import Tokens
@@ -112,6 +113,12 @@ def test_a_student_moves_only_by_the_terms_it_is_given() -> None:
     assert max(p.grad.abs().max() for p in head.parameters() if p.grad is not None) > 1e-3
 
 
+def test_peak_memory_is_of_tensors_alive_at_once() -> None:
+    x = torch.ones(1024, 1024, requires_grad=True)
+    assert peak_megabytes(lambda: (x * 2).sum().backward()) == pytest.approx(4, abs=0.1)
+    assert peak_megabytes(lambda: ((x * 2).square() * 3).sum().backward()) == pytest.approx(12, abs=0.1)
+
+
 def test_rank_correlation_with_ties() -> None:
     assert spearman(np.array([1.0, 2, 3, 4]), np.array([10.0, 20, 30, 4000])) == pytest.approx(1)
     # ranks 1.5 1.5 3 4 and 1 2 3 4
@@ -169,6 +176,6 @@ def test_a_tiny_study_from_demo_to_report_and_again(tmp_path: Path) -> None:
     call += ["--encoder-steps", "1", "--workers", "1", "--results", str(results)]
     assert main(call) == 0
     done = (out / "runs.jsonl").read_text()
-    assert "| meanmax, 5 more captions a clip |" in results.read_text()
+    assert "| meanmax, 5 further captions a clip |" in results.read_text()
     assert main(call) == 0
     assert (out / "runs.jsonl").read_text() == done

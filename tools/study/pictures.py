@@ -4,33 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atr_scale.figures import BLUE, GREEN, ORANGE, PURPLE
-from tools.study.corpora import TESTS
+from atr_scale.figures import BLUE, GREY, ORANGE
+from tools.study.found import TITLES, Found, scorers
 from tools.study.negatives import KINDS
 from tools.study.recipes import EXPERIMENTS, Recipe
 
-if TYPE_CHECKING:
-    from tools.study.report import Found
-
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+COLOURS = (BLUE, ORANGE)
 
 
 def draw(found: Found, folder: Path) -> list[str]:
     """Writes study-<letter>.png for every experiment with runs; returns the letters."""
-    from tools.study.report import scorers
-
+    precision = {title: {"": f"{name}/t2a/mAP@10"} for name, title in TITLES.items()}
     figures: dict[str, Figure | None] = {
-        letter: _values(found, experiment.rows, {name: f"{name}/t2a/mAP@10" for name in TESTS}, "t2a mAP@10, percent")
+        letter: _values(found, experiment.rows, precision, "t2a mAP@10, percent")
         for letter, experiment in EXPERIMENTS.items()
     }
     rows = scorers(found)
-    hard = {kind: f"audiocaps/hard/{kind}" for kind in KINDS}
-    figures["e"] = _values(found, rows, hard, "true caption preferred, AudioCaps format, percent", middle=50)
+    hard = {kind: {title: f"{name}/hard/{kind}" for name, title in TITLES.items()} for kind in KINDS}
+    figures["e"] = _values(found, rows, hard, "true caption preferred, percent", chance=50)
     figures["j"] = _cost(found, rows)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {letter: figure for letter, figure in figures.items() if figure is not None}
@@ -40,53 +35,66 @@ def draw(found: Found, folder: Path) -> list[str]:
 
 
 def _values(
-    found: Found, rows: Mapping[str, Recipe], keys: Mapping[str, str], label: str, middle: float | None = None
+    found: Found,
+    rows: Mapping[str, Recipe],
+    panels: Mapping[str, Mapping[str, str]],
+    label: str,
+    chance: float | None = None,
 ) -> Figure | None:
-    """Mean and spread of some metrics, a line for each row."""
+    """Mean and spread, a line for each row; panels: title -> metrics by their names in the legend."""
     names = [name for name, recipe in rows.items() if found.runs(recipe)]
     if not names:
         return None
-    figure, ax = _axes(0.32 * len(names) + 1.2, label)
-    for k, ((title, key), colour) in enumerate(zip(keys.items(), COLOURS, strict=False)):
-        shift = (k - (len(keys) - 1) / 2) * 0.14
-        points = [(y, value) for y, name in enumerate(names) if (value := found.value(rows[name], key)) is not None]
-        ax.errorbar(
-            [100 * mean for _, (mean, _, _) in points],
-            [y + shift for y, _ in points],
-            xerr=[100 * deviation for _, (_, deviation, _) in points],
-            fmt="o", markersize=4, capsize=2, color=colour, label=title,
-        )  # fmt: skip
-    if middle is not None:
-        ax.axvline(middle, color="#8a8a8a", linewidth=0.8)
-    ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.invert_yaxis()
-    ax.legend(frameon=False, fontsize=8)
+    figure = Figure(figsize=(9.6, 0.3 * len(names) + 1.4), dpi=130, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (title, keys) in zip(axes, panels.items(), strict=True):
+        _dress(ax, label if ax is axes[0] else "")
+        ax.set_title(title, fontsize=10, loc="left", fontweight="bold")
+        for k, ((series, key), colour) in enumerate(zip(keys.items(), COLOURS, strict=False)):
+            shift = 0.2 * (k - (len(keys) - 1) / 2)
+            points = [(y, value) for y, name in enumerate(names) if (value := found.value(rows[name], key)) is not None]
+            ax.errorbar(
+                [100 * mean for _, (mean, _, _) in points],
+                [y + shift for y, _ in points],
+                xerr=[100 * deviation for _, (_, deviation, _) in points],
+                fmt="o", markersize=4, capsize=2, color=colour, label=series,
+            )  # fmt: skip
+        if chance is not None:
+            ax.axvline(chance, color=GREY, linewidth=0.8)
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()
+    if len(next(iter(panels.values()))) > 1:
+        axes[-1].legend(frameon=False, fontsize=8)
     return figure
 
 
 def _cost(found: Found, rows: Mapping[str, Recipe]) -> Figure | None:
-    """Retrieval over the CPU time of a pair."""
-    figure, ax = _axes(4.2, "CPU milliseconds a step and pair of the batch")
-    drawn = False
+    """Retrieval over the CPU time of a clip in an update."""
+    figure = Figure(figsize=(7.6, 4.4), dpi=130, layout="constrained")
+    ax = figure.subplots()
+    _dress(ax, "CPU milliseconds of an update, a clip of the batch")
+    ax.set_ylabel("t2a mAP@10, AudioCaps format, percent")
+    ax.set_xscale("log")
+    by_batch: dict[int, list[tuple[str, float, float]]] = {}
     for name, recipe in rows.items():
         seconds = found.value(recipe, "cpu_seconds_per_step", part="cost")
         value = found.value(recipe, "audiocaps/t2a/mAP@10")
-        if seconds is None or value is None:
-            continue
-        drawn = True
-        x, y = 1000 * seconds[0] / recipe.batch, 100 * value[0]
-        ax.plot(x, y, "o", color=BLUE if recipe.batch == 64 else ORANGE, markersize=5)
-        ax.annotate(name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
-    ax.set_xscale("log")
-    ax.set_ylabel("t2a mAP@10, AudioCaps format, percent")
-    return figure if drawn else None
+        if seconds is not None and value is not None:
+            point = (name.removesuffix(" (d)"), 1000 * seconds[0] / recipe.batch, 100 * value[0])
+            by_batch.setdefault(recipe.batch, []).append(point)
+    for (batch, points), colour in zip(by_batch.items(), COLOURS, strict=False):
+        _, x, y = zip(*points, strict=True)
+        ax.plot(x, y, "o", color=colour, markersize=5, label=f"batch {batch}")
+        for name, *place in points:
+            ax.annotate(name, (place[0], place[1]), textcoords="offset points", xytext=(4, 3), fontsize=7)
+    if not by_batch:
+        return None
+    ax.legend(frameon=False, fontsize=8)
+    return figure
 
 
-def _axes(height: float, xlabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.6, height), dpi=130, layout="constrained")
-    ax = figure.subplots()
+def _dress(ax: Axes, xlabel: str) -> None:
     ax.set_xlabel(xlabel)
     ax.grid(True, color="#e4e4e4", linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    return figure, ax

@@ -194,7 +194,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "h": Experiment(
         "More captions",
         {
-            f"{scorer}, {count} more captions a clip": Recipe(scorer, extra_captions=count)
+            f"{scorer}, {count} further captions a clip": Recipe(scorer, extra_captions=count)
             for scorer in ("meanmax", "lgmm")
             for count in (0, 1, 5)
         },

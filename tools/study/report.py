@@ -6,41 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from atr_scale.errors import UserError
 from tools.study import pictures
 from tools.study.corpora import TESTS
+from tools.study.found import TITLES, Found, Value, scorers
 from tools.study.negatives import KINDS
 from tools.study.recipes import BASELINE, BATCH, EXPERIMENTS, TEMPERATURE, WIDTH, Recipe
-from tools.study.store import Line, Settings, chosen_rates, name_of
+from tools.study.store import Settings, chosen_rates
 
 BEGIN, END = "<!-- study: written by tools.study -->", "<!-- study: end -->"
-TITLES = {"audiocaps": "AudioCaps format", "clotho": "Clotho format"}
 METRICS = {"t2a/R@1": "R@1", "t2a/mAP@10": "mAP@10", "t2a/nDCG@16": "nDCG@16", "a2t/R@1": "a2t R@1"}
 REAL = {"zero_shot/accuracy": "accuracy", "class/mAP": "class mAP"}
-Value = tuple[float, float, int]  # mean, sample standard deviation, number of seeds
-
-
-class Found:
-    """Finished runs by name."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.lines = {line["name"]: line for line in settings.lines()}
-        self.seeds = settings.seeds
-
-    def runs(self, recipe: Recipe, kind: str = "demo") -> list[Line]:
-        names = [name_of(kind, recipe, seed) for seed in self.seeds]
-        return [self.lines[name] for name in names if name in self.lines]
-
-    def value(self, recipe: Recipe, key: str, kind: str = "demo", part: str = "metrics") -> Value | None:
-        values = [run[part][key] for run in self.runs(recipe, kind) if key in run.get(part, {})]
-        if not values:
-            return None
-        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, len(values)
-
-    def statistics(self) -> Mapping[str, float]:
-        return self.lines.get(name_of("teachers", None, self.seeds[0]), {}).get("metrics", {})
 
 
 def write(settings: Settings, results: Path) -> None:
@@ -110,12 +86,6 @@ def _real_table(found: Found, rows: Mapping[str, Recipe]) -> list[str]:
     return ["", head, "", *_table(list(REAL.values()), cells)]
 
 
-def scorers(found: Found) -> dict[str, Recipe]:
-    """Rows of the tables that compare scorers: all of a and d that have run."""
-    rows = {**EXPERIMENTS["a"].rows, **{f"{k} (d)": r for k, r in EXPERIMENTS["d"].rows.items() if r.rerank is None}}
-    return {name: recipe for name, recipe in rows.items() if found.runs(recipe)}
-
-
 def _negatives_table(found: Found) -> list[str]:
     keys = [f"{test}/hard/{kind}" for test in TESTS for kind in KINDS]
     heads = [f"{TITLES[test]}: {kind}" if k == 0 else kind for test in TESTS for k, kind in enumerate(KINDS)]
@@ -151,8 +121,8 @@ def _cost_table(found: Found) -> list[str]:
             gain,
         ]
     note = (
-        "One thread; CPU time of an update of projections and scorer (forward, backward, Adam), peak memory over that"
-        " of data and weights, and mAP@10 on the AudioCaps format over meanmax with batch 64, in points."
+        "One thread; CPU time of an update of projections and scorer (forward, backward, Adam), most memory that the"
+        " tensors of one hold at once, and mAP@10 on the AudioCaps format over meanmax with batch 64, in points."
     )
     return [note, "", *_table(["batch", "ms a step", "MB", "gain"], cells)]
 

@@ -1,0 +1,40 @@
+"""What the finished runs of a study say: a metric's mean and spread over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from tools.study.recipes import EXPERIMENTS, Recipe
+from tools.study.store import Line, Settings, name_of
+
+TITLES = {"audiocaps": "AudioCaps format", "clotho": "Clotho format"}
+Value = tuple[float, float, int]  # mean, sample standard deviation, number of seeds
+
+
+class Found:
+    """Finished runs by name."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.lines = {line["name"]: line for line in settings.lines()}
+        self.seeds = settings.seeds
+
+    def runs(self, recipe: Recipe, kind: str = "demo") -> list[Line]:
+        names = [name_of(kind, recipe, seed) for seed in self.seeds]
+        return [self.lines[name] for name in names if name in self.lines]
+
+    def value(self, recipe: Recipe, key: str, kind: str = "demo", part: str = "metrics") -> Value | None:
+        values = [run[part][key] for run in self.runs(recipe, kind) if key in run.get(part, {})]
+        if not values:
+            return None
+        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, len(values)
+
+    def statistics(self) -> Mapping[str, float]:
+        return self.lines.get(name_of("teachers", None, self.seeds[0]), {}).get("metrics", {})
+
+
+def scorers(found: Found) -> dict[str, Recipe]:
+    """Rows of the tables that compare scorers: all of a and d that have run."""
+    rows = {**EXPERIMENTS["a"].rows, **{f"{k} (d)": r for k, r in EXPERIMENTS["d"].rows.items() if r.rerank is None}}
+    return {name: recipe for name, recipe in rows.items() if found.runs(recipe)}
