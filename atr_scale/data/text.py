@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from atr_scale.config import RunConfig
 from atr_scale.errors import UserError
 
 _WAVCAPS = str.maketrans(dict.fromkeys('(,.!?;:|*")', " "))
@@ -53,3 +54,9 @@ class CaptionTokenizer:
         cleaned = [self._clean(c) or c for c in captions]
         out = self._tokenizer(cleaned, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
         return out["input_ids"], out["attention_mask"]
+
+
+def caption_tokenizer(config: RunConfig) -> CaptionTokenizer:
+    """The tokenizer of a run. UserError where there is none for its text encoder."""
+    captions = config.data.captions
+    return CaptionTokenizer(config.model.text.name, captions.cleaning, captions.max_tokens)

@@ -25,9 +25,9 @@ from atr_scale.correspondences import Correspondences, Table, shards_checksum
 from atr_scale.data import storage
 from atr_scale.data.batch import stable_id
 from atr_scale.data.index import ShardSet, open_shards
+from atr_scale.data.text import caption_tokenizer
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import embed
-from atr_scale.evaluation.evaluate import caption_tokenizer
 from atr_scale.evaluation.metrics import retrieval_metrics
 from atr_scale.evaluation.score import score
 from atr_scale.model import WEIGHTS, find_checkpoint, load_retriever

@@ -15,7 +15,7 @@ import torch
 from atr_scale.config import RunConfig, parse_config
 from atr_scale.data.batch import stable_id
 from atr_scale.data.index import ShardSet, open_shards
-from atr_scale.data.text import CaptionTokenizer
+from atr_scale.data.text import CaptionTokenizer, caption_tokenizer
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import Embedded, as_read, embed
 from atr_scale.evaluation.relevance import read_relevance
@@ -215,8 +215,3 @@ def _first_stage(location: str, candidates: int, shards: ShardSet, world: World,
     )
     scores = embedded.text.pooled @ embedded.audio.pooled.T
     return FirstStage(location, scores, candidates, embedded.captions, embedded.clip_ids)
-
-
-def caption_tokenizer(config: RunConfig) -> CaptionTokenizer:
-    captions = config.data.captions
-    return CaptionTokenizer(config.model.text.name, captions.cleaning, captions.max_tokens)

@@ -24,6 +24,7 @@ from atr_scale.data.batch import Batch
 from atr_scale.data.decode import Crop, decode
 from atr_scale.data.index import ShardSet, open_shards
 from atr_scale.data.stream import describe, read_batches
+from atr_scale.data.text import caption_tokenizer
 from atr_scale.errors import UserError
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
 from atr_scale.model import Retriever, count_parameters, load_weights, read_weights
@@ -37,7 +38,6 @@ from atr_scale.training.preemption import PreemptionFlag
 from atr_scale.training.provenance import write_environment
 from atr_scale.training.schedule import learning_rate, seeds
 from atr_scale.training.setup import (
-    caption_tokenizer,
     check_batch_size,
     check_run_folder,
     differences,

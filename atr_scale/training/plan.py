@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from atr_scale.config import RunConfig
 from atr_scale.data.index import open_shards
+from atr_scale.data.text import caption_tokenizer
 from atr_scale.model import Retriever, count_parameters
 from atr_scale.parallel.world import World
 from atr_scale.training.layers import describe_layers, freeze
-from atr_scale.training.setup import caption_tokenizer, check_batch_size, num_steps, training_stream
+from atr_scale.training.setup import check_batch_size, num_steps, training_stream
 
 BYTES = 4  # parameters, gradients and both moments are fp32
 

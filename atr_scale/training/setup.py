@@ -50,11 +50,6 @@ def check_run_folder(folder: Path) -> None:
         raise UserError(f"the run folder {folder} is not writable: give another run.dir")
 
 
-def caption_tokenizer(config: RunConfig) -> CaptionTokenizer:
-    captions = config.data.captions
-    return CaptionTokenizer(config.model.text.name, captions.cleaning, captions.max_tokens)
-
-
 def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate: int, world: World) -> TrainingStream:
     return TrainingStream(
         config.data,

@@ -15,10 +15,10 @@ import torch
 from atr_scale.config import RunConfig
 from atr_scale.data.index import open_shards
 from atr_scale.data.shards import build
+from atr_scale.data.text import caption_tokenizer
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
 from atr_scale.model import Retriever
 from atr_scale.parallel.world import World
-from atr_scale.training.setup import caption_tokenizer
 from tests.tiny_run import tiny_config
 from tools.ranks import run_ranks
 

@@ -25,9 +25,10 @@ from atr_scale.data.augment import endpoint
 from atr_scale.data.augment.stored import FILE, Paraphrases
 from atr_scale.data.index import open_shards
 from atr_scale.data.stream import read_batches
+from atr_scale.data.text import caption_tokenizer
 from atr_scale.encoders.sentence import SentenceEncoder
 from atr_scale.parallel.world import World
-from atr_scale.training.setup import caption_tokenizer, training_stream
+from atr_scale.training.setup import training_stream
 from tests.integration.test_s3 import BUCKET, server  # noqa: F401
 from tests.tiny import TinyInputs, make_tiny_inputs
 from tests.tiny_run import tiny_config

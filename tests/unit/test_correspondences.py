@@ -14,12 +14,13 @@ from atr_scale.config import RunConfig, load_config
 from atr_scale.correspondences import Correspondences, Table, shards_checksum
 from atr_scale.data.batch import Batch, caption_id, stable_id
 from atr_scale.data.index import open_shards
+from atr_scale.data.text import caption_tokenizer
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.objectives import dense
 from atr_scale.parallel.blocks import EmbeddingScores, StoredScores
 from atr_scale.parallel.world import World
-from atr_scale.training.setup import caption_tokenizer, read_teacher, training_stream
+from atr_scale.training.setup import read_teacher, training_stream
 from tests.losses import unit
 from tests.tiny import TinyInputs, make_tiny_inputs, write_tiny_config
 
