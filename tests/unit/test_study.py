@@ -185,3 +185,4 @@ def test_a_tiny_study_from_demo_to_report_and_again(tmp_path: Path) -> None:
     assert "| meanmax, 5 further captions a clip |" in results.read_text()
     assert main(call) == 0
     assert (out / "runs.jsonl").read_text() == done
+    assert main([*call, "--steps", "3"]) == 2  # runs of other settings do not mix

@@ -96,7 +96,7 @@ def perform(job: Job, settings: Settings, rates: dict[str, float]) -> Line:
 def run(settings: Settings, chosen: Sequence[str], workers: int, minutes: float) -> bool:
     """All jobs that are not done yet, until the time is up. Returns whether all of them succeeded."""
     end, failed = time.monotonic() + 60 * minutes, 0
-    settings.out.mkdir(parents=True, exist_ok=True)
+    settings.claim()
     context = multiprocessing.get_context("spawn")  # forking a process that runs torch's threads can deadlock
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for phase in phases(settings, chosen):

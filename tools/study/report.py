@@ -12,7 +12,7 @@ from tools.study.corpora import TESTS
 from tools.study.found import TITLES, Found, Value, scorers
 from tools.study.negatives import KINDS
 from tools.study.recipes import BASELINE, BATCH, EXPERIMENTS, TEMPERATURE, WIDTH, Recipe
-from tools.study.store import Settings, chosen_rates
+from tools.study.store import ESC50, Settings, chosen_rates
 
 BEGIN, END = "<!-- study: written by tools.study -->", "<!-- study: end -->"
 METRICS = {"t2a/R@1": "R@1", "t2a/mAP@10": "mAP@10", "t2a/nDCG@16": "nDCG@16", "a2t/R@1": "a2t R@1"}
@@ -55,7 +55,7 @@ def _section(found: Found, settings: Settings, drawn: Sequence[str]) -> list[str
     for letter, experiment in EXPERIMENTS.items():
         out += ["", f"### {letter}) {experiment.title}", "", *([experiment.note, ""] if experiment.note else [])]
         out += _retrieval_table(found, experiment.rows)
-        missing += _missing(found, letter, experiment.rows)
+        missing += _missing(found, f"{letter})", experiment.rows)
         if letter in drawn:
             out += ["", f"![{experiment.title}](docs/figures/study-{letter}.png)"]
         if letter in ("a", "b"):
@@ -77,7 +77,7 @@ def _retrieval_table(found: Found, rows: Mapping[str, Recipe]) -> list[str]:
 
 
 def _real_table(found: Found, rows: Mapping[str, Recipe]) -> list[str]:
-    cells = {name: [_percent(found.value(r, key, "esc50")) for key in REAL] for name, r in rows.items()}
+    cells = {name: [_percent(found.value(r, key, ESC50)) for key in REAL] for name, r in rows.items()}
     if not any(cell for row in cells.values() for cell in row):
         return []
     head = (
@@ -132,15 +132,18 @@ def _not_run(found: Found, missing: list[str]) -> list[str]:
         "f) resizing through HTS-AT: an encoder of that size cannot be trained from nothing here",
         "h) paraphrases by a language model",
     ]
-    if not any(line["kind"] == "esc50" for line in found.lines.values()):
+    if not any(line["kind"] == ESC50 for line in found.lines.values()):
         fixed.append("a), b) on ESC-50: `--esc50`, `--mn04` and `--sentences` were not given")
+    else:
+        for letter in ("a", "b"):
+            missing += _missing(found, f"{letter}) on ESC-50", EXPERIMENTS[letter].rows, ESC50)
     return [f"- {what}" for what in [*fixed, *missing]]
 
 
-def _missing(found: Found, letter: str, rows: Mapping[str, Recipe]) -> list[str]:
-    counts = {name: len(found.runs(recipe)) for name, recipe in rows.items()}
+def _missing(found: Found, place: str, rows: Mapping[str, Recipe], kind: str = "demo") -> list[str]:
+    counts = {name: len(found.runs(recipe, kind)) for name, recipe in rows.items()}
     return [
-        f"{letter}) {name}: {count} of {len(found.seeds)} seeds"
+        f"{place} {name}: {count} of {len(found.seeds)} seeds"
         for name, count in counts.items()
         if count < len(found.seeds)
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atr_scale.errors import UserError
 from tools.study.recipes import LEARNING_RATES, SWEEP, Recipe
 
 Line = dict[str, Any]
@@ -41,6 +42,16 @@ class Settings:
         if not self.runs.exists():
             return []
         return [json.loads(line) for line in self.runs.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+    def claim(self) -> None:
+        """Notes in `out` what does not change from call to call. Raises UserError where runs of other settings are."""
+        stamp, wanted = self.out / "study.json", {"steps": self.steps, "encoder_steps": self.encoder_steps}
+        if stamp.exists() and (found := json.loads(stamp.read_text(encoding="utf-8"))) != wanted:
+            raise UserError(
+                f"{self.out} holds runs with {found}, not {wanted}: give another --out, or the same settings"
+            )
+        self.out.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(json.dumps(wanted), encoding="utf-8")
 
 
 def name_of(kind: str, recipe: Recipe | None, seed: int) -> str:
