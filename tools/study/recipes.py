@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 STEPS, BATCH, WIDTH, TEMPERATURE = 300, 64, 128, 0.07
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 NT_XENT: dict[str, dict[str, Any]] = {"nt_xent": {"weight": 1.0}}
 
 

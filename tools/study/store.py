@@ -46,7 +46,7 @@ class Settings:
     def claim(self) -> None:
         """Notes in `out` what does not change from call to call. Raises UserError where runs of other settings are."""
         stamp, wanted = self.out / "study.json", {"steps": self.steps, "encoder_steps": self.encoder_steps}
-        if stamp.exists() and (found := json.loads(stamp.read_text(encoding="utf-8"))) != wanted:
+        if stamp.exists() and (found := json.loads(stamp.read_text())) != wanted:
             raise UserError(
                 f"{self.out} holds runs with {found}, not {wanted}: give another --out, or the same settings"
             )
