@@ -64,7 +64,9 @@ def _values(
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0].invert_yaxis()
     if len(next(iter(panels.values()))) > 1:
-        axes[-1].legend(frameon=False, fontsize=8)
+        figure.legend(
+            *axes[-1].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False, fontsize=8
+        )
     return figure
 
 

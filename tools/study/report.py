@@ -24,6 +24,7 @@ def write(settings: Settings, results: Path) -> None:
     found = Found(settings)
     if not found.lines:
         raise UserError(f"no finished runs in {settings.out}: call without --report first")
+    settings.claim()
     folder = results.parent / "docs" / "figures"
     drawn = pictures.draw(found, folder)
     block = "\n".join([BEGIN, "", *_section(found, settings, drawn), "", END])
