@@ -5,22 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
+import torch
 
+from atr_scale.config import RunConfig
 from atr_scale.model import Retriever
-from atr_scale.training.loop import train
+from atr_scale.parallel.world import World
+from atr_scale.training.loop import Training
 from tests.tiny_run import tiny_config
+from tools.ranks import run_ranks
 
 
-def test_the_model_knows_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(tmp_path, tmp_path / "run", steps=3, accum_steps=2, zero_stage=0)
-    config.data.validation = None
+def steps_seen(config: RunConfig) -> list[int]:
+    """What `Retriever.step` is at each forward of a training."""
     seen, forward = [], Retriever.forward
 
     def spy(self: Retriever, *args: Any) -> Any:
         seen.append(self.step)
         return forward(self, *args)
 
-    monkeypatch.setattr(Retriever, "forward", spy)
-    train(config)
-    assert seen == [0, 0, 1, 1, 2, 2]
+    Retriever.forward = spy  # type: ignore[method-assign]
+    Training(config, World.current(), torch.device("cpu")).run()
+    return seen
+
+
+def test_the_model_knows_the_step(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tmp_path / "run", steps=3, accum_steps=2, zero_stage=0)
+    config.data.validation = None
+    # A process of its own: DeepSpeed starts only once in each.
+    assert run_ranks(steps_seen, 1, config) == [[0, 0, 1, 1, 2, 2]]
