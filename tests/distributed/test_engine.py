@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("objective", ["nt_xent", "pmr"])
+@pytest.mark.parametrize("objective", ["nt_xent", pytest.param("pmr", marks=pytest.mark.slow)])
 def test_ranks_and_zero_stages_agree(folder: Path, objective: str) -> None:
     """One process without ZeRO against two with stages 0 to 3: gradients, losses, norms, parameters."""
     config = tiny_config(folder, folder / "run")
@@ -108,6 +108,7 @@ def skips(configs: list[RunConfig]) -> list[dict[str, Any]]:
     return [skip_and_go_on(config) for config in configs]
 
 
+@pytest.mark.slow
 def test_a_non_finite_rank_makes_all_skip(folder: Path) -> None:
     """Parameters and moments stay bit for bit, and the next update is a normal one."""
     cases = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 3), ("fp16", 0), ("fp16", 2)]

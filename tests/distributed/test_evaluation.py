@@ -121,7 +121,7 @@ def alone(config: RunConfig) -> dict[str, dict[str, Any]]:
     return on_rank(config)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_gives_the_same_bits(
     config: RunConfig, alone: dict[str, dict[str, Any]], size: int
 ) -> None:

@@ -104,7 +104,7 @@ def expected() -> dict[tuple[str, str], tuple[float, dict[str, np.ndarray]]]:
     return found
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_gradients_equal_one_process(size: int, expected: dict[Any, tuple[float, dict[str, np.ndarray]]]) -> None:
     for rank in run_ranks(on_rank, size) if size > 1 else [on_rank()]:
         for case, (loss, wanted) in expected.items():

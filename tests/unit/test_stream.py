@@ -250,8 +250,9 @@ def test_damage_never_pairs_audio_with_another_caption(right: str, tmp_path: Pat
     for path in sorted(folder.glob("*.tar")):
         whole = path.read_bytes()
         at, length = data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, 8000))
+        # A filler that is legal inside a JSON string would change a caption's words, which only a checksum can tell.
         filler = data.draw(
-            st.sampled_from([b"", b"<html>502</html>", bytes(512), bytes(10240), b"\xff" * 700, whole[512:9000]])
+            st.sampled_from([b"", b"<html>\n502</html>", bytes(512), bytes(10240), b"\xff" * 700, whole[512:9000]])
         )
         kept = at + (len(filler) if data.draw(st.booleans(), "overwrite") else length)
         path.write_bytes(whole[:at] + filler + whole[kept:])
