@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The two stages of estimated correspondences on the demo corpora, about a quarter of an hour on two CPU cores:
+# The two stages of estimated correspondences on the demo corpora:
 #   three small models with different scorers, pretrained on all three corpora -> their estimates of how well every
 #   caption of the Clotho-format corpus fits every clip -> fine-tuning there, with these soft targets and without.
 #   launch/two_stage_demo.sh [key.sub=value ...]     the overrides go to the three first-stage trainings
