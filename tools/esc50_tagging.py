@@ -4,7 +4,7 @@
         --labels class_labels_indices.csv
 
 A clip's class is the one with the most probable tag among those that TAGS lists for it. The table was written from
-AudioSet's names and then trimmed of tags that name a whole family of sounds, by what folds 1 to 4 showed.
+AudioSet's names and trimmed once, of tags that name a whole family of sounds, after a look at mistakes in all folds.
 """
 
 from __future__ import annotations

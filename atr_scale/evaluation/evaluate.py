@@ -204,14 +204,8 @@ def _first_stage(location: str, candidates: int, shards: ShardSet, world: World,
             f"{location} scores pairs by {config.model.scorer.name} and cannot choose candidates: give --candidates a "
             "run with one of the scorers pooled, mean, max, meanmax, netrvlad, attention"
         )
-    embedded = embed(
-        model.to(device),
-        shards,
-        caption_tokenizer(config),
-        batch_size=config.evaluation.batch_size,
-        seconds=config.data.evaluation_seconds,
-        world=world,
-        device=device,
-    )
-    scores = embedded.text.pooled @ embedded.audio.pooled.T
+    options: dict[str, Any] = {"batch_size": config.evaluation.batch_size, "world": world, "device": device}
+    seconds = config.data.evaluation_seconds
+    embedded = embed(model.to(device), shards, caption_tokenizer(config), seconds=seconds, **options)
+    scores = score(model.scorer, embedded.text, embedded.audio, **options)
     return FirstStage(location, scores, candidates, embedded.captions, embedded.clip_ids)

@@ -75,7 +75,9 @@ def rerank(
 
 def _rerank(score_pairs: Callable[[Tensor, Tensor], Tensor], first: Tensor, candidates: int, world: World) -> Tensor:
     """Rows are queries; score_pairs(query [1], items [K]) -> [1, K]."""
-    kept = first.topk(min(candidates, first.shape[1]), dim=1).indices.sort(1).values  # ties: the lower index first
+    # A stable sort and not topk: of equal scores the lower index comes first, as in the metrics.
+    best = first.sort(dim=1, descending=True, stable=True).indices[:, :candidates]
+    kept = best.sort(1).values
     mine = range(world.rank, len(first), world.size)
     progress = tqdm(mine, desc="re-ranking", unit="query", disable=None if world.is_main else True)
     found = {row: score_pairs(torch.tensor([row]), kept[row]).float().cpu()[0] for row in progress}

@@ -104,3 +104,11 @@ def test_reranking_scores_the_candidates_alone() -> None:
         assert a2t[:, column].argmax() == kept[exact[kept, column].argmax()]
     everything, _ = rerank(scorer, text, audio, first, 11, world=World(), device=torch.device("cpu"))
     torch.testing.assert_close(everything, exact)
+
+
+def test_of_equal_candidates_the_lower_index_is_kept() -> None:
+    torch.manual_seed(0)
+    scorer = build_scorer("tap", dim=8).eval()
+    text, audio = sequences(3, 40)
+    t2a, _ = rerank(scorer, text, audio, torch.zeros(3, 40), 5, world=World(), device=torch.device("cpu"))
+    assert (t2a[:, :5] > -1.1).all() and (t2a[:, 5:] < -1.1).all()
