@@ -15,6 +15,7 @@ from atr_scale.data.demo.plan import Sizes, plan_clips
 from atr_scale.data.demo.text_encoder import build_demo_text_encoder
 from atr_scale.errors import UserError
 from atr_scale.sequence import TokenSequence
+from tools.bench.measure import peak_mib
 from tools.study import report
 from tools.study.__main__ import main
 from tools.study.corpora import Split, read_demo
@@ -23,7 +24,6 @@ from tools.study.head import Head
 from tools.study.jobs import GROUPS, Job, phases
 from tools.study.negatives import KINDS, hard_negatives
 from tools.study.recipes import BASELINE, EXPERIMENTS, SWEEP, Recipe
-from tools.study.runs import peak_megabytes
 from tools.study.store import Settings, chosen_rates, name_of
 from tools.study.teachers import spearman
 from tools.study.tokens import Tokens
@@ -115,13 +115,13 @@ def test_a_student_moves_only_by_the_terms_it_is_given() -> None:
 
 def test_peak_memory_is_of_tensors_alive_at_once() -> None:
     x = torch.ones(1024, 1024, requires_grad=True)
-    assert peak_megabytes(lambda: (x * 2).sum().backward()) == pytest.approx(4, abs=0.1)
+    assert peak_mib(lambda: (x * 2).sum().backward()) == pytest.approx(4, abs=0.1)
 
     def two_at_once() -> None:
         kept = [x * 2, x * 3]
         del kept
 
-    assert peak_megabytes(two_at_once) == pytest.approx(8, abs=0.1)
+    assert peak_mib(two_at_once) == pytest.approx(8, abs=0.1)
 
 
 def test_rank_correlation_with_ties() -> None:

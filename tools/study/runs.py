@@ -6,17 +6,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.profiler import profile
 
 from atr_scale.evaluation.metrics import classification, graded, retrieval_metrics
 from atr_scale.evaluation.score import rerank
 from atr_scale.parallel.world import World
+from tools.bench.measure import peak_mib
 from tools.study import teachers
 from tools.study.corpora import TESTS, TRAINING, Demo, Split, read_demo
 from tools.study.encoders import EXTRA_CAPTIONS, draw_captions, epochs, load
@@ -118,7 +117,7 @@ def train(
         optimiser.step(loss, step)
         last = [*last[-19:], loss.item()]
     cost = {"cpu_seconds_per_step": (time.process_time() - began) / steps}
-    cost["peak_mb"] = peak_megabytes(lambda: head(text, audio, ids, steps, told).backward())
+    cost["peak_mb"] = peak_mib(lambda: head(text, audio, ids, steps, told).backward())
     head.eval()
     return {**cost, "last_loss": float(np.mean(last))}
 
@@ -202,13 +201,3 @@ def _keep(head: Head, path: Path, tokens: dict[str, Tokens]) -> None:
 
 def _kept(recipe: Recipe, seed: int, settings: Settings) -> dict[str, dict[str, Tensor]]:
     return torch.load(settings.head(recipe, seed), weights_only=True)
-
-
-def peak_megabytes(update: Callable[[], None]) -> float:
-    """Most memory that tensors made by `update` held at once, as the allocator reports it."""
-    with profile(profile_memory=True) as recorded:
-        update()
-    assert recorded.kineto_results is not None
-    changes = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in changes), initial=0)) / 2**20
