@@ -23,7 +23,7 @@ from tools.study.jobs import run
 from tools.study.recipes import EXPERIMENTS, STEPS
 from tools.study.store import Settings
 
-ENCODER_STEPS = 200
+ENCODER_STEPS = 150
 
 
 def _settings(given: argparse.Namespace) -> Settings:

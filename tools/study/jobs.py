@@ -20,8 +20,8 @@ from tools.study.store import ESC50, Line, Settings, chosen_rates, name_of
 
 logger = logging.getLogger("study")
 ON_ESC50 = ("a", "b")
-# What needs encoders of its own comes after what shares them, and what takes longest last.
-GROUPS = ("abcgh", "fi", "d")
+# What needs encoders of its own comes after what shares them.
+SHARED, OWN = ("abcgh", "d"), ("fi",)
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,15 @@ class Job:
 def phases(settings: Settings, chosen: Sequence[str]) -> Iterator[list[Job]]:
     """Jobs that may run side by side; a phase starts when the one before is done."""
     first, real = settings.seeds[0], _recipes([letter for letter in chosen if letter in ON_ESC50])
-    for letters in GROUPS:
-        group = [letter for letter in chosen if letter in letters]
-        yield from _phases_of(group, settings)
-        if "g" in group and len(settings.seeds) > 1:
-            yield [Job("teachers", None, first)]
+    for letters in SHARED:
+        yield from _phases_of([letter for letter in chosen if letter in letters], settings)
+    if "g" in chosen and len(settings.seeds) > 1:
+        yield [Job("teachers", None, first)]
     if settings.esc50 is not None and real:
         yield [Job("tokens", None, first, ESC50)]
         yield [Job("esc50", recipe, seed) for seed in settings.seeds for recipe in real]
+    for letters in OWN:
+        yield from _phases_of([letter for letter in chosen if letter in letters], settings)
 
 
 def _phases_of(letters: Sequence[str], settings: Settings) -> Iterator[list[Job]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-STEPS, BATCH, WIDTH, TEMPERATURE = 300, 64, 128, 0.07
+STEPS, BATCH, WIDTH, TEMPERATURE = 200, 64, 128, 0.07
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 NT_XENT: dict[str, dict[str, Any]] = {"nt_xent": {"weight": 1.0}}
 
@@ -58,7 +58,7 @@ class Recipe:
 
 
 BASELINE = Recipe()
-TAP, LGMM = Recipe("tap"), Recipe("lgmm")
+TAP, LGMM = Recipe("tap", {"attention_dim": WIDTH}), Recipe("lgmm")
 SMALL_BATCH = 16
 CO_ATTENTION = Recipe(
     "coattention",
@@ -106,7 +106,11 @@ class Experiment:
 EXPERIMENTS: dict[str, Experiment] = {
     "a": Experiment(
         "Pooling",
-        {name: Recipe(name) for name in ("mean", "max", "meanmax", "pooled", "netrvlad", "attention", "tap", "lgmm")},
+        {
+            **{name: Recipe(name) for name in ("mean", "max", "meanmax", "pooled", "netrvlad", "attention")},
+            "tap": TAP,
+            "lgmm": LGMM,
+        },
         "`pooled` is the audio encoder's own summary, mean plus maximum before the projection.",
     ),
     "b": Experiment(
@@ -161,8 +165,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "f": Experiment(
         "Long clips",
         {
-            f"{scorer}, {name}": Recipe(scorer, encoders=encoders, long_clips=way)
-            for scorer in ("meanmax", "tap")
+            f"{recipe.scorer}, {name}": replace(recipe, encoders=encoders, long_clips=way)
+            for recipe in (BASELINE, TAP)
             for name, encoders, way in (
                 ("whole clip in one pass", "all", "whole"),
                 ("windows of 10 s", "all", "windows"),
