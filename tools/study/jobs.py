@@ -99,7 +99,7 @@ def run(settings: Settings, chosen: Sequence[str], workers: int, minutes: float)
     end, failed = time.monotonic() + 60 * minutes, 0
     settings.claim()
     context = multiprocessing.get_context("spawn")  # forking a process that runs torch's threads can deadlock
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
         for phase in phases(settings, chosen):
             lines = settings.lines()
             done, rates = {line["name"] for line in lines}, chosen_rates(lines)
@@ -124,6 +124,11 @@ def run(settings: Settings, chosen: Sequence[str], workers: int, minutes: float)
                         _note(job, line, settings)
             bar.close()
     return failed == 0
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # weights that a sharp softmax leaves next to nothing slow an update threefold
 
 
 def _is_done(job: Job, settings: Settings, done: set[str]) -> bool:

@@ -198,8 +198,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "h": Experiment(
         "More captions",
         {
-            f"{scorer}, {count} further captions a clip": Recipe(scorer, extra_captions=count)
-            for scorer in ("meanmax", "lgmm")
+            f"{recipe.scorer}, {count} further captions a clip": replace(recipe, extra_captions=count)
+            for recipe in (BASELINE, TAP)
             for count in (0, 1, 5)
         },
         "Further captions come from the grammar and know the scene, where a language model knows the caption alone:"
