@@ -204,7 +204,12 @@ class TrainSection(Section):
     steps: Count | None = Field(None, description="updates in all; or give epochs")
     epochs: Positive | None = None
     global_batch_size: Count = Field(64, description="pairs inside one loss, over all ranks")
-    micro_batch_size: Count | None = Field(None, description="pairs in one forward; default: a rank's share")
+    micro_batch_size: Count | None = Field(
+        None, description="pairs in one forward; default: a rank's share. A smaller one (GradCache) needs less memory"
+    )
+    kept_chunks: Annotated[int, Field(ge=0)] = Field(
+        0, description="of a rank's forwards of micro_batch_size, how many keep their graphs and need no second forward"
+    )
     accum_steps: Count = Field(1, description="losses averaged per update")
     lr: Positive = 1e-4
     lr_audio: NonNegative | None = Field(None, description="default: lr; 0 freezes the audio encoder")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -37,6 +38,13 @@ from atr_scale.scorers.cosine import mean as mean_over_frames
 
 WEIGHTS = "model.safetensors"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Encoded(NamedTuple):
+    """What the loss reads of a batch's rows. A side whose tokens the scorer does not read has none (T = 0)."""
+
+    text: TokenSequence
+    audio: TokenSequence
 
 
 class Projection(nn.Module):
@@ -95,14 +103,20 @@ class Retriever(nn.Module):
         with self._autocast(input_ids):
             return self.text_projection(self.text_encoder(input_ids, attention_mask), self.scorer.reads_words)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(
+        self, batch: Batch, encoded: Encoded | None = None, encode_only: bool = False
+    ) -> dict[str, Tensor] | Encoded:
         """Loss terms over the global batch, each a scalar equal on all ranks, "loss" their weighted sum, "temperature".
 
         The backward of "loss" gives this rank's share of the gradient: the sum over ranks is the gradient.
+
+        encoded: the batch as encoded before; then neither its waveform nor its captions are read.
+        encode_only: `encode` instead. Both are here because hooks that gather sharded parameters sit on this call.
         """
+        if encode_only:
+            return self.encode(batch)
         world = World.current()
-        text = self.encode_text(batch.input_ids, batch.attention_mask)
-        audio = self.encode_audio(batch.waveform, batch.lengths)
+        text, audio = encoded or self.encode(batch)
         inputs = ObjectiveInputs(
             block=self.scorer.block(text, audio, world),
             temperature=self.temperature(),
@@ -113,6 +127,15 @@ class Retriever(nn.Module):
             step=self.step,
         )
         return {**self.objective(inputs), "temperature": inputs.temperature.detach().squeeze()}
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Both sides of some rows."""
+        text = self.encode_text(batch.input_ids, batch.attention_mask)
+        audio = self.encode_audio(batch.waveform, batch.lengths)
+        return Encoded(
+            text if self.scorer.reads_words else _pooled_only(text),
+            audio if self.scorer.reads_frames else _pooled_only(audio),
+        )
 
     def _whole_clip(self, audio: TokenSequence) -> Tensor:
         """One vector a clip [b, D] at the common width, from what the scorer reads of it."""
@@ -208,6 +231,11 @@ def _objective(section: ObjectiveSection) -> Objective:
     terms = {name: term.model_dump() for name, term in section.terms.items()}
     terms["distillation"].pop("tables")  # read by who sets `Retriever.teacher`
     return build_objective(**terms)
+
+
+def _pooled_only(sequence: TokenSequence) -> TokenSequence:
+    tokens, mask = sequence.tokens, sequence.mask
+    return sequence._replace(tokens=tokens.new_zeros(len(tokens), 0, tokens.shape[2]), mask=mask[:, :0].clone())
 
 
 def _unit(value: Tensor) -> Tensor:

@@ -53,7 +53,17 @@ class Batch:
         return torch.stack([self.clip_ids, self.caption_ids], 1)
 
     def to(self, device: torch.device) -> Batch:
-        return self._map(lambda x: x.to(device, non_blocking=True))
+        """On `device`, but for `lengths`: the host cuts waveforms by them and would wait for the device."""
+        return replace(self._map(lambda x: x.to(device, non_blocking=True)), lengths=self.lengths)
+
+    def take(self, rows: Tensor) -> Batch:
+        """Copies of the rows `rows` (int64); pinned memory stays pinned."""
+
+        def chosen(x: Tensor) -> Tensor:
+            out = torch.empty(len(rows), *x.shape[1:], dtype=x.dtype, device=x.device, pin_memory=x.is_pinned())
+            return torch.index_select(x, 0, rows, out=out)
+
+        return replace(self._map(chosen), keys=[self.keys[row] for row in rows.tolist()] if self.keys else [])
 
     def pin_memory(self) -> Batch:
         return self._map(lambda x: x.pin_memory())

@@ -11,8 +11,10 @@ import logging
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from atr_scale.data.batch import Batch
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.parallel.world import World
+from atr_scale.training.grad_cache import GradCache
 from atr_scale.training.layers import rate_scales
 from atr_scale.training.schedule import Seeds
 
@@ -35,11 +38,14 @@ FP16_INITIAL_SCALE, FP16_GROWTH_STEPS = 2.0**16, 1000
 
 @dataclass(frozen=True)
 class StepResult:
-    """terms: loss terms of the update (mean over its losses). bad_ranks: ranks that saw a non-finite value."""
+    """What an update has done. Its numbers stay on the device until they are asked for: reading them waits for it.
 
-    terms: dict[str, float]
-    temperature: float
-    gradient_norm: float
+    values: loss terms of the update (means over its losses) and "temperature". norm: of the whole gradient.
+    bad_ranks: ranks that saw a non-finite value.
+    """
+
+    values: dict[str, Tensor]
+    norm: Tensor
     bad_ranks: tuple[int, ...]
     overflow: bool
 
@@ -47,25 +53,38 @@ class StepResult:
     def applied(self) -> bool:
         return not self.bad_ranks
 
+    @cached_property
+    def _numbers(self) -> dict[str, float]:
+        return dict(zip(self.values, torch.stack(list(self.values.values())).tolist(), strict=True))
+
+    @property
+    def terms(self) -> dict[str, float]:
+        return {name: value for name, value in self._numbers.items() if name != "temperature"}
+
+    @property
+    def temperature(self) -> float:
+        return self._numbers["temperature"]
+
+    @property
+    def gradient_norm(self) -> float:
+        return float(self.norm)
+
 
 class _SkippableAdamW(torch.optim.AdamW):
-    """AdamW that unscales gradients and, when told to, leaves everything as it is.
+    """AdamW in one kernel, which unscales gradients and, when told to, leaves everything as it is.
 
     Every ZeRO stage ends in this optimizer's step on the parameters or on their shards, so one switch serves all.
+    grad_scale: what the kernel divides gradients by, None for 1.
     """
 
     skip = False
-    gradient_scale = 1.0
+    grad_scale: Tensor | None = None
+
+    def __init__(self, groups: Any, **settings: Any) -> None:
+        super().__init__(groups, fused=True, **settings)
 
     def step(self, closure: Any = None) -> Any:
-        if self.skip:
-            return None
-        if self.gradient_scale != 1.0:
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.div_(self.gradient_scale)
-        return super().step(closure)
+        return None if self.skip else super().step(closure)
 
 
 class Engine:
@@ -88,6 +107,12 @@ class Engine:
             model=model, optimizer=self.optimizer, config=deepspeed_config(train, world.size)
         )
         self.model = model
+        self._grad_cache: GradCache | None = None
+        share = train.global_batch_size // world.size
+        if train.micro_batch_size is not None and train.micro_batch_size < share:
+            self._grad_cache = GradCache(
+                model, self.deepspeed, self.deepspeed.backward, device, train.micro_batch_size, train.kept_chunks
+            )
         if train.zero_stage == 3:
             # Sharded parameters are gathered inside every forward: all ranks must make equally many.
             model.audio_encoder.equal_rounds = world.max_int
@@ -101,27 +126,48 @@ class Engine:
             # Groups of checkpoints from before there was layer decay have no scale.
             group["lr"] = learning_rates[group["name"]] * group.get("lr_scale", 1.0)
         self._probe.zero_()
-        self.optimizer.skip, self.optimizer.gradient_scale = False, self.scale
         self.deepspeed.train()
-        sums: dict[str, Tensor] = {}
-        for batch, seed in zip(batches, seeds, strict=True):
-            torch.manual_seed(seed.dropout)
-            self.model.audio_encoder.augment_seed = seed.augmentation
-            terms = self.deepspeed(batch.to(self.device))
-            # Gradients are averaged over ranks, the loss is one sum over them: hence the factor.
-            self.deepspeed.backward(terms["loss"] * (self.world.size * self.scale))
-            for name, value in terms.items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / self.train.accum_steps
-            self._probe += terms["loss"].detach() * 0
-            if self.deepspeed.is_gradient_accumulation_boundary():
-                bad_ranks = self._bad_ranks()
-                self.optimizer.skip = bool(bad_ranks)
-                norm = self._clip()
-            self.deepspeed.step()
-        norm = (norm if self.train.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())) / self.scale
-        overflow = self._adapt_scale(bool(bad_ranks))
-        temperature = float(sums.pop("temperature"))
-        return StepResult({name: float(value) for name, value in sums.items()}, temperature, norm, bad_ranks, overflow)
+        values: dict[str, Tensor] = {}
+        with self._reduced_once():
+            for batch, seed in zip(batches, seeds, strict=True):
+                self.model.audio_encoder.augment_seed = seed.augmentation
+                terms = self._add_gradients(batch, seed.dropout)
+                for name, value in terms.items():
+                    share = value.detach().float() / self.train.accum_steps
+                    values[name] = values[name] + share if name in values else share
+        self._probe += values["loss"] * 0
+        bad_ranks = self._bad_ranks()
+        self.optimizer.skip = bool(bad_ranks)
+        self.optimizer.grad_scale = None if self.scale == 1 else torch.tensor(self.scale, device=self.device)
+        norm = self._step() / self.scale
+        return StepResult(values, norm, bad_ranks, self._adapt_scale(bool(bad_ranks)))
+
+    def _add_gradients(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+        """Adds the gradient of one loss to the parameters; returns its terms."""
+        # Gradients are averaged over ranks, the loss is one sum over them: hence the world's size.
+        factor = self.world.size * self.scale / self.train.accum_steps
+        if self._grad_cache:
+            return self._grad_cache.accumulate(batch, seed, factor)
+        torch.manual_seed(seed)
+        terms = self.deepspeed(batch.to(self.device))
+        self.deepspeed.backward(terms["loss"] * factor)
+        return terms
+
+    @contextmanager
+    def _reduced_once(self) -> Iterator[None]:
+        """Gradients of several backward passes stay on their ranks until the end, and meet once.
+
+        A single pass is left to DeepSpeed, which under ZeRO 2 and 3 reduces during it and never holds them whole.
+        """
+        if self._grad_cache is None and self.train.accum_steps == 1:
+            yield
+        elif self.train.zero_stage == 0:
+            with self.deepspeed.no_sync():
+                yield
+            self.deepspeed.allreduce_gradients()
+        else:
+            with self.deepspeed.coalesce_grad_reduction():
+                yield
 
     def full_weights(self) -> dict[str, Tensor]:
         """The model's state as fp32 CPU tensors on the main rank ({} elsewhere), gathered where sharded."""
@@ -151,9 +197,12 @@ class Engine:
         self._probe += gradient.detach().sum().float() * 0
 
     def _bad_ranks(self) -> tuple[int, ...]:
-        """Ranks on which a loss or gradient of this update is not finite; the same answer everywhere."""
-        flags = self.world.gather_ints(int(not math.isfinite(self._probe.item())))
-        return tuple(rank for rank, bad in enumerate(flags) if bad)
+        """Ranks on which a loss or gradient of this update is not finite; the same answer everywhere.
+
+        The update's one wait for the device.
+        """
+        flags = self.world.gather((~self._probe.isfinite()).int().reshape(1))
+        return tuple(rank for rank, bad in enumerate(flags.tolist()) if bad)
 
     def _adapt_scale(self, bad: bool) -> bool:
         """fp16 loss scaling: halve after an overflow, double after a long good stretch. True on an overflow."""
@@ -167,14 +216,18 @@ class Engine:
             self.scale, self._good_steps = self.scale * 2, 0
         return False
 
-    def _clip(self) -> float:
-        """Clip scaled gradients: here without ZeRO, where they are whole, else DeepSpeed does in its step."""
+    def _step(self) -> Tensor:
+        """Clips the scaled gradient, here without ZeRO, where it is whole, else in DeepSpeed's step, and updates.
+        Returns its norm before that."""
         limit = self.train.gradient_clipping * self.scale
         if self.train.zero_stage > 0:
             self.deepspeed.optimizer.clip_grad = limit
-            return math.nan
+            self.deepspeed.step()
+            return torch.as_tensor(self.deepspeed.get_global_grad_norm())
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+        self.deepspeed.step()
+        return norm
 
     def _quiet_deepspeed(self) -> None:
         deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -186,10 +239,11 @@ class Engine:
 
 
 def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
-    """What DeepSpeed is told. It knows nothing of precision: its own modes round parameters or clip by group."""
+    """What DeepSpeed is told. It knows nothing of precision: its own modes round parameters or clip by group; nor of
+    accumulation: it sees one step an update."""
     return {
         "train_micro_batch_size_per_gpu": train.global_batch_size // world_size,
-        "gradient_accumulation_steps": train.accum_steps,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": train.gradient_clipping if train.zero_stage > 0 else 0.0,
         "zero_optimization": {"stage": train.zero_stage},
         "zero_allow_untested_optimizer": True,

@@ -19,8 +19,8 @@ from atr_scale.parallel.world import World
 # What may differ when a run is resumed; everything else would make it another run.
 FREE_TO_CHANGE = (
     "run.dir", "data.workers", "data.validation", "data.test", "data.max_drop_rate", "evaluation.",
-    "train.micro_batch_size", "train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.log_every", "train.max_bad_steps", "train.initial_checkpoint",
+    "train.micro_batch_size", "train.kept_chunks", "train.evaluate_every", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.log_every", "train.max_bad_steps", "train.initial_checkpoint",
 )  # fmt: skip
 
 
@@ -33,11 +33,16 @@ def check_batch_size(config: RunConfig, world_size: int) -> None:
             f"set it to a multiple, for example {-(-train.global_batch_size // world_size) * world_size}"
         )
     share = train.global_batch_size // world_size
-    if train.micro_batch_size not in (None, share):
+    micro = train.micro_batch_size or share
+    if share % micro:
         raise UserError(
-            f"train.micro_batch_size = {train.micro_batch_size}, but a rank's share of train.global_batch_size is "
-            f"{share} on {world_size} ranks and runs in one forward: set it to {share} or null, or change the ranks"
+            f"train.micro_batch_size = {micro} does not divide a rank's share of train.global_batch_size, {share} on "
+            f"{world_size} ranks: set it to {_largest_divisor(share, micro)}, or to null for one forward"
         )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
 
 
 def check_run_folder(folder: Path) -> None:

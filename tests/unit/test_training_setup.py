@@ -75,10 +75,14 @@ def test_batch_sizes_that_do_not_divide(folder: Path) -> None:
     check_batch_size(config, 4)
     with pytest.raises(UserError, match="does not divide among 5 ranks: set it to a multiple, for example 15"):
         check_batch_size(config, 5)
-    config.train.micro_batch_size = 3
-    check_batch_size(config, 4)
-    with pytest.raises(UserError, match=r"share of train.global_batch_size is 6"):
+    for micro, ranks in ((3, 4), (3, 2), (1, 1), (12, 1)):
+        config.train.micro_batch_size = micro
+        check_batch_size(config, ranks)
+    config.train.micro_batch_size = 5
+    with pytest.raises(UserError, match=r"= 5 does not divide .* 6 on 2 ranks: set it to 3, or to null"):
         check_batch_size(config, 2)
+    with pytest.raises(UserError, match="3 on 4 ranks: set it to 3"):
+        check_batch_size(config, 4)
 
 
 def test_drift_names_keys_and_leaves_the_free_ones(folder: Path) -> None:

@@ -1,0 +1,105 @@
+"""GradCache (Gao et al. 2021, arXiv 2101.06983): the exact gradient of a loss over more pairs than a forward can hold.
+
+    encode chunk by chunk without graphs -> the loss and its gradient by all that was encoded
+        -> encode each chunk again, now with a graph, and send its part of that gradient through it
+
+A chunk that keeps its graph from the first pass needs no second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atr_scale.data.batch import Batch
+from atr_scale.encoders.batch_norm import statistics_kept
+from atr_scale.model import Encoded, Retriever
+from atr_scale.sequence import TokenSequence
+
+
+@dataclass(frozen=True)
+class GradCache:
+    """forward: the retriever's call, as it is or wrapped. backward: takes a scalar; gradients of its calls add up.
+
+    chunk_size: rows of a forward. kept_chunks: how many chunks, the first ones, keep their graph.
+    """
+
+    model: Retriever
+    forward: Callable[..., Any]
+    backward: Callable[[Tensor], object]
+    device: torch.device
+    chunk_size: int
+    kept_chunks: int = 0
+
+    def accumulate(self, batch: Batch, seed: int, factor: float) -> dict[str, Tensor]:
+        """Adds the gradient of factor * loss of `batch` to the parameters; returns the loss terms.
+
+        `batch` stays where it is, chunks of it go to the device one by one. Random draws follow from `seed` and the
+        chunk's number, so both forwards of a chunk make the same ones. Batch norms that look at their batch see a
+        chunk, and its statistics enter the stored ones once.
+        """
+        order = batch.lengths.argsort(stable=True)  # clips of one length run together
+        chunks = order.split(self.chunk_size)
+        encoded = []
+        for number, rows in enumerate(chunks):
+            with torch.set_grad_enabled(number < self.kept_chunks):
+                encoded.append(self._encode(batch, rows, seed + 1 + number))
+        leaves = Encoded(*(_as_leaves(TokenSequence.cat(list(side))) for side in zip(*encoded, strict=True)))
+        kept = encoded[: self.kept_chunks]
+        del encoded
+
+        torch.manual_seed(seed)
+        without_audio = replace(batch, waveform=batch.waveform[:, :0])
+        terms = self.forward(without_audio.take(order).to(self.device), encoded=leaves)
+        self.backward(terms["loss"] * factor)
+
+        first = 0
+        for number, rows in enumerate(chunks):
+            if kept:
+                again = kept.pop(0)
+            else:
+                with statistics_kept(self.model):
+                    again = self._encode(batch, rows, seed + 1 + number)
+            self._send_back(again, leaves, first)
+            del again  # frees a kept graph before the next chunk's
+            first += len(rows)
+        return terms
+
+    def _encode(self, batch: Batch, rows: Tensor, seed: int) -> Encoded:
+        torch.manual_seed(seed)
+        return self.forward(cut(batch, rows).take(rows).to(self.device), encode_only=True)
+
+    def _send_back(self, chunk: Encoded, leaves: Encoded, first: int) -> None:
+        """The gradient of the rows from `first` on through the graph of `chunk`, which has encoded them."""
+        sums = []
+        for own, whole in zip(chunk, leaves, strict=True):
+            for out, leaf in ((own.tokens, whole.tokens), (own.pooled, whole.pooled)):
+                if out.requires_grad and leaf.grad is not None:
+                    # A chunk's token axis may be shorter than that of all.
+                    gradient = leaf.grad[first : first + out.shape[0], : out.shape[1]]
+                    sums.append((out * gradient).sum())
+        if sums:
+            self.backward(torch.stack(sums).sum())
+
+
+def cut(batch: Batch, rows: Tensor) -> Batch:
+    """All rows, cut to the longest clip and the longest caption of `rows`."""
+    samples = int(batch.lengths[rows].max())
+    words = int(batch.attention_mask[rows].any(0).nonzero().max()) + 1
+    return replace(
+        batch,
+        waveform=batch.waveform[:, :samples],
+        input_ids=batch.input_ids[:, :words],
+        attention_mask=batch.attention_mask[:, :words],
+    )
+
+
+def _as_leaves(sequence: TokenSequence) -> TokenSequence:
+    def leaf(x: Tensor) -> Tensor:
+        return x.detach().requires_grad_()
+
+    return sequence.map(leaf, leaf)
