@@ -26,7 +26,7 @@ from atr_scale.config import (
 )
 from atr_scale.correspondences import Correspondences
 from atr_scale.data.batch import Batch
-from atr_scale.encoders import TokenSequence, build_audio_encoder, build_text_encoder
+from atr_scale.encoders import TextEncoder, TokenSequence, build_audio_encoder, build_text_encoder
 from atr_scale.errors import UserError
 from atr_scale.objectives import Objective, ObjectiveInputs, build_objective
 from atr_scale.objectives.logits import Temperature
@@ -70,10 +70,15 @@ class Projection(nn.Module):
 class Retriever(nn.Module):
     """Scores any text against any audio; in training, the loss of a global batch."""
 
-    def __init__(self, model: ModelSection, objective: ObjectiveSection) -> None:
+    def __init__(
+        self, model: ModelSection, objective: ObjectiveSection, text_encoder: TextEncoder | None = None
+    ) -> None:
+        """text_encoder: in the place of the one that `model` names, which then is not loaded."""
         super().__init__()
         self.audio_encoder = build_audio_encoder(**model.audio.model_dump())
-        self.text_encoder = build_text_encoder(model.text.name, **model.text.model_dump(exclude={"name"}))
+        self.text_encoder = text_encoder or build_text_encoder(
+            model.text.name, **model.text.model_dump(exclude={"name"})
+        )
         self.audio_projection = Projection(self.audio_encoder.dim, model.projection)
         self.text_projection = Projection(self.text_encoder.dim, model.projection)
         if self.audio_projection.dim != self.text_projection.dim:
