@@ -1,6 +1,7 @@
 """Audio bytes -> float32 mono waveform at the wanted rate, by soundfile and soxr (HQ).
 
-A crop is sought before decoding, so that a few seconds of a long recording cost a few milliseconds.
+A crop is sought before decoding, so that a few seconds of a long recording cost a few milliseconds. Samples can be
+written where a batch wants them: fresh memory costs more than reading and converting 16-bit samples.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ MAX_DECODED_BYTES = 4 << 30
 MIN_RATE, MAX_RATE = 1000, 768_000
 # The length of an MP3 is an estimate: its header counts whole frames of 1152, and encoders pad both ends.
 MP3_SLACK_FRAMES = 4 * 1152
+FULL_SCALE = np.float32(1 / 32768)  # of 16-bit samples, as libsndfile reads them
+BLOCK = 1 << 15  # samples converted at once: they stay in the processor's cache between two passes
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,10 @@ class Crop:
     seconds: float
 
 
-def probe(audio: bytes, extension: str, pcm_rate: int | None = None) -> tuple[int, int]:
+Audio = bytes | memoryview
+
+
+def probe(audio: Audio, extension: str, pcm_rate: int | None = None) -> tuple[int, int]:
     """(frames, sample rate in Hz) as the header says. Raises BadSample undecodable_audio, empty_audio, huge_audio.
 
     `pcm_rate` is the rate of headerless `pcm` bytes (little-endian int16, mono).
@@ -48,12 +54,19 @@ def probe(audio: bytes, extension: str, pcm_rate: int | None = None) -> tuple[in
 
 
 def decode(
-    audio: bytes, extension: str, sample_rate: int, *, pcm_rate: int | None = None, crop: Crop | None = None
+    audio: Audio,
+    extension: str,
+    sample_rate: int,
+    *,
+    pcm_rate: int | None = None,
+    crop: Crop | None = None,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Decode to float32 mono [samples] at `sample_rate` Hz: the whole clip, or a crop of it.
 
     A clip longer than `crop.seconds` gives exactly round(crop.seconds * sample_rate) samples, a shorter one all of it.
-    A crop that would fall into silence moves to the clip's loudest moment.
+    A crop that would fall into silence moves to the clip's loudest moment. out: float32, contiguous and long enough;
+    the samples are written to its beginning, and the result is that part of it.
     Raises BadSample with the reason undecodable_audio, empty_audio, huge_audio (over an hour, or over 4 GiB decoded),
     short_audio (fewer frames than the header says), nonfinite_audio or silent_audio (all exactly zero).
     """
@@ -62,26 +75,31 @@ def decode(
     if crop is not None and frames > round(crop.seconds * rate):
         count = max(1, round(crop.seconds * rate))
         start = int(crop.start_fraction * (frames - count))
-    mono = _read_mono(audio, extension, start, count, frames)
-    if crop is not None and count < frames and not mono.any():
+    mono = _read_mono(audio, extension, start, count, frames, out if rate == sample_rate else None)
+    if crop is not None and count < frames and _is_silent(mono):
         # The crop fell into a pause of a good clip: it moves to the loudest moment, which keeps its place in the crop.
         whole = _read_mono(audio, extension, 0, frames, frames)
         loudest = int(np.abs(whole).argmax())
         start = max(0, min(loudest - int(crop.start_fraction * count), len(whole) - count))
         mono = whole[start : start + count]
     wanted = count if rate == sample_rate else max(1, round(len(mono) * sample_rate / rate))
-    if crop is not None and count < frames:
-        wanted = max(1, round(crop.seconds * sample_rate))
-    _check_values(mono)
+    if crop is not None:
+        longest = max(1, round(crop.seconds * sample_rate))
+        wanted = longest if count < frames else min(wanted, longest)
+    _check_values(mono, integers=extension == "pcm")
     if rate != sample_rate:
         mono = soxr.resample(mono, rate, sample_rate, quality="HQ")
+        _check_values(mono)
     # soxr rounds the length its own way, by a sample; MP3 may end within its slack.
     mono = mono[:wanted] if len(mono) >= wanted or count == frames else np.pad(mono, (0, wanted - len(mono)))
-    _check_values(mono)
-    return np.ascontiguousarray(mono, np.float32)
+    if out is None:
+        return np.ascontiguousarray(mono, np.float32)
+    if not np.may_share_memory(mono, out):
+        out[: len(mono)] = mono
+    return out[: len(mono)]
 
 
-def _open(audio: bytes) -> soundfile.SoundFile:
+def _open(audio: Audio) -> soundfile.SoundFile:
     if not audio:
         raise BadSample("empty_audio", "no bytes")
     try:
@@ -90,21 +108,37 @@ def _open(audio: bytes) -> soundfile.SoundFile:
         raise BadSample("undecodable_audio", _first_line(error)) from None
 
 
-def _read_mono(audio: bytes, extension: str, start: int, count: int, frames: int) -> np.ndarray:
+def _read_mono(
+    audio: Audio, extension: str, start: int, count: int, frames: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Frames [start, start + count) as float32, all channels averaged; at the beginning of `out` where that can be."""
     if extension == "pcm":
-        return np.frombuffer(audio, "<i2", count, offset=2 * start).astype(np.float32) / 32768
+        out = np.empty(count, np.float32) if out is None else out[:count]
+        return _from_int16(np.frombuffer(audio, "<i2", count, offset=2 * start), out)
     with _open(audio) as file:
+        single = file.channels == 1
         try:
             if start:
                 file.seek(start)
-            samples = file.read(count, dtype="float32", always_2d=True)
+            if single and out is not None:
+                samples = file.read(out=out[:count])
+            else:
+                samples = file.read(count, dtype="float32", always_2d=not single)
         except (soundfile.SoundFileError, ValueError, MemoryError) as error:
             raise BadSample("undecodable_audio", _first_line(error)) from None
         slack = MP3_SLACK_FRAMES if file.format == "MP3" and start + count >= frames - MP3_SLACK_FRAMES else 0
     if len(samples) + slack < count or len(samples) == 0:
         raise BadSample("short_audio", f"{len(samples)} of {count} frames decoded")
     with np.errstate(invalid="ignore"):  # +inf and -inf average to NaN, which is rejected with the others
-        return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+        return samples if single else samples.mean(axis=1)
+
+
+def _from_int16(samples: np.ndarray, out: np.ndarray) -> np.ndarray:
+    for first in range(0, len(samples), BLOCK):
+        part = out[first : first + BLOCK]
+        part[:] = samples[first : first + BLOCK]
+        part *= FULL_SCALE
+    return out
 
 
 def _check_header(frames: int, rate: int, channels: int) -> None:
@@ -116,10 +150,16 @@ def _check_header(frames: int, rate: int, channels: int) -> None:
         raise BadSample("huge_audio", f"{frames / rate:.0f} s, {channels} channels")
 
 
-def _check_values(mono: np.ndarray) -> None:
-    if not np.isfinite(mono).all():
+def _is_silent(mono: np.ndarray) -> bool:
+    return not (mono[:1024].any() or mono.any())
+
+
+def _check_values(mono: np.ndarray, integers: bool = False) -> None:
+    """integers: the samples were, and so they are finite."""
+    # The extremes are NaN where a sample is, and need no array of truth values.
+    if not (integers or (np.isfinite(mono.min()) and np.isfinite(mono.max()))):
         raise BadSample("nonfinite_audio", "NaN or infinite samples")
-    if not mono.any():
+    if _is_silent(mono):
         raise BadSample("silent_audio", "all samples are zero")
 
 

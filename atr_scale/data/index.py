@@ -115,16 +115,17 @@ def parse_sample(data: bytes, key: str, set_name: str) -> RawSample:
 
     `set_name` makes a clip id for shards that carry none. Raises BadSample.
     """
-    parts: dict[str, bytes] = {}
+    parts: dict[str, memoryview] = {}
+    view = memoryview(data)  # its slices are no copies
     try:
-        for member in walk(lambda start, stop: data[start:stop], len(data)):
+        for member in walk(lambda start, stop: view[start:stop], len(data)):
             named = None if member is None else split_key(member)
             if member is None or named is None or named[0] != key:
                 found = "an archive end" if member is None else repr(member.name)
                 raise BadSample("mismatched_key", f"{key}: the shard holds {found} there")
             if named[1] in parts:
                 raise BadSample("mismatched_key", f"{key}: two members .{named[1]}")
-            parts[named[1]] = data[member.data_start : member.data_start + member.size]
+            parts[named[1]] = view[member.data_start : member.data_start + member.size]
     except BrokenTar as error:
         raise BadSample("cut_shard", f"{key}: {error}") from None
     fault = group_fault(list(parts))

@@ -32,7 +32,7 @@ class RawSample:
     clip_id: str
     captions: list[str]
     label: str | None
-    audio: bytes
+    audio: bytes | memoryview
     extension: str
     sample_rate: int | None
     meta: dict[str, Any] = field(default_factory=dict)
@@ -40,6 +40,8 @@ class RawSample:
 
 def clean_caption(text: str) -> str:
     """NFC, runs of white space as one space, other control characters removed, stripped."""
+    if text.isascii() and text.isprintable():  # what most captions are, and nothing of what follows touches
+        return " ".join(text.split())
     text = " ".join(unicodedata.normalize("NFC", text).split())
     return "".join(c for c in text if unicodedata.category(c) != "Cc").strip()
 
@@ -50,14 +52,14 @@ def clean_captions(texts: Iterable[str]) -> list[str]:
     return [caption for caption in cleaned if caption]
 
 
-def parse_json(key: str, payload: bytes, set_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def parse_json(key: str, payload: bytes | memoryview, set_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The JSON of a sample as (RawSample's text fields, everything else).
 
     Reads this project's layout ("captions", "clip_id") and that of LAION's audio-dataset ("text", "tag"), where the
     clip's identity is `set_name/key`. Raises BadSample bad_json or no_caption.
     """
     try:
-        record = json.loads(payload.decode("utf-8"))
+        record = json.loads(str(payload, "utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadSample("bad_json", f"{key}: {error}") from None
     if not isinstance(record, dict):

@@ -106,8 +106,11 @@ def read_range(location: str, start: int, stop: int) -> bytes:
     if is_remote(location):
         return _retry(lambda: _remote_range(location, start, stop), location)
     # A file handle for each read: nothing to share between threads or to inherit over a fork.
-    with open(location, "rb", buffering=0) as file:
-        return _local_range(file.fileno(), location, start, stop)
+    handle = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _local_range(handle, location, start, stop)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -193,14 +196,13 @@ def remove_file(location: str) -> None:
 
 
 def _local_range(handle: int, location: str, start: int, stop: int) -> bytes:
-    parts, position = [], start
-    while position < stop:
-        part = os.pread(handle, stop - position, position)
+    data = os.pread(handle, stop - start, start)
+    while len(data) < stop - start:  # one read gives at most 2 GiB, and less at the end of the file
+        part = os.pread(handle, stop - start - len(data), start + len(data))
         if not part:
-            raise ShortRead(f"{location} ends at byte {position}, expected {stop}")
-        parts.append(part)
-        position += len(part)
-    return b"".join(parts)
+            raise ShortRead(f"{location} ends at byte {start + len(data)}, expected {stop}")
+        data += part
+    return data
 
 
 def _remote_range(location: str, start: int, stop: int) -> bytes:

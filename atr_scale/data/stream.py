@@ -1,6 +1,6 @@
 """Shards to batches, by plan.
 
-    plan (which samples) -> read (one byte range a sample) -> decode the crop -> fill holes -> Batch
+    plan (which samples) -> read (one byte range a sample) -> decode the crop into its row -> fill holes -> Batch
 
 Rank r takes rows [r b, (r + 1) b) of every global batch, worker w of n the batches w, w + n, ... of its rank; every
 random choice hangs on the seed and the sample's position in the stream. So ranks are disjoint, their union is the
@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from atr_scale.data.decode import Crop, decode
 from atr_scale.data.index import ShardSet, open_shards
 from atr_scale.data.plan import Plan, Rows
 from atr_scale.data.sample import BadSample, RawSample
+from atr_scale.data.slots import Parcel, Slots
 from atr_scale.data.text import CaptionTokenizer
 from atr_scale.errors import UserError
 from atr_scale.parallel.world import World
@@ -34,22 +36,27 @@ from atr_scale.parallel.world import World
 logger = logging.getLogger(__name__)
 
 READ_THREADS = 8  # concurrent range reads of one worker where shards are remote
+PREFETCH = 4  # batches that a worker reads ahead
+HELD = 2  # batches that a training step holds, and the next one
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One decoded sample: waveform [samples] float32, its caption of this visit and which one that is, who it is, and
-    where it lies."""
+    """One decoded sample: how many samples it has in its row of the batch, its caption of this visit and which one that
+    is, who it is, and where it lies."""
 
-    waveform: np.ndarray
+    length: int
     caption: str
     caption_index: int
     clip_id: str
     place: str
 
 
-class TrainingStream(IterableDataset[Batch | UserError]):
-    """This rank's batches from global batch `first` up to `last`, endlessly many epochs if need be."""
+class TrainingStream(IterableDataset[Parcel | UserError]):
+    """This rank's batches from global batch `first` up to `last`, endlessly many epochs if need be.
+
+    Iterated by `read_batches`, in worker processes or in this one.
+    """
 
     def __init__(
         self,
@@ -86,6 +93,8 @@ class TrainingStream(IterableDataset[Batch | UserError]):
         self.crop_seconds, self.quantum = data.crop_seconds, max(1, round(data.crop_quantum * sample_rate))
         share = global_batch_size // world.size
         self.rows = slice(world.rank * share, (world.rank + 1) * share)
+        self.width = max(1, round(data.crop_seconds * sample_rate))
+        self.slots = Slots(0, 0)
         self.first, self.last = 0, 0
 
     def between(self, first: int, last: int) -> TrainingStream:
@@ -93,41 +102,49 @@ class TrainingStream(IterableDataset[Batch | UserError]):
         self.first, self.last = first, last
         return self
 
-    def __iter__(self) -> Iterator[Batch | UserError]:
+    def __iter__(self) -> Iterator[Parcel | UserError]:
         worker = get_worker_info()
         start, step = (worker.id, worker.num_workers) if worker else (0, 1)
         remote = any("://" in shards.location for shards in self.sources)
-        with ThreadPoolExecutor(READ_THREADS if remote else 1) as pool:
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            read = partial(pool.map, self._read) if remote else partial(map, self._read)
             for number in range(self.first + start, self.last, step):
                 rows = self.plan.batch(number)[self.rows]
+                slot = self.slots.take(start)
                 try:
-                    yield self._load(rows, pool)
+                    batch = self._load(rows, read(rows.source.tolist(), rows.index.tolist()), slot.memory)
                 except UserError as error:  # travels as a value: raised in a worker it would arrive as a traceback
                     yield error
                     return
+                yield Parcel.pack(batch, slot.number)
 
-    def _load(self, rows: Rows, pool: ThreadPoolExecutor) -> Batch:
-        raw = pool.map(self._read, rows.source.tolist(), rows.index.tolist())
+    def _load(self, rows: Rows, raw: Iterable[RawSample | BadSample], memory: np.ndarray) -> Batch:
+        """The batch of samples as they lie there; its waveform is in `memory`."""
+        waveform = memory.reshape(-1, self.width)
         clips: list[Clip | None] = []
         dropped: Counter[str] = Counter()
-        places = map(self._place, rows.source.tolist(), rows.index.tolist())
-        for sample, source, position, place in zip(
-            raw, rows.source.tolist(), rows.position.tolist(), places, strict=True
-        ):
-            clip = sample if isinstance(sample, BadSample) else self._decode(sample, source, position, place)
-            if isinstance(clip, BadSample):
-                dropped[clip.reason] += 1
-                logger.debug("dropped %s: %s", place, clip)
-            clips.append(None if isinstance(clip, BadSample) else clip)
-        good = [clip for clip in clips if clip is not None]
+        sources = rows.source.tolist()
+        draws = _draws(self.seed, int(rows.position[0]), len(sources))
+        places = map(self._place, sources, rows.index.tolist())
+        for sample, source, draw, place, row in zip(raw, sources, draws, places, waveform, strict=True):
+            try:
+                clips.append(self._decode(sample, source, draw, place, row))
+            except BadSample as error:
+                dropped[error.reason] += 1
+                logger.debug("dropped %s: %s", place, error)
+                clips.append(None)
+        good = [k for k, clip in enumerate(clips) if clip is not None]
         if not good:
             raise UserError(
                 f"all {len(clips)} samples of a batch are unreadable ({dict(dropped)}): "
                 "run `atr-scale shards check` on data.train"
             )
         # A copy of a good row fills the hole; the positives treat it as what it is, the same clip again.
-        filled = [clip if clip is not None else good[i % len(good)] for i, clip in enumerate(clips)]
-        return collate(filled, self.tokenizer, dropped)
+        origin = [k if clip is not None else good[k % len(good)] for k, clip in enumerate(clips)]
+        for k, other in enumerate(origin):
+            if k != other:
+                waveform[k] = waveform[other]
+        return collate(waveform, [clip for k in origin if (clip := clips[k])], self.tokenizer, dropped)
 
     def _read(self, source: int, index: int) -> RawSample | BadSample:
         try:
@@ -139,22 +156,35 @@ class TrainingStream(IterableDataset[Batch | UserError]):
         shards = self.sources[source]
         return f"{shards.corpus}/{shards.names[shards.shard_of[index]]}/{shards.keys[index]}"
 
-    def _decode(self, sample: RawSample, source: int, position: int, place: str) -> Clip | BadSample:
-        rng = np.random.default_rng([self.seed, 2, position])
-        drawn = int(rng.integers(len(sample.captions)))
+    def _decode(
+        self, sample: RawSample | BadSample, source: int, draw: list[float], place: str, row: np.ndarray
+    ) -> Clip:
+        """Draw caption and crop, write the samples to `row`. Raises BadSample."""
+        if isinstance(sample, BadSample):  # raised by a thread it would end the other reads
+            raise sample
+        which, fraction, reword, paraphrase = draw
+        drawn = int(which * len(sample.captions))
         caption = sample.captions[drawn]
-        fraction = float(rng.random())
-        if self.paraphrases and rng.random() < self.augmented_share:
+        if self.paraphrases and reword < self.augmented_share:
             reworded = self.paraphrases[source].of(sample.clip_id, drawn, caption)
-            caption = reworded[int(rng.integers(len(reworded)))] if reworded else caption
+            caption = reworded[int(paraphrase * len(reworded))] if reworded else caption
         crop = Crop(start_fraction=fraction, seconds=self.crop_seconds)
-        try:
-            waveform = decode(sample.audio, sample.extension, self.sample_rate, pcm_rate=sample.sample_rate, crop=crop)
-        except BadSample as error:
-            return error
+        waveform = decode(
+            sample.audio, sample.extension, self.sample_rate, pcm_rate=sample.sample_rate, crop=crop, out=row
+        )
         kept = len(waveform) // self.quantum * self.quantum or len(waveform)
         start = int(fraction * (len(waveform) - kept))
-        return Clip(waveform[start : start + kept], caption, drawn, sample.clip_id, place)
+        if start:
+            row[:kept] = row[start : start + kept]
+        return Clip(kept, caption, drawn, sample.clip_id, place)
+
+
+def _draws(seed: int, first: int, count: int) -> list[list[float]]:
+    """Four numbers in [0, 1) for each of the positions first, first + 1, ... of the stream.
+
+    Philox counts: a position's numbers are one block of it and can be had without those before.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, 2], counter=first)).random((count, 4)).tolist()
 
 
 def _read_paraphrases(sources: Sequence[ShardSet]) -> list[Paraphrases]:
@@ -185,21 +215,33 @@ def _check_exclusions(shards: ShardSet) -> None:
         )
 
 
-def collate(clips: Sequence[Clip], tokenizer: CaptionTokenizer, dropped: Counter[str] | None = None) -> Batch:
-    """Clips as one batch, waveforms padded with zeros to the longest."""
-    waveform, lengths = pad([clip.waveform for clip in clips])
+def collate(waveform: np.ndarray, clips: Sequence[Clip], tokenizer: CaptionTokenizer, dropped: Counter[str]) -> Batch:
+    """Clips as one batch; the rows of `waveform` [b, width] begin with their samples and are joined in place."""
+    longest = max(clip.length for clip in clips)
+    for row, clip in zip(waveform, clips, strict=True):
+        row[clip.length : longest] = 0
     input_ids, attention_mask = tokenizer([clip.caption for clip in clips])
     return Batch(
-        waveform=waveform,
-        lengths=lengths,
+        waveform=torch.from_numpy(_narrow(waveform, longest)),
+        lengths=torch.tensor([clip.length for clip in clips]),
         input_ids=input_ids,
         attention_mask=attention_mask,
         clip_ids=torch.tensor([stable_id(clip.clip_id) for clip in clips]),
         caption_ids=torch.tensor([caption_id(clip.caption) for clip in clips]),
         caption_index=torch.tensor([clip.caption_index for clip in clips]),
         keys=[clip.place for clip in clips],
-        dropped=dropped or Counter(),
+        dropped=dropped,
     )
+
+
+def _narrow(waveform: np.ndarray, width: int) -> np.ndarray:
+    """The first `width` columns, contiguous in the same memory."""
+    if width == waveform.shape[1]:
+        return waveform
+    narrow = waveform.reshape(-1)[: len(waveform) * width].reshape(-1, width)
+    for row in range(1, len(waveform)):  # forward: what is written lies before all that is still to be moved
+        narrow[row] = waveform[row, :width]
+    return narrow
 
 
 def pad(waveforms: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,18 +259,39 @@ def read_batches(stream: TrainingStream, workers: int, *, pin_memory: bool = Fal
     if workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # imported once, not by every worker
+    size = (stream.rows.stop - stream.rows.start) * stream.width
+    stream.slots = slots = Slots(size, PREFETCH + HELD if workers else HELD, workers)
     loader = DataLoader(
         stream,
         batch_size=None,
         num_workers=workers,
         multiprocessing_context=context,
-        prefetch_factor=4 if workers else None,
-        pin_memory=pin_memory,
+        prefetch_factor=PREFETCH if workers else None,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    batches = _opened(loader, slots)
+    yield from _pinned(batches) if pin_memory else batches
+
+
+def _opened(parcels: Iterable[Parcel | UserError], slots: Slots) -> Iterator[Batch]:
+    for parcel in parcels:
+        if isinstance(parcel, UserError):
+            raise parcel
+        yield parcel.open(slots)
+
+
+def _pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches in page-locked memory, which a GPU copies from while it computes; copied one ahead by a thread."""
+
+    def pin_next() -> Batch | None:
+        batch = next(batches, None)
+        return None if batch is None else batch.pin_memory()
+
+    device = torch.cuda.current_device()
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
+        ahead = thread.submit(pin_next)
+        while (batch := ahead.result()) is not None:
+            ahead = thread.submit(pin_next)
+            yield batch
 
 
 def describe(sources: Sequence[ShardSet]) -> str:

@@ -48,7 +48,7 @@ class Member(NamedTuple):
     stop: int
 
 
-def walk(read: Callable[[int, int], bytes], end: int) -> Iterator[Member | None]:
+def walk(read: Callable[[int, int], bytes | memoryview], end: int) -> Iterator[Member | None]:
     """Members of the archive bytes [0, end), and at last None if the archive's end marker was met.
 
     `read(start, stop)` gives bytes and never gets a stop beyond `end`. BrokenTar where a header or member is not whole.
@@ -59,7 +59,7 @@ def walk(read: Callable[[int, int], bytes], end: int) -> Iterator[Member | None]
     while position < end:
         if position + BLOCK > end:
             raise BrokenTar(position, "cut header")
-        header = read(position, position + BLOCK)
+        header = bytes(read(position, position + BLOCK))
         if header.count(0) == BLOCK:
             if first != position:
                 raise BrokenTar(first, "header extension without a member")
@@ -80,9 +80,9 @@ def walk(read: Callable[[int, int], bytes], end: int) -> Iterator[Member | None]
             if length > MAX_SPECIAL_BYTES:
                 raise BrokenTar(position, "oversized header extension")
             if kind == LONG_NAME:
-                long_name = read(data, data + length).split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+                long_name = bytes(read(data, data + length)).split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
             elif kind == PAX:
-                records = _pax_records(read(data, data + length), position)
+                records = _pax_records(bytes(read(data, data + length)), position)
                 long_name = records.get("path", long_name)
                 long_size = int(records["size"]) if re.fullmatch(r"[0-9]{1,18}", records.get("size", "")) else None
                 if any(record.startswith("GNU.sparse") for record in records):

@@ -79,6 +79,26 @@ def test_resampling_is_soxr_hq() -> None:
     np.testing.assert_array_equal(waveform, soxr.resample(samples, RATE, 32_000, quality="HQ"))
 
 
+@pytest.mark.parametrize(("extension", "form", "subtype"), [*FORMATS, ("pcm", "RAW", "PCM_16")])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_decoding_into_a_row(extension: str, form: str, subtype: str | None, channels: int) -> None:
+    """The same samples at its beginning, and nothing behind them touched."""
+    if extension == "pcm" and channels == 2:
+        return
+    audio = encode(noise(channels=channels), form, subtype)
+    options = {"pcm_rate": RATE, "crop": Crop(0.3, 0.7)}
+    for rate in (RATE, 12_000):
+        row = np.full(3 * RATE, 7, np.float32)
+        found = decode(audio, extension, rate, out=row, **options)
+        np.testing.assert_array_equal(found, decode(audio, extension, rate, **options))
+        assert found.base is row and (row[len(found) :] == 7).all()
+
+
+def test_no_clip_is_longer_than_the_crop() -> None:
+    """Half a sample more than the crop at 1 kHz is 16 samples at 32 kHz."""
+    assert len(decode(encode(noise()[:1050], "WAV", rate=1000), "wav", 32_000, crop=Crop(0.0, 1.0496))) == 33_587
+
+
 def test_pcm() -> None:
     samples = (noise()[:, 0] * 32768).astype("<i2")
     audio = samples.tobytes()

@@ -84,7 +84,7 @@ def read_all(shards: ShardSet) -> tuple[list[str], Counter[str]]:
         except BadSample as error:
             bad[error.reason] += 1
             continue
-        audio_id = sample.audio.rstrip(b"\0").decode()
+        audio_id = bytes(sample.audio).rstrip(b"\0").decode()
         assert sample.captions == [audio_id] and sample.clip_id == audio_id and audio_id.endswith(sample.key)
         good.append(audio_id)
     return good, bad
@@ -145,7 +145,7 @@ def test_damaged_shards_never_mispair_or_crash(two_shards: Path, data: st.DataOb
         except BadSample:
             continue
         # Damage to the id's own bytes inside the audio is the decoder's to notice.
-        audio_id = sample.audio[:5].decode("latin-1")
+        audio_id = bytes(sample.audio[:5]).decode("latin-1")
         if audio_id in ids:
             assert sample.clip_id == audio_id and sample.captions == [audio_id]
 

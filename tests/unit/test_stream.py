@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from atr_scale.config import Source
 from atr_scale.data.batch import Batch, caption_id, stable_id
 from atr_scale.data.index import ShardSet, open_shards
-from atr_scale.data.stream import TrainingStream, _check_exclusions, describe, read_batches
+from atr_scale.data.stream import TrainingStream, _check_exclusions, _draws, describe, read_batches
 from atr_scale.errors import UserError
 from atr_scale.parallel.world import World
 from tests.coded import (
@@ -231,6 +231,27 @@ def test_few_shards_and_many_readers(tmp_path: Path) -> None:
     for batch, first, second in zip(whole, *ranks, strict=True):
         assert rows_of(batch) == rows_of(first) + rows_of(second)
     assert Counter(row[1] for row in all_rows(whole)[:40]) == dict.fromkeys(range(5), 8)
+
+
+def test_memory_is_used_again_and_never_under_a_batch_that_is_held(left: str) -> None:
+    """Workers reuse their slots while some batches are kept and others are not."""
+    whole = read(open_stream(left), 0, 30)
+    kept = []
+    for number, batch in enumerate(read_batches(open_stream(left).between(0, 30), 1)):
+        assert equal(batch, whole[number])
+        if number % 3 == 0:
+            kept.append((number, batch))
+    assert all(equal(batch, whole[number]) for number, batch in kept)
+    places = [batch.waveform.data_ptr() for batch in read_batches(open_stream(left).between(0, 30), 0)]
+    assert len(set(places)) <= 3, "one process goes on in the same memory"
+
+
+def test_draws_depend_on_the_position_alone() -> None:
+    draws = _draws(5, 100, 9)
+    assert draws[3:6] == _draws(5, 103, 3) and draws != _draws(6, 100, 9)
+    spread = np.array(_draws(0, 0, 20_000))
+    assert np.abs(spread.mean(0) - 0.5).max() < 0.02 and (spread >= 0).all() and (spread < 1).all()
+    assert np.abs(np.corrcoef(spread.T) - np.eye(4)).max() < 0.05
 
 
 def test_more_workers_than_batches(left: str) -> None:
