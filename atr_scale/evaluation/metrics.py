@@ -79,13 +79,13 @@ def ranks(scores: Scores, text_audio_ids: Ids, audio_ids: Ids) -> Ranks:
     (no comparison with NaN holds, so a diverged model would rank everything first).
     """
     matrix = torch.as_tensor(scores)
-    owner, clips = _int64(text_audio_ids), _int64(audio_ids)
+    owner, clips = as_int64(text_audio_ids), as_int64(audio_ids)
     if tuple(matrix.shape) != (len(owner), len(clips)):
         raise UserError(
             f"retrieval scores: shape {tuple(matrix.shape)} for {len(owner)} texts and {len(clips)} clips;"
             " give scores as [texts, audios]"
         )
-    clip = _positions(owner, clips)
+    clip = positions(owner, clips)
     t2a, a2t = _count_ranks(matrix, clip)
     return Ranks(t2a=t2a, a2t=a2t, clip=clip, audio_ids=clips)
 
@@ -173,7 +173,7 @@ def label_ranks(scores: Scores, labels: Ids) -> Ranks:
 
     scores [classes, audios], labels [audios]: class indices.
     """
-    matrix, wanted = torch.as_tensor(scores), _int64(labels)
+    matrix, wanted = torch.as_tensor(scores), as_int64(labels)
     num_classes = matrix.shape[0]
     wrong = np.flatnonzero((wanted < 0) | (wanted >= num_classes))
     if len(wrong):
@@ -225,7 +225,7 @@ def _count_ranks(scores: Tensor, clip: NDArray[np.int64]) -> tuple[NDArray[np.in
     """Ranks of the pairs (text, its clip) in their rows and in their columns, in one pass over tiles of rows."""
     num_texts, num_clips = scores.shape
     own = _numpy(scores[torch.arange(num_texts), torch.from_numpy(clip)])
-    rounds = _rounds(clip)
+    captions = rounds(clip)
     t2a, a2t = np.ones(num_texts, dtype=np.int64), np.ones(num_texts, dtype=np.int64)
     step = max(1, TILE // num_clips)
     for start in range(0, num_texts, step):
@@ -234,7 +234,7 @@ def _count_ranks(scores: Tensor, clip: NDArray[np.int64]) -> tuple[NDArray[np.in
             raise UserError("retrieval scores: some are NaN, the model has diverged; evaluate an earlier checkpoint")
         rows = np.arange(start, start + len(tile))
         t2a[rows] += _ahead(tile, own[rows, None], np.arange(num_clips) < clip[rows, None], axis=1)
-        for texts in rounds:
+        for texts in captions:
             columns = tile if len(texts) == num_clips else tile[:, clip[texts]]
             a2t[texts] += _ahead(columns, own[texts], rows[:, None] < texts, axis=0)
     return t2a, a2t
@@ -250,7 +250,7 @@ def _ahead(
     return np.count_nonzero(ahead, axis=axis)
 
 
-def _rounds(clip: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+def rounds(clip: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """The texts in rounds: first captions of all clips in the clips' order, second captions, and so on."""
     order = np.argsort(clip, kind="stable")
     place = np.arange(len(clip)) - np.searchsorted(clip[order], clip[order])
@@ -263,8 +263,8 @@ def _numpy(scores: Tensor) -> NDArray[np.floating]:
     return wide.detach().cpu().numpy()
 
 
-def _positions(owner: NDArray[np.int64], clips: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Index in clips of every text's clip."""
+def positions(owner: NDArray[np.int64], clips: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Index in clips of every text's clip. UserError as `ranks` raises it."""
     if len(owner) == 0:
         raise UserError("retrieval evaluation: no captions; evaluate a split that has captions")
     order = np.argsort(clips, kind="stable")
@@ -285,5 +285,6 @@ def _positions(owner: NDArray[np.int64], clips: NDArray[np.int64]) -> NDArray[np
     return order[place]
 
 
-def _int64(ids: Ids) -> NDArray[np.int64]:
+def as_int64(ids: Ids) -> NDArray[np.int64]:
+    """Ids as an array on the CPU."""
     return torch.as_tensor(ids).detach().cpu().numpy().astype(np.int64)
