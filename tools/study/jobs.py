@@ -20,8 +20,9 @@ from tools.study.store import ESC50, Line, Settings, chosen_rates, name_of
 
 logger = logging.getLogger("study")
 ON_ESC50 = ("a", "b")
-# What needs encoders of its own comes after what shares them.
-SHARED, OWN = ("abcgh", "d"), ("fi",)
+ENSEMBLE = "g"  # needs a cheap run of every seed
+# Each for one seed before all are done for the others; what needs encoders of its own comes last.
+GROUPS = ("abch", "d", ESC50, "fi")
 
 
 @dataclass(frozen=True)
@@ -40,31 +41,34 @@ class Job:
 
 def phases(settings: Settings, chosen: Sequence[str]) -> Iterator[list[Job]]:
     """Jobs that may run side by side; a phase starts when the one before is done."""
-    first, real = settings.seeds[0], _recipes([letter for letter in chosen if letter in ON_ESC50])
-    for letters in SHARED:
-        yield from _phases_of([letter for letter in chosen if letter in letters], settings)
-    if "g" in chosen and len(settings.seeds) > 1:
-        yield [Job("teachers", None, first)]
-    if settings.esc50 is not None and real:
-        yield [Job("tokens", None, first, ESC50)]
-        yield [Job("esc50", recipe, seed) for seed in settings.seeds for recipe in real]
-    for letters in OWN:
-        yield from _phases_of([letter for letter in chosen if letter in letters], settings)
+    first, *others = settings.seeds
+    if ENSEMBLE in chosen:
+        yield from _phases_of([ENSEMBLE], settings.seeds, first)
+        if others:
+            yield [Job("teachers", None, first)]
+    for seeds in [first], others:
+        for group in GROUPS:
+            if group != ESC50:
+                yield from _phases_of([letter for letter in chosen if letter in group], seeds, first)
+            elif settings.esc50 is not None:
+                real = _recipes([letter for letter in chosen if letter in ON_ESC50])
+                yield [Job("tokens", None, first, ESC50)] if real else []
+                yield [Job("esc50", recipe, seed) for seed in seeds for recipe in real]
 
 
-def _phases_of(letters: Sequence[str], settings: Settings) -> Iterator[list[Job]]:
+def _phases_of(letters: Sequence[str], seeds: Sequence[int], first: int) -> Iterator[list[Job]]:
     """Seed by seed, so that an interrupted study has tables of fewer seeds; the learning rates are chosen with the
     first seed; then what needs the runs of others, maybe of all seeds."""
     recipes = _recipes(letters)
     if any(recipe.teacher for recipe in recipes) and runs.BASELINE not in recipes:
         recipes.insert(0, runs.BASELINE)
     families = {recipe.family for recipe in recipes}
-    for seed in settings.seeds:
+    for seed in seeds:
         yield [Job("tokens", None, seed, name) for name in dict.fromkeys(recipe.encoders for recipe in recipes)]
-        if seed == settings.seeds[0]:
+        if seed == first:
             yield [Job("sweep", recipe, seed) for recipe in SWEEP if recipe.family in families]
         yield [Job("demo", recipe, seed) for recipe in recipes if not recipe.depends]
-    yield [Job("demo", recipe, seed) for seed in settings.seeds for recipe in recipes if recipe.depends]
+    yield [Job("demo", recipe, seed) for seed in seeds for recipe in recipes if recipe.depends]
 
 
 def _recipes(letters: Sequence[str]) -> list[Recipe]:
