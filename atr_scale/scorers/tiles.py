@@ -1,4 +1,4 @@
-"""Scores of all pairs, tile by tile, each tile computed again in the backward pass: memory is that of one tile.
+"""Scores of all pairs, tile by tile, computed again in the backward pass: memory is that of one tile.
 
 Shape suffixes: B sequences, T tokens, D width; R rows and C columns of all scores, r and c those of a tile.
 """
@@ -34,10 +34,12 @@ def score_tiles(
     """[R, C] from function(rows of a tile, columns of a tile) -> [r, c].
 
     rows, columns: tensors whose first axis is that of the scores; `tile` is the largest (r, c). Random numbers are
-    replayed in the backward pass.
+    replayed in the backward pass. The last tile is not computed again: it comes first there, before any other is alive.
     """
-    parts = split(columns, tile[1])
-    return torch.cat([torch.cat([recomputed(function, r, c) for c in parts], 1) for r in split(rows, tile[0])])
+    stripes, parts = split(rows, tile[0]), split(columns, tile[1])
+    *tiles, last = [(r, c) for r in stripes for c in parts]
+    scores = [*(recomputed(function, r, c) for r, c in tiles), function(*last)]
+    return torch.cat([torch.cat(scores[k : k + len(parts)], 1) for k in range(0, len(scores), len(parts))])
 
 
 def in_groups(function: Callable[..., Tensors], tensors: Tensors, rows: int) -> Tensors:

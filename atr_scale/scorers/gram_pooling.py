@@ -1,0 +1,261 @@
+"""Text-aware attention pooling from Gram matrices, exact in scores and gradients, without a vector of width D a pair.
+
+Shape suffixes: i texts, j clips, f (and g) frames, D width, K attention width, m metrics.
+
+All that follows the attention is affine in its weights w, up to the factors of LayerNorm. Hence, with the clip's values
+X [f, K], the variances and the length of the pooled vector are quadratic forms w (X M X') w: a metric M [K, K] comes
+from the parameters alone, a Gram matrix X M X' [f, g] from one clip. The product with the caption's vector is w . X n,
+with n [K] from the caption alone.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from atr_scale.parallel.blocks import at_least_fp32
+from atr_scale.scorers.scorer import without_autocast
+from atr_scale.scorers.tiles import Tensors
+
+EPS = 1e-5  # inside every LayerNorm
+SHORTEST = 1e-12  # lower bound of a vector's length, as in torch.nn.functional.normalize
+Statistics = tuple[Tensor, Tensor, Tensor]  # a product, quadratic forms and linear forms: [j, i], [j, m, i], [j, 3, i]
+FORMS = 3  # linear forms of w, besides the quadratic ones
+
+
+class Metrics(NamedTuple):
+    """What the parameters behind the attention amount to. `matching` and `offsets` are for captions' unit vectors."""
+
+    matching: Tensor  # [K, D]
+    offsets: Tensor  # [2, D]
+    quadratic: Tensor  # [K, m K]: the metrics side by side
+    linear: Tensor  # [3, K]
+    constants: Tensor  # [4]
+
+
+def metrics_of(out: Tensor, scale: Tensor, shift: Tensor, *block: Tensor) -> Metrics:
+    """W_O [K, D]; scale and shift [D] of the last LayerNorm; of a residual block those of its LayerNorm, its Linear's
+    weight and its bias.
+
+    What the last LayerNorm gets is, centred, r (w X) a + u, with one factor r a pair (without a block r = 1, u = 0).
+    """
+    a = out = _centred(out)
+    u = torch.zeros_like(shift)
+    if block:
+        inner_scale, inner_shift, weight, bias = block
+        scaled = out * inner_scale
+        a = _centred(scaled + linear(scaled, weight))
+        u = _centred(inner_shift + linear(inner_shift, weight, bias))
+    scaled_a, scaled_u = a * scale, u * scale
+    quadratic = [a @ a.T, scaled_a @ scaled_a.T] + ([out @ out.T] if block else [])
+    forms = torch.stack([a @ u, scaled_a @ scaled_u, scaled_a @ shift])
+    constants = torch.stack([u @ u, scaled_u @ scaled_u, scaled_u @ shift, shift @ shift])
+    return Metrics(scaled_a, torch.stack([scaled_u, shift]), torch.cat(quadratic, 1), forms, constants)
+
+
+class GramScores(torch.autograd.Function):
+    """Scores [i, j] of all pairs, tile_size = (texts, clips) at once; their gradients by the formulas, without a graph.
+
+    query, matched, offsets: [i, K], [i, K], [i, 2], captions as the attention, the values and the last shift see them.
+    tokens, mask: frames [j, f, D] of any floating dtype, normalised here to mean 0 and variance 1, and [j, f].
+    projection, bias: [2K, D] and [2K], keys over values of normalised frames.
+    quadratic, forms, constants: of Metrics; dim: D.
+
+    Kept for the backward pass: keys, values, Gram matrices. Normalised frames and tiles are computed again. With `few`
+    texts, fewer than a frame's value has numbers, it pays to keep tiles and to spare keys: `projection` and `bias` are
+    of values alone, `query` [i, D] has passed the keys' projection, and frames are their own keys.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        matched: Tensor,
+        offsets: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        projection: Tensor,
+        bias: Tensor,
+        quadratic: Tensor,
+        forms: Tensor,
+        constants: Tensor,
+        dim: int,
+        tile_size: tuple[int, int],
+        few: bool,
+    ) -> Tensor:
+        scores, kept = query.new_empty(len(query), len(tokens)), []
+        for clips in _slices(len(tokens), tile_size[1]):
+            frames, _, _ = _normalised(at_least_fp32(tokens[clips]))
+            projected = linear(frames, projection, bias)
+            key, value = _key_and_value(frames, projected, few)
+            mapped = (value.flatten(0, 1) @ quadratic).view(len(value), -1, value.shape[2])  # [j, f m, K]
+            table = torch.cat([mapped @ value.mT, (value @ forms.T).mT], 1)  # [j, f m + 3, g]
+            kept += [projected, table, *([mapped] if few else [])]
+            for texts in _slices(len(query), tile_size[0]):
+                tile = _Tile.of(query[texts], matched[texts], key, value, mask[clips], table)
+                kept += tile if few else []
+                scores[texts, clips] = _cosines(dim, *tile.statistics, offsets[texts], constants).T
+        ctx.save_for_backward(query, matched, offsets, tokens, mask, projection, quadratic, forms, constants, *kept)
+        ctx.dim, ctx.tile_size, ctx.few = dim, tile_size, few
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, matched, offsets, tokens, mask, projection, quadratic, forms, constants, *kept = ctx.saved_tensors
+        by_scores, rest, few = grads[0], iter(kept), ctx.few
+        by_query, by_matched, by_offsets, by_projection, by_bias, by_quadratic, by_forms, by_constants = (
+            torch.zeros_like(x)
+            for x in (query, matched, offsets, projection, projection[:, 0], quadratic, forms, constants)
+        )
+        by_tokens = torch.empty_like(tokens)
+        with without_autocast(tokens):
+            for clips in _slices(len(tokens), ctx.tile_size[1]):
+                frames, mean, scale = _normalised(wide := at_least_fp32(tokens[clips]))
+                projected, table = next(rest), next(rest)
+                by_frames, by_projected, by_table = (torch.zeros_like(x) for x in (frames, projected, table))
+                key, value = _key_and_value(frames, projected, few)
+                by_key, by_value = _key_and_value(by_frames, by_projected, few)
+                mapped = next(rest) if few else None
+                for texts in _slices(len(query), ctx.tile_size[0]):
+                    if few:
+                        tile = _Tile(*islice(rest, len(_Tile._fields)))
+                    else:
+                        tile = _Tile.of(query[texts], matched[texts], key, value, mask[clips], table)
+                    by_statistics, (by_these_offsets, by_these_constants) = _cosine_gradients(
+                        ctx.dim, tile.statistics, (offsets[texts], constants), by_scores[texts, clips].T
+                    )
+                    by_offsets[texts] += by_these_offsets
+                    by_constants += by_these_constants
+                    by_logits, by_found, by_along = tile.gradients(table, by_statistics)
+                    by_table.baddbmm_(by_along, tile.weight.mT)
+                    _add_factor_gradients(by_logits, key, query[texts], by_key, by_query[texts])
+                    _add_factor_gradients(by_found, value, matched[texts], by_value, by_matched[texts])
+                # A Gram matrix' gradient is symmetric, as a sum over pairs of w w'.
+                by_grams, by_form_rows = by_table[:, :-FORMS], by_table[:, -FORMS:].mT.flatten(0, 1)
+                values, by_values = value.flatten(0, 1), by_value.flatten(0, 1)
+                by_mapped = (by_grams @ value).view(len(values), -1)  # [j f, m K]
+                by_quadratic.addmm_(values.T, by_mapped)
+                if mapped is None:
+                    by_values.addmm_(by_mapped, quadratic.T, alpha=2)
+                else:
+                    by_value.baddbmm_(by_grams.mT, mapped, alpha=2)
+                by_values.addmm_(by_form_rows, forms)
+                by_forms.addmm_(by_form_rows.T, values)
+                by_rows = by_projected.flatten(0, 1)
+                by_projection.addmm_(by_rows.T, frames.flatten(0, 1))
+                by_bias += by_rows.sum(0)
+                by_frames.flatten(0, 1).addmm_(by_rows, projection)
+                by_tokens[clips] = torch.ops.aten.native_layer_norm_backward(
+                    by_frames, wide, wide.shape[2:], mean, scale, None, None, [True, False, False]
+                )[0]
+        by_texts, by_weights = (by_query, by_matched, by_offsets), (by_projection, by_bias)
+        return *by_texts, by_tokens, None, *by_weights, by_quadratic, by_forms, by_constants, None, None, None
+
+
+class _Tile(NamedTuple):
+    """Some captions against some clips."""
+
+    weight: Tensor  # [j, f, i]
+    found: Tensor  # [j, f, i]: X n
+    along: Tensor  # [j, f m + 3, i]: Gram matrices and forms, times weights
+    dot: Tensor  # [j, i]: w . X n
+    quadratic: Tensor  # [j, m, i]
+
+    @staticmethod
+    def of(query: Tensor, matched: Tensor, key: Tensor, value: Tensor, mask: Tensor, table: Tensor) -> _Tile:
+        weight, found = attention(query, key, mask), products(value, matched)
+        along = table @ weight
+        quadratic = (_by_metric(along, weight) * weight.unsqueeze(2)).sum(1)
+        return _Tile(weight, found, along, (found * weight).sum(1), quadratic)
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.dot, self.quadratic, self.along[:, -FORMS:]
+
+    def gradients(self, table: Tensor, by_statistics: Statistics) -> Tensors:
+        """Gradients of the attention's logits [j, f, i], of `found`, and what times weights is that of `table`."""
+        weight, (by_dot, by_quadratic, by_forms) = self.weight, by_statistics
+        mean = by_dot * self.dot + 2 * (by_quadratic * self.quadratic).sum(1) + (by_forms * self.statistics[2]).sum(1)
+        by_weight = self.found * by_dot.unsqueeze(1)
+        for along, by_values in zip(_by_metric(self.along, weight).unbind(2), by_quadratic.unbind(1), strict=True):
+            by_weight.addcmul_(along, by_values.unsqueeze(1), value=2)
+        by_weight.baddbmm_(table[:, -FORMS:].mT, by_forms)
+        by_logits = by_weight.sub_(mean.unsqueeze(1)).mul_(weight)  # `mean` is that of by_weight under the weights
+        by_along = torch.empty_like(self.along)
+        torch.mul(weight.unsqueeze(2), by_quadratic.unsqueeze(1), out=_by_metric(by_along, weight))
+        by_along[:, -FORMS:] = by_forms
+        return by_logits, weight * by_dot.unsqueeze(1), by_along
+
+
+def attention(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+    """Weights [j, f, i] over real frames; texts come last, so that sums over frames run along memory."""
+    lowest = torch.finfo(query.dtype).min  # not -inf, which makes NaN of a clip without frames
+    logits = products(key, query).masked_fill_(~mask.unsqueeze(-1), lowest)
+    return logits.softmax(1)
+
+
+def products(frames: Tensor, texts: Tensor) -> Tensor:
+    """[j, f, K] and [i, K] -> [j, f, i], as one matrix product."""
+    return (frames.flatten(0, 1) @ texts.T).unflatten(0, frames.shape[:2])
+
+
+def _add_factor_gradients(grad: Tensor, frames: Tensor, texts: Tensor, by_frames: Tensor, by_texts: Tensor) -> None:
+    """What a gradient [j, f, i] of `products` means for its factors."""
+    rows = grad.flatten(0, 1)
+    by_frames.flatten(0, 1).addmm_(rows, texts)
+    by_texts.addmm_(rows.T, frames.flatten(0, 1))
+
+
+def _by_metric(along: Tensor, weight: Tensor) -> Tensor:
+    """View [j, f, m, i] of the Gram matrices' part of `along`."""
+    return along[:, :-FORMS].unflatten(1, (weight.shape[1], -1))
+
+
+def _cosines(dim: int, dot: Tensor, quadratic: Tensor, forms: Tensor, offsets: Tensor, constants: Tensor) -> Tensor:
+    """Scores [j, i], every EPS in its place."""
+    spread, length, *inner = quadratic.unbind(1)
+    along_u, along_scaled_u, along_shift = forms.unbind(1)
+    uu, scaled_uu, u_shift, shift_shift = constants
+    r = (inner[0] / dim + EPS).rsqrt() if inner else 1.0
+    r_last = ((r * r * spread + 2 * r * along_u + uu) / dim + EPS).rsqrt()
+    dot = r_last * (r * dot + offsets[:, 0]) + offsets[:, 1]
+    squared = r_last.square() * (r * r * length + 2 * r * along_scaled_u + scaled_uu)
+    squared = squared + 2 * r_last * (r * along_shift + u_shift) + shift_shift
+    return dot * squared.clamp(min=SHORTEST**2).rsqrt()
+
+
+def _cosine_gradients(
+    dim: int, statistics: Statistics, of_texts: Tensors, by_scores: Tensor
+) -> tuple[Statistics, Tensors]:
+    """Gradients of the arguments of `_cosines`; a tile has `f` times as many numbers, so that a graph costs little."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (*statistics, *of_texts)]
+        by_dot, by_quadratic, by_forms, *by_texts = torch.autograd.grad(_cosines(dim, *leaves), leaves, by_scores)
+    return (by_dot, by_quadratic, by_forms), tuple(by_texts)
+
+
+def _key_and_value(frames: Tensor, projected: Tensor, few: bool) -> tuple[Tensor, Tensor]:
+    """Views [j, f, K] of keys and values, or of their gradients; see `GramScores` for `few`."""
+    if few:
+        return frames, projected
+    key, value = projected.chunk(2, dim=-1)
+    return key, value
+
+
+def _normalised(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm without its parameters, the means, and one over the deviations."""
+    return torch.native_layer_norm(tokens, tokens.shape[2:], None, None, EPS)
+
+
+def _centred(rows: Tensor) -> Tensor:
+    return rows - rows.mean(-1, keepdim=True)
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(k, min(k + step, length)) for k in range(0, length, step)]
