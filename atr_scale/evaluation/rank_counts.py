@@ -20,7 +20,8 @@ from atr_scale.evaluation.metrics import Ids, Ranks, as_int64, positions, rounds
 from atr_scale.parallel.blocks import at_least_fp32
 from atr_scale.parallel.world import World
 
-ROWS, COLUMNS = 256, 1024  # a tile of 1 MiB stays in the cache; both are multiples of 8, for `_count`
+ROWS, COLUMNS = 512, 1024  # a tile stays in the cache
+BYTES = 128  # truth values added in one byte, see `_count`; it divides ROWS and COLUMNS / 8
 KEPT_TILES = 256  # tiles with positives that are computed once and not twice
 COARSE = 10  # a list is drawn in bfloat16 with this many times its places, and then scored exactly
 
@@ -35,7 +36,7 @@ def vector_ranks(text: Tensor, audio: Tensor, text_audio_ids: Ids, audio_ids: Id
     clips = as_int64(audio_ids)
     clip = positions(as_int64(text_audio_ids), clips)
     text, audio = at_least_fp32(text.detach()), at_least_fp32(audio.detach())
-    if not (text.isfinite().all() and audio.isfinite().all()):
+    if not all(extreme.isfinite() for vectors in (text, audio) for extreme in vectors.aminmax()):
         raise UserError(
             "retrieval scores: vectors are not finite, the model has diverged; evaluate an earlier checkpoint"
         )
@@ -58,6 +59,7 @@ class _Counter:
         ]
         self.buffer = text.new_empty(ROWS, COLUMNS)
         self.mask = torch.zeros(ROWS, COLUMNS, dtype=torch.bool, device=text.device)
+        self.with_positives: set[tuple[int, int]] = set()
         self.kept: dict[tuple[int, int], Tensor] = {}
         self.own = self._own_scores()
         # greater than the next number below = equal or greater
@@ -67,14 +69,18 @@ class _Counter:
         """t2a [T], a2t [T]."""
         t2a, a2t = torch.zeros(2, len(self.text), dtype=torch.int64, device=self.text.device)
         for row in self.stripes:
+            rows = torch.arange(row, min(row + ROWS, len(self.text)), device=self.text.device)
             for column in range(0, len(self.audio), COLUMNS):
                 kept = self.kept.pop((row, column), None)
                 tile = self._tile(row, column, self.buffer) if kept is None else kept
-                t2a[row : row + len(tile)] += self._before_in_rows(tile, row, column)
+                positives = (row, column) in self.with_positives
+                t2a[rows] += self._before(tile, 1, rows, self.clip[rows] - column, positives)
                 for texts, edges in self.rounds:
                     first, last = edges[column // COLUMNS : column // COLUMNS + 2]
                     if first < last:
-                        a2t[texts[first:last]] += self._before_in_columns(tile, row, column, texts[first:last])
+                        some = texts[first:last]
+                        part = tile if len(some) == tile.shape[1] else tile[:, self.clip[some] - column]
+                        a2t[some] += self._before(part, 0, some, some - row, positives)
         return self._sum(t2a).cpu().numpy() + 1, self._sum(a2t).cpu().numpy() + 1
 
     def _own_scores(self) -> Tensor:
@@ -82,52 +88,47 @@ class _Counter:
         own = self.text.new_zeros(len(self.text))
         for row in self.stripes:
             clip = self.clip[row : row + ROWS]
-            for column in (clip // COLUMNS).unique().tolist():
-                tile = self._tile(row, column * COLUMNS, torch.empty_like(self.buffer))
-                here = (clip // COLUMNS == column).nonzero().squeeze(1)
-                own[row + here] = tile[here, clip[here] - column * COLUMNS]
+            for column in (clip // COLUMNS * COLUMNS).unique().tolist():
+                tile = self._tile(row, column, torch.empty_like(self.buffer))
+                here = (clip // COLUMNS == column // COLUMNS).nonzero().squeeze(1)
+                own[row + here] = tile[here, clip[here] - column]
+                self.with_positives.add((row, column))
                 if len(self.kept) < KEPT_TILES:
-                    self.kept[row, column * COLUMNS] = tile
+                    self.kept[row, column] = tile
         return self._sum(own)
 
-    def _before_in_rows(self, tile: Tensor, row: int, column: int) -> Tensor:
-        """[R]: scores of each row that come before its positive's."""
-        num_rows, width = tile.shape
-        clip, own = self.clip[row : row + num_rows], self.own[row : row + num_rows]
-        passed = clip >= column + width  # all of the tile has a lower index than the positive
-        threshold = torch.where(passed, self.below[row : row + num_rows], own)
-        count = self._count(tile, threshold[:, None], dim=1)
-        inside = ((clip >= column) & ~passed).nonzero().squeeze(1)
-        if len(inside):
-            lower = torch.arange(width, device=tile.device) < (clip[inside] - column)[:, None]
-            count[inside] += ((tile[inside] == own[inside, None]) & lower).sum(1)
-        return count
+    def _before(self, tile: Tensor, dim: int, texts: Tensor, place: Tensor, positives: bool) -> Tensor:
+        """[n]: for each line of the tile (rows: dim 1, columns: dim 0), how many of its scores come before the own
+        score of the text that is asked for, texts [n].
 
-    def _before_in_columns(self, tile: Tensor, row: int, column: int, texts: Tensor) -> Tensor:
-        """[n]: for texts [n] of n audios of the tile, scores of the audio's column that come before the text's."""
-        columns = self.clip[texts] - column
-        part = tile if len(texts) == tile.shape[1] else tile[:, columns]
-        own = self.own[texts]
-        passed = texts >= row + len(tile)
-        count = self._count(part, torch.where(passed, self.below[texts], own), dim=0)
-        inside = ((texts >= row) & ~passed).nonzero().squeeze(1)
-        if len(inside):
-            lower = torch.arange(len(tile), device=tile.device)[:, None] < texts[inside] - row
-            count[inside] += ((part[:, inside] == own[inside]) & lower).sum(0)
+        place [n]: where the positive lies along the line, counted from the tile's first score. positives: whether any
+        lies inside the tile.
+        """
+        size, own, below = tile.shape[dim], self.own[texts], self.below[texts]
+        # Equal scores count where all of the tile has a lower index than the positive.
+        count = self._count(tile, torch.where(place >= size, below, own), dim)
+        if positives:
+            inside = (place >= 0) & (place < size)
+            equal = self._count(tile, below, dim) - count  # the positive itself is one of them
+            tied = (inside & (equal > 1)).nonzero().squeeze(1)
+            lines = tile[tied] if dim == 1 else tile[:, tied].T
+            lower = torch.arange(size, device=tile.device) < place[tied, None]
+            count[tied] += ((lines == own[tied, None]) & lower).sum(1)
         return count
 
     def _count(self, tile: Tensor, threshold: Tensor, dim: int) -> Tensor:
-        """How many of the tile are above the threshold, in each row (dim 1) or column (dim 0)."""
+        """[n]: how many scores of each line are above its threshold [n]."""
         num_rows, width = tile.shape
-        if width % 8 or num_rows < ROWS:
+        if width < COLUMNS or num_rows < ROWS:
             self.mask.zero_()
-        _greater(tile, threshold, self.mask[:num_rows, :width])
-        # Truth values are bytes: added as 64-bit words, eight at a time, up to 255 of them before a byte is full.
+        _greater(tile, threshold[:, None] if dim == 1 else threshold, self.mask[:num_rows, :width])
+        # A truth value is a byte: as 64-bit words eight are added at once, and up to 255 words before a byte is full.
         words = self.mask.view(torch.int64)
         if dim == 1:
-            return words[:num_rows, : -(-width // 8)].sum(1).view(torch.uint8).view(num_rows, 8).sum(1)
-        halves = words[:, : -(-width // 8)].reshape(2, ROWS // 2, -1).sum(1)
-        return halves.view(torch.uint8).view(2, -1).sum(0)[:width]
+            bytes_ = words[:num_rows].reshape(-1, BYTES).sum(1).view(torch.uint8)
+            return bytes_.view(num_rows, -1).sum(1)
+        bytes_ = words.view(-1, BYTES, words.shape[1]).sum(1).view(torch.uint8)
+        return bytes_.sum(0)[:width]
 
     def _tile(self, row: int, column: int, buffer: Tensor) -> Tensor:
         """[R, W] in the buffer: the same call for the same tile, hence the same bits."""
