@@ -176,6 +176,47 @@ def train(context: typer.Context) -> None:
 
 
 @app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="YAML file of a run")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value]...")] = None,
+    gpu: Annotated[str, typer.Option(help="H200, H100, A100-80, A100-40, L40S, A10, L4, V100 or RTX4090")] = "H100",
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    price: Annotated[float | None, typer.Option(min=0, help="USD a GPU hour; default: the table's")] = None,
+    clips: Annotated[int, typer.Option(min=1, help="of the training set; default: WavCaps")] = 403_050,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="word pieces a caption; default: data.captions.max_tokens")
+    ] = None,
+    decode_ms: Annotated[
+        float, typer.Option(min=0, help="of one core for 10 s of audio: 4.5 for flac, 0.11 for pcm16")
+    ] = 4.5,
+    out: Annotated[Path | None, typer.Option(help="folder for plan.json and plan.png")] = None,
+) -> None:
+    """Say what a run will take before it starts: memory, network, time and cost, for this cluster and for 1 to 1024
+    GPUs. Neither data nor weights nor a GPU are needed.
+
+    Example: atr-scale plan configs/pretrain_wavcaps.yaml train.global_batch_size=4096 --gpu H100 --nodes 2
+    """
+    from atr_scale.config import load_config
+    from atr_scale.planner.gpus import find_gpu
+    from atr_scale.planner.planner import make_plan
+    from atr_scale.planner.report import text, write
+
+    planned = make_plan(
+        load_config(config, overrides or ()),
+        find_gpu(gpu).with_price(price),
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        clips=clips,
+        tokens=tokens,
+        decode_s=decode_ms / 1e4,
+    )
+    print(text(planned))
+    for path in write(planned, out) if out else ():
+        print(path)
+
+
+@app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(help="run folder (its best checkpoint) or a checkpoints/step-N")],
     shards: Annotated[str | None, typer.Option(help="shards of the split; default: the run's own")] = None,

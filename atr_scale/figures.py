@@ -178,6 +178,40 @@ def heatmap(
     return figure
 
 
+def scaling(
+    sizes: Sequence[int],
+    rates: Sequence[float],
+    seconds: Mapping[str, Sequence[float]],
+    memory: Sequence[Mapping[str, float]],
+    capacity: float,
+    title: str,
+) -> Figure:
+    """A plan over numbers of GPUs: clips/s against ideal, ms of an update by bound, GiB of a GPU by part."""
+    figure, (left, middle, right) = _figures(1, 3, (12.6, 3.6))
+    _dress(left, f"speed, {title}", "GPUs", "clips / s")
+    left.loglog(sizes, rates, color=BLUE, marker="o", markersize=3, label="planned")
+    left.loglog(sizes, [rates[0] * n / sizes[0] for n in sizes], "--", color=GREY, linewidth=1, label="ideal")
+    left.legend(frameon=False)
+    _dress(middle, "time of an update", "GPUs", "ms")
+    _stack(middle, sizes, {name: [1e3 * x for x in values] for name, values in seconds.items() if name != "loader"})
+    middle.plot(range(len(sizes)), [1e3 * x for x in seconds["loader"]], color=RED, label="loader, beside it")
+    middle.legend(frameon=False, fontsize=8)
+    _dress(right, "memory of a GPU at its peak", "GPUs", "GiB")
+    _stack(right, sizes, {name: [parts[name] for parts in memory] for name in memory[0]})
+    right.axhline(capacity, color=RED, linewidth=1, linestyle="--")
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _stack(ax: Axes, sizes: Sequence[int], parts: Mapping[str, Sequence[float]]) -> None:
+    """Stacked bars, one a size."""
+    place, bottom = np.arange(len(sizes)), np.zeros(len(sizes))
+    for (name, values), colour in zip(parts.items(), cycle(COLOURS), strict=False):
+        ax.bar(place, values, bottom=bottom, color=colour, label=name)
+        bottom += np.asarray(values)
+    ax.set_xticks(place, [str(size) for size in sizes], rotation=45)
+
+
 def _rank_bins(candidates: int) -> list[int]:
     """Lower edges 1, 2, 3, 6, 11, 21, 51, 101, ... and the end."""
     tops = (digit * 10**power for power in range(9) for digit in (1, 2, 5))

@@ -1,0 +1,5 @@
+"""What a run will take, before it starts: memory, network, time and cost.
+
+architecture (the model without weights) -> measure (its costs, operation by operation)
+    -> estimate (what they mean on a GPU, in a cluster) -> planner (the sizes that are asked for) -> report
+"""

@@ -1,0 +1,93 @@
+"""The model of a configuration without weights: what its sizes follow from, and nothing to download where a text
+encoder is a known one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from atr_scale.config import RunConfig
+from atr_scale.encoders.text import DROPOUTS, TextEncoder, quiet_transformers
+from atr_scale.errors import UserError
+from atr_scale.model import Retriever
+from atr_scale.training.layers import freeze
+
+# Sizes from the published config.json of each: (family, settings that differ from the family's defaults).
+_MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+_ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1}
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+KNOWN_TEXT_ENCODERS: dict[str, tuple[str, dict[str, int]]] = {
+    "bert-base-uncased": ("bert", {}),
+    "bert-large-uncased": ("bert", _LARGE),
+    "roberta-base": ("roberta", _ROBERTA),
+    "roberta-large": ("roberta", {**_ROBERTA, **_LARGE}),
+    "distilbert-base-uncased": ("distilbert", {}),
+    "sentence-transformers/all-MiniLM-L6-v2": ("bert", _MINILM),
+    "sentence-transformers/all-mpnet-base-v2": ("mpnet", {"vocab_size": 30527, "max_position_embeddings": 514}),
+}
+
+
+def build(config: RunConfig) -> Retriever:
+    """The retriever as it is trained, frozen layers included: audio encoder and heads with random weights, the text
+    encoder on the meta device. UserError as the run itself would raise it."""
+    section = config.model.model_copy(deep=True)
+    section.audio.checkpoint = None
+    section.audio.compile = section.text.compile = False
+    section.audio.spec_augment = None  # its draws read the waveform
+    model = Retriever(section, config.objective, text_encoder=_text_encoder(config))
+    freeze(model, config.train)
+    return model.train()
+
+
+def become_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """In the place of all parameters and buffers, tensors of their shapes without values, as if on a CPU."""
+    with mode:
+        for part in module.modules():
+            for name, value in part._parameters.items():
+                if value is not None:
+                    part._parameters[name] = nn.Parameter(
+                        torch.empty(value.shape, dtype=value.dtype), value.requires_grad
+                    )
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _text_encoder(config: RunConfig) -> TextEncoder:
+    from transformers import AutoModel
+
+    options = config.model.text
+    with quiet_transformers(), torch.device("meta"):
+        settings = _settings(options.name)
+        for name in DROPOUTS:
+            if options.dropout is not None and hasattr(settings, name):
+                setattr(settings, name, options.dropout)
+        attention: dict[str, Any] = {"attn_implementation": "eager"} if options.attention == "eager" else {}
+        try:
+            transformer = AutoModel.from_config(settings, add_pooling_layer=False, **attention)
+        except TypeError:  # families without a pooling layer do not know the argument
+            transformer = AutoModel.from_config(settings, **attention)
+    if options.activation_checkpointing:
+        transformer.activation_checkpointing_enable({"use_reentrant": False})
+    return TextEncoder(transformer, set(), options)
+
+
+def _settings(name: str) -> Any:
+    from transformers import AutoConfig
+
+    if name in KNOWN_TEXT_ENCODERS and not Path(name).is_dir():
+        family, sizes = KNOWN_TEXT_ENCODERS[name]
+        return AutoConfig.for_model(family, **sizes)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160].rstrip(".")
+        raise UserError(
+            f"no config.json of the text encoder '{name}' ({reason}): give a folder, or one of "
+            f"{', '.join(KNOWN_TEXT_ENCODERS)}"
+        ) from None

@@ -1,0 +1,259 @@
+"""The costs of the real model, measured without its data and without a GPU.
+
+The encoders run on tensors without values, in batches of two sizes: what every operation costs is linear in the batch.
+Scorer and objective run for real on a few pairs, as one rank among several whose collectives are recorded: their costs
+are linear in the texts B of the global batch, in the audios b of the rank, and in the pairs B b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from atr_scale.correspondences import Correspondences, Table
+from atr_scale.data.batch import Batch
+from atr_scale.encoders.windows import window_starts
+from atr_scale.model import AUTOCAST, Encoded, Retriever
+from atr_scale.objectives.tiled import soft_cross_entropy
+from atr_scale.planner.architecture import become_fake
+from atr_scale.planner.ops import Collective, OpTable, Recorder
+from atr_scale.sequence import TokenSequence
+
+ROWS = (4, 8)  # of the encoders' two runs
+SHARES, RANKS = (1, 2), (2, 3)  # audios a rank and ranks of the heads' runs
+PHASES = ("text forward", "audio forward", "audio backward", "text backward")
+
+
+@dataclass(frozen=True)
+class EncoderCosts:
+    """Every operation of the encoders' forward and backward, linear in the rows; ends: of PHASES in the operations.
+
+    outputs: what the heads read, of one row, on tensors without values.
+    """
+
+    base: OpTable
+    slope: OpTable
+    ends: tuple[int, ...]
+    outputs: Encoded
+
+    def at(self, rows: int) -> OpTable:
+        """The operations for so many rows in one forward."""
+
+        def line(base: NDArray[np.float64], slope: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.maximum(base + slope * rows, 0)
+
+        a, s = self.base, self.slope
+        columns = ("flops", "low", "nbytes", "live", "gradients")
+        return OpTable(a.names, *(line(getattr(a, name), getattr(s, name)) for name in columns))
+
+    def phase(self, name: str) -> slice:
+        number = PHASES.index(name)
+        return slice(self.ends[number - 1] if number else 0, self.ends[number])
+
+
+@dataclass(frozen=True)
+class HeadCosts:
+    """Scorer and objective, forward and backward, at B texts and b audios of this rank.
+
+    terms: name -> coefficients of 1, b, B and B b. Names: flops (fp32), nbytes (of operations without FLOPs), kept
+    (bytes alive after the scorer and the loss) and peak (at the most). ops: operations for one tile. collectives: per
+    call its name, dtype, and bytes given as coefficients of 1 and b (gathers) or of 1 and B (all others).
+    """
+
+    terms: dict[str, NDArray[np.float64]]
+    ops: int
+    collectives: list[tuple[str, torch.dtype, tuple[float, float]]]
+
+    def at(self, name: str, texts: int, audios: int) -> float:
+        return float(self.terms[name] @ _features(texts, audios))
+
+
+def measure_encoders(model: Retriever, seconds: float, tokens: int, gpu: bool = True) -> EncoderCosts:
+    """Forward and backward of both encoders and projections. Afterwards their parameters have no values.
+
+    seconds: length of the clips; tokens: word pieces of the captions. gpu: the operations and dtypes of a GPU instead
+    of a CPU's.
+    """
+    mode = FakeTensorMode()
+    for part in (model.audio_encoder, model.audio_projection, model.text_encoder, model.text_projection):
+        become_fake(part, mode)
+    runs = [_run_encoders(model, mode, rows, seconds, tokens, gpu) for rows in ROWS]
+    (first, ends, outputs), (second, _, _) = runs
+    assert first.names == second.names, "another batch size runs other operations"
+    span = ROWS[1] - ROWS[0]
+    columns = ("flops", "low", "nbytes", "live", "gradients")
+    slopes = [(getattr(second, name) - getattr(first, name)) / span for name in columns]
+    bases = [getattr(first, name) - ROWS[0] * slope for name, slope in zip(columns, slopes, strict=True)]
+    return EncoderCosts(OpTable(first.names, *bases), OpTable(first.names, *slopes), ends, outputs)
+
+
+def _run_encoders(
+    model: Retriever, mode: FakeTensorMode, rows: int, seconds: float, tokens: int, gpu: bool
+) -> tuple[OpTable, tuple[int, ...], Encoded]:
+    handles: list[Any] = []
+    dtype = AUTOCAST.get(model.precision)
+    # Without a GPU there is no autocast for one: a CPU's, and what a GPU's does otherwise.
+    autocast = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+    policy = _GPUOperations(dtype is not None) if gpu else nullcontext()
+    known = [x for part in model.children() for x in (*part.parameters(), *part.buffers())]
+    with mode, Recorder(known) as recorder, policy:
+        handles = recorder.watch_gradients(model)
+        with autocast:
+            ids = torch.zeros(rows, tokens, dtype=torch.int64)
+            text = model.text_projection(model.text_encoder(ids, torch.ones_like(ids)), model.scorer.reads_words)
+        ends = [len(recorder.rows)]
+        with autocast:
+            audio = model.audio_projection(_encode_audio(model, rows, seconds), model.scorer.reads_frames)
+        ends.append(len(recorder.rows))
+        for sequence, tokens_read in ((audio, model.scorer.reads_frames), (text, model.scorer.reads_words)):
+            outputs = [x for x, read in ((sequence.tokens, tokens_read), (sequence.pooled, True)) if read]
+            outputs = [x for x in outputs if x.requires_grad]
+            torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+            ends.append(len(recorder.rows))
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    return recorder.table(), tuple(ends), Encoded(text, audio)
+
+
+def _encode_audio(model: Retriever, rows: int, seconds: float) -> TokenSequence:
+    """Clips of one length. Windows become rows, as `AudioEncoder.forward` makes them; tensors without values cannot be
+    joined by their masks, so the tokens of the last window are all real here."""
+    encoder = model.audio_encoder
+    samples = round(seconds * encoder.sample_rate)
+    if encoder.window is None or samples <= encoder.window:
+        return encoder.encode(torch.zeros(rows, samples))
+    count = len(window_starts(samples, encoder.window, encoder.window_hop))
+    found = encoder.encode(torch.zeros(rows * count, encoder.window))
+    tokens = found.tokens.reshape(rows, -1, found.tokens.shape[-1])
+    return TokenSequence(tokens, found.mask.reshape(rows, -1), found.pooled.unflatten(0, (rows, count)).mean(1))
+
+
+class _GPUOperations(TorchFunctionMode):
+    """What a GPU does and a CPU does not: fused attention also with dropout; autocast to fp32 of norms and softmax."""
+
+    IN_FP32 = (functional.layer_norm, functional.group_norm, functional.softmax, torch.softmax, Tensor.softmax)
+
+    def __init__(self, autocast: bool) -> None:
+        super().__init__()
+        self.autocast = autocast
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is functional.scaled_dot_product_attention:
+            args, kwargs["dropout_p"] = args[:4], 0.0
+        elif self.autocast and func in self.IN_FP32 and args and args[0].is_floating_point():
+            args = (args[0].float(), *args[1:])
+        return func(*args, **kwargs)
+
+
+def measure_heads(model: Retriever, outputs: Encoded, teachers: list[int]) -> HeadCosts:
+    """Scorer and objective of `model` on what its encoders give out; teachers: widths of the distillation tables.
+
+    Opens and closes process groups of its own: none may be open.
+    """
+    rows, found = [], []
+    for share in SHARES:
+        for size in RANKS:
+            rows.append(_features(share * size, share))
+            found.append(_run_heads(model, outputs, teachers, share, size))
+    names = found[0][0]
+    values = np.array([[values[name] for name in names] for values, _, _ in found])
+    coefficients = np.linalg.solve(np.array(rows), values)
+    terms = {name: coefficients[:, number] for number, name in enumerate(names)}
+    ops = found[-1][2]
+    first, second = found[0][1], found[len(RANKS)][1]  # of one and of two audios a rank, among equally many ranks
+    return HeadCosts(terms, ops, [_line(a, b) for a, b in zip(first, second, strict=True)])
+
+
+def _features(texts: float, audios: float) -> NDArray[np.float64]:
+    return np.array([1.0, audios, texts, texts * audios])
+
+
+def _line(one: Collective, two: Collective) -> tuple[str, torch.dtype, tuple[float, float]]:
+    assert (one.name, one.dtype) == (two.name, two.dtype), "another batch size calls other collectives"
+    step = SHARES[1] - SHARES[0] if one.name.startswith("allgather") else RANKS[0] * (SHARES[1] - SHARES[0])
+    slope = (two.nbytes - one.nbytes) / step
+    start = SHARES[0] if one.name.startswith("allgather") else RANKS[0] * SHARES[0]
+    return one.name, one.dtype, (one.nbytes - slope * start, slope)
+
+
+def _run_heads(
+    model: Retriever, outputs: Encoded, teachers: list[int], share: int, size: int
+) -> tuple[dict[str, float], list[Collective], int]:
+    encoded = Encoded(*(_some_rows(side, share) for side in outputs))
+    ids = torch.arange(share)
+    nothing = torch.zeros(share, 0, dtype=torch.int64)
+    batch = Batch(torch.zeros(share, 0), torch.zeros_like(ids), nothing, nothing, ids, ids, torch.zeros_like(ids))
+    model.teacher = _teacher(teachers, share) if teachers else None
+    leaves = [x for side in encoded for x in (side.tokens, side.pooled)]
+    with _ranks(size), _nothing_kept(), Recorder([*model.parameters(), *leaves]) as recorder:
+        loss = model(batch, encoded=encoded)["loss"]
+        forward = len(recorder.rows)
+        loss.backward()
+    model.zero_grad()
+    table = recorder.table()
+    return (
+        {
+            "flops": table.flops.sum(),
+            "nbytes": table.nbytes[table.flops == 0].sum(),
+            "kept": table.live[forward - 1],
+            "peak": table.live.max(),
+        },
+        recorder.collectives,
+        len(table.names),
+    )
+
+
+def _some_rows(sequence: TokenSequence, rows: int) -> TokenSequence:
+    """Random leaves of the shapes and dtypes of `sequence`."""
+
+    def leaf(x: Tensor) -> Tensor:
+        return torch.randn(rows, *x.shape[1:]).to(x.dtype).requires_grad_()
+
+    return TokenSequence(
+        leaf(sequence.tokens), torch.ones(rows, sequence.mask.shape[1], dtype=torch.bool), leaf(sequence.pooled)
+    )
+
+
+def _teacher(widths: list[int], rows: int) -> Correspondences:
+    ids = torch.arange(rows)
+    table = Table("planned", ids, ids, torch.zeros_like(ids), {})
+    values = [torch.randn(rows, width).half() for width in widths]
+    return Correspondences([Table(**{**vars(table), "values": {"text": x, "audio": x}}) for x in values])
+
+
+@contextmanager
+def _nothing_kept() -> Iterator[None]:
+    """Tiles that small batches keep for the backward pass are computed again, as those of large ones are."""
+    kept = soft_cross_entropy.KEPT_BYTES
+    soft_cross_entropy.KEPT_BYTES = 0
+    try:
+        yield
+    finally:
+        soft_cross_entropy.KEPT_BYTES = kept
+
+
+@contextmanager
+def _ranks(size: int) -> Iterator[None]:
+    """This process as rank 0 of `size`; collectives move nothing: gathers repeat what they are given."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,155 @@
+"""`atr-scale plan`: what a training run needs and costs, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from atr_scale.config import RunConfig
+from atr_scale.errors import UserError
+from atr_scale.model import Retriever, count_parameters
+from atr_scale.planner.architecture import build
+from atr_scale.planner.estimate import Cluster, Costs, Estimate, estimate, fitting_micro_batch, largest_share
+from atr_scale.planner.gpus import GPU
+from atr_scale.planner.measure import measure_encoders, measure_heads
+from atr_scale.training.sharding import Parameters
+
+WAVCAPS_CLIPS = 403_050  # 7,568 h
+SIZES = tuple(2**k for k in range(11))  # GPUs, 1 to 1024
+DECODE_S = 0.00045  # of one core for a second of flac at 32 kHz: 4.5 ms for 10 s
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cluster size. planned: None where the batch does not divide among the GPUs, or not one clip a GPU fits.
+
+    largest: most pairs in one loss that fit, in one forward a rank and with GradCache.
+    """
+
+    world_size: int
+    planned: Estimate | None
+    fits_whole: bool
+    largest: int
+    largest_cached: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked and what was found. epochs: over `clips` clips; parameters: by optimizer group and frozen."""
+
+    config: RunConfig
+    gpu: GPU
+    nodes: int
+    gpus_per_node: int
+    clips: int
+    seconds: float
+    tokens: int
+    epochs: float
+    model: dict[str, int]
+    costs: Costs
+    chosen: Row
+    rows: list[Row]
+
+    def hours(self, planned: Estimate) -> float:
+        """Of the whole run."""
+        return self.epochs * self.clips / planned.rate / 3600
+
+    def cost(self, planned: Estimate) -> float:
+        """USD of the whole run."""
+        return self.hours(planned) * planned.world_size * self.gpu.price
+
+
+def make_plan(
+    config: RunConfig,
+    gpu: GPU,
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    clips: int = WAVCAPS_CLIPS,
+    tokens: int | None = None,
+    decode_s: float = DECODE_S,
+) -> Plan:
+    """Measure the model of `config` and plan its run. decode_s: of one core for a second of audio.
+
+    Reads no shards and needs no GPU. Raises UserError for a batch that does not divide, and where nothing fits.
+    """
+    train, data = config.train, config.data
+    tokens = tokens or data.captions.max_tokens
+    world_size = nodes * gpus_per_node
+    if train.global_batch_size % world_size:
+        raise UserError(
+            f"train.global_batch_size = {train.global_batch_size} does not divide among {nodes} x {gpus_per_node} "
+            f"GPUs: set it to a multiple, for example {-(-train.global_batch_size // world_size) * world_size}"
+        )
+    costs, model = measure(config, data.crop_seconds, tokens)
+
+    def cluster(size: int) -> Cluster:
+        return Cluster(gpu, size, gpus_per_node, decode_s * data.crop_seconds, data.workers)
+
+    chosen = _row(costs, cluster(world_size))
+    if chosen.planned is None:
+        raise UserError(
+            f"not one clip of {data.crop_seconds:g} s with its model fits into {gpu.memory / 2**30:.0f} GiB of a "
+            f"{gpu.name}: give a larger --gpu, train.zero_stage=3, activation_checkpointing, or a shorter crop"
+        )
+    if train.steps is None:
+        assert train.epochs is not None
+        epochs = train.epochs
+    else:
+        epochs = train.steps * chosen.planned.samples / clips
+    rows = [chosen if size == world_size else _row(costs, cluster(size)) for size in SIZES]
+    return Plan(config, gpu, nodes, gpus_per_node, clips, data.crop_seconds, tokens, epochs, model, costs, chosen, rows)
+
+
+def measure(config: RunConfig, seconds: float, tokens: int, gpu: bool = True) -> tuple[Costs, dict[str, int]]:
+    """The costs of a configuration, and its numbers of parameters by group."""
+    # DeepSpeed takes a second to import; --help does without.
+    from atr_scale.training.engine import optimizer_groups
+
+    model = build(config)
+    model.precision = config.train.precision
+    groups = [[p.numel() for p in group["params"]] for group in optimizer_groups(model, config.train)]
+    frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
+    sizes = {name: count_parameters(p for _, p in members) for name, members in model.parameter_groups().items()}
+    encoders = measure_encoders(model, seconds, tokens, gpu)
+    heads = measure_heads(model, encoders.outputs, _teachers(config, model))
+    scorer = model.scorer
+    tile = getattr(scorer, "pairs_per_tile", None)
+    costs = Costs(config, encoders, heads, Parameters(groups, frozen), not scorer.factorised, tile)
+    return costs, {**sizes, "frozen": sum(frozen)}
+
+
+def _teachers(config: RunConfig, model: Retriever) -> list[int]:
+    """Widths of the distillation tables; of one that is not there yet, that of this model."""
+    section = config.objective.distillation
+    if section.weight == 0:
+        return []
+    widths = []
+    for place in section.tables:
+        width = model.audio_projection.dim
+        if Path(place).is_file():
+            try:
+                with safe_open(place, "pt") as file:
+                    if "text" in file.keys():  # noqa: SIM118
+                        width = file.get_slice("text").get_shape()[1]
+            except SafetensorError as error:
+                raise UserError(f"{place} is damaged ({error}): run `atr-scale estimate` again") from None
+        widths.append(width)
+    return widths
+
+
+def _row(costs: Costs, cluster: Cluster) -> Row:
+    train, size = costs.config.train, cluster.world_size
+    batch, micro, fits = train.global_batch_size, None, False
+    if batch % size == 0:
+        share = batch // size
+        most = fitting_micro_batch(costs, cluster, batch)
+        fits = most == share
+        asked = train.micro_batch_size if train.micro_batch_size and share % train.micro_batch_size == 0 else share
+        micro = None if most is None else min(asked, most)
+    planned = None if micro is None else estimate(costs, cluster, batch, micro)
+    largest = largest_share(costs, cluster)
+    small = train.micro_batch_size or max(1, largest // 4)
+    return Row(size, planned, fits, size * largest, size * largest_share(costs, cluster, small) if largest else 0)

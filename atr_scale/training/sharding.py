@@ -1,0 +1,128 @@
+"""What DeepSpeed's ZeRO keeps on a rank and sends between ranks, as this project configures it (`deepspeed_config`).
+
+Everything is fp32: parameters P (trainable or not), gradients G, the optimizer's own copy and its two moments of G.
+
+    stage   kept between updates              added during an update            sent in an update
+    0       P + 2 G                           G + a flat copy (one bucket)      all-reduce G
+    1       P + 3 G / W                       G + bucket                        all-reduce G, all-gather G
+    2       P + 3 G / W                       bucket + flat copy + G / W        all-reduce G, all-gather G
+    3       (P + 3 G) / W + small P + bucket  P whole from its first use on     all-gather P, reduce-scatter G,
+                                                                                all-gather small P
+
+A bucket is allocated whole, however small the model. Stages 1 and 2 of DeepSpeed reduce with all-reduce and keep their
+slice. Stage 3 lets a parameter go only where 1e9 others are used before it is needed again: in models below half of
+that, all of them stay from the forward to the end of the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FP32 = 4  # bytes
+# DeepSpeed's defaults, in numbers, not bytes.
+BUCKET = 500_000_000
+PERSISTENT = 100_000  # stage 3 keeps parameters up to this size on every rank
+REUSE_DISTANCE = 1_000_000_000
+ALIGNMENT = 2  # a group is padded to a multiple of this times the ranks
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Sizes (in numbers) of the trainable parameters by optimizer group, and of the frozen ones."""
+
+    groups: Sequence[Sequence[int]]
+    frozen: Sequence[int] = ()
+
+    @property
+    def trainable(self) -> list[int]:
+        return [size for group in self.groups for size in group]
+
+    def states(self, stage: int, world_size: int) -> dict[str, int]:
+        """Bytes of a rank between two updates, without gradients and buffers."""
+        learned, frozen = sum(self.trainable), sum(self.frozen)
+        if stage == 3:
+            shard = sum(_shard(size, world_size) for size in self.trainable)
+            whole = sum(size for size in (*self.trainable, *self.frozen) if size <= PERSISTENT)
+            parameters = shard + sum(_shard(size, world_size) for size in self.frozen) + whole
+            return {"parameters": FP32 * parameters, "optimizer": FP32 * 3 * shard}
+        if stage == 0:
+            return {"parameters": FP32 * (learned + frozen), "optimizer": FP32 * 2 * learned}
+        partition = sum(_padded(sum(group), world_size) // world_size for group in self.groups)
+        return {"parameters": FP32 * (learned + frozen), "optimizer": FP32 * 3 * partition}
+
+    def gradients(self, stage: int, world_size: int, several_passes: bool) -> int:
+        """Bytes of gradients at the end of a backward pass; several passes before one reduction keep them whole."""
+        learned = sum(self.trainable)
+        return FP32 * (learned if stage < 2 or several_passes else -(-learned // world_size))
+
+    def gathered(self, stage: int) -> int:
+        """Bytes of parameters that stage 3 holds whole from the forward to the backward."""
+        large = sum(size for size in (*self.trainable, *self.frozen) if size > PERSISTENT)
+        return FP32 * min(large, REUSE_DISTANCE) if stage == 3 else 0
+
+    def buffers(self, stage: int) -> tuple[int, int]:
+        """(bytes held during the whole backward, bytes added when its last bucket is reduced)."""
+        last = FP32 * min(sum(self.trainable), BUCKET)
+        return (0 if stage == 0 else FP32 * BUCKET), last
+
+    def transfers(self, stage: int, world_size: int, passes: int = 1) -> list[Transfer]:
+        """What an update sends. passes: forwards over all parameters, which stage 3 gathers for each."""
+        learned = self.trainable
+        norm = Transfer("gradient norm", "all_reduce", (8 if stage == 3 else FP32) * len(self.groups), len(self.groups))
+        if stage == 0:
+            return [Transfer("gradients", "all_reduce", FP32 * sum(learned))]
+        if stage < 3:
+            shares = [_padded(sum(group), world_size) // world_size for group in self.groups]
+            return [
+                Transfer("gradients", "all_reduce", FP32 * sum(learned)),
+                norm,
+                Transfer("parameters", "all_gather", FP32 * sum(shares), len(shares)),
+            ]
+        large = [_shard(size, world_size) for size in (*learned, *self.frozen) if size > PERSISTENT]
+        small = [_shard(size, world_size) for size in learned if size <= PERSISTENT]
+        again = _used_again(learned, world_size)
+        return [
+            Transfer("parameters", "all_gather", FP32 * (passes * sum(large) + again), passes),
+            Transfer("gradients", "reduce_scatter", FP32 * sum(_shard(size, world_size) for size in learned)),
+            norm,
+            Transfer("small parameters", "all_gather", FP32 * sum(small), len(small)),
+        ]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Some collectives of one kind.
+
+    nbytes: what one rank gives to an all-gather or gets from a reduce-scatter, or the size of what is all-reduced.
+    """
+
+    kind: str
+    collective: str
+    nbytes: int
+    calls: int = 1
+
+    def sent(self, world_size: int) -> float:
+        """Bytes that a rank sends (and receives) in a ring, the least that any algorithm needs."""
+        if self.collective == "all_reduce":
+            return 2 * (world_size - 1) / world_size * self.nbytes
+        return (world_size - 1) * float(self.nbytes)
+
+
+def _shard(size: int, world_size: int) -> int:
+    return -(-size // world_size)
+
+
+def _padded(size: int, world_size: int) -> int:
+    unit = ALIGNMENT * world_size
+    return -(-size // unit) * unit
+
+
+def _used_again(sizes: Sequence[int], world_size: int) -> int:
+    """Numbers of a shard that stage 3 has let go of before the backward: those used more than the distance ago."""
+    after, again = sum(sizes), 0
+    for size in sizes:
+        after -= size
+        if 2 * after > REUSE_DISTANCE and size > PERSISTENT:
+            again += _shard(size, world_size)
+    return again
