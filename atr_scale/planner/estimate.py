@@ -250,7 +250,8 @@ def _moments(
         "cached outputs": 2 * cached,
         "buckets": held,
     }
-    yield {**states, "gradients": all_gradients, "buckets": held + last}
+    # Under stage 0 gradients stay beside their flat copy, under the others they have moved into the bucket.
+    yield {**states, "gradients": all_gradients if stage == 0 else 0.0, "buckets": held + last}
 
 
 def _row_bytes(encoders: EncoderCosts) -> float:
