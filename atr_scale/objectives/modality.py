@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atr_scale.parallel.blocks import EmbeddingScores
+from atr_scale.parallel.blocks import ALL, EmbeddingScores, matmul_into
 from atr_scale.parallel.world import World
 
 
@@ -29,7 +29,11 @@ class ModalityScores(EmbeddingScores):
         return (self.audio,)
 
     def new_gradients(self) -> tuple[Tensor, ...]:
-        return (torch.zeros_like(self._audio),)
+        return (torch.zeros_like(self._audio, dtype=self.dtype),)
 
-    def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, stripe_gradient: Tensor) -> None:
-        gradients[0][columns].addmm_(stripe_gradient.T, self._text, alpha=2)
+    def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, gradient: Tensor, rows: slice = ALL) -> None:
+        matmul_into(gradients[0][columns], gradient.T, self._text[rows], alpha=2)
+
+    def inner_product(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """Half of what its vectors received is as columns."""
+        return (gradients[0] * self._audio).sum(dtype=torch.float64) / 2

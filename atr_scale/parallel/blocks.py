@@ -2,9 +2,9 @@
 
 Shape suffixes: B texts of the global batch, b audios of this rank, d width.
 
-A block knows where its columns lie in the global batch, hands out stripes of columns, takes the gradient of a stripe
-back, and sums row statistics over ranks. Objectives see blocks and never ranks. Two kinds:
-`EmbeddingScores` recomputes stripes from vectors, `StoredScores` holds a column block that a scorer has filled.
+A block knows where its columns lie in the global batch, hands out tiles of scores (some rows of a stripe of columns),
+takes the gradient of a tile back, and sums row statistics over ranks. Objectives see blocks and never ranks. Two kinds:
+`EmbeddingScores` recomputes tiles from vectors, `StoredScores` holds a column block that a scorer has filled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from atr_scale.errors import UserError
 from atr_scale.parallel.world import World
 
-STRIPE_COLUMNS = 256
+STRIPE_COLUMNS = 512
+ALL = slice(None)
 
 
 class ScoreBlock(ABC):
@@ -38,10 +39,14 @@ class ScoreBlock(ABC):
         """What the scores are made of and what receives gradients."""
 
     @abstractmethod
-    def stripe(self, columns: slice) -> Tensor:
-        """Scores of all rows against some local columns [B, columns], fp32 or wider.
+    def bound(self) -> Tensor:
+        """No local score is larger in absolute value; a scalar."""
 
-        A fresh tensor without a graph, the caller's to overwrite.
+    @abstractmethod
+    def stripe(self, columns: slice, rows: slice = ALL, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        """scale * scores of some rows against some local columns [rows, columns], fp32 or wider.
+
+        Without a graph, written to `out` or to a fresh tensor; the caller's to overwrite.
         """
 
     @abstractmethod
@@ -49,13 +54,16 @@ class ScoreBlock(ABC):
         """Zeros to accumulate into, one for each of `tensors`."""
 
     @abstractmethod
-    def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, stripe_gradient: Tensor) -> None:
-        """Add what d loss / d stripe [B, columns] means for `tensors`."""
+    def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, gradient: Tensor, rows: slice = ALL) -> None:
+        """Add what d loss / d scores [rows, columns] means for `tensors`."""
+
+    @abstractmethod
+    def inner_product(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """sum_ij d loss / d s_ij * s_ij over the local columns, from complete `gradients`; float64."""
 
     def stripes(self) -> list[slice]:
         """Consecutive local columns, together all of them."""
-        columns = self.shape[1]
-        return [slice(k, min(k + STRIPE_COLUMNS, columns)) for k in range(0, columns, STRIPE_COLUMNS)]
+        return slices(0, self.shape[1], STRIPE_COLUMNS)
 
     def sum(self, value: Tensor) -> Tensor:
         """A statistic of the local columns, summed over the ranks' column blocks."""
@@ -77,22 +85,34 @@ class EmbeddingScores(ScoreBlock):
             )
         super().__init__(text.shape[0], audio.shape[0], text, world)
         self.text, self.audio = text, audio
-        self._text, self._audio = (at_least_fp32(x.detach()) for x in (text, audio))
+        # Products of bf16 vectors add up in fp32 on a GPU; a CPU would round them. fp16 is widened everywhere: a
+        # pair's gradient, about one over the batch squared, is below what it holds.
+        narrow = text.is_cuda and text.dtype == audio.dtype == torch.bfloat16
+        self._text, self._audio = (x.detach() if narrow else at_least_fp32(x.detach()) for x in (text, audio))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.text, self.audio
 
-    def stripe(self, columns: slice) -> Tensor:
-        return self._text @ self._audio[columns].T
+    def bound(self) -> Tensor:
+        text, audio = (torch.linalg.vector_norm(x, dim=1, dtype=self.dtype).amax() for x in (self._text, self._audio))
+        return text * audio
+
+    def stripe(self, columns: slice, rows: slice = ALL, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        text, audio = self._text[rows], self._audio[columns]
+        out = text.new_empty(len(text), len(audio), dtype=self.dtype) if out is None else out
+        return matmul_into(out, text, audio.T, beta=0, alpha=scale)
 
     def new_gradients(self) -> tuple[Tensor, ...]:
-        return torch.zeros_like(self._text), torch.zeros_like(self._audio)
+        return tuple(torch.zeros_like(x, dtype=self.dtype) for x in (self._text, self._audio))
 
-    def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, stripe_gradient: Tensor) -> None:
+    def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, gradient: Tensor, rows: slice = ALL) -> None:
         text, audio = gradients
-        text.addmm_(stripe_gradient, self._audio[columns])
-        audio[columns].addmm_(stripe_gradient.T, self._text)
+        matmul_into(text[rows], gradient, self._audio[columns])
+        matmul_into(audio[columns], gradient.T, self._text[rows])
+
+    def inner_product(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        return (gradients[1] * self._audio).sum(dtype=torch.float64)
 
 
 class StoredScores(ScoreBlock):
@@ -108,16 +128,39 @@ class StoredScores(ScoreBlock):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.scores,)
 
-    def stripe(self, columns: slice) -> Tensor:
-        return at_least_fp32(self.scores.detach()[:, columns].clone())
+    def bound(self) -> Tensor:
+        lowest, highest = torch.aminmax(self.scores.detach())
+        return torch.maximum(-lowest, highest).to(self.dtype)
+
+    def stripe(self, columns: slice, rows: slice = ALL, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        scores = self.scores.detach()[rows, columns]
+        out = torch.empty_like(scores, dtype=self.dtype) if out is None else out
+        return out.copy_(scores).mul_(scale)
 
     def new_gradients(self) -> tuple[Tensor, ...]:
-        return (torch.zeros_like(at_least_fp32(self.scores.detach())),)
+        return (torch.zeros_like(self.scores, dtype=self.dtype),)
 
-    def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, stripe_gradient: Tensor) -> None:
-        gradients[0][:, columns] += stripe_gradient
+    def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, gradient: Tensor, rows: slice = ALL) -> None:
+        gradients[0][rows, columns] += gradient
+
+    def inner_product(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        parts = (gradients[0][:, columns] * self.stripe(columns) for columns in self.stripes())
+        return torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum()
 
 
 def at_least_fp32(value: Tensor) -> Tensor:
     """Scores and losses are fp32 or wider, whatever the encoders compute in."""
     return value if value.dtype == torch.float64 else value.float()
+
+
+def matmul_into(out: Tensor, left: Tensor, right: Tensor, beta: int = 1, alpha: float = 1) -> Tensor:
+    """out = beta * out + alpha * left @ right (beta 0 or 1), in out's dtype also where a factor is bf16."""
+    if torch.bfloat16 not in (left.dtype, right.dtype):
+        return out.addmm_(left.to(out.dtype), right.to(out.dtype), beta=beta, alpha=alpha)
+    product = torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=out.dtype)
+    return torch.mul(product, alpha, out=out) if beta == 0 else out.add_(product, alpha=alpha)
+
+
+def slices(start: int, stop: int, step: int) -> list[slice]:
+    """Consecutive slices of at most `step`, together from start to stop."""
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]

@@ -13,8 +13,9 @@ from torch.nn.functional import cross_entropy, normalize
 
 from atr_scale.objectives import dense, tiled
 from atr_scale.objectives.logits import Temperature
+from atr_scale.objectives.tiled import tiles
 from atr_scale.parallel import blocks
-from atr_scale.parallel.blocks import EmbeddingScores
+from atr_scale.parallel.blocks import EmbeddingScores, StoredScores
 from atr_scale.parallel.world import World
 from tests.losses import BLOCKS, CASES, dense_loss, tiled_loss, unit
 from tools.ranks import run_ranks
@@ -66,6 +67,7 @@ def averaged(model: nn.Module, size: int) -> list[np.ndarray]:
 def global_loss(case: str, kind: str, with_ids: bool) -> tuple[float, list[np.ndarray]]:
     """One rank's part of the recipe: texts gathered, audio kept, world size times the global mean loss."""
     blocks.STRIPE_COLUMNS = 3  # several stripes, the last one not full
+    tiles.TILE_ROWS, tiles.PART_ROWS = {"cpu": 5}, {"cpu": 2}
     world = World.current()
     model = Towers()
     share = B // world.size
@@ -163,3 +165,35 @@ def test_wrong_recipes_fail() -> None:
     assert errors.pop("the right recipe") < 1e-12
     for name, error in errors.items():
         assert error > 0.05, f"{name}: relative error {error:.3f}"
+
+
+def lonely_scores() -> Tensor:
+    """A clip far from all captions: the sum of its column is lost under the shift that suits all others."""
+    scores = 10 * torch.randn(B, B, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    scores[:, B - 1] -= 90
+    return scores.requires_grad_()
+
+
+def losses_of_a_lonely_clip() -> dict[str, tuple[float, np.ndarray]]:
+    world, share = World.current(), B // World.current().size
+    mine = slice(world.rank * share, (world.rank + 1) * share)
+    found = {}
+    for name, options in {"nt_xent": {}, "pmr": {"omega": 0.5}}.items():
+        scores = lonely_scores().detach()[:, mine].requires_grad_()
+        loss = getattr(tiled, name)(StoredScores(scores), 0.1, **options)
+        loss.backward()
+        assert scores.grad is not None
+        found[name] = loss.item(), scores.grad.numpy()
+    return found
+
+
+def test_ranks_agree_where_one_alone_needs_the_maxima() -> None:
+    ranks = run_ranks(losses_of_a_lonely_clip, 2)
+    for name, options in {"nt_xent": {}, "pmr": {"omega": 0.5}}.items():
+        scores = lonely_scores()
+        loss = getattr(dense, name)(scores, 0.1, **options)
+        loss.backward()
+        assert scores.grad is not None
+        assert all(abs(rank[name][0] - loss.item()) < 1e-11 * abs(loss.item()) for rank in ranks), name
+        gradient = np.concatenate([rank[name][1] for rank in ranks], 1)
+        assert np.abs(gradient - scores.grad.numpy()).max() < 1e-12, name

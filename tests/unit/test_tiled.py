@@ -11,6 +11,7 @@ from torch import Tensor
 from atr_scale.errors import UserError
 from atr_scale.objectives import tiled
 from atr_scale.objectives.modality import ModalityScores
+from atr_scale.objectives.tiled import tiles
 from atr_scale.parallel import blocks
 from atr_scale.parallel.blocks import EmbeddingScores, StoredScores
 from tests.losses import BLOCKS, CASES, SQUARE, dense_loss, tiled_loss, unit
@@ -51,13 +52,14 @@ def run(
     audios=st.integers(1, 13),
     clips=st.integers(1, 30),
     stripe=st.integers(1, 14),
+    rows=st.integers(1, 14),
     tau=st.floats(0.02, 2),
     seed=st.integers(0, 1000),
 )
 def test_tiled_equals_dense(
-    name: str, kind: str, texts: int, audios: int, clips: int, stripe: int, tau: float, seed: int
+    name: str, kind: str, texts: int, audios: int, clips: int, stripe: int, rows: int, tau: float, seed: int
 ) -> None:
-    """Any shape and striping; several positives a query, and none."""
+    """Any shape and any tiles; several positives a query, and none."""
     audios = texts if name in SQUARE else audios
     text, audio = vectors(texts, audios, seed)
     temperature = torch.tensor([tau], dtype=torch.float64, requires_grad=True)
@@ -65,6 +67,8 @@ def test_tiled_equals_dense(
     expected, expected_grads = run(name, "dense", text, audio, temperature, ids)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "STRIPE_COLUMNS", stripe)
+        patch.setattr(tiles, "TILE_ROWS", {"cpu": rows})
+        patch.setattr(tiles, "PART_ROWS", {"cpu": (rows + 1) // 2})
         loss, grads = run(name, kind, text, audio, temperature, ids)
     assert abs(loss - expected) < 1e-11
     for got, want in zip(grads, expected_grads, strict=True):

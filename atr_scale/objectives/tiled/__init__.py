@@ -6,7 +6,7 @@ the same global mean loss, and its backward yields this rank's share of the grad
 Statistics are float64 whatever the scores.
 """
 
+from atr_scale.objectives.tiled.losses import cmsc, distillation, intra_modal, nt_xent
 from atr_scale.objectives.tiled.pmr import pmr
-from atr_scale.objectives.tiled.soft_cross_entropy import cmsc, distillation, intra_modal, nt_xent
 
 __all__ = ["cmsc", "distillation", "intra_modal", "nt_xent", "pmr"]

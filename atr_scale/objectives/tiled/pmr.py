@@ -11,17 +11,9 @@ import torch
 from torch import Tensor
 
 from atr_scale.objectives.targets import Ids, Positives
-from atr_scale.objectives.tiled.statistics import (
-    RowLogSums,
-    as_tensor,
-    empty_columns,
-    loss_dtype,
-    outputs,
-    pair_weights,
-    positive_sum,
-    query_weights,
-    zero,
-)
+from atr_scale.objectives.tiled.exponentials import Shift, all_in_range, largest_of_ranks, log_sums, maxima
+from atr_scale.objectives.tiled.statistics import as_tensor, loss_dtype, outputs, query_weights, zeros
+from atr_scale.objectives.tiled.tiles import PairsByPart, Part, Tile, Workspace, parts_of, tiles_of
 from atr_scale.parallel.blocks import ScoreBlock
 
 
@@ -62,81 +54,161 @@ class _PMR(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         scale = 1 / temperature.item()
-        scale_t2a, scale_a2t = scale * factors[0], scale * factors[1]
-        prior_rows, prior_columns = RowLogSums(block), empty_columns(block)
-        rows, columns = RowLogSums(block), empty_columns(block)
-        positive = zero(block)
-        for stripe in block.stripes():  # a stripe holds whole columns, so the prior over texts is complete inside it
-            scores = block.stripe(stripe)
-            exponent = omega * scores
-            prior_rows.add(exponent)
-            prior_columns[stripe] = exponent.logsumexp(0).double()
-            t2a = _revised(scores, exponent, prior_columns[stripe], scale_t2a)
-            rows.add(t2a)
-            positive += positive_sum(pairs, stripe, t2a, block, columns=False)
-        prior_row_sums, row_sums = prior_rows.merged(), rows.merged()
-
-        row_weight, column_weight = query_weights(block, pairs)
-        row_pull = torch.zeros(block.shape[0], dtype=torch.float64, device=block.device)
-        for stripe in block.stripes():
-            scores = block.stripe(stripe)
-            a2t = _revised(scores, omega * scores, prior_row_sums[:, None], scale_a2t)
-            columns[stripe] = a2t.logsumexp(0).double()
-            positive += positive_sum(pairs, stripe, a2t, block, rows=False)
-            row_pull += _column_gradient(a2t, columns, column_weight, pairs, stripe, block).mul_(a2t).sum(1).double()
-        ctx.sums = prior_row_sums, prior_columns, row_sums, columns
-        ctx.row_pull, ctx.local_pull = block.sum(row_pull), row_pull.sum()
-        ctx.block, ctx.pairs, ctx.omega, ctx.detached = block, pairs, omega, detached
-        ctx.scale, ctx.scale_t2a, ctx.scale_a2t = scale, scale_t2a, scale_a2t
+        ctx.sweeps = _Sweeps(block, pairs, omega, scale * factors[0], scale * factors[1])
+        loss = ctx.sweeps.loss(scale)
+        ctx.detached = detached
         ctx.save_for_backward(temperature, *tensors)
-        loss = (row_weight * row_sums).sum() + block.sum((column_weight * columns).sum() - positive)
         return loss.to(loss_dtype(block, temperature))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         temperature, *_ = ctx.saved_tensors
-        block, pairs, omega = ctx.block, ctx.pairs, ctx.omega
-        prior_rows, prior_columns, rows, columns = ctx.sums
-        row_weight, column_weight = query_weights(block, pairs)
-        gradients = block.new_gradients()
-        pull = ctx.local_pull
-        for stripe in block.stripes():
-            scores = block.stripe(stripe)
-            dtype = scores.dtype
-            exponent = omega * scores
-            over_texts = (exponent - prior_columns[stripe].to(dtype)).exp_()
-            over_audios = exponent.sub_(prior_rows[:, None].to(dtype)).exp_()
-            t2a = ctx.scale_t2a * scores * over_texts
-            grad_t2a = (t2a - rows[:, None].to(dtype)).exp_().mul_(row_weight[:, None].to(dtype))
-            _subtract_targets(grad_t2a, pairs, stripe, block, columns=False)
-            a2t = ctx.scale_a2t * scores * over_audios
-            grad_a2t = _column_gradient(a2t, columns, column_weight, pairs, stripe, block)
-            column_pull = (grad_t2a * t2a).sum(0)
+        gradients, pull = ctx.sweeps.gradients(ctx.detached)
+        return (None,) * 5 + outputs(grads[0], temperature, pull * temperature, ctx.sweeps.block, gradients)
+
+
+class _Sweeps:
+    """What the sweeps forward leave for the sweep back.
+
+    prior, prior_rows [B], prior_columns [b]: shift and sums of E. t2a, rows [B]: those of exp x along rows.
+    a2t, columns [b]: those of exp y along columns. row_pull: [B], HR.
+    """
+
+    prior: Shift
+    t2a: Shift
+    a2t: Shift
+    prior_rows: Tensor
+    prior_columns: Tensor
+    rows: Tensor
+    columns: Tensor
+    row_pull: Tensor
+
+    def __init__(self, block: ScoreBlock, pairs: Positives, omega: float, scale_t2a: float, scale_a2t: float) -> None:
+        self.block, self.omega = block, omega
+        self.scale_t2a, self.scale_a2t = scale_t2a, scale_a2t
+        self.stripes, self.work = tiles_of(block, whole_columns=True), Workspace(block)
+        self.pairs = PairsByPart(pairs, parts_of(self.stripes))
+        self.row_weight, self.column_weight = query_weights(block, pairs)
+        self.share_t2a = pairs.row_weight[self.pairs.rows] / (2 * block.shape[0])
+        self.share_a2t = pairs.column_weight[self.pairs.columns] / (2 * block.num_columns)
+
+    def loss(self, scale: float) -> Tensor:
+        """The loss of all ranks, float64, after as many sweeps as the spread of the logits asks for."""
+        block = self.block
+        (bound,) = largest_of_ranks(block, [block.bound()])
+        self.prior = Shift.constant(abs(self.omega) * bound, block.dtype)
+        self.t2a = self.a2t = Shift.constant(scale * bound, block.dtype)
+        positive = self._sweep_texts() + self._sweep_audios()
+        if not all_in_range(block, self.prior_rows, self.prior_columns, self.rows, self.columns):
+            self.prior = maxima(block, self.stripes, lambda stripe: self._scores(stripe).mul_(self.omega))
+            self._sweep_texts()  # sums of the prior alone, for the next two
+            self.t2a = maxima(block, self.stripes, self._t2a_logits)
+            self.a2t = maxima(block, self.stripes, self._a2t_logits)
+            positive = self._sweep_texts() + self._sweep_audios()
+        from_rows = (self.row_weight * log_sums(self.rows, self.t2a.rows)).sum()
+        from_columns = (self.column_weight * log_sums(self.columns, self.a2t.columns)).sum()
+        self.local_pull, self.row_pull = self.row_pull.sum(), block.sum(self.row_pull)
+        return from_rows + block.sum(from_columns - positive)
+
+    def _scores(self, stripe: Tile) -> Tensor:
+        return self.block.stripe(stripe.columns, out=self.work.get("scores", stripe))
+
+    def _exponent(self, scores: Tensor, part: Part) -> Tensor:
+        return torch.mul(scores, self.omega, out=self.work.get("prior", part))
+
+    def _over_texts(self, columns: slice) -> Tensor:
+        """What makes h * the prior over texts of its exponentials, [columns]."""
+        return (self.scale_t2a / self.prior_columns[columns]).to(self.block.dtype)
+
+    def _over_audios(self, rows: slice) -> Tensor:
+        """The same over audios, [rows, 1]."""
+        return (self.scale_a2t / self.prior_rows[rows]).to(self.block.dtype)[:, None]
+
+    def _t2a_logits(self, stripe: Tile) -> Tensor:
+        scores = self._scores(stripe)
+        prior = self.prior.along_columns(scores * self.omega, stripe)
+        return scores.mul_(prior).mul_(self._over_texts(stripe.columns))
+
+    def _a2t_logits(self, stripe: Tile) -> Tensor:
+        scores = self._scores(stripe)
+        for part in stripe.parts:
+            own = stripe.of(scores, part)
+            prior = self.prior.along_rows(self._exponent(own, part), part)
+            own.mul_(prior).mul_(self._over_audios(part.rows))
+        return scores
+
+    def _sweep_texts(self) -> Tensor:
+        """Sums of the prior and of t2a; the prior over texts is complete after the first pass over a stripe.
+
+        Returns sum of target * logit of t2a over this rank's positives.
+        """
+        block, positive = self.block, zeros(self.block)
+        self.prior_rows, self.rows = zeros(block, block.shape[0]), zeros(block, block.shape[0])
+        self.prior_columns = zeros(block, block.shape[1])
+        for stripe in self.stripes:
+            products = self._scores(stripe)
+            for part in stripe.parts:
+                scores = stripe.of(products, part)
+                along_rows, along_columns = self.prior.both(self._exponent(scores, part), part)
+                self.prior_rows[part.rows] += along_rows.sum(1)
+                self.prior_columns[part.columns] += along_columns.sum(0)
+                scores.mul_(along_columns)
+            over_texts = self._over_texts(stripe.columns)
+            for part in stripe.parts:
+                logits = stripe.of(products, part).mul_(over_texts)
+                positive += (self.share_t2a[self.pairs.of(part)] * logits[self.pairs.within(part)]).sum()
+                self.rows[part.rows] += self.t2a.along_rows(logits, part).sum(1)
+        self.prior_rows, self.rows = block.sum(torch.stack([self.prior_rows, self.rows]))
+        return positive
+
+    def _sweep_audios(self) -> Tensor:
+        """Sums of a2t and HR; returns sum of target * logit of a2t over this rank's positives."""
+        block, positive = self.block, zeros(self.block)
+        self.row_pull, self.columns = zeros(block, block.shape[0]), zeros(block, block.shape[1])
+        for stripe in self.stripes:
+            products = self._a2t_logits(stripe)
+            for part in stripe.parts:
+                logits, own = stripe.of(products, part), self.pairs.of(part)
+                targets = self.share_a2t[own] * logits[self.pairs.within(part)]
+                self.row_pull.index_add_(0, self.pairs.rows[own], targets, alpha=-1)
+                positive += targets.sum()
+                exponentials = self.a2t.along_columns(logits, part, out=self.work.get("prior", part))
+                self.columns[part.columns] += exponentials.sum(0)
+                logits.mul_(exponentials)
+            weight = self.column_weight[stripe.columns] / self.columns[stripe.columns]
+            self.row_pull += products @ weight.to(block.dtype)
+        return positive
+
+    def gradients(self, detached: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+        """(d L / d scores as the block's tensors receive it, d L / d log h)."""
+        block, omega, work = self.block, self.omega, self.work
+        gradients, pull = block.new_gradients(), self.local_pull
+        row_factor = (self.row_weight / self.rows).to(block.dtype)[:, None]
+        column_factor = (self.column_weight / self.columns).to(block.dtype)
+        row_pull = (omega / self.scale_a2t * self.row_pull).to(block.dtype)[:, None]
+        for stripe in self.stripes:
+            columns = stripe.columns
+            stripe_scores, stripe_texts = self._scores(stripe), work.get("over texts", stripe)
+            column_pull, over_texts = torch.zeros_like(column_factor[columns]), self._over_texts(columns)
+            for part in stripe.parts:
+                scores, own, positives = stripe.of(stripe_scores, part), self.pairs.of(part), self.pairs.within(part)
+                along_rows, along_columns = self.prior.both(self._exponent(scores, part), part)
+                texts = torch.mul(along_columns, over_texts, out=stripe.of(stripe_texts, part))
+                audios = along_rows.mul_(self._over_audios(part.rows))
+                logits = torch.mul(texts, scores, out=work.get("logits", part))
+                grad = self.t2a.along_rows(logits, part, out=work.get("gradient", part)).mul_(row_factor[part.rows])
+                grad[positives] -= self.share_t2a[own].to(grad.dtype)
+                column_pull += logits.mul_(grad).sum(0)
+                grad_a2t = self.a2t.along_columns(torch.mul(audios, scores, out=logits), part)
+                grad_a2t.mul_(column_factor[columns])
+                grad_a2t[positives] -= self.share_a2t[own].to(grad.dtype)
+                grad.mul_(texts).addcmul_(grad_a2t, audios)
+                if detached:
+                    scores.copy_(grad)
+                else:
+                    scores.mul_(omega).add_(1).mul_(grad).addcmul_(audios, row_pull[part.rows], value=-1)
             pull = pull + column_pull.sum().double()
-            grad = ctx.scale_t2a * grad_t2a * over_texts + ctx.scale_a2t * grad_a2t * over_audios
-            if not ctx.detached:
-                grad *= 1 + omega * scores
-                grad -= omega * (column_pull * over_texts + ctx.row_pull[:, None].to(dtype) * over_audios)
-            block.add_gradient(gradients, stripe, grad)
-        return (None,) * 5 + outputs(grads[0], temperature, pull / ctx.scale, block, gradients)
-
-
-def _revised(scores: Tensor, exponent: Tensor, log_sums: Tensor, scale: float) -> Tensor:
-    """Prior-revised logits: scale * scores * softmax, the softmax from its exponent and log-normaliser."""
-    return (exponent - log_sums.to(scores.dtype)).exp_().mul_(scores).mul_(scale)
-
-
-def _column_gradient(
-    logits: Tensor, columns: Tensor, column_weight: Tensor, pairs: Positives, stripe: slice, block: ScoreBlock
-) -> Tensor:
-    """d L / d logits of the a2t direction inside one stripe."""
-    grad = (logits - columns[stripe].to(logits.dtype)).exp_().mul_(column_weight[stripe].to(logits.dtype))
-    _subtract_targets(grad, pairs, stripe, block, rows=False)
-    return grad
-
-
-def _subtract_targets(
-    grad: Tensor, pairs: Positives, stripe: slice, block: ScoreBlock, *, rows: bool = True, columns: bool = True
-) -> None:
-    i, j, weight = pair_weights(pairs, stripe, block, rows=rows, columns=columns)
-    grad[i, j] -= weight.to(grad.dtype)
+            if not detached:
+                stripe_scores.addcmul_(stripe_texts, column_pull / self.scale_t2a, value=-omega)
+            block.add_gradient(gradients, columns, stripe_scores)
+        return gradients, pull

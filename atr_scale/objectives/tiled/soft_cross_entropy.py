@@ -1,265 +1,271 @@
 """Cross-entropy of scaled scores against hard, soft or mixed targets: one sweep forward, one back.
 
-Shape suffixes: B texts of the global batch, b audios of this rank, k id columns; a stripe is [B, some columns].
+Shape suffixes: B texts of the global batch, b audios of this rank, m rows and n columns of a part, P positive pairs.
 
-NT-Xent, distillation, CMSC and intra-modal contrast differ in their targets alone. Soft targets are softmaxes of a
-teacher's score block; they enter as sum_j P_ij u_ij, which streams beside the log sums, so no target matrix is kept.
+Soft targets are softmaxes of a teacher's score block; they enter as sum_j P_ij u_ij, which is summed beside the
+exponentials of the teacher's logits, so no target matrix is kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from atr_scale.errors import UserError
-from atr_scale.objectives.targets import Ids, Pairs, Positives
-from atr_scale.objectives.tiled.statistics import (
-    RowLogSums,
-    RowMeans,
-    as_tensor,
-    empty_columns,
-    loss_dtype,
-    outputs,
-    pair_weights,
-    positive_sum,
-    query_weights,
-    zero,
+from atr_scale.objectives.targets import Pairs, Positives
+from atr_scale.objectives.tiled.exponentials import (
+    Shift,
+    all_in_range,
+    largest_of_ranks,
+    log_sums,
+    maxima,
+    weigh,
+)
+from atr_scale.objectives.tiled.statistics import as_tensor, loss_dtype, outputs, query_weights, zeros
+from atr_scale.objectives.tiled.tiles import (
+    KEPT_BYTES,
+    KeptTiles,
+    PairsByPart,
+    Part,
+    Tile,
+    Workspace,
+    parts_of,
+    tiles_of,
 )
 from atr_scale.parallel.blocks import ScoreBlock
 
-Stripes = Callable[[slice], Tensor]
 
+@dataclass(frozen=True)
+class Logits:
+    """scale * the blocks' summed scores, without the pairs `excluded`."""
 
-def nt_xent(block: ScoreBlock, temperature: float | Tensor, positives: Ids | None = None) -> Tensor:
-    """`dense.nt_xent` on a score block.
+    blocks: tuple[ScoreBlock, ...]
+    scale: float
+    excluded: PairsByPart | None = None
 
-    positives: (text ids [B, k], audio ids [b, k]) int64; a pair is positive where any column agrees.
-    """
-    return _apply(block, temperature, _Targets(Positives.of(block, positives)))
+    @staticmethod
+    def of(temperature: float | Tensor, *blocks: ScoreBlock) -> Logits:
+        """The blocks' mean scores / temperature."""
+        return Logits(blocks, 1 / (as_tensor(temperature, blocks[0]).item() * len(blocks)))
 
+    def tile(self, tile: Tile, out: Tensor | None = None) -> Tensor:
+        """[m, n], the caller's to overwrite."""
+        first, *others = self.blocks
+        logits = first.stripe(tile.columns, tile.rows, self.scale, out)
+        for other in others:
+            logits += other.stripe(tile.columns, tile.rows, self.scale)
+        if self.excluded is not None:
+            logits[self.excluded.within(tile)] = -torch.inf
+        return logits
 
-def distillation(block: ScoreBlock, teacher_block: ScoreBlock, temperature: float | Tensor) -> Tensor:
-    """`dense.distillation` on a score block and its teacher's block of the same shape, constant (no gradient).
-
-    An ensemble's mean cosine is one `EmbeddingScores`: its members' unit vectors, each times the root of its weight,
-    joined along their width.
-    """
-    _same_shape(block, "teacher_block", teacher_block)
-    teacher = _Teacher(*[_logits(temperature, teacher_block)] * 2)
-    return _apply(block, temperature, _Targets(Positives.none(block), beta=1.0, teacher=teacher))
-
-
-def cmsc(
-    block: ScoreBlock,
-    text_block: ScoreBlock,
-    audio_block: ScoreBlock,
-    temperature: float | Tensor,
-    beta: float,
-    target_temperature: float | Tensor,
-    positives: Ids | None = None,
-    mode: Literal["each", "add"] = "each",
-) -> Tensor:
-    """`dense.cmsc` on score blocks; text_block: all texts x this rank's, audio_block: all audios x this rank's."""
-    if block.shape[0] != block.num_columns:
-        raise UserError(f"cmsc needs as many texts as audios, got scores {[block.shape[0], block.num_columns]}")
-    _same_shape(block, "text_block", text_block)
-    _same_shape(block, "audio_block", audio_block)
-    if mode == "add":
-        teacher = _Teacher(*[_logits(target_temperature, text_block, audio_block)] * 2)
-    else:
-        teacher = _Teacher(_logits(target_temperature, text_block), _logits(target_temperature, audio_block))
-    targets = _Targets(Positives.of(block, positives), beta=beta, teacher=teacher, divergence=True)
-    return _apply(block, temperature, targets)
-
-
-def intra_modal(block: ScoreBlock, temperature: float | Tensor, same: Ids | None = None) -> Tensor:
-    """`dense.intra_modal` on a block of one modality's samples: all of the global batch x this rank's.
-
-    same: (ids [B, k] of all samples, ids [b, k] of this rank's) int64; pairs that agree in any column are left out of
-    the negatives. With `ModalityScores` the gradient is complete on the rank.
-    """
-    if block.shape[0] != block.num_columns:
-        raise UserError(f"intra_modal needs samples against themselves, got {[block.shape[0], block.num_columns]}")
-    excluded = None if same is None else Pairs.agreeing(block, same).beside_itself(block)
-    return _apply(block, temperature, _Targets(Positives.of(block), excluded=excluded))
+    def bound(self) -> Tensor:
+        """No logit of this rank is larger in absolute value."""
+        return self.scale * torch.stack([block.bound().double() for block in self.blocks]).sum()
 
 
 @dataclass(frozen=True)
-class _Teacher:
-    """Logits of the soft targets by stripe, of t2a (softmax along rows) and of a2t (along columns)."""
+class Targets:
+    """(1 - beta) * positives + beta * softmax(teacher), constant.
 
-    t2a: Stripes
-    a2t: Stripes
-
-    def stripes(self, columns: slice) -> tuple[Tensor, Tensor]:
-        """Both, the same tensor where they are equal."""
-        t2a = self.t2a(columns)
-        return t2a, t2a if self.a2t is self.t2a else self.a2t(columns)
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """(1 - beta) * positives + beta * softmax(teacher).
-
-    excluded: pairs that no softmax sees. divergence: the targets' entropy is subtracted, so that the loss is KL.
+    teacher: logits of the soft targets, one for both directions or one for each (t2a, a2t). excluded: pairs that no
+    softmax sees. divergence: the targets' entropy is subtracted, so that the loss is KL.
     """
 
     pairs: Positives
     beta: float = 0.0
-    teacher: _Teacher | None = None
+    teacher: tuple[Logits, ...] = ()
     divergence: bool = False
     excluded: Pairs | None = None
 
-    def soft_weights(self, block: ScoreBlock) -> tuple[float, float]:
-        """Weight in the loss of a text's soft targets, and of an audio's."""
-        return self.beta / (2 * block.shape[0]), self.beta / (2 * block.num_columns)
 
-    def query_weights(self, block: ScoreBlock) -> tuple[Tensor, Tensor]:
-        """Sum of the targets of every query, times its weight in the loss: [B] and [b]."""
-        rows, columns = query_weights(block, self.pairs)
-        soft_row, soft_column = self.soft_weights(block)
-        return (1 - self.beta) * rows + soft_row, (1 - self.beta) * columns + soft_column
+def soft_cross_entropy(block: ScoreBlock, temperature: float | Tensor, targets: Targets) -> Tensor:
+    """1/2 [mean_i (m_i lse_j u_ij - sum_j Y_ij u_ij) + mean_j (m'_j lse_i u_ij - sum_i Y'_ij u_ij)], u = s / tau,
 
-    def exclude(self, logits: Tensor, stripe: slice) -> Tensor:
-        if self.excluded is not None:
-            logits[self.excluded.within(stripe)] = -torch.inf
-        return logits
-
-
-class _SoftSums:
-    """Soft targets of both directions, gathered stripe by stripe: sum_j P_ij u_ij, and log sums of the teacher's v.
-
-    Of a divergence sum_j P_ij (u_ij - v_ij), which leaves only the entropy of the positives to be put right.
+    m the sum of a query's targets Y: 1, or less where it has no positive.
     """
-
-    def __init__(self, block: ScoreBlock, targets: _Targets) -> None:
-        self.block, self.targets = block, targets
-        self.rows, self.columns, self.column_means = RowMeans(block), empty_columns(block), empty_columns(block)
-        self.positives: list[tuple[Tensor, Tensor]] = []  # v of the positives in both directions
-
-    def add(self, stripe: slice, logits: Tensor, t2a: Tensor, a2t: Tensor) -> None:
-        """Logits of some columns, and the teacher's."""
-        divergence = self.targets.divergence
-        self.rows.add(t2a, logits - t2a if divergence else logits)
-        log_sums = a2t.logsumexp(0)
-        self.columns[stripe] = log_sums.double()
-        values = logits - a2t if divergence else logits
-        self.column_means[stripe] = (a2t - log_sums).exp_().mul_(values).sum(0).double()
-        if divergence:
-            pairs = self.targets.pairs.within(stripe)
-            self.positives.append((t2a[pairs].double(), a2t[pairs].double()))
-
-    def merged(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(log sums of rows, of columns, this part of the loss from all ranks' rows, from this rank's columns)."""
-        row_weight, column_weight = self.targets.soft_weights(self.block)
-        row_sums, row_means = self.rows.merged()
-        rows, columns = -row_weight * row_means.sum(), -column_weight * self.column_means.sum()
-        if self.targets.divergence:
-            entropy_of_share = self.targets.beta * math.log(self.targets.beta) if self.targets.beta else 0.0
-            rows += entropy_of_share - row_weight * row_sums.sum()
-            columns += self._positives_entropy(row_sums) - column_weight * self.columns.sum()
-        return row_sums, self.columns, rows, columns
-
-    def _positives_entropy(self, row_sums: Tensor) -> Tensor:
-        """What the positives add to sum Y log Y of the soft part alone, from this rank's pairs."""
-        pairs, beta = self.targets.pairs, self.targets.beta
-        t2a, a2t = (torch.cat(values) for values in zip(*self.positives, strict=True))
-        total = zero(self.block)
-        for logits, log_sums, weight, queries in (
-            (t2a, row_sums[pairs.rows], pairs.row_weight[pairs.rows], self.block.shape[0]),
-            (a2t, self.columns[pairs.columns], pairs.column_weight[pairs.columns], self.block.num_columns),
-        ):
-            soft = beta * (logits - log_sums).exp()
-            mixed = (1 - beta) * weight + soft
-            total += (torch.xlogy(mixed, mixed) - torch.xlogy(soft, soft)).sum() / (2 * queries)
-        return total
+    return _SoftCrossEntropy.apply(block, targets, as_tensor(temperature, block), *block.tensors)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """u = s / tau; L = 1/2 [mean_i (m_i lse_j u_ij - sum_j Y_ij u_ij) + mean_j (m'_j lse_i u_ij - sum_i Y'_ij u_ij)],
+    """With E = exp(u), r_i and k_j its row and column sums: d L / d u_ij = E_ij (m_i / r_i + m'_j / k_j) - Y_ij - Y'_ij
 
-    m the sum of a query's targets Y: 1, or less where it has no positive. The targets are constant.
+    where everything is times the weight of its query in the loss.
     """
 
     @staticmethod
-    def forward(ctx: Any, block: ScoreBlock, targets: _Targets, temperature: Tensor, *tensors: Tensor) -> Tensor:
-        scale = 1 / temperature.item()
-        rows, columns = RowLogSums(block), empty_columns(block)
-        hard, soft = zero(block), _SoftSums(block, targets)
-        for stripe in block.stripes():
-            logits = targets.exclude(block.stripe(stripe).mul_(scale), stripe)
-            rows.add(logits)
-            columns[stripe] = logits.logsumexp(0).double()
-            hard += positive_sum(targets.pairs, stripe, logits, block)
-            if targets.teacher:
-                soft.add(stripe, logits, *targets.teacher.stripes(stripe))
-        row_sums = rows.merged()
-        row_weight, column_weight = targets.query_weights(block)
-        from_rows = (row_weight * row_sums).sum()
-        from_columns = (column_weight * columns).sum() - (1 - targets.beta) * hard
-        ctx.teacher_sums = None
-        if targets.teacher:
-            *ctx.teacher_sums, soft_rows, soft_columns = soft.merged()
-            from_rows, from_columns = from_rows + soft_rows, from_columns + soft_columns
-        ctx.block, ctx.targets, ctx.scale, ctx.sums = block, targets, scale, (row_sums, columns)
+    def forward(ctx: Any, block: ScoreBlock, targets: Targets, temperature: Tensor, *tensors: Tensor) -> Tensor:
+        sweeps = _Sweeps(block, targets, 1 / temperature.item())
+        loss = sweeps.loss(KEPT_BYTES if any(ctx.needs_input_grad) else 0)
+        ctx.sweeps = sweeps
         ctx.save_for_backward(temperature, *tensors)
-        return (from_rows + block.sum(from_columns)).to(loss_dtype(block, temperature))
+        return loss.to(loss_dtype(block, temperature))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         temperature, *_ = ctx.saved_tensors
-        block, targets, scale = ctx.block, ctx.targets, ctx.scale
-        row_weight, column_weight = targets.query_weights(block)
-        soft_row, soft_column = targets.soft_weights(block)
+        sweeps: _Sweeps = ctx.sweeps
+        gradients = sweeps.gradients()
+        by_scale = sweeps.block.inner_product(gradients)
+        return None, None, *outputs(grads[0], temperature, by_scale, sweeps.block, gradients, sweeps.student.scale)
+
+
+class _Sums:
+    """Of exponentials, and of exponentials times values: of rows [B] and of local columns [b], float64."""
+
+    def __init__(self, block: ScoreBlock) -> None:
+        self.rows, self.row_products = zeros(block, block.shape[0]), zeros(block, block.shape[0])
+        self.columns, self.column_products = zeros(block, block.shape[1]), zeros(block, block.shape[1])
+        self._dtype = block.dtype
+
+    def divide(self, rows: Tensor | float, columns: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Weights of queries over the sums of their exponentials."""
+        return (rows / self.rows).to(self._dtype), (columns / self.columns).to(self._dtype)
+
+    def merge(self, block: ScoreBlock) -> None:
+        """Rows over ranks."""
+        self.rows, self.row_products = block.sum(torch.stack([self.rows, self.row_products]))
+
+
+class _Sweeps:
+    """What the sweep forward leaves for the sweep back."""
+
+    def __init__(self, block: ScoreBlock, targets: Targets, scale: float) -> None:
+        self.block, self.targets = block, targets
+        self.tiles = tiles_of(block)
+        excluded = None if targets.excluded is None else PairsByPart(targets.excluded, self.tiles)
+        self.student = Logits((block,), scale, excluded)
+        self.pairs = PairsByPart(targets.pairs, parts_of(self.tiles))
+        # Weight in the loss of a text's soft targets and of an audio's, of the pairs' hard ones, and of a query's sum.
+        self.soft_weights = targets.beta / (2 * block.shape[0]), targets.beta / (2 * block.num_columns)
+        hard = 1 - targets.beta
+        rows, columns = query_weights(block, targets.pairs)
+        self.row_weight, self.column_weight = hard * rows + self.soft_weights[0], hard * columns + self.soft_weights[1]
+        self.row_share = targets.pairs.row_weight[self.pairs.rows]
+        self.column_share = targets.pairs.column_weight[self.pairs.columns]
+        self.pair_weight = hard / 2 * (self.row_share / block.shape[0] + self.column_share / block.num_columns)
+
+    def loss(self, kept_bytes: int) -> Tensor:
+        """The loss of all ranks, float64, after as many sweeps as the spread of the logits asks for."""
+        logits = (self.student, *self.targets.teacher)
+        bounds = largest_of_ranks(self.block, [each.bound() for each in logits])
+        self._sweep([Shift.constant(bound, self.block.dtype) for bound in bounds], kept_bytes)
+        if not all_in_range(self.block, *(x for sums in self.sums for x in (sums.rows, sums.columns))):
+            self._sweep([maxima(self.block, self.tiles, each.tile) for each in logits], 0)
+        return self._loss()
+
+    def _sweep(self, shifts: Sequence[Shift], kept_bytes: int) -> None:
+        """Sums and positives' logits under these shifts: the student's, then the teacher's."""
+        block, teacher = self.block, self.targets.teacher
+        self.shifts, self.sums = shifts, [_Sums(block) for _ in shifts[:2]]
+        self.work, self.kept = Workspace(block), KeptTiles(block, kept_bytes)
+        self.positives = torch.zeros(1 + len(teacher), len(self.pairs.rows), dtype=torch.float64, device=block.device)
+        for tile in self.tiles:
+            kept = self.kept.reserve(tile, len(shifts))
+            logits = self._logits(tile, kept)
+            for part in tile.parts:
+                student, *others = (tile.of(x, part) for x in logits)
+                i, j = self.pairs.within(part)
+                self.positives[:, self.pairs.of(part)] = torch.stack([x[i, j] for x in (student, *others)]).double()
+                if teacher:
+                    self._add_soft(part, student, others)
+                self._add(self.sums[0], part, *shifts[0].both(student, part))
+        for sums in self.sums:
+            sums.merge(block)
+
+    def _logits(self, tile: Tile, out: Sequence[Tensor] = ()) -> list[Tensor]:
+        """The student's and then the teacher's, in `out` or in the workspace."""
+        every = (self.student, *self.targets.teacher)
+        out = out or [self.work.get(f"logits {n}", tile) for n in range(len(every))]
+        return [each.tile(tile, x) for each, x in zip(every, out, strict=True)]
+
+    def _add_soft(self, part: Part, student: Tensor, teacher: Sequence[Tensor]) -> None:
+        """Sums of the teacher's exponentials, and of their products with the student's logits.
+
+        In a divergence with the difference of the student's and the teacher's.
+        """
+        sums, out, values = self.sums[1], self.work.get("products", part), [student]
+        if self.targets.divergence:
+            values = [torch.sub(student, x, out=self.work.get(f"values {n}", part)) for n, x in enumerate(teacher)]
+        along = self._exponentials(part, teacher)
+        self._add(sums, part, *along)
+        sums.row_products[part.rows] += torch.mul(along[0], values[0], out=out).sum(1)
+        if along[0] is not along[1]:
+            torch.mul(along[1], values[-1], out=out)
+        sums.column_products[part.columns] += out.sum(0)
+
+    def _exponentials(self, part: Part, teacher: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Those of the soft targets along rows and along columns, from the teacher's logits, which are overwritten."""
+        if len(teacher) == 1:
+            return self.shifts[1].both(teacher[0], part)
+        return self.shifts[1].along_rows(teacher[0], part), self.shifts[2].along_columns(teacher[1], part)
+
+    @staticmethod
+    def _add(sums: _Sums, part: Part, along_rows: Tensor, along_columns: Tensor) -> None:
+        sums.rows[part.rows] += along_rows.sum(1)
+        sums.columns[part.columns] += along_columns.sum(0)
+
+    def _loss(self) -> Tensor:
+        student, shift = self.sums[0], self.shifts[0]
+        rows = (self.row_weight * log_sums(student.rows, shift.rows)).sum()
+        columns = (self.column_weight * log_sums(student.columns, shift.columns)).sum()
+        columns -= (self.pair_weight * self.positives[0]).sum()
+        if self.targets.teacher:
+            soft_rows, soft_columns = self._soft_loss()
+            rows, columns = rows + soft_rows, columns + soft_columns
+        return rows + self.block.sum(columns)
+
+    def _soft_loss(self) -> tuple[Tensor, Tensor]:
+        """Part of the soft targets in the loss, from all ranks' rows and from this rank's columns."""
+        sums, beta = self.sums[1], self.targets.beta
+        row_weight, column_weight = self.soft_weights
+        rows = -row_weight * (sums.row_products / sums.rows).sum()
+        columns = -column_weight * (sums.column_products / sums.columns).sum()
+        if self.targets.divergence:
+            row_sums = log_sums(sums.rows, self.shifts[1].rows)
+            column_sums = log_sums(sums.columns, self.shifts[-1].columns)
+            rows += (beta * math.log(beta) if beta else 0.0) - row_weight * row_sums.sum()
+            columns += self._positives_entropy(row_sums, column_sums) - column_weight * column_sums.sum()
+        return rows, columns
+
+    def _positives_entropy(self, row_sums: Tensor, column_sums: Tensor) -> Tensor:
+        """What the positives add to sum Y log Y of the soft part alone, from this rank's pairs."""
+        pairs, beta = self.pairs, self.targets.beta
+        total = zeros(self.block)
+        for logits, sums, share, queries in (
+            (self.positives[1], row_sums[pairs.rows], self.row_share, self.block.shape[0]),
+            (self.positives[-1], column_sums[pairs.columns], self.column_share, self.block.num_columns),
+        ):
+            soft = beta * (logits - sums).exp()
+            mixed = (1 - beta) * share + soft
+            total += (torch.xlogy(mixed, mixed) - torch.xlogy(soft, soft)).sum() / (2 * queries)
+        return total
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """d L / d u, as the block's tensors receive it from scores that are u."""
+        block, work = self.block, self.work
         gradients = block.new_gradients()
-        by_scale = zero(block)
-        for stripe in block.stripes():
-            scores = block.stripe(stripe)
-            logits = targets.exclude(scores * scale, stripe)
-            rows, columns = ctx.sums
-            grad = _softmax(logits, rows[:, None], row_weight[:, None])
-            grad += _softmax(logits, columns[stripe], column_weight[stripe])
-            if targets.teacher:
-                t2a, a2t = targets.teacher.stripes(stripe)
-                rows, columns = ctx.teacher_sums
-                grad -= _softmax(t2a, rows[:, None], soft_row)
-                grad -= _softmax(a2t, columns[stripe], soft_column)
-            i, j, weight = pair_weights(targets.pairs, stripe, block)
-            grad[i, j] -= ((1 - targets.beta) * weight).to(grad.dtype)
-            by_scale += (grad * scores).sum().double()
-            block.add_gradient(gradients, stripe, grad.mul_(scale))
-        return None, None, *outputs(grads[0], temperature, by_scale, block, gradients)
-
-
-def _softmax(logits: Tensor, log_sums: Tensor, weight: Tensor | float) -> Tensor:
-    """weight * exp(logits - log_sums)."""
-    if isinstance(weight, Tensor):
-        weight = weight.to(logits.dtype)
-    return (logits - log_sums.to(logits.dtype)).exp_().mul_(weight)
-
-
-def _apply(block: ScoreBlock, temperature: float | Tensor, targets: _Targets) -> Tensor:
-    return _SoftCrossEntropy.apply(block, targets, as_tensor(temperature, block), *block.tensors)
-
-
-def _logits(temperature: float | Tensor, *blocks: ScoreBlock) -> Stripes:
-    """The blocks' mean scores / temperature by stripe, constant."""
-    scale = 1 / (as_tensor(temperature, blocks[0]).item() * len(blocks))
-
-    def stripe(columns: slice) -> Tensor:
-        first, *others = (block.stripe(columns) for block in blocks)
-        for other in others:
-            first += other
-        return first.mul_(scale)
-
-    return stripe
-
-
-def _same_shape(block: ScoreBlock, name: str, other: ScoreBlock) -> None:
-    if other.shape != block.shape:
-        raise UserError(f"{name} is {list(other.shape)} and the scores are {list(block.shape)}: they must agree")
+        factors = [self.sums[0].divide(self.row_weight, self.column_weight)]
+        factors += [sums.divide(*self.soft_weights) for sums in self.sums[1:]]
+        for tile in self.tiles:
+            kept = self.kept.pop(tile)
+            tensors = kept or self._logits(tile)
+            for part in tile.parts:
+                student, *others = (tile.of(x, part) for x in tensors)
+                both = (student, student) if kept else self.shifts[0].both(student, part)
+                weighed = [both]
+                if others:
+                    weighed.append((others[0], others[-1]) if kept else self._exponentials(part, others))
+                grad, *soft = (
+                    weigh(*both, rows[part.rows], columns[part.columns], work.get("weights", part))
+                    for both, (rows, columns) in zip(weighed, factors, strict=True)
+                )
+                for targets in soft:
+                    grad -= targets
+                i, j = self.pairs.within(part)
+                grad[i, j] -= self.pair_weight[self.pairs.of(part)].to(grad.dtype)
+            block.add_gradient(gradients, tile.columns, tensors[0], tile.rows)
+        return gradients

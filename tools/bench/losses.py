@@ -1,0 +1,199 @@
+"""Losses on score blocks against dense ones and against the ring formulation: time and memory, forward and backward.
+
+    OMP_NUM_THREADS=1 python -m tools.bench.losses
+
+open_clip's loss is its own file, taken out of its wheel (fetched once into ~/.cache/atr_scale/bench, nothing
+installed). The ring formulation is one of ours: a call per direction that streams the other side in blocks, as ranks
+in a ring see it, here on one process and without its traffic.
+
+Shape suffixes: B pairs, d width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from atr_scale.objectives import dense, tiled
+from atr_scale.objectives.modality import ModalityScores
+from atr_scale.parallel.blocks import EmbeddingScores
+from tools.bench.measure import Function, peak_mib, seconds
+from tools.bench.table import Row, run
+
+WIDTH = 512
+BATCH, LARGE_BATCH, SOFT_BATCH = 8192, 16384, 4096
+TEACHER_WIDTH = 1024  # of an ensemble, its members side by side
+RING_RANKS = 8
+TEMPERATURE, OMEGA = 0.07, 10.0
+Loss = Callable[[], Tensor]
+CACHE = Path.home() / ".cache" / "atr_scale" / "bench"
+OPEN_CLIP = "open_clip_torch==3.3.0"
+
+
+def rows() -> Iterator[Row]:
+    clip_loss = open_clip_loss()
+    yield from nt_xent_and_pmr(clip_loss)
+    yield from soft_targets()
+    yield from narrow(clip_loss)
+    yield from large_batch(clip_loss)
+
+
+def nt_xent_and_pmr(clip_loss: nn.Module) -> Iterator[Row]:
+    text, audio, temperature = inputs(BATCH)
+    functions: dict[str, Loss] = {
+        "nt_xent": lambda: tiled.nt_xent(EmbeddingScores(text, audio), temperature),
+        "open_clip": lambda: clip_loss(audio, text, 1 / temperature),
+        "ring": lambda: ring_nt_xent(text, audio, 1 / temperature),
+        "pmr": lambda: tiled.pmr(EmbeddingScores(text, audio), temperature, OMEGA),
+        "dense pmr": lambda: dense.pmr(text @ audio.T, temperature, OMEGA),
+    }
+    steps = {name: step(loss, text, audio, temperature) for name, loss in functions.items()}
+    taken = dict(zip(steps, seconds(*steps.values(), repeats=3), strict=True))
+    at = f"B={BATCH}, d={WIDTH}"
+    yield Row(f"NT-Xent, {at}", taken["nt_xent"], taken["open_clip"], "open_clip ClipLoss", "s", 0.45)
+    yield Row(f"NT-Xent, {at}", taken["nt_xent"], taken["ring"], f"a call per direction, {RING_RANKS} blocks", "s")
+    yield Row(f"PMR, {at}", taken["pmr"], taken["dense pmr"], "dense", "s", 0.28)
+    yield Row(f"PMR, {at}", taken["pmr"], taken["nt_xent"], "NT-Xent on score blocks", "s", 1.5)
+    yield Row(f"PMR, {at}", peak_mib(steps["pmr"]), peak_mib(steps["dense pmr"]), "dense", "MiB", 1 / 30)
+
+
+def soft_targets() -> Iterator[Row]:
+    text, audio, temperature = inputs(SOFT_BATCH)
+    teachers = vectors(SOFT_BATCH, TEACHER_WIDTH, 2), vectors(SOFT_BATCH, TEACHER_WIDTH, 3)
+    inside = vectors(SOFT_BATCH, WIDTH, 4), vectors(SOFT_BATCH, WIDTH, 5)
+    at = f"B={SOFT_BATCH}, d={WIDTH}"
+
+    def cmsc() -> Tensor:
+        blocks = [ModalityScores(x) for x in inside]
+        return tiled.cmsc(EmbeddingScores(text, audio), *blocks, temperature, 0.3, 0.1)
+
+    pairs: dict[str, tuple[Loss, Loss]] = {
+        f"distillation, {at}, teachers' width {TEACHER_WIDTH}": (
+            lambda: tiled.distillation(EmbeddingScores(text, audio), EmbeddingScores(*teachers), temperature),
+            lambda: dense.distillation(text @ audio.T, teachers[0] @ teachers[1].T, temperature),
+        ),
+        f"CMSC, {at}": (
+            cmsc,
+            lambda: dense.cmsc(text @ audio.T, *(x @ x.T for x in inside), temperature, 0.3, 0.1),
+        ),
+    }
+    for name, (tiled_loss, dense_loss) in pairs.items():
+        ours, other = (step(loss, text, audio, temperature) for loss in (tiled_loss, dense_loss))
+        yield timed(name, ours, other, "dense", 0.6)
+        yield Row(name, peak_mib(ours), peak_mib(other), "dense", "MiB")
+
+
+def narrow(clip_loss: nn.Module) -> Iterator[Row]:
+    text, audio, temperature = inputs(SOFT_BATCH)
+    narrow_text, narrow_audio = (x.detach().bfloat16().requires_grad_() for x in (text, audio))
+
+    def autocast() -> Tensor:
+        with torch.autocast(text.device.type, torch.bfloat16):
+            loss: Tensor = clip_loss(audio, text, 1 / temperature)
+        return loss
+
+    def ours() -> Tensor:
+        return tiled.nt_xent(EmbeddingScores(narrow_text, narrow_audio), temperature)
+
+    name = f"NT-Xent of bf16 vectors, B={SOFT_BATCH}, d={WIDTH}"
+    mine, other = step(ours, narrow_text, narrow_audio, temperature), step(autocast, text, audio, temperature)
+    yield timed(name, mine, other, "open_clip ClipLoss, autocast to bf16", 0.33)
+
+
+def large_batch(clip_loss: nn.Module) -> Iterator[Row]:
+    text, audio, temperature = inputs(LARGE_BATCH)
+    ours = step(lambda: tiled.nt_xent(EmbeddingScores(text, audio), temperature), text, audio, temperature)
+    other = step(lambda: clip_loss(audio, text, 1 / temperature), text, audio, temperature)
+    name = f"NT-Xent, B={LARGE_BATCH}, d={WIDTH}"
+    yield timed(name, ours, other, "open_clip ClipLoss", 0.38, repeats=2)
+    yield Row(name, peak_mib(ours), peak_mib(other), "open_clip ClipLoss", "MiB", 1 / 25)
+
+
+def timed(name: str, ours: Function, other: Function, other_name: str, target: float, repeats: int = 3) -> Row:
+    our_time, other_time = seconds(ours, other, repeats=repeats)
+    return Row(name, our_time, other_time, other_name, "s", target)
+
+
+def step(loss: Loss, *inputs: Tensor) -> Function:
+    """Forward and backward."""
+    return lambda: torch.autograd.grad(loss(), inputs)
+
+
+def inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit vectors of texts and of audios [B, d], and the temperature."""
+    text, audio = (vectors(batch, WIDTH, seed).requires_grad_() for seed in (0, 1))
+    return text, audio, torch.tensor(TEMPERATURE, device=text.device, requires_grad=True)
+
+
+def vectors(batch: int, width: int, seed: int) -> Tensor:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return normalize(torch.randn(batch, width, generator=torch.Generator().manual_seed(seed)), dim=1).to(device)
+
+
+def ring_nt_xent(text: Tensor, audio: Tensor, scale: Tensor) -> Tensor:
+    """NT-Xent as the mean of two calls, each of which asks with one side and streams the other."""
+    return (_OneDirection.apply(text, audio, scale) + _OneDirection.apply(audio, text, scale)) / 2
+
+
+class _OneDirection(torch.autograd.Function):
+    """mean_i (lse_j scale q_i . k_j - scale q_i . k_i) in RING_RANKS blocks of keys with a running log-sum-exp.
+
+    Backward computes a block's logits again, once for both sides' gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+        log_sums = torch.full_like(queries[:, 0], -torch.inf)
+        for block in keys.chunk(RING_RANKS):
+            for part, sums in zip(queries.chunk(RING_RANKS), log_sums.chunk(RING_RANKS), strict=True):
+                torch.logaddexp(sums, (part @ block.T).mul_(scale).logsumexp(1), out=sums)
+        ctx.save_for_backward(queries, keys, scale, log_sums)
+        return (log_sums - scale * (queries * keys).sum(1)).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys, scale, log_sums = ctx.saved_tensors
+        weight = grads[0] / len(queries)
+        by_queries, by_keys = -weight * keys, -weight * queries  # of sum_i q_i . k_i
+        for block, by_block in zip(keys.chunk(RING_RANKS), by_keys.chunk(RING_RANKS), strict=True):
+            for part, sums, by_part in zip(
+                *(x.chunk(RING_RANKS) for x in (queries, log_sums, by_queries)), strict=True
+            ):
+                softmax = (part @ block.T).mul_(scale).sub_(sums[:, None]).exp_().mul_(weight)
+                by_part.addmm_(softmax, block)
+                by_block.addmm_(softmax.T, part)
+        by_scale = (by_queries * queries).sum()
+        return by_queries * scale, by_keys * scale, by_scale
+
+
+def open_clip_loss() -> nn.Module:
+    """open_clip's ClipLoss on one rank."""
+    wheels = CACHE / OPEN_CLIP
+    file = wheels / "loss.py"
+    if not file.exists():
+        wheels.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels), OPEN_CLIP]
+        found = subprocess.run(command, capture_output=True, text=True)
+        if found.returncode:
+            raise SystemExit(f"{OPEN_CLIP} cannot be fetched: {found.stderr.strip().splitlines()[-1]}")
+        (wheel,) = wheels.glob("*.whl")
+        file.write_bytes(zipfile.ZipFile(wheel).read("open_clip/loss.py"))
+    spec = importlib.util.spec_from_file_location("open_clip_loss", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    loss: nn.Module = module.ClipLoss(cache_labels=True)
+    return loss
+
+
+if __name__ == "__main__":
+    run(__doc__, rows)
