@@ -17,6 +17,7 @@ from tests.sequences import kept_numbers, random_sequence
 
 DIM, ATTENTION_DIM = 24, 12
 WORDS = [1] * 5
+MANY_WORDS = [1] * 13  # no fewer texts than the attention is wide: tiles are computed again
 # Gram matrices pay up to 11 frames at these widths, 16 with the residual block.
 FRAMES = {"grams": [6, 1, 4, 2, 6, 3, 5], "dense": [6, 20, 4, 2, 6, 3, 5]}
 
@@ -66,18 +67,20 @@ def assert_equal_with_gradients(found: Tensor, expected: Tensor, leaves: list[Te
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("tile", [(1024, 2**19), (2, 40), (3, 1)])
+@pytest.mark.parametrize(
+    ("words", "tile"), [(WORDS, (1024, 2**19)), (WORDS, (2, 40)), (WORDS, (3, 1)), (MANY_WORDS, (5, 60))]
+)
 @pytest.mark.parametrize("spread", [0.4, 1e-3])
 @pytest.mark.parametrize("kind", FRAMES)
 @pytest.mark.parametrize("residual", [False, True])
 def test_scores_and_gradients_equal_the_formula(
-    residual: bool, kind: str, spread: float, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    residual: bool, kind: str, spread: float, words: list[int], tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parameters of 1e-3 leave variances far below LayerNorm's epsilon, which must then be in the right places."""
     monkeypatch.setattr(tap, "TILE_ROWS", tile[0])
     monkeypatch.setitem(tap.TILE_NUMBERS, "cpu", tile[1])
     scorer = build(residual, spread)
-    text, audio = random_sequence(WORDS, DIM, 1), random_sequence(FRAMES[kind], DIM, 2, extra=1, gradient=True)
+    text, audio = random_sequence(words, DIM, 1), random_sequence(FRAMES[kind], DIM, 2, extra=1, gradient=True)
     assert (audio.tokens.shape[1] <= scorer.weights.most_frames) == (kind == "grams")
     leaves = [text.pooled.requires_grad_(), audio.tokens, *scorer.parameters()]
     assert_equal_with_gradients(scorer.scores(text, audio), by_hand(scorer, text, audio), leaves)
@@ -85,7 +88,14 @@ def test_scores_and_gradients_equal_the_formula(
 
 def test_gram_matrices_are_left_where_they_stop_paying() -> None:
     for residual, longest in ((False, 511), (True, 724)):
-        assert tap._Weights(1024, 512, residual).most_frames == longest
+        scorer = TextAwarePoolingScorer(1024, 512, residual)
+        assert scorer.weights.most_frames == longest and f"Gram matrices up to {longest} frames" in repr(scorer)
+
+
+def test_repr_says_that_dropout_takes_vectors() -> None:
+    scorer = build(True, probability=0.3)
+    assert "a vector a pair while dropout 0.3 draws" in repr(scorer)
+    assert "Gram matrices up to" in repr(scorer.eval())
 
 
 def test_dropout_is_that_of_the_formula_and_is_replayed() -> None:
