@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from atr_scale.config import RunConfig, parse_config
 from atr_scale.data.batch import stable_id
@@ -18,6 +19,7 @@ from atr_scale.data.index import ShardSet, open_shards
 from atr_scale.data.text import CaptionTokenizer, caption_tokenizer
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import Embedded, as_read, embed
+from atr_scale.evaluation.rank_counts import VectorScores
 from atr_scale.evaluation.relevance import read_relevance
 from atr_scale.evaluation.report import write_report
 from atr_scale.evaluation.result import EvaluationResult, evaluate_labelled, evaluate_retrieval
@@ -87,9 +89,16 @@ def evaluate(
     was_training = model.training
     model.eval()
     options["batch_size"], options["lockstep"] = config.evaluation.batch_size, lockstep
-    if first_stage is None:
-        scores = a2t_scores = score(model.scorer, embedded.text, embedded.audio, **options)
-        method = "every pair scored"
+    ids = np.array([stable_id(clip) for clip in embedded.clip_ids])
+    owners = ids[embedded.owner]
+    scores: Tensor | VectorScores
+    table = a2t_scores = None
+    method = "every pair scored"
+    if first_stage is None and model.scorer.factorised:
+        scores = VectorScores(embedded.text.pooled.to(device), embedded.audio.pooled.to(device))
+        table = scores.ranks(owners, ids, world)
+    elif first_stage is None:
+        scores = score(model.scorer, embedded.text, embedded.audio, **options)
     else:
         if first_stage.clip_ids != embedded.clip_ids or first_stage.captions != embedded.captions:
             raise UserError(f"{first_stage.name} could not read the same clips of {shards.location}: check the shards")
@@ -110,10 +119,8 @@ def evaluate(
     model.train(was_training)
     results = []
     if world.is_main:
-        ids = np.array([stable_id(clip) for clip in embedded.clip_ids])
         first = np.searchsorted(embedded.owner, np.arange(len(ids)))
         shown = [f"{embedded.captions[c]} ({clip})" for c, clip in zip(first, embedded.clip_ids, strict=True)]
-        owners = ids[embedded.owner]
         grades = None if relevance is None else read_relevance(relevance, shards, embedded)
         results.append(
             evaluate_retrieval(
@@ -124,6 +131,7 @@ def evaluate(
                 shown,
                 owners,
                 ids,
+                table=table,
                 a2t_scores=a2t_scores,
                 method=method,
                 grades=grades,

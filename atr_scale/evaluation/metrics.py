@@ -146,15 +146,19 @@ def classification(scores: Scores, labels: Ids) -> dict[str, float]:
 
 
 def graded(scores: Scores, grades: NDArray[np.floating]) -> dict[str, float]:
+    """`graded_lists` of a score matrix [T, A]; ties: lower index first."""
+    return graded_lists(np.argsort(-_numpy(torch.as_tensor(scores)), axis=1, kind="stable")[:, :GRADED_AT], grades)
+
+
+def graded_lists(lists: Ids, grades: NDArray[np.floating]) -> dict[str, float]:
     """Text to audio with several relevant clips: `t2a/mAP@16`, `t2a/nDCG@16`, means over captions with a relevant clip.
 
-    scores, grades [T, A]. mAP@16: clips of grade 1 are relevant, precisions at their ranks up to 16, divided by their
-    number (DCASE 2025 task 6). nDCG@16 (Jarvelin and Kekalainen 2002): the grade is the gain, discounted by
-    log2(1 + rank). Ties: lower index first.
+    lists [T, k]: indices of the best clips of every text, best first, k = GRADED_AT or all clips. grades [T, A].
+    mAP@16: clips of grade 1 are relevant, precisions at their ranks up to 16, divided by their number (DCASE 2025 task
+    6). nDCG@16 (Jarvelin and Kekalainen 2002): the grade is the gain, discounted by
+    log2(1 + rank).
     """
-    matrix = _numpy(torch.as_tensor(scores))
-    order = np.argsort(-matrix, axis=1, kind="stable")[:, :GRADED_AT]
-    gains = np.take_along_axis(grades, order, 1)
+    gains = np.take_along_axis(grades, as_int64(lists)[:, :GRADED_AT], 1)
     hits = gains >= 1
     places = np.arange(1, hits.shape[1] + 1)
     relevant = (grades >= 1).sum(1)

@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atr_scale.errors import UserError
-from atr_scale.evaluation.metrics import Ids, Ranks, as_int64, positions, rounds
+from atr_scale.evaluation.metrics import Ids, Ranks, Scores, as_int64, positions, ranks, rounds
 from atr_scale.parallel.blocks import at_least_fp32
 from atr_scale.parallel.world import World
 
 ROWS, COLUMNS = 512, 1024  # a tile stays in the cache
 BYTES = 128  # truth values added in one byte, see `_count`; it divides ROWS and COLUMNS / 8
 KEPT_TILES = 256  # tiles with positives that are computed once and not twice
-COARSE = 10  # a list is drawn in bfloat16 with this many times its places, and then scored exactly
 
 
 def vector_ranks(text: Tensor, audio: Tensor, text_audio_ids: Ids, audio_ids: Ids, world: World | None = None) -> Ranks:
@@ -42,6 +41,67 @@ def vector_ranks(text: Tensor, audio: Tensor, text_audio_ids: Ids, audio_ids: Id
         )
     t2a, a2t = _Counter(text, audio, clip, world).ranks()
     return Ranks(t2a=t2a, a2t=a2t, clip=clip, audio_ids=clips)
+
+
+class VectorScores:
+    """Scores text @ audio.T [T, A] of which only what is asked for is computed."""
+
+    def __init__(self, text: Tensor, audio: Tensor) -> None:
+        self.text, self.audio = at_least_fp32(text.detach()), at_least_fp32(audio.detach())
+        self.shape = (len(text), len(audio))
+
+    def ranks(self, text_audio_ids: Ids, audio_ids: Ids, world: World | None = None) -> Ranks:
+        """As `vector_ranks`."""
+        return vector_ranks(self.text, self.audio, text_audio_ids, audio_ids, world)
+
+    def row(self, text: int) -> Tensor:
+        """[A]"""
+        return self.audio @ self.text[text]
+
+    def column(self, audio: int) -> Tensor:
+        """[T]"""
+        return self.text @ self.audio[audio]
+
+    def block(self, texts: Tensor, audios: Tensor) -> Tensor:
+        """[texts, audios] of chosen rows and columns."""
+        return self.text[texts] @ self.audio[audios].T
+
+    def lists(self, k: int) -> Tensor:
+        """[T, k] int64: the best k audios of every text, best first; of equal ones the lower index."""
+        return torch.cat([best(self.text[t : t + ROWS] @ self.audio.T, k) for t in range(0, len(self.text), ROWS)])
+
+
+class MatrixScores:
+    """The same of scores [T, A] that are all there, as a scorer of pairs gives them."""
+
+    def __init__(self, scores: Scores) -> None:
+        self.scores = torch.as_tensor(scores).detach()
+        self.shape = tuple(self.scores.shape)
+
+    def ranks(self, text_audio_ids: Ids, audio_ids: Ids, world: World | None = None) -> Ranks:
+        """As `metrics.ranks`; one rank is enough."""
+        return ranks(self.scores, text_audio_ids, audio_ids)
+
+    def row(self, text: int) -> Tensor:
+        """[A]"""
+        return self.scores[text]
+
+    def column(self, audio: int) -> Tensor:
+        """[T]"""
+        return self.scores[:, audio]
+
+    def block(self, texts: Tensor, audios: Tensor) -> Tensor:
+        """[texts, audios] of chosen rows and columns."""
+        return self.scores[texts][:, audios]
+
+    def lists(self, k: int) -> Tensor:
+        """[T, k] int64: the best k audios of every text, best first; of equal ones the lower index."""
+        return best(self.scores, k)
+
+
+def best(scores: Tensor, k: int) -> Tensor:
+    """[Q, k] int64: the best items of each row of scores [Q, n], the lower index first among equal ones."""
+    return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k]
 
 
 class _Counter:

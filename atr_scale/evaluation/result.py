@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 
 from atr_scale.errors import UserError
 from atr_scale.evaluation.metrics import (
+    GRADED_AT,
     Ids,
     Ranks,
     Scores,
     bootstrap,
     classification,
-    graded,
+    graded_lists,
     label_ranks,
-    ranks,
 )
+from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
 
 FORMAT = 2
 NUM_PAIRS, NUM_CLASSES = 32, 64  # rows and columns of the kept piece of the score matrix
@@ -136,29 +137,31 @@ class EvaluationResult:
 def evaluate_retrieval(
     split: str,
     step: int,
-    scores: Scores,
+    scores: Scores | VectorScores,
     captions: Sequence[str],
     clip_names: Sequence[str],
     text_audio_ids: Ids,
     audio_ids: Ids,
     *,
+    table: Ranks | None = None,
     a2t_scores: Scores | None = None,
     method: str = "every pair scored",
     grades: NDArray[np.floating] | None = None,
 ) -> EvaluationResult:
-    """Everything about a score matrix [T, A]: captions [T], clip_names [A] (to show), ids as in `metrics.ranks`.
+    """Everything about scores [T, A]: captions [T], clip_names [A] (to show), ids as in `metrics.ranks`.
 
-    a2t_scores: what audio queries rank by, where it differs. grades [T, A]: relevance, for `metrics.graded`.
+    table: their ranks, where several processes have counted them. a2t_scores: what audio queries rank by, where it
+    differs. grades [T, A]: relevance, for `metrics.graded`.
     """
-    table = ranks(scores, text_audio_ids, audio_ids)
-    matrix = torch.as_tensor(scores).detach()
-    a2t_matrix = matrix if a2t_scores is None else torch.as_tensor(a2t_scores).detach()
-    if a2t_matrix is not matrix:
-        table = replace(table, a2t=ranks(a2t_matrix, text_audio_ids, audio_ids).a2t)
+    found = scores if isinstance(scores, VectorScores) else MatrixScores(scores)
+    by_audio = found if a2t_scores is None else MatrixScores(a2t_scores)
+    table = table or found.ranks(text_audio_ids, audio_ids)
+    if by_audio is not found:
+        table = replace(table, a2t=by_audio.ranks(text_audio_ids, audio_ids).a2t)
     first_text = np.unique(table.clip, return_index=True)[1]
     shown = first_text[_spread(len(first_text), NUM_PAIRS)]
     t2a = [
-        _example("t2a", captions[text], int(table.t2a[text]), matrix[text], clip_names, table.clip[text : text + 1])
+        _example("t2a", captions[text], int(table.t2a[text]), found.row(text), clip_names, table.clip[text : text + 1])
         for text in _spread(len(captions), NUM_EXAMPLES)
     ]
     a2t = []
@@ -166,14 +169,14 @@ def evaluate_retrieval(
         clip = table.clip[text]
         relevant = np.flatnonzero(table.clip == clip)
         rank = int(table.a2t[relevant].min())
-        a2t.append(_example("a2t", clip_names[clip], rank, a2t_matrix[:, clip], captions, relevant))
+        a2t.append(_example("a2t", clip_names[clip], rank, by_audio.column(clip), captions, relevant))
     return EvaluationResult(
         split=split,
         step=step,
-        metrics=table.metrics() | ({} if grades is None else graded(matrix, grades)),
+        metrics=table.metrics() | ({} if grades is None else graded_lists(found.lists(GRADED_AT), grades)),
         intervals=bootstrap(table),
         ranks=table,
-        excerpt=_float32(matrix, shown, table.clip[shown]),
+        excerpt=found.block(*map(torch.from_numpy, (shown, table.clip[shown]))).float().cpu().numpy(),
         excerpt_names=tuple(captions[text] for text in shown),
         examples=(*t2a, *a2t),
         method=method,
@@ -228,7 +231,3 @@ def _example(
 def _spread(count: int, wanted: int) -> NDArray[np.int64]:
     """Indices spread evenly: examples are neither the best nor the first ones, and the same at every step."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
-
-
-def _float32(matrix: torch.Tensor, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
-    return matrix[torch.from_numpy(rows)][:, torch.from_numpy(columns)].float().cpu().numpy()
