@@ -18,7 +18,7 @@ from atr_scale.parallel.blocks import ScoreBlock, slices
 # Rows of a tile, so that matrix products run at full speed, and of a part, so that all else that is done with a tile
 # finds it in the cache of a core. A GPU gets few and large kernels instead.
 TILE_ROWS = {"cpu": 1024, "cuda": 2**16}
-PART_ROWS = {"cpu": 128, "cuda": 2**16}
+PART_ROWS = {"cpu": 256, "cuda": 2**16}
 # Tiles kept from the forward pass to the backward pass, each of which spares a matrix product. A fixed size, so that
 # memory grows with the batch and not with its square: about what the gradients of 16,384 pairs of width 640 take.
 KEPT_BYTES = 80 * 2**20
