@@ -36,8 +36,8 @@ class TextAwarePoolingScorer(Scorer):
     Scores come from Gram matrices (see gram_pooling). In two cases every pair's vector is built instead, tile by tile,
     at many times the cost: for clips so long that Gram matrices cost more than they save, and in training with dropout,
     which draws anew for every number of every vector; hence it is 0 unless asked for (X-Pool: 0.3). `repr` says which
-    form runs. Products are in fp32 also under autocast: operands of bf16 in the projections alone move gradients by 2e-3
-    to 3e-3. Raises UserError for options out of range.
+    form runs. Products are fp32 also under autocast: bf16 operands in the projections alone move gradients by 2e-3 to
+    3e-3. Raises UserError for options out of range.
     """
 
     def __init__(self, dim: int, attention_dim: int = 512, residual: bool = False, dropout: float = 0.0) -> None:
