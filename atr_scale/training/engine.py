@@ -21,6 +21,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from atr_scale.config import TrainSection
 from atr_scale.data.batch import Batch
@@ -97,19 +98,25 @@ class Engine:
         model.to(device)
         model.precision = train.precision
         self._probe = torch.zeros((), device=device)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(self._watch)
+        share = train.global_batch_size // world.size
+        chunked = train.micro_batch_size is not None and train.micro_batch_size < share
+        # Of a single backward pass, ZeRO 2 and 3 reduce gradients while it runs, and never hold them whole.
+        self._reduces_at_end = train.zero_stage < 2 or chunked or train.accum_steps > 1
+        if not self._reduces_at_end:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(self._watch)
         self.optimizer = _SkippableAdamW(
             list(optimizer_groups(model, train)), lr=train.lr, betas=train.betas, eps=train.eps
         )
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=deepspeed_config(train, world.size)
         )
+        self.deepspeed.train()
         self.model = model
         self._grad_cache: GradCache | None = None
-        share = train.global_batch_size // world.size
-        if train.micro_batch_size is not None and train.micro_batch_size < share:
+        if chunked:
+            assert train.micro_batch_size is not None
             self._grad_cache = GradCache(
                 model, self.deepspeed, self.deepspeed.backward, device, train.micro_batch_size, train.kept_chunks
             )
@@ -126,7 +133,8 @@ class Engine:
             # Groups of checkpoints from before there was layer decay have no scale.
             group["lr"] = learning_rates[group["name"]] * group.get("lr_scale", 1.0)
         self._probe.zero_()
-        self.deepspeed.train()
+        if not self.model.training:  # a walk over all modules
+            self.deepspeed.train()
         values: dict[str, Tensor] = {}
         with self._reduced_once():
             for batch, seed in zip(batches, seeds, strict=True):
@@ -155,19 +163,15 @@ class Engine:
 
     @contextmanager
     def _reduced_once(self) -> Iterator[None]:
-        """Gradients of several backward passes stay on their ranks until the end, and meet once.
-
-        A single pass is left to DeepSpeed, which under ZeRO 2 and 3 reduces during it and never holds them whole.
-        """
-        if self._grad_cache is None and self.train.accum_steps == 1:
+        """Gradients of all backward passes stay on their ranks, are looked at, and meet once, at the end."""
+        if not self._reduces_at_end:
             yield
-        elif self.train.zero_stage == 0:
-            with self.deepspeed.no_sync():
-                yield
+            return
+        with self.deepspeed.no_sync() if self.train.zero_stage == 0 else self.deepspeed.coalesce_grad_reduction():
+            yield
+            self._probe += get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]) * 0
+        if self.train.zero_stage == 0:
             self.deepspeed.allreduce_gradients()
-        else:
-            with self.deepspeed.coalesce_grad_reduction():
-                yield
 
     def full_weights(self) -> dict[str, Tensor]:
         """The model's state as fp32 CPU tensors on the main rank ({} elsewhere), gathered where sharded."""
@@ -225,7 +229,7 @@ class Engine:
             self.deepspeed.step()
             return torch.as_tensor(self.deepspeed.get_global_grad_norm())
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+        norm = clip_grad_norm_(parameters, limit or math.inf)
         self.deepspeed.step()
         return norm
 

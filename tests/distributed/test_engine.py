@@ -112,8 +112,11 @@ def skips(configs: list[RunConfig]) -> list[dict[str, Any]]:
 def test_a_non_finite_rank_makes_all_skip(folder: Path) -> None:
     """Parameters and moments stay bit for bit, and the next update is a normal one."""
     cases = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 3), ("fp16", 0), ("fp16", 2)]
+    in_chunks = [("fp32", 2), ("bf16", 1), ("bf16", 3), ("fp16", 0)]
     config = tiny_config(folder, folder / "run")
     configs = [with_train(config, zero_stage=stage, precision=precision) for precision, stage in cases]
+    configs += [with_train(config, zero_stage=s, precision=p, micro_batch_size=2, kept_chunks=1) for p, s in in_chunks]
+    cases += in_chunks
     for rank in run_ranks(skips, 2, configs):
         for case, found in zip(cases, rank, strict=True):
             assert 1 in found["bad_ranks"], case

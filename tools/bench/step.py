@@ -1,0 +1,72 @@
+"""What an update costs beside the model: ours, under DeepSpeed, against a bare loop of torch with the same model.
+
+    python -m tools.bench.step [--json FILE]
+
+The bare loop: forward, backward, clip_grad_norm_, AdamW(fused=True), zero_grad; no ranks, no skipping of non-finite
+updates, no checkpoints.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from atr_scale.config import RunConfig
+from atr_scale.model import Retriever
+from atr_scale.parallel.world import World
+from atr_scale.training.engine import optimizer_groups
+from tools.bench import updates
+from tools.bench.measure import seconds
+from tools.bench.table import Row, run
+from tools.parity import with_train
+from tools.ranks import run_ranks
+
+AUDIO, SIZE, SECONDS = "small_cnn", 32, 10.0
+STAGES = (0, 1)
+
+
+def bare_loop(config: RunConfig, fused: bool) -> tuple[Retriever, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = Retriever(config.model, config.objective).to(updates.device()).train()
+    groups = list(optimizer_groups(model, config.train))
+    return model, torch.optim.AdamW(groups, lr=updates.RATE, fused=fused, foreach=not fused)
+
+
+def times(config: RunConfig) -> list[float]:
+    """Seconds of an update: bare, then ours at each stage; of AdamW alone: fused, then by `foreach`."""
+    model, optimizer = bare_loop(config, fused=True)
+    batch = updates.noise(SIZE, SECONDS, model.sample_rate, World.current())
+
+    def bare() -> None:
+        model(batch.to(updates.device()))["loss"].backward()
+        clip_grad_norm_(model.parameters(), config.train.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    engines = [updates.start(with_train(config, zero_stage=stage)) for stage in STAGES]
+    steps: list[Callable[[], object]] = [lambda engine=engine: updates.update(engine, batch) for engine in engines]
+    found = seconds(bare, *steps, repeats=9)
+    alone = []
+    for fused in (True, False):
+        model, optimizer = bare_loop(config, fused)
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        alone.append(optimizer.step)
+    return found + seconds(*alone, repeats=20)
+
+
+def rows() -> Iterable[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        config = updates.configuration(Path(folder), AUDIO, global_batch_size=SIZE)
+        ((bare, *ours, fused, foreach),) = run_ranks(times, 1, config)
+    for stage, time in zip(STAGES, ours, strict=True):
+        yield Row(f"update, {SIZE} clips of {SECONDS:g} s, ZeRO {stage}", time, bare, "bare torch loop", "s", 1.02)
+    yield Row("AdamW alone", fused, foreach, "foreach", "s")
+
+
+if __name__ == "__main__":
+    run(__doc__, rows)
