@@ -48,7 +48,7 @@ def both(case: str, batch: int, temperature: float, dtype: torch.dtype, kind: st
     found = []
     for make, kept in ((BLOCKS[kind], dtype), (None, torch.float64)):
         text, audio = (unit(batch, 6, seed).to(dtype).to(kept).requires_grad_() for seed in (1, 2))
-        given = tuple(x.to(dtype).to(kept) for x in teacher)
+        given = teacher[0].to(dtype).to(kept), teacher[1].to(dtype).to(kept)
         if make is None:
             loss = dense_loss(case, text, audio, temperature, None, given)
         else:
@@ -101,10 +101,15 @@ def test_scores_that_are_no_numbers_give_a_loss_that_is_none() -> None:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("case", [case for case in CASES if "pmr" not in case])
 def test_kept_tiles_change_nothing_but_the_work(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    made: list[int] = []
     original = EmbeddingScores.stripe
-    monkeypatch.setattr(EmbeddingScores, "stripe", lambda *args: made.append(1) or original(*args))
-    results, work = [], []
+
+    def counted(*arguments: Any) -> Tensor:
+        made.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(EmbeddingScores, "stripe", counted)
+    results, work = list[list[Tensor]](), list[int]()
     for budget in (0, 6 * 7 * 8 * 5, 2**30):  # none, a few, all
         monkeypatch.setattr(soft_cross_entropy, "KEPT_BYTES", budget)
         made.clear()

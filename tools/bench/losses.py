@@ -73,18 +73,19 @@ def soft_targets() -> Iterator[Row]:
     at = f"B={SOFT_BATCH}, d={WIDTH}"
 
     def cmsc() -> Tensor:
-        blocks = [ModalityScores(x) for x in inside]
-        return tiled.cmsc(EmbeddingScores(text, audio), *blocks, temperature, 0.3, 0.1)
+        texts, audios = (ModalityScores(x) for x in inside)
+        return tiled.cmsc(EmbeddingScores(text, audio), texts, audios, temperature, 0.3, 0.1)
+
+    def dense_cmsc() -> Tensor:
+        texts, audios = (x @ x.T for x in inside)
+        return dense.cmsc(text @ audio.T, texts, audios, temperature, 0.3, 0.1)
 
     pairs: dict[str, tuple[Loss, Loss]] = {
         f"distillation, {at}, teachers' width {TEACHER_WIDTH}": (
             lambda: tiled.distillation(EmbeddingScores(text, audio), EmbeddingScores(*teachers), temperature),
             lambda: dense.distillation(text @ audio.T, teachers[0] @ teachers[1].T, temperature),
         ),
-        f"CMSC, {at}": (
-            cmsc,
-            lambda: dense.cmsc(text @ audio.T, *(x @ x.T for x in inside), temperature, 0.3, 0.1),
-        ),
+        f"CMSC, {at}": (cmsc, dense_cmsc),
     }
     for name, (tiled_loss, dense_loss) in pairs.items():
         ours, other = (step(loss, text, audio, temperature) for loss in (tiled_loss, dense_loss))
