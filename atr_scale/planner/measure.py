@@ -114,7 +114,8 @@ def _run_encoders(
             text = model.text_projection(model.text_encoder(ids, torch.ones_like(ids)), model.scorer.reads_words)
         ends = [len(recorder.rows)]
         with autocast:
-            audio = model.audio_projection(_encode_audio(model, rows, seconds), model.scorer.reads_frames)
+            waveform = torch.zeros(rows, round(seconds * model.sample_rate))  # lives as long as the batch
+            audio = model.audio_projection(_encode_audio(model, waveform), model.scorer.reads_frames)
         ends.append(len(recorder.rows))
         for sequence, tokens_read in ((audio, model.scorer.reads_frames), (text, model.scorer.reads_words)):
             outputs = [x for x, read in ((sequence.tokens, tokens_read), (sequence.pooled, True)) if read]
@@ -127,13 +128,12 @@ def _run_encoders(
     return recorder.table(), tuple(ends), Encoded(text, audio)
 
 
-def _encode_audio(model: Retriever, rows: int, seconds: float) -> TokenSequence:
+def _encode_audio(model: Retriever, waveform: Tensor) -> TokenSequence:
     """Clips of one length. Windows become rows, as `AudioEncoder.forward` makes them; tensors without values cannot be
     joined by their masks, so the tokens of the last window are all real here."""
-    encoder = model.audio_encoder
-    samples = round(seconds * encoder.sample_rate)
+    encoder, (rows, samples) = model.audio_encoder, waveform.shape
     if encoder.window is None or samples <= encoder.window:
-        return encoder.encode(torch.zeros(rows, samples))
+        return encoder.encode(waveform)
     count = len(window_starts(samples, encoder.window, encoder.window_hop))
     found = encoder.encode(torch.zeros(rows * count, encoder.window))
     tokens = found.tokens.reshape(rows, -1, found.tokens.shape[-1])

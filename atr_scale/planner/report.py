@@ -126,7 +126,7 @@ def _step(plan: Plan) -> list[str]:
 
 def _table(plan: Plan) -> list[str]:
     names = ("GPUs", "a GPU", "forward", "GiB", "step ms", "clips/s", "effic.", "time", "USD", "bound", "largest")
-    lines = [(*names, "GradCache")]
+    lines: list[tuple[str, ...]] = [(*names, "GradCache")]
     one = next((row.planned for row in plan.rows if row.planned), None)
     for row in plan.rows:
         e = row.planned

@@ -42,7 +42,7 @@ def costs(config: RunConfig) -> Costs:
 
 
 def cluster(size: int, gpu: str = "H100") -> Cluster:
-    return Cluster(find_gpu(gpu), size, 8, 0.001, 2)
+    return Cluster(find_gpu(gpu), size, 8, 1e-6, 2)
 
 
 def test_flops_of_both_directions_and_of_groups() -> None:
@@ -100,9 +100,17 @@ def test_a_real_update_of_the_encoders_takes_the_planned_memory(config: RunConfi
 
     step()
     model.zero_grad()
+    measured = peak_mib(step) * 2**20
     table = costs.encoders.at(rows)
-    inputs = 4 * batch[0].numel()  # the plan holds the batch, too
-    assert (table.live + table.gradients).max() - inputs == pytest.approx(peak_mib(step) * 2**20, rel=0.1)
+    planned = (table.live + table.gradients).max() - sum(x.nbytes for x in batch)  # the plan holds the batch, too
+    model.zero_grad()
+    with Recorder([*batch, *model.parameters(), *model.buffers()]) as recorder:
+        handles = recorder.watch_gradients(model)
+        step()
+    real = recorder.table()
+    assert planned == pytest.approx((real.live + real.gradients).max(), rel=0.01) and handles
+    # What convolutions allocate inside is not seen: much of so small a network.
+    assert planned == pytest.approx(measured, rel=0.12)
 
 
 def build_real(config: RunConfig):  # type: ignore[no-untyped-def]

@@ -140,8 +140,8 @@ def noise(config: RunConfig, world: World, sample_rate: int) -> Batch:
     ids, words = torch.arange(PAIRS), torch.randint(5, 30, (PAIRS, TOKENS), generator=draws)
     waveform = 0.1 * torch.randn(PAIRS, samples, generator=draws)
     lengths = torch.full((PAIRS,), samples)
-    whole = (waveform, lengths, words, torch.ones_like(words), ids, ids, torch.zeros_like(ids))
-    return Batch(*(tensor[mine].clone() for tensor in whole))
+    whole = Batch(waveform, lengths, words, torch.ones_like(words), ids, ids, torch.zeros_like(ids))
+    return whole.take(ids[mine])
 
 
 if __name__ == "__main__":
