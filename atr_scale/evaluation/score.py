@@ -15,6 +15,7 @@ from atr_scale.parallel.world import World
 from atr_scale.scorers.scorer import Scorer
 from atr_scale.sequence import TokenSequence
 
+SUMMED = 1 << 24  # scores that travel at once
 BELOW = 8.0  # further below than two scores of a model can lie apart
 
 
@@ -41,14 +42,16 @@ def score(
     mine = list(range(world.rank, len(batches), world.size))
     surplus = -(-len(batches) // world.size) - len(mine) if lockstep else 0
     text = text.to(device)
-    found: dict[int, Tensor] = {}
-    for number in tqdm(
-        mine + [0] * surplus, desc="scoring pairs", unit="batch", disable=None if world.is_main else True
-    ):
+    out = torch.zeros(len(text.pooled), num_clips)
+    progress = tqdm(mine + [0] * surplus, desc="scoring pairs", unit="batch", disable=None if world.is_main else True)
+    for done, number in enumerate(progress):
         columns = scorer.scores(text, audio.take(batches[number]).to(device)).float().cpu()
-        found.setdefault(number, columns)
-    everything = {number: columns for part in world.gather_objects(found) for number, columns in part.items()}
-    return torch.cat([everything[number] for number in range(len(batches))], 1)
+        if done < len(mine):
+            out[:, batches[number]] = columns
+    if world.size > 1:  # every column is one rank's and zero elsewhere: the sum is exact
+        for rows in out.split(max(1, SUMMED // num_clips)):
+            rows.copy_(world.sum(rows.to(world.device)))
+    return out
 
 
 @torch.no_grad()

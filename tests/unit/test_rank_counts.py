@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from atr_scale.errors import UserError
 from atr_scale.evaluation import rank_counts
 from atr_scale.evaluation.metrics import Ranks, ranks
-from atr_scale.evaluation.rank_counts import vector_ranks
+from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores, vector_ranks
 
 
 def same(found: Ranks, wanted: Ranks) -> None:
@@ -77,3 +77,32 @@ def test_mistakes_get_one_line() -> None:
         vector_ranks(text * torch.nan, audio, np.arange(2), np.arange(2))
     with pytest.raises(UserError, match="which is not in audio_ids"):
         vector_ranks(text, audio, np.array([0, 5]), np.arange(2))
+
+
+@pytest.mark.parametrize("kind", ["vectors", "matrix"])
+def test_what_a_report_shows_is_that_of_the_matrix(kind: str) -> None:
+    text, audio, _ = problem(3, 30, 20, 3, ordered=False)
+    matrix = text @ audio.T
+    scores = VectorScores(text, audio) if kind == "vectors" else MatrixScores(matrix)
+    assert scores.shape == (30, 20)
+    assert torch.equal(scores.row(7), matrix[7]) and torch.equal(scores.column(5), matrix[:, 5])
+    rows, columns = torch.tensor([3, 1, 29]), torch.tensor([0, 19])
+    assert torch.equal(scores.block(rows, columns), matrix[rows][:, columns])
+    wanted = [sorted(range(20), key=lambda k: (-matrix[t, k], k))[:6] for t in range(30)]
+    assert scores.lists(6).tolist() == wanted
+
+
+def test_lists_and_ranks_agree_with_faiss() -> None:
+    """Exact search by another implementation; random vectors have no equal scores."""
+    faiss = pytest.importorskip("faiss")
+    generator = torch.Generator().manual_seed(0)
+    audio = torch.nn.functional.normalize(torch.randn(700, 32, generator=generator), dim=1)
+    text = torch.nn.functional.normalize(audio + 0.3 * torch.randn(700, 32, generator=generator), dim=1)
+    ids = np.arange(700)
+    found = vector_ranks(text, audio, ids, ids)
+    for queries, items, rank in ((text, audio, found.t2a), (audio, text, found.a2t)):
+        index = faiss.IndexFlatIP(32)
+        index.add(items.numpy())
+        _, order = index.search(queries.numpy(), 700)
+        np.testing.assert_array_equal((order == ids[:, None]).argmax(1) + 1, rank)
+        np.testing.assert_array_equal(VectorScores(queries, items).lists(10), order[:, :10])
