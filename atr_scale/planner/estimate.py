@@ -213,7 +213,7 @@ def _moments(
     train, share = costs.config.train, global_batch // world_size
     stage, chunked = train.zero_stage, micro < share
     several = chunked or train.accum_steps > 1
-    held, last = costs.parameters.buffers(stage)
+    held, last = costs.parameters.buffers(stage, several)
     states: dict[str, float] = {
         **costs.parameters.states(stage, world_size),
         "parameters gathered": costs.parameters.gathered(stage),
@@ -250,8 +250,8 @@ def _moments(
         "cached outputs": 2 * cached,
         "buckets": held,
     }
-    # Under stage 0 gradients stay beside their flat copy, under the others they have moved into the bucket.
-    yield {**states, "gradients": all_gradients if stage == 0 else 0.0, "buckets": held + last}
+    # During a backward, gradients move into the bucket; after it they are whole when their reduction starts.
+    yield {**states, "gradients": 0.0 if stage >= 2 and not several else all_gradients, "buckets": last}
 
 
 def _row_bytes(encoders: EncoderCosts) -> float:

@@ -4,7 +4,7 @@ Everything is fp32: parameters P (trainable or not), gradients G, the optimizer'
 
     stage   kept between updates              added during an update            sent in an update
     0       P + 2 G                           G + a flat copy (one bucket)      all-reduce G
-    1       P + 3 G / W                       bucket + G or a flat copy         all-reduce G, all-gather G
+    1       P + 3 G / W                       G + (after the backward) bucket   all-reduce G, all-gather G
     2       P + 3 G / W                       bucket + flat copy or G / W       all-reduce G, all-gather G
     3       (P + 3 G) / W + small P + bucket  P whole from its first use on     all-gather P, reduce-scatter G,
                                                                                 all-gather small P
@@ -61,10 +61,17 @@ class Parameters:
         large = sum(size for size in (*self.trainable, *self.frozen) if size > PERSISTENT)
         return FP32 * min(large, REUSE_DISTANCE) if stage == 3 else 0
 
-    def buffers(self, stage: int) -> tuple[int, int]:
-        """(bytes held during the whole backward, bytes added when its last bucket is reduced)."""
-        last = FP32 * min(sum(self.trainable), BUCKET)
-        return (0 if stage == 0 else FP32 * BUCKET), (2 * last if stage == 3 else last)  # 3: as input and in slices
+    def buffers(self, stage: int, several_passes: bool) -> tuple[int, int]:
+        """Bytes of buckets (during the backward, when the last gradients are reduced).
+
+        Stages 2 and 3 reduce during a single backward; all else is reduced after the last one.
+        """
+        bucket, flat = FP32 * BUCKET, FP32 * min(sum(self.trainable), BUCKET)
+        if stage == 3:
+            return bucket, bucket + 2 * flat  # all along; at the end as input and in slices
+        if stage == 2 and not several_passes:
+            return bucket, bucket + flat
+        return 0, bucket if stage else flat
 
     def transfers(self, stage: int, world_size: int, passes: int = 1) -> list[Transfer]:
         """What an update sends. passes: forwards over all parameters, which stage 3 gathers for each."""
