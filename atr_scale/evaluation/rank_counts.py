@@ -129,7 +129,7 @@ class _Counter:
         """t2a [T], a2t [T]."""
         t2a, a2t = torch.zeros(2, len(self.text), dtype=torch.int64, device=self.text.device)
         for row in self.stripes:
-            rows = torch.arange(row, min(row + ROWS, len(self.text)), device=self.text.device)
+            rows = slice(row, row + ROWS)
             for column in range(0, len(self.audio), COLUMNS):
                 kept = self.kept.pop((row, column), None)
                 tile = self._tile(row, column, self.buffer) if kept is None else kept
@@ -157,9 +157,9 @@ class _Counter:
                     self.kept[row, column] = tile
         return self._sum(own)
 
-    def _before(self, tile: Tensor, dim: int, texts: Tensor, place: Tensor, positives: bool) -> Tensor:
+    def _before(self, tile: Tensor, dim: int, texts: Tensor | slice, place: Tensor, positives: bool) -> Tensor:
         """[n]: for each line of the tile (rows: dim 1, columns: dim 0), how many of its scores come before the own
-        score of the text that is asked for, texts [n].
+        score of the text that is asked for; these are the n `texts`.
 
         place [n]: where the positive lies along the line, counted from the tile's first score. positives: whether any
         lies inside the tile.

@@ -16,7 +16,9 @@ from atr_scale.config import RunConfig
 from atr_scale.data.index import open_shards
 from atr_scale.data.shards import build
 from atr_scale.data.text import caption_tokenizer
+from atr_scale.evaluation import rank_counts
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
+from atr_scale.evaluation.metrics import ranks
 from atr_scale.model import Retriever
 from atr_scale.parallel.world import World
 from tests.tiny_run import tiny_config
@@ -176,3 +178,22 @@ def test_labelled_clips_give_zero_shot_metrics(alone: dict[str, dict[str, Any]])
     assert 0 <= labelled["metrics"]["zero_shot/accuracy"] <= 1
     assert not any(name.startswith("zero_shot") for name in plain["metrics"])
     assert {"t2a/R@1", "t2a/mAP@10", "a2t/R@10"} <= plain["metrics"].keys()
+
+
+def count_ranks() -> list[np.ndarray]:
+    """Several stripes for every rank and many equal scores; on the vectors of one seed."""
+    rng = np.random.default_rng(0)
+    text, audio = (torch.from_numpy(rng.integers(-2, 3, (n, 4)).astype(np.float32)) for n in (150, 90))
+    owner = np.sort(rng.integers(0, 90, 150))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ROWS", 16), ("COLUMNS", 32), ("BYTES", 4)):
+            patch.setattr(rank_counts, name, value)
+        found = rank_counts.vector_ranks(text, audio, owner, np.arange(90), World.current())
+    wanted = ranks(text @ audio.T, owner, np.arange(90))
+    return [found.t2a - wanted.t2a, found.a2t - wanted.a2t]
+
+
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_counted_by_several_processes(size: int) -> None:
+    for found in run_ranks(count_ranks, size):
+        assert not any(difference.any() for difference in found)
