@@ -169,9 +169,10 @@ def test_bytes_of_a_ring() -> None:
 
 
 def test_more_gpus_and_smaller_forwards_need_less(costs: Costs) -> None:
-    whole, halves = (estimate(costs, cluster(4), 512, micro) for micro in (None, 32))
+    batch = 2**15  # activations outweigh DeepSpeed's bucket
+    whole, halves = (estimate(costs, cluster(4), batch, micro) for micro in (None, 32))
     assert halves.peak < whole.peak and halves.step > whole.step
-    assert estimate(costs, cluster(8), 512).peak < whole.peak
+    assert estimate(costs, cluster(8), batch).peak < whole.peak
     assert {t.kind: t.nbytes for t in halves.transfers} == {t.kind: t.nbytes for t in whole.transfers}
 
 
