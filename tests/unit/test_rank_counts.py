@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -94,7 +95,6 @@ def test_what_a_report_shows_is_that_of_the_matrix(kind: str) -> None:
 
 def test_lists_and_ranks_agree_with_faiss() -> None:
     """Exact search by another implementation; random vectors have no equal scores."""
-    faiss = pytest.importorskip("faiss")
     generator = torch.Generator().manual_seed(0)
     audio = torch.nn.functional.normalize(torch.randn(700, 32, generator=generator), dim=1)
     text = torch.nn.functional.normalize(audio + 0.3 * torch.randn(700, 32, generator=generator), dim=1)
