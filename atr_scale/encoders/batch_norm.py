@@ -6,9 +6,6 @@ they do not. The affine weights are trained either way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,16 +15,3 @@ def use_stored_statistics(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             layer.eval()
-
-
-@contextmanager
-def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Inside, batch norms in training mode use the statistics of their batch and leave the stored ones as they are."""
-    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True

@@ -118,7 +118,7 @@ class Engine:
         if chunked:
             assert train.micro_batch_size is not None
             self._grad_cache = GradCache(
-                model, self.deepspeed, self.deepspeed.backward, device, train.micro_batch_size, train.kept_chunks
+                self.deepspeed, self.deepspeed.backward, device, train.micro_batch_size, train.kept_chunks
             )
         if train.zero_stage == 3:
             # Sharded parameters are gathered inside every forward: all ranks must make equally many.

@@ -16,19 +16,17 @@ import torch
 from torch import Tensor
 
 from atr_scale.data.batch import Batch
-from atr_scale.encoders.batch_norm import statistics_kept
-from atr_scale.model import Encoded, Retriever
+from atr_scale.model import Encoded
 from atr_scale.sequence import TokenSequence
 
 
 @dataclass(frozen=True)
 class GradCache:
-    """forward: the retriever's call, as it is or wrapped. backward: takes a scalar; gradients of its calls add up.
+    """forward: a Retriever's call, as it is or wrapped. backward: takes a scalar; gradients of its calls add up.
 
     chunk_size: rows of a forward. kept_chunks: how many chunks, the first ones, keep their graph.
     """
 
-    model: Retriever
     forward: Callable[..., Any]
     backward: Callable[[Tensor], object]
     device: torch.device
@@ -39,8 +37,7 @@ class GradCache:
         """Adds the gradient of factor * loss of `batch` to the parameters; returns the loss terms.
 
         `batch` stays where it is, chunks of it go to the device one by one. Random draws follow from `seed` and the
-        chunk's number, so both forwards of a chunk make the same ones. Batch norms that look at their batch see a
-        chunk, and its statistics enter the stored ones once.
+        chunk's number, so both forwards of a chunk make the same ones.
         """
         order = batch.lengths.argsort(stable=True)  # clips of one length run together
         chunks = order.split(self.chunk_size)
@@ -59,11 +56,7 @@ class GradCache:
 
         first = 0
         for number, rows in enumerate(chunks):
-            if kept:
-                again = kept.pop(0)
-            else:
-                with statistics_kept(self.model):
-                    again = self._encode(batch, rows, seed + 1 + number)
+            again = kept.pop(0) if kept else self._encode(batch, rows, seed + 1 + number)
             self._send_back(again, leaves, first)
             del again  # frees a kept graph before the next chunk's
             first += len(rows)

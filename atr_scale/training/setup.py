@@ -25,7 +25,7 @@ FREE_TO_CHANGE = (
 
 
 def check_batch_size(config: RunConfig, world_size: int) -> None:
-    """UserError where the global batch does not divide into the ranks' forwards."""
+    """UserError where the global batch does not divide into the ranks' forwards, or must not."""
     train = config.train
     if train.global_batch_size % world_size:
         raise UserError(
@@ -38,6 +38,11 @@ def check_batch_size(config: RunConfig, world_size: int) -> None:
         raise UserError(
             f"train.micro_batch_size = {micro} does not divide a rank's share of train.global_batch_size, {share} on "
             f"{world_size} ranks: set it to {_largest_divisor(share, micro)}, or to null for one forward"
+        )
+    if micro < share and config.model.audio.batch_norm == "local":
+        raise UserError(
+            f"model.audio.batch_norm is local, but train.micro_batch_size = {micro} cuts a rank's {share} pairs into "
+            "chunks with statistics of their own: set it to frozen, or train.micro_batch_size to null"
         )
 
 

@@ -83,6 +83,10 @@ def test_batch_sizes_that_do_not_divide(folder: Path) -> None:
         check_batch_size(config, 2)
     with pytest.raises(UserError, match="3 on 4 ranks: set it to 3"):
         check_batch_size(config, 4)
+    config.train.micro_batch_size, config.model.audio.batch_norm = 3, "local"
+    check_batch_size(config, 4)
+    with pytest.raises(UserError, match=r"batch_norm is local, but train.micro_batch_size = 3 cuts a rank's 6 pairs"):
+        check_batch_size(config, 2)
 
 
 def test_drift_names_keys_and_leaves_the_free_ones(folder: Path) -> None:
