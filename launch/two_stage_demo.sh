@@ -2,6 +2,7 @@
 # The two stages of estimated correspondences on the demo corpora:
 #   three small models with different scorers, pretrained on all three corpora -> their estimates of how well every
 #   caption of the Clotho-format corpus fits every clip -> fine-tuning there, with these soft targets and without.
+#   About 20 minutes on two cores.
 #   launch/two_stage_demo.sh [key.sub=value ...]     the overrides go to the three first-stage trainings
 # What is there from an earlier call is used again; an interrupted training goes on where it was saved.
 set -euo pipefail
@@ -16,7 +17,7 @@ members=("$runs/meanmax" "$runs/attention" "$runs/tap")
 pretrain() {
     local seed=0 member
     for member in "${members[@]}"; do
-        step "pretraining ${member##*/}" train configs/quickstart/pretrain.yaml train.epochs=3 "run.dir=$member" \
+        step "pretraining ${member##*/}" train configs/quickstart/pretrain.yaml train.epochs=2 "run.dir=$member" \
             "run.seed=$seed" "model.scorer.name=${member##*/}" "$@"
         seed=$((seed + 1))
     done
@@ -35,9 +36,9 @@ step "shards" build_shards "audiocaps train" "audiocaps val" "audiocaps test" "w
 pretrain "$@"
 step "estimating correspondences" atr-scale estimate "${members[@]}" --shards demo/shards/clotho/train \
     --out "$runs/correspondences"
-step "fine-tuning on captions alone" finetune supervised objective.nt_xent.weight=1 \
+step "fine-tuning on captions alone" finetune supervised \
     "objective.distillation={weight: 0, tables: []}"
-step "fine-tuning on estimated correspondences" finetune estimated
+step "fine-tuning on captions and estimated correspondences" finetune estimated
 echo "== before fine-tuning"
 atr-scale evaluate "$runs/meanmax" --shards demo/shards/clotho/evaluation --split clotho \
     --relevance demo/corpora/correspondences.npz
@@ -46,5 +47,5 @@ cat <<END
 Done in $((SECONDS / 60)) min $((SECONDS % 60)) s.
 The ensemble:                $runs/correspondences/report.md
 Fine-tuned on captions:      $runs/supervised/report.md
-... on correspondences:      $runs/estimated/report.md
+... and on correspondences:   $runs/estimated/report.md
 END
