@@ -79,8 +79,6 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        # What a sharp softmax leaves next to nothing would slow an update up to threefold.
-        torch.set_flush_denormal(True)
     # The attempt's number keeps a restarted group away from the addresses of the one before it, which a plain env://
     # start would find and wait for.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") + "-" + os.environ.get("SLURM_RESTART_COUNT", "0")
