@@ -14,6 +14,7 @@ from atr_scale.config import RunConfig, load_config
 from atr_scale.correspondences import Correspondences, Table, shards_checksum
 from atr_scale.data.batch import Batch, caption_id, stable_id
 from atr_scale.data.index import open_shards
+from atr_scale.data.stream import read_batches
 from atr_scale.data.text import caption_tokenizer
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
@@ -193,7 +194,7 @@ def tiny_without(inputs: TinyInputs, folder: Path) -> RunConfig:
 def converted(model: Retriever, config: RunConfig, count: int) -> tuple[Retriever, Batch]:
     """The model and a batch of its run in float64."""
     stream = training_stream(config, caption_tokenizer(config), model.sample_rate, World())
-    (batch,) = (b for b in stream.between(0, 1))
+    (batch,) = read_batches(stream.between(0, 1), 0)
     assert isinstance(batch, Batch)
     return model.double(), replace(batch, waveform=batch.waveform.double())
 
