@@ -80,10 +80,16 @@ def open_stream(*shards: str | Source, world: World | None = None, batch: int = 
     )
 
 
+def samples(batch: Batch, row: int) -> np.ndarray:
+    """[samples] int: a row's waveform in units of 16-bit samples."""
+    waveform = batch.waveform[row].numpy()
+    return waveform.astype(int) if waveform.dtype == np.int16 else np.rint(waveform * 32768).astype(int)
+
+
 def heard(batch: Batch, row: int) -> tuple[int, int]:
     """(clip number, first sample) that a row's waveform tells, checked over its whole length."""
     length = int(batch.lengths[row])
-    values = np.rint(batch.waveform[row].numpy() * 32768).astype(int)
+    values = samples(batch, row)
     assert not values[length:].any(), "padding is zero"
     numbers = np.unique((values[:length] - 1) // PER_CLIP)
     assert len(numbers) == 1, f"clips {numbers} in one row"

@@ -24,11 +24,15 @@ def caption_id(caption: str) -> int:
     return stable_id(" ".join(unicodedata.normalize("NFC", caption).casefold().split()))
 
 
+FULL_SCALE = 1 / 32768  # of 16-bit samples, a power of two: scaling by it is exact
+
+
 @dataclass(frozen=True)
 class Batch:
     """One rank's rows of one global batch.
 
-    waveform:       [b, samples] float32 at the audio encoder's rate, zeros after each clip's end.
+    waveform:       [b, samples] float32 at the audio encoder's rate, zeros after each clip's end. On its way to a GPU
+                    int16 where every clip is stored so: half of the bytes to read and move, and `to` scales them.
     lengths:        [b] int64, samples of each clip.
     input_ids, attention_mask: [b, L] int64.
     clip_ids, caption_ids: [b] int64, stable over processes and runs; rows that agree in either are positives.
@@ -53,8 +57,13 @@ class Batch:
         return torch.stack([self.clip_ids, self.caption_ids], 1)
 
     def to(self, device: torch.device) -> Batch:
-        """On `device`, but for `lengths`: the host cuts waveforms by them and would wait for the device."""
-        return replace(self._map(lambda x: x.to(device, non_blocking=True)), lengths=self.lengths)
+        """On `device`, the waveform as float32, but for `lengths`: the host cuts waveforms by them and would wait for
+        the device."""
+        moved = self._map(lambda x: x.to(device, non_blocking=True))
+        waveform = moved.waveform
+        if waveform.dtype == torch.int16:
+            waveform = torch.mul(waveform, FULL_SCALE, out=torch.empty_like(waveform, dtype=torch.float32))
+        return replace(moved, waveform=waveform, lengths=self.lengths)
 
     def take(self, rows: Tensor) -> Batch:
         """Copies of the rows `rows` (int64); pinned memory stays pinned."""

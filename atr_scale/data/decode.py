@@ -1,41 +1,38 @@
-"""Audio bytes -> float32 mono waveform at the wanted rate, by soundfile and soxr (HQ).
+"""Audio bytes -> mono waveform at the wanted rate, by soundfile and soxr (HQ).
 
-A crop is sought before decoding, so that a few seconds of a long recording cost a few milliseconds. Samples can be
-written where a batch wants them: fresh memory costs more than reading and converting 16-bit samples.
+A crop is sought before decoding, so that a few seconds of a long recording cost a few milliseconds; of pcm in a local
+shard only the crop is read. Samples can be written where a batch wants them, and 16-bit ones can stay what they are: to
+read them into the batch is then all there is to do.
 """
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import soxr
 
-from atr_scale.data.sample import BadSample
+from atr_scale.data.batch import FULL_SCALE
+from atr_scale.data.sample import BadSample, Bytes, FileSlice
 
 MAX_SECONDS = 3600
 MAX_DECODED_BYTES = 4 << 30
 MIN_RATE, MAX_RATE = 1000, 768_000
 # The length of an MP3 is an estimate: its header counts whole frames of 1152, and encoders pad both ends.
 MP3_SLACK_FRAMES = 4 * 1152
-FULL_SCALE = np.float32(1 / 32768)  # of 16-bit samples, as libsndfile reads them
 BLOCK = 1 << 15  # samples converted at once: they stay in the processor's cache between two passes
 
 
-@dataclass(frozen=True)
-class Crop:
+class Crop(NamedTuple):
     """A window of `seconds`; in a longer clip it starts at `start_fraction` (0 to 1) of the room there is."""
 
     start_fraction: float
     seconds: float
 
 
-Audio = bytes | memoryview
-
-
-def probe(audio: Audio, extension: str, pcm_rate: int | None = None) -> tuple[int, int]:
+def probe(audio: Bytes, extension: str, pcm_rate: int | None = None) -> tuple[int, int]:
     """(frames, sample rate in Hz) as the header says. Raises BadSample undecodable_audio, empty_audio, huge_audio.
 
     `pcm_rate` is the rate of headerless `pcm` bytes (little-endian int16, mono).
@@ -54,7 +51,7 @@ def probe(audio: Audio, extension: str, pcm_rate: int | None = None) -> tuple[in
 
 
 def decode(
-    audio: Audio,
+    audio: Bytes,
     extension: str,
     sample_rate: int,
     *,
@@ -65,11 +62,14 @@ def decode(
     """Decode to float32 mono [samples] at `sample_rate` Hz: the whole clip, or a crop of it.
 
     A clip longer than `crop.seconds` gives exactly round(crop.seconds * sample_rate) samples, a shorter one all of it.
-    A crop that would fall into silence moves to the clip's loudest moment. out: float32, contiguous and long enough;
-    the samples are written to its beginning, and the result is that part of it.
+    A crop that would fall into silence moves to the clip's loudest moment. out: float32 or int16, contiguous and long
+    enough; the samples are written to its beginning, and the result is that part of it. Only what is stored as 16-bit
+    mono at `sample_rate` fits an int16 `out`; everything else comes as a float32 array of its own.
     Raises BadSample with the reason undecodable_audio, empty_audio, huge_audio (over an hour, or over 4 GiB decoded),
     short_audio (fewer frames than the header says), nonfinite_audio or silent_audio (all exactly zero).
     """
+    if extension != "pcm":
+        audio = bytes(audio)
     frames, rate = probe(audio, extension, pcm_rate)
     start, count = 0, frames
     if crop is not None and frames > round(crop.seconds * rate):
@@ -78,49 +78,51 @@ def decode(
     mono = _read_mono(audio, extension, start, count, frames, out if rate == sample_rate else None)
     if crop is not None and count < frames and _is_silent(mono):
         # The crop fell into a pause of a good clip: it moves to the loudest moment, which keeps its place in the crop.
-        whole = _read_mono(audio, extension, 0, frames, frames)
-        loudest = int(np.abs(whole).argmax())
-        start = max(0, min(loudest - int(crop.start_fraction * count), len(whole) - count))
+        whole = _read_mono(audio, extension, 0, frames, frames, np.empty(frames, mono.dtype))
+        loudest = int(np.abs(whole, dtype=np.float32).argmax())
+        before = min(int(crop.start_fraction * count), count - 1)
+        start = max(0, min(loudest - before, len(whole) - count))
         mono = whole[start : start + count]
     wanted = count if rate == sample_rate else max(1, round(len(mono) * sample_rate / rate))
     if crop is not None:
         longest = max(1, round(crop.seconds * sample_rate))
         wanted = longest if count < frames else min(wanted, longest)
-    _check_values(mono, integers=extension == "pcm")
+    _check_values(mono)
     if rate != sample_rate:
         mono = soxr.resample(mono, rate, sample_rate, quality="HQ")
         _check_values(mono)
     # soxr rounds the length its own way, by a sample; MP3 may end within its slack.
     mono = mono[:wanted] if len(mono) >= wanted or count == frames else np.pad(mono, (0, wanted - len(mono)))
-    if out is None:
+    if out is None or mono.dtype != out.dtype:
         return np.ascontiguousarray(mono, np.float32)
     if not np.may_share_memory(mono, out):
         out[: len(mono)] = mono
     return out[: len(mono)]
 
 
-def _open(audio: Audio) -> soundfile.SoundFile:
-    if not audio:
+def _open(audio: Bytes) -> soundfile.SoundFile:
+    if not len(audio):
         raise BadSample("empty_audio", "no bytes")
     try:
-        return soundfile.SoundFile(io.BytesIO(audio))
+        return soundfile.SoundFile(io.BytesIO(bytes(audio)))
     except (soundfile.SoundFileError, TypeError, ValueError) as error:
         raise BadSample("undecodable_audio", _first_line(error)) from None
 
 
 def _read_mono(
-    audio: Audio, extension: str, start: int, count: int, frames: int, out: np.ndarray | None = None
+    audio: Bytes, extension: str, start: int, count: int, frames: int, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Frames [start, start + count) as float32, all channels averaged; at the beginning of `out` where that can be."""
+    """Frames [start, start + count), channels averaged; at the beginning of `out` where they fit, else new float32."""
     if extension == "pcm":
-        out = np.empty(count, np.float32) if out is None else out[:count]
-        return _from_int16(np.frombuffer(audio, "<i2", count, offset=2 * start), out)
+        return _read_pcm(audio, start, np.empty(count, np.float32) if out is None else out[:count])
     with _open(audio) as file:
         single = file.channels == 1
+        if out is not None and (not single or (out.dtype == np.int16 and file.subtype != "PCM_16")):
+            out = None
         try:
             if start:
                 file.seek(start)
-            if single and out is not None:
+            if out is not None:
                 samples = file.read(out=out[:count])
             else:
                 samples = file.read(count, dtype="float32", always_2d=not single)
@@ -133,7 +135,22 @@ def _read_mono(
         return samples if single else samples.mean(axis=1)
 
 
-def _from_int16(samples: np.ndarray, out: np.ndarray) -> np.ndarray:
+def _read_pcm(audio: Bytes, start: int, out: np.ndarray) -> np.ndarray:
+    """`out` int16 or float32 [samples], filled with the samples from `start` on."""
+    if isinstance(audio, FileSlice):
+        samples = out if out.dtype == np.int16 else np.empty(len(out), np.int16)
+        audio.read_into(samples.data.cast("B"), 2 * start)
+    else:
+        samples = np.frombuffer(audio, "<i2", len(out), offset=2 * start)
+    if out.dtype != np.int16:
+        return from_int16(samples, out)
+    if samples is not out:
+        out[:] = samples
+    return out
+
+
+def from_int16(samples: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """`out` float32 [samples], filled with int16 samples scaled as libsndfile does."""
     for first in range(0, len(samples), BLOCK):
         part = out[first : first + BLOCK]
         part[:] = samples[first : first + BLOCK]
@@ -151,13 +168,12 @@ def _check_header(frames: int, rate: int, channels: int) -> None:
 
 
 def _is_silent(mono: np.ndarray) -> bool:
-    return not (mono[:1024].any() or mono.any())
+    return not (mono[len(mono) // 2] or mono.any())
 
 
-def _check_values(mono: np.ndarray, integers: bool = False) -> None:
-    """integers: the samples were, and so they are finite."""
+def _check_values(mono: np.ndarray) -> None:
     # The extremes are NaN where a sample is, and need no array of truth values.
-    if not (integers or (np.isfinite(mono.min()) and np.isfinite(mono.max()))):
+    if mono.dtype != np.int16 and not (np.isfinite(mono.min()) and np.isfinite(mono.max())):
         raise BadSample("nonfinite_audio", "NaN or infinite samples")
     if _is_silent(mono):
         raise BadSample("silent_audio", "all samples are zero")

@@ -13,7 +13,8 @@ import logging
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from atr_scale.data import storage
-from atr_scale.data.sample import AUDIO_EXTENSIONS, BadSample, RawSample, parse_json
+from atr_scale.data.sample import AUDIO_EXTENSIONS, BadSample, FileSlice, RawSample, parse_json, read_fault
 from atr_scale.data.tar import BrokenTar, split_key, walk
 from atr_scale.errors import UserError
 
@@ -34,6 +35,7 @@ SPLIT_NAMES = {
     "train", "training", "development", "val", "valid", "validation", "test", "testing", "evaluation", "eval",
 }  # fmt: skip
 SCAN_THREADS = 8
+HEAD_BYTES = 4096  # of a sample in a local shard: where the audio comes last, all that is before it
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,14 @@ class ShardSet:
         return len(self.keys)
 
     def read(self, i: int) -> RawSample:
-        """Sample `i`. Raises BadSample where its bytes are not exactly that sample."""
-        return parse_sample(self._bytes(i, 0, self._size(i)), self.keys[i], self._set_name(i))
+        """Sample `i`, its audio in memory. Raises BadSample where its bytes are not exactly that sample."""
+        sample = self.open(i)
+        return replace(sample, audio=bytes(sample.audio)) if isinstance(sample.audio, FileSlice) else sample
+
+    def open(self, i: int) -> RawSample:
+        """Sample `i`; in a local shard its audio stays where it is until it is decoded, and the shard open as long as
+        the sample is held. Raises BadSample where its bytes are not exactly that sample."""
+        return parse_sample(self._contents(i), self.keys[i], self._set_name(i))
 
     def read_text(self, i: int) -> tuple[str, list[str], dict[str, Any]]:
         """(clip id, captions, the JSON's rest) of sample `i`; its audio is not read. Raises BadSample."""
@@ -94,15 +102,30 @@ class ShardSet:
 
     def _bytes(self, i: int, start: int, stop: int) -> bytes:
         """The bytes [start, stop) of sample `i`."""
-        path, first = storage.join(self.location, self.names[self.shard_of[i]]), int(self.start[i])
+        path, first = self._paths[self.shard_of[i]], int(self.start[i])
         try:
             return storage.read_range(path, first + start, first + stop)
-        except storage.ShortRead as error:
-            raise BadSample("cut_shard", str(error)) from None
-        except FileNotFoundError:
-            raise BadSample("missing_shard", path) from None
         except OSError as error:
-            raise BadSample("read_error", str(error)) from None
+            raise read_fault(path, error) from None
+
+    def _contents(self, i: int) -> memoryview | FileSlice:
+        """All bytes of sample `i`: of a remote shard at once, for a request costs more than what it carries."""
+        if self._remote:
+            return memoryview(self._bytes(i, 0, self._size(i)))
+        path, start, stop = self._paths[self.shard_of[i]], int(self.start[i]), int(self.stop[i])
+        try:
+            file = storage.LocalFile(path)
+            return FileSlice(file, start, stop, file.read(start, min(stop, start + HEAD_BYTES)))
+        except OSError as error:
+            raise read_fault(path, error) from None
+
+    @cached_property
+    def _remote(self) -> bool:
+        return storage.is_remote(self.location)
+
+    @cached_property
+    def _paths(self) -> list[str]:
+        return [storage.join(self.location, name) for name in self.names]
 
     def _set_name(self, i: int) -> str:
         """What makes a clip id for samples that carry none."""
@@ -110,22 +133,21 @@ class ShardSet:
         return name if self.unique_keys else f"{name}/{Path(self.names[self.shard_of[i]]).stem}"
 
 
-def parse_sample(data: bytes, key: str, set_name: str) -> RawSample:
+def parse_sample(data: memoryview | FileSlice, key: str, set_name: str) -> RawSample:
     """One sample from its bytes in a shard: regular files that all carry `key`, one JSON and one audio among them.
 
     `set_name` makes a clip id for shards that carry none. Raises BadSample.
     """
-    parts: dict[str, memoryview] = {}
-    view = memoryview(data)  # its slices are no copies
+    parts: dict[str, memoryview | FileSlice] = {}
     try:
-        for member in walk(lambda start, stop: view[start:stop], len(data)):
+        for member in walk(lambda start, stop: bytes(data[start:stop]), len(data)):
             named = None if member is None else split_key(member)
             if member is None or named is None or named[0] != key:
                 found = "an archive end" if member is None else repr(member.name)
                 raise BadSample("mismatched_key", f"{key}: the shard holds {found} there")
             if named[1] in parts:
                 raise BadSample("mismatched_key", f"{key}: two members .{named[1]}")
-            parts[named[1]] = view[member.data_start : member.data_start + member.size]
+            parts[named[1]] = data[member.data_start : member.data_start + member.size]
     except BrokenTar as error:
         raise BadSample("cut_shard", f"{key}: {error}") from None
     fault = group_fault(list(parts))

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from atr_scale.data import storage
+
 # Best first, where a clip lies in several encodings.
 AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "mp3", "opus", "pcm")
 
@@ -24,6 +26,53 @@ class BadSample(Exception):
         return f"{self.reason}: {self.detail}"
 
 
+def read_fault(path: str, error: OSError) -> BadSample:
+    """What went wrong while a shard was read: cut_shard, missing_shard or read_error."""
+    if isinstance(error, storage.ShortRead):
+        return BadSample("cut_shard", str(error))
+    if isinstance(error, FileNotFoundError):
+        return BadSample("missing_shard", path)
+    return BadSample("read_error", str(error))
+
+
+class FileSlice:
+    """Bytes [start, stop) of a local shard that are read when they are needed, perhaps only some of them.
+
+    Like a memoryview: slices are no copies, bytes() is one. `head` is what of the beginning is read already. Raises
+    BadSample where reading fails.
+    """
+
+    __slots__ = ("_file", "_head", "_start", "_stop")
+
+    def __init__(self, file: storage.LocalFile, start: int, stop: int, head: bytes = b"") -> None:
+        self._file, self._start, self._stop, self._head = file, start, stop, head
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, part: slice) -> memoryview | FileSlice:
+        if part.stop <= len(self._head):
+            return memoryview(self._head)[part]
+        return FileSlice(self._file, self._start + part.start, self._start + part.stop)
+
+    def __bytes__(self) -> bytes:
+        try:
+            return self._file.read(self._start, self._stop)
+        except OSError as error:
+            raise read_fault(self._file.path, error) from None
+
+    def read_into(self, memory: memoryview, first: int) -> None:
+        """Fill `memory` (bytes) from byte `first` of the slice on, without a copy on the way."""
+        assert first + len(memory) <= len(self)
+        try:
+            self._file.read_into(memory, self._start + first)
+        except OSError as error:
+            raise read_fault(self._file.path, error) from None
+
+
+Bytes = bytes | memoryview | FileSlice
+
+
 @dataclass(frozen=True)
 class RawSample:
     """A sample before decoding. `sample_rate` is in Hz, None where the JSON has none; `meta` is the JSON's rest."""
@@ -32,7 +81,7 @@ class RawSample:
     clip_id: str
     captions: list[str]
     label: str | None
-    audio: bytes | memoryview
+    audio: Bytes
     extension: str
     sample_rate: int | None
     meta: dict[str, Any] = field(default_factory=dict)
@@ -40,26 +89,26 @@ class RawSample:
 
 def clean_caption(text: str) -> str:
     """NFC, runs of white space as one space, other control characters removed, stripped."""
-    if text.isascii() and text.isprintable():  # what most captions are, and nothing of what follows touches
-        return " ".join(text.split())
+    if text.isascii() and text.isprintable():  # what most captions are: blanks are all that there is to clean
+        return " ".join(text.split()) if "  " in text else text.strip()
     text = " ".join(unicodedata.normalize("NFC", text).split())
     return "".join(c for c in text if unicodedata.category(c) != "Cc").strip()
 
 
 def clean_captions(texts: Iterable[str]) -> list[str]:
     """The captions that are left after cleaning; those that are empty or no valid Unicode are dropped."""
-    cleaned = (clean_caption(text) for text in texts if _is_unicode(text))
+    cleaned = [clean_caption(text) for text in texts if text.isascii() or _is_unicode(text)]
     return [caption for caption in cleaned if caption]
 
 
-def parse_json(key: str, payload: bytes | memoryview, set_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def parse_json(key: str, payload: Bytes, set_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The JSON of a sample as (RawSample's text fields, everything else).
 
     Reads this project's layout ("captions", "clip_id") and that of LAION's audio-dataset ("text", "tag"), where the
     clip's identity is `set_name/key`. Raises BadSample bad_json or no_caption.
     """
     try:
-        record = json.loads(str(payload, "utf-8"))
+        record = json.loads(str(bytes(payload), "utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadSample("bad_json", f"{key}: {error}") from None
     if not isinstance(record, dict):

@@ -105,20 +105,51 @@ def read_range(location: str, start: int, stop: int) -> bytes:
         return b""
     if is_remote(location):
         return _retry(lambda: _remote_range(location, start, stop), location)
-    # A file handle for each read: nothing to share between threads or to inherit over a fork.
-    handle = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return _local_range(handle, location, start, stop)
-    finally:
-        os.close(handle)
+    return LocalFile(location).read(start, stop)
+
+
+class LocalFile:
+    """A local file, open for as long as this object lives.
+
+    What is read first and what is read later is of one file, even where another has taken its path in between. There
+    is no position to share between threads, and a handle for every use leaves none to inherit over a fork.
+    """
+
+    _handle = -1
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Exactly the bytes [start, stop). ShortRead where the file ends earlier."""
+        data = os.pread(self._handle, stop - start, start)
+        while len(data) < stop - start:  # one read gives at most 2 GiB, and less at the end of the file
+            part = os.pread(self._handle, stop - start - len(data), start + len(data))
+            if not part:
+                raise ShortRead(f"{self.path} ends at byte {start + len(data)}, expected {stop}")
+            data += part
+        return data
+
+    def read_into(self, memory: memoryview, start: int) -> None:
+        """Fill `memory` (bytes) with what lies from `start` on. ShortRead where the file ends earlier."""
+        done = 0
+        while done < len(memory):
+            count = os.preadv(self._handle, [memory[done:]], start + done)
+            if not count:
+                raise ShortRead(f"{self.path} ends at byte {start + done}, expected {start + len(memory)}")
+            done += count
 
 
 @contextlib.contextmanager
 def range_reader(location: str, end: int) -> Iterator[Callable[[int, int], bytes]]:
     """`read(start, stop)` for many small reads that go forward through one file or object of `end` bytes."""
     if not is_remote(location):
-        with open(location, "rb", buffering=0) as file:
-            yield lambda start, stop: _local_range(file.fileno(), location, start, stop)
+        yield LocalFile(location).read
         return
     block_start, block = 0, b""
 
@@ -193,16 +224,6 @@ def remove_file(location: str) -> None:
             _retry(lambda: _filesystem().rm_file(location), location)
         else:
             os.unlink(location)
-
-
-def _local_range(handle: int, location: str, start: int, stop: int) -> bytes:
-    data = os.pread(handle, stop - start, start)
-    while len(data) < stop - start:  # one read gives at most 2 GiB, and less at the end of the file
-        part = os.pread(handle, stop - start - len(data), start + len(data))
-        if not part:
-            raise ShortRead(f"{location} ends at byte {start + len(data)}, expected {stop}")
-        data += part
-    return data
 
 
 def _remote_range(location: str, start: int, stop: int) -> bytes:

@@ -1,6 +1,6 @@
 """Shards to batches, by plan.
 
-    plan (which samples) -> read (one byte range a sample) -> decode the crop into its row -> fill holes -> Batch
+    plan (which samples) -> open (headers and captions) -> decode the crop into its row -> fill holes -> Batch
 
 Rank r takes rows [r b, (r + 1) b) of every global batch, worker w of n the batches w, w + n, ... of its rank; every
 random choice hangs on the seed and the sample's position in the stream. So ranks are disjoint, their union is the
@@ -12,10 +12,11 @@ from __future__ import annotations
 import logging
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,20 +29,20 @@ from atr_scale.data.decode import Crop, decode
 from atr_scale.data.index import ShardSet, open_shards
 from atr_scale.data.plan import Plan, Rows
 from atr_scale.data.sample import BadSample, RawSample
-from atr_scale.data.slots import Parcel, Slots
+from atr_scale.data.slots import Parcel, Slots, WaveformRows
 from atr_scale.data.text import CaptionTokenizer
 from atr_scale.errors import UserError
 from atr_scale.parallel.world import World
 
 logger = logging.getLogger(__name__)
 
+GROUP = 32  # samples of local shards that are opened at once, each with a file handle
 READ_THREADS = 8  # concurrent range reads of one worker where shards are remote
 PREFETCH = 4  # batches that a worker reads ahead
-HELD = 2  # batches that a training step holds, and the next one
+HELD = 2  # batches that a training step holds, and the next one; read ahead, also the one after that
 
 
-@dataclass(frozen=True)
-class Clip:
+class Clip(NamedTuple):
     """One decoded sample: how many samples it has in its row of the batch, its caption of this visit and which one that
     is, who it is, and where it lies."""
 
@@ -94,7 +95,7 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         share = global_batch_size // world.size
         self.rows = slice(world.rank * share, (world.rank + 1) * share)
         self.width = max(1, round(data.crop_seconds * sample_rate))
-        self.slots = Slots(0, 0)
+        self.slots, self.keep_int16 = Slots(0, 0), False
         self.first, self.last = 0, 0
 
     def between(self, first: int, last: int) -> TrainingStream:
@@ -107,7 +108,7 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         start, step = (worker.id, worker.num_workers) if worker else (0, 1)
         remote = any("://" in shards.location for shards in self.sources)
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            read = partial(pool.map, self._read) if remote else partial(map, self._read)
+            read = partial(pool.map, self._read) if remote else partial(_in_groups, self._open)
             for number in range(self.first + start, self.last, step):
                 rows = self.plan.batch(number)[self.rows]
                 slot = self.slots.take(start)
@@ -120,15 +121,15 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
 
     def _load(self, rows: Rows, raw: Iterable[RawSample | BadSample], memory: np.ndarray) -> Batch:
         """The batch of samples as they lie there; its waveform is in `memory`."""
-        waveform = memory.reshape(-1, self.width)
+        waveforms = WaveformRows(memory, self.width, self.keep_int16)
         clips: list[Clip | None] = []
         dropped: Counter[str] = Counter()
         sources = rows.source.tolist()
         draws = _draws(self.seed, int(rows.position[0]), len(sources))
         places = map(self._place, sources, rows.index.tolist())
-        for sample, source, draw, place, row in zip(raw, sources, draws, places, waveform, strict=True):
+        for row, (sample, source, draw, place) in enumerate(zip(raw, sources, draws, places, strict=True)):
             try:
-                clips.append(self._decode(sample, source, draw, place, row))
+                clips.append(self._decode(sample, source, draw, place, waveforms, row))
             except BadSample as error:
                 dropped[error.reason] += 1
                 logger.debug("dropped %s: %s", place, error)
@@ -143,12 +144,18 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         origin = [k if clip is not None else good[k % len(good)] for k, clip in enumerate(clips)]
         for k, other in enumerate(origin):
             if k != other:
-                waveform[k] = waveform[other]
-        return collate(waveform, [clip for k in origin if (clip := clips[k])], self.tokenizer, dropped)
+                waveforms.array[k] = waveforms.array[other]
+        return collate(waveforms.array, [clip for k in origin if (clip := clips[k])], self.tokenizer, dropped)
 
     def _read(self, source: int, index: int) -> RawSample | BadSample:
         try:
             return self.sources[source].read(index)
+        except BadSample as error:
+            return error
+
+    def _open(self, source: int, index: int) -> RawSample | BadSample:
+        try:
+            return self.sources[source].open(index)
         except BadSample as error:
             return error
 
@@ -157,9 +164,15 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         return f"{shards.corpus}/{shards.names[shards.shard_of[index]]}/{shards.keys[index]}"
 
     def _decode(
-        self, sample: RawSample | BadSample, source: int, draw: list[float], place: str, row: np.ndarray
+        self,
+        sample: RawSample | BadSample,
+        source: int,
+        draw: list[float],
+        place: str,
+        waveforms: WaveformRows,
+        number: int,
     ) -> Clip:
-        """Draw caption and crop, write the samples to `row`. Raises BadSample."""
+        """Draw caption and crop, write the samples to row `number`. Raises BadSample."""
         if isinstance(sample, BadSample):  # raised by a thread it would end the other reads
             raise sample
         which, fraction, reword, paraphrase = draw
@@ -169,14 +182,28 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
             reworded = self.paraphrases[source].of(sample.clip_id, drawn, caption)
             caption = reworded[int(paraphrase * len(reworded))] if reworded else caption
         crop = Crop(start_fraction=fraction, seconds=self.crop_seconds)
+        row = waveforms.array[number]
         waveform = decode(
             sample.audio, sample.extension, self.sample_rate, pcm_rate=sample.sample_rate, crop=crop, out=row
         )
         kept = len(waveform) // self.quantum * self.quantum or len(waveform)
         start = int(fraction * (len(waveform) - kept))
-        if start:
+        if waveform.dtype != row.dtype:
+            waveforms.widen(number)
+            row = waveforms.array[number]
+            row[:kept] = waveform[start : start + kept]
+        elif start:
             row[:kept] = row[start : start + kept]
         return Clip(kept, caption, drawn, sample.clip_id, place)
+
+
+def _in_groups(
+    open_sample: Callable[[int, int], RawSample | BadSample], sources: Iterable[int], indices: Iterable[int]
+) -> Iterator[RawSample | BadSample]:
+    """map(), GROUP samples at once: one by one, the audio of each would drive all that parsing needs from the cache."""
+    samples = map(open_sample, sources, indices)
+    while group := list(islice(samples, GROUP)):
+        yield from group
 
 
 def _draws(seed: int, first: int, count: int) -> list[list[float]]:
@@ -219,7 +246,8 @@ def collate(waveform: np.ndarray, clips: Sequence[Clip], tokenizer: CaptionToken
     """Clips as one batch; the rows of `waveform` [b, width] begin with their samples and are joined in place."""
     longest = max(clip.length for clip in clips)
     for row, clip in zip(waveform, clips, strict=True):
-        row[clip.length : longest] = 0
+        if clip.length < longest:
+            row[clip.length : longest] = 0
     input_ids, attention_mask = tokenizer([clip.caption for clip in clips])
     return Batch(
         waveform=torch.from_numpy(_narrow(waveform, longest)),
@@ -253,14 +281,21 @@ def pad(waveforms: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lengths
 
 
-def read_batches(stream: TrainingStream, workers: int, *, pin_memory: bool = False) -> Iterator[Batch]:
-    """Batches of `stream` in order, read ahead by `workers` processes (0: in this one)."""
+def read_batches(
+    stream: TrainingStream, workers: int, *, keep_int16: bool = False, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Batches of `stream` in order, read ahead by `workers` processes (0: when they are asked for, by this one).
+
+    keep_int16: waveforms that are stored as 16-bit samples at the encoder's rate stay so, for a GPU to convert.
+    pin_memory: batches lie in page-locked memory, from which a GPU copies while it computes.
+    """
     context = None
     if workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # imported once, not by every worker
     size = (stream.rows.stop - stream.rows.start) * stream.width
-    stream.slots = slots = Slots(size, PREFETCH + HELD if workers else HELD, workers)
+    stream.keep_int16 = keep_int16
+    stream.slots = slots = Slots(size, PREFETCH + HELD + 1 if workers else HELD, workers)
     loader = DataLoader(
         stream,
         batch_size=None,
@@ -269,7 +304,7 @@ def read_batches(stream: TrainingStream, workers: int, *, pin_memory: bool = Fal
         prefetch_factor=PREFETCH if workers else None,
     )
     batches = _opened(loader, slots)
-    yield from _pinned(batches) if pin_memory else batches
+    yield from _one_ahead(batches, pin_memory) if workers or pin_memory else batches
 
 
 def _opened(parcels: Iterable[Parcel | UserError], slots: Slots) -> Iterator[Batch]:
@@ -279,18 +314,18 @@ def _opened(parcels: Iterable[Parcel | UserError], slots: Slots) -> Iterator[Bat
         yield parcel.open(slots)
 
 
-def _pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches in page-locked memory, which a GPU copies from while it computes; copied one ahead by a thread."""
+def _one_ahead(batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:
+    """The batches, taken and pinned by a thread while a step runs."""
 
-    def pin_next() -> Batch | None:
+    def take() -> Batch | None:
         batch = next(batches, None)
-        return None if batch is None else batch.pin_memory()
+        return batch.pin_memory() if batch is not None and pin_memory else batch
 
-    device = torch.cuda.current_device()
-    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
-        ahead = thread.submit(pin_next)
+    prepare = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
+    with ThreadPoolExecutor(1, initializer=prepare) as thread:
+        ahead = thread.submit(take)
         while (batch := ahead.result()) is not None:
-            ahead = thread.submit(pin_next)
+            ahead = thread.submit(take)
             yield batch
 
 

@@ -48,7 +48,7 @@ class Member(NamedTuple):
     stop: int
 
 
-def walk(read: Callable[[int, int], bytes | memoryview], end: int) -> Iterator[Member | None]:
+def walk(read: Callable[[int, int], bytes], end: int) -> Iterator[Member | None]:
     """Members of the archive bytes [0, end), and at last None if the archive's end marker was met.
 
     `read(start, stop)` gives bytes and never gets a stop beyond `end`. BrokenTar where a header or member is not whole.
@@ -59,8 +59,8 @@ def walk(read: Callable[[int, int], bytes | memoryview], end: int) -> Iterator[M
     while position < end:
         if position + BLOCK > end:
             raise BrokenTar(position, "cut header")
-        header = bytes(read(position, position + BLOCK))
-        if header.count(0) == BLOCK:
+        header = read(position, position + BLOCK)
+        if not any(header):
             if first != position:
                 raise BrokenTar(first, "header extension without a member")
             yield None
@@ -80,9 +80,9 @@ def walk(read: Callable[[int, int], bytes | memoryview], end: int) -> Iterator[M
             if length > MAX_SPECIAL_BYTES:
                 raise BrokenTar(position, "oversized header extension")
             if kind == LONG_NAME:
-                long_name = bytes(read(data, data + length)).split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+                long_name = read(data, data + length).split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
             elif kind == PAX:
-                records = _pax_records(bytes(read(data, data + length)), position)
+                records = _pax_records(read(data, data + length), position)
                 long_name = records.get("path", long_name)
                 long_size = int(records["size"]) if re.fullmatch(r"[0-9]{1,18}", records.get("size", "")) else None
                 if any(record.startswith("GNU.sparse") for record in records):
@@ -116,8 +116,8 @@ def _parse_header(header: bytes, offset: int) -> tuple[str, bytes, int]:
         stated, size = _number(header[148:156]), _number(header[124:136])
     except ValueError:
         raise BrokenTar(offset, "no tar header") from None
-    # The checksum counts its own field as eight blanks.
-    if stated != sum(header) - sum(header[148:156]) + 8 * 32:
+    # The checksum counts its own field as eight blanks. Most of a header is zeros, and summing them takes time.
+    if stated != sum(header.translate(None, b"\0")) - sum(header[148:156]) + 8 * 32:
         raise BrokenTar(offset, "bad header checksum")
     name, kind = header[:100].partition(b"\0")[0], header[156:157]
     if header[257:263] == b"ustar\0" and header[345]:

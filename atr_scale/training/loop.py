@@ -122,7 +122,8 @@ class Training:
         train = self.config.train
         losses = train.accum_steps
         stream = self.stream.between(self.progress.step * losses, self.steps * losses)
-        batches = read_batches(stream, self.config.data.workers, pin_memory=self.device.type == "cuda")
+        gpu = self.device.type == "cuda"
+        batches = read_batches(stream, self.config.data.workers, keep_int16=gpu, pin_memory=gpu)
         self._since_log = Interval()
         while self.progress.step < self.steps:
             step = self.progress.step

@@ -29,11 +29,13 @@ def pair(server: str, tmp_path: Path) -> tuple[str, str]:  # noqa: F811
 def test_the_same_batches_from_both(pair: tuple[str, str]) -> None:
     multiprocessing.set_forkserver_preload(["atr_scale.data.stream", "tests.coded"])
     local, remote = (open_stream(location) for location in pair)
-    here = list(read_batches(local.between(0, 6), 0))
-    for workers in (0, 2):
-        there = list(read_batches(remote.between(0, 6), workers))
-        assert [rows_of(batch) for batch in there] == [rows_of(batch) for batch in here]
-        assert all(torch.equal(a.waveform, b.waveform) for a, b in zip(here, there, strict=True))
+    for keep_int16 in (False, True):
+        here = list(read_batches(local.between(0, 6), 0, keep_int16=keep_int16))
+        for workers in (0, 2):
+            there = list(read_batches(remote.between(0, 6), workers, keep_int16=keep_int16))
+            assert [rows_of(batch) for batch in there] == [rows_of(batch) for batch in here]
+            assert all(torch.equal(a.waveform, b.waveform) for a, b in zip(here, there, strict=True))
+            assert {batch.waveform.dtype for batch in there} == {torch.int16 if keep_int16 else torch.float32}
 
 
 def test_an_object_that_goes_missing_is_counted(pair: tuple[str, str]) -> None:

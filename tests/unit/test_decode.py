@@ -94,6 +94,56 @@ def test_decoding_into_a_row(extension: str, form: str, subtype: str | None, cha
         assert found.base is row and (row[len(found) :] == 7).all()
 
 
+@pytest.mark.parametrize(
+    ("extension", "form", "subtype"), [("pcm", "RAW", "PCM_16"), ("flac", "FLAC", "PCM_16"), ("wav", "WAV", "PCM_16")]
+)
+def test_16_bit_samples_stay_so_in_an_int16_row(extension: str, form: str, subtype: str) -> None:
+    audio = encode(noise(), form, subtype)
+    options = {"pcm_rate": RATE, "crop": Crop(0.3, 0.7)}
+    row = np.full(3 * RATE, 7, np.int16)
+    found = decode(audio, extension, RATE, out=row, **options)
+    assert found.base is row and (row[len(found) :] == 7).all()
+    np.testing.assert_array_equal(found / np.float32(32768), decode(audio, extension, RATE, **options))
+
+
+@pytest.mark.parametrize(
+    ("extension", "form", "subtype", "channels", "rate"),
+    [
+        ("flac", "FLAC", "PCM_24", 1, RATE),
+        ("flac", "FLAC", "PCM_16", 2, RATE),
+        ("pcm", "RAW", "PCM_16", 1, 12_000),
+        ("wav", "WAV", "PCM_16", 1, 12_000),
+        ("wav", "WAV", "FLOAT", 1, RATE),
+        ("ogg", "OGG", "VORBIS", 1, RATE),
+    ],
+)
+def test_what_does_not_fit_an_int16_row_is_float32(
+    extension: str, form: str, subtype: str, channels: int, rate: int
+) -> None:
+    audio = encode(noise(channels=channels), form, subtype)
+    options = {"pcm_rate": RATE, "crop": Crop(0.3, 0.7)}
+    row = np.full(3 * RATE, 7, np.int16)
+    found = decode(audio, extension, rate, out=row, **options)
+    assert found.dtype == np.float32 and (row == 7).all()
+    np.testing.assert_array_equal(found, decode(audio, extension, rate, **options))
+
+
+def test_of_a_long_flac_only_the_crop_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames: list[int] = []
+    read = soundfile.SoundFile.read
+
+    def counting(file: soundfile.SoundFile, *arguments: object, **options: object) -> np.ndarray:
+        samples = read(file, *arguments, **options)
+        frames.append(len(samples))
+        return samples
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counting)
+    clip = noise(60.0)
+    heard = decode(encode(clip, "FLAC", "PCM_16"), "flac", RATE, crop=Crop(0.5, 1.0))
+    assert frames == [RATE] and len(heard) == RATE
+    np.testing.assert_allclose(heard, clip[int(29.5 * RATE) : int(30.5 * RATE), 0], atol=4e-5)
+
+
 def test_no_clip_is_longer_than_the_crop() -> None:
     """Half a sample more than the crop at 1 kHz is 16 samples at 32 kHz."""
     assert len(decode(encode(noise()[:1050], "WAV", rate=1000), "wav", 32_000, crop=Crop(0.0, 1.0496))) == 33_587
@@ -189,14 +239,16 @@ def test_damaged_bytes_never_crash(data: st.DataObject) -> None:
     assert np.isfinite(waveform).all() and waveform.any()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
 @pytest.mark.parametrize("extension", ["pcm", "flac"])
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
-def test_a_crop_in_a_pause_moves_to_the_sound(extension: str, fraction: float) -> None:
-    """A short knock in seconds of silence: wherever the crop would fall, the knock is in it, at its own place."""
+def test_a_crop_in_a_pause_moves_to_the_sound(extension: str, fraction: float, dtype: type) -> None:
+    """A short knock in seconds of silence: wherever the crop would fall, the knock is in it, at its own place. It is of
+    samples whose absolute value int16 does not hold."""
     clip = np.zeros(10 * RATE, np.float32)
-    clip[7 * RATE : 7 * RATE + 50] = np.linspace(0.1, 0.5, 50)
-    audio = (clip * 32767).astype("<i2").tobytes() if extension == "pcm" else encode(clip, "FLAC")
-    heard = decode(audio, extension, RATE, pcm_rate=RATE, crop=Crop(fraction, 1.0))
-    assert len(heard) == RATE and heard.any()
+    clip[7 * RATE : 7 * RATE + 50] = -1
+    audio = (clip * 32768).astype("<i2").tobytes() if extension == "pcm" else encode(clip, "FLAC")
+    heard = decode(audio, extension, RATE, pcm_rate=RATE, crop=Crop(fraction, 1.0), out=np.zeros(RATE, dtype))
+    assert len(heard) == RATE and heard.any() and heard.dtype == dtype
     if fraction == 0.4:
-        assert abs(int(np.abs(heard).argmax()) - 0.4 * RATE) <= 1
+        assert abs(int(np.abs(heard.astype(float)).argmax()) - 0.4 * RATE) <= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,30 @@ def test_ranges_are_exact(tmp_path: Path) -> None:
         storage.read_range(str(path), 90, 120)
     with pytest.raises(FileNotFoundError):
         storage.read_range(str(tmp_path / "none"), 0, 1)
+
+
+def test_an_open_file_stays_the_one_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(range(100)))
+    file = storage.LocalFile(str(path))
+    storage.write_bytes(str(path), bytes(100))
+    memory = bytearray(10)
+    file.read_into(memoryview(memory), 30)
+    assert memory == bytes(range(30, 40)) and file.read(40, 45) == bytes(range(40, 45))
+    with pytest.raises(storage.ShortRead, match="ends at byte 100, expected 105"):
+        file.read_into(memoryview(memory), 95)
+
+
+def test_files_are_closed(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"abc")
+    before = len(os.listdir("/proc/self/fd"))
+    held = [storage.LocalFile(str(path)) for _ in range(5)]
+    assert len(os.listdir("/proc/self/fd")) == before + 5
+    del held
+    with pytest.raises(FileNotFoundError):
+        storage.LocalFile(str(tmp_path / "none"))
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_lists_plain_files_only(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from tests.coded import (
     heard,
     open_stream,
     rows_of,
+    samples,
     waveform,
     write_shards,
 )
@@ -59,8 +60,8 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_shards(tmp_path_factory.mktemp("corpora") / "right", range(40, 60), encoding="flac")
 
 
-def read(stream: TrainingStream, first: int, last: int, workers: int = 0) -> list[Batch]:
-    return list(read_batches(stream.between(first, last), workers))
+def read(stream: TrainingStream, first: int, last: int, workers: int = 0, *, keep_int16: bool = False) -> list[Batch]:
+    return list(read_batches(stream.between(first, last), workers, keep_int16=keep_int16))
 
 
 def all_rows(batches: list[Batch]) -> Rows:
@@ -283,7 +284,7 @@ def test_damage_never_pairs_audio_with_another_caption(right: str, tmp_path: Pat
         return
     for batch in batches:
         for row in range(len(batch.keys)):
-            values = np.rint(batch.waveform[row][: batch.lengths[row]].numpy() * 32768).astype(int)
+            values = samples(batch, row)[: batch.lengths[row]]
             number = int(np.bincount(np.maximum(values - 1, 0) // PER_CLIP).argmax())
             clip, _ = batch.input_ids[row].tolist()
             assert clip == number and batch.clip_ids[row] in (clip_id("right", number), clip_id("damaged", number))
@@ -303,14 +304,14 @@ def test_samples_that_moved_by_one_member_never_mispair(right: str, tmp_path: Pa
     assert batch.dropped == {"mismatched_key": 17} and len({row[1] for row in rows_of(batch)}) == 3
 
 
-def write_laion(folder: Path, shards: dict[str, list[int]]) -> str:
+def write_laion(folder: Path, shards: dict[str, list[int]], subtype: str = "PCM_16") -> str:
     """Tars of LAION's audio-dataset layout, no manifest; every shard numbers its keys from zero."""
     folder.mkdir(parents=True)
     for name, numbers in shards.items():
         with tarfile.open(folder / f"{name}.tar", "w") as tar:
             for key, n in enumerate(numbers):
                 audio = io.BytesIO()
-                soundfile.write(audio, waveform(n), RATE, format="FLAC")
+                soundfile.write(audio, waveform(n), RATE, format="FLAC", subtype=subtype)
                 text = {"text": [f"clip {n} take {k}" for k in range(CAPTIONS)], "tag": [f"class {n % 3}"]}
                 for extension, payload in (("flac", audio.getvalue()), ("json", json.dumps(text).encode())):
                     info = tarfile.TarInfo(f"{key}.{extension}")
