@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from atr_scale.config import RunConfig
-from atr_scale.objectives.tiled.tiles import KEPT_BYTES
+from atr_scale.objectives.tiled.tiles import LOSS_BYTES
 from atr_scale.parallel.blocks import STRIPE_COLUMNS
 from atr_scale.planner import gpus
 from atr_scale.planner.gpus import GPU
@@ -272,7 +272,10 @@ def _heads_memory(costs: Costs, world_size: int, texts: int) -> tuple[float, flo
     kept, peak = heads.terms["kept"], heads.terms["peak"]
     per_pair = max(0.0, peak[3] - kept[3] - (FP32 if costs.pairwise else 0))
     linear = float(peak[:3] @ np.array([1.0, audios, texts]))
-    whole = linear + max(0.0, kept[3]) * pairs + stored + per_pair * alive + min(FP32 * pairs, KEPT_BYTES)
+    width = costs.encoders.outputs.text.pooled.shape[1]
+    gradients = FP32 * (pairs if costs.pairwise else (texts + audios) * width)
+    tiles = min(FP32 * pairs, max(0.0, LOSS_BYTES - gradients))
+    whole = linear + max(0.0, kept[3]) * pairs + stored + per_pair * alive + tiles
     return gathered, max(0.0, whole - gathered)
 
 

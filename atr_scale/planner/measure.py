@@ -25,7 +25,7 @@ from atr_scale.correspondences import Correspondences, Table
 from atr_scale.data.batch import Batch
 from atr_scale.encoders.windows import window_starts
 from atr_scale.model import AUTOCAST, Encoded, Retriever
-from atr_scale.objectives.tiled import soft_cross_entropy
+from atr_scale.objectives.tiled import tiles
 from atr_scale.planner.architecture import become_fake
 from atr_scale.planner.ops import Collective, OpTable, Recorder
 from atr_scale.sequence import TokenSequence
@@ -239,12 +239,11 @@ def _teacher(widths: list[int], rows: int) -> Correspondences:
 @contextmanager
 def _nothing_kept() -> Iterator[None]:
     """Tiles that small batches keep for the backward pass are computed again, as those of large ones are."""
-    kept = soft_cross_entropy.KEPT_BYTES
-    soft_cross_entropy.KEPT_BYTES = 0
+    kept, tiles.LOSS_BYTES = tiles.LOSS_BYTES, 0
     try:
         yield
     finally:
-        soft_cross_entropy.KEPT_BYTES = kept
+        tiles.LOSS_BYTES = kept
 
 
 @contextmanager

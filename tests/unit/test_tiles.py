@@ -110,8 +110,9 @@ def test_kept_tiles_change_nothing_but_the_work(case: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(EmbeddingScores, "stripe", counted)
     results, work = list[list[Tensor]](), list[int]()
-    for budget in (0, 6 * 7 * 8 * 5, 2**30):  # none, a few, all
-        monkeypatch.setattr(soft_cross_entropy, "KEPT_BYTES", budget)
+    gradients = 8 * 6 * (20 + (0 if "intra" in case else 20))
+    for budget in (0, gradients + 6 * 7 * 8 * 5, 2**30):  # none, a few, all
+        monkeypatch.setattr(tiles, "LOSS_BYTES", budget)
         made.clear()
         results.append(both(case, 20, 0.1, torch.float64)[0])
         work.append(len(made))
@@ -135,7 +136,7 @@ def test_no_matrix_of_all_pairs_is_alive(case: str, monkeypatch: pytest.MonkeyPa
     batch = 1024
     monkeypatch.setattr(blocks, "STRIPE_COLUMNS", 64)
     monkeypatch.setattr(tiles, "TILE_ROWS", {"cpu": 128})
-    monkeypatch.setattr(soft_cross_entropy, "KEPT_BYTES", 0)
+    monkeypatch.setattr(tiles, "LOSS_BYTES", 0)
     text, audio = (unit(batch, 6, seed).float().requires_grad_() for seed in (1, 2))
     teacher = unit(batch, TEACHER_WIDTH, 3).float(), unit(batch, TEACHER_WIDTH, 4).float()
 

@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 
 from atr_scale.objectives import dense, tiled
 from atr_scale.objectives.modality import ModalityScores
+from atr_scale.objectives.tiled.tiles import LOSS_BYTES, Workspace, tiles_of
 from atr_scale.parallel.blocks import EmbeddingScores
 from tools.bench.measure import Function, peak_mib, seconds
 from tools.bench.table import Row, run
@@ -33,6 +34,7 @@ WIDTH = 512
 BATCH, LARGE_BATCH, SOFT_BATCH = 8192, 16384, 4096
 TEACHER_WIDTH = 1024  # of an ensemble, its members side by side
 RING_RANKS = 8
+PMR_PRODUCTS = 5  # three sweeps and two gradients
 TEMPERATURE, OMEGA = 0.07, 10.0
 Loss = Callable[[], Tensor]
 CACHE = Path.home() / ".cache" / "atr_scale" / "bench"
@@ -56,13 +58,16 @@ def nt_xent_and_pmr(clip_loss: nn.Module) -> Iterator[Row]:
         "pmr": lambda: tiled.pmr(EmbeddingScores(text, audio), temperature, OMEGA),
         "dense pmr": lambda: dense.pmr(text @ audio.T, temperature, OMEGA),
     }
-    steps = {name: step(loss, text, audio, temperature) for name, loss in functions.items()}
+    steps: dict[str, Function] = {name: step(loss, text, audio, temperature) for name, loss in functions.items()}
+    steps["product"] = product(text, audio)
     taken = dict(zip(steps, seconds(*steps.values(), repeats=3), strict=True))
     at = f"B={BATCH}, d={WIDTH}"
     yield Row(f"NT-Xent, {at}", taken["nt_xent"], taken["open_clip"], "open_clip ClipLoss", "s", 0.45)
     yield Row(f"NT-Xent, {at}", taken["nt_xent"], taken["ring"], f"a call per direction, {RING_RANKS} blocks", "s")
+    yield floor(f"NT-Xent, {at}", taken["nt_xent"], taken["product"], num_products(BATCH))
     yield Row(f"PMR, {at}", taken["pmr"], taken["dense pmr"], "dense", "s", 0.28)
     yield Row(f"PMR, {at}", taken["pmr"], taken["nt_xent"], "NT-Xent on score blocks", "s", 1.5)
+    yield floor(f"PMR, {at}", taken["pmr"], taken["product"], PMR_PRODUCTS)
     yield Row(f"PMR, {at}", peak_mib(steps["pmr"]), peak_mib(steps["dense pmr"]), "dense", "MiB", 1 / 30)
 
 
@@ -80,16 +85,21 @@ def soft_targets() -> Iterator[Row]:
         texts, audios = (x @ x.T for x in inside)
         return dense.cmsc(text @ audio.T, texts, audios, temperature, 0.3, 0.1)
 
-    pairs: dict[str, tuple[Loss, Loss]] = {
+    # Our loss, the dense one, how many teachers' score matrices there are, and their width together.
+    pairs: dict[str, tuple[Loss, Loss, int, int]] = {
         f"distillation, {at}, teachers' width {TEACHER_WIDTH}": (
             lambda: tiled.distillation(EmbeddingScores(text, audio), EmbeddingScores(*teachers), temperature),
             lambda: dense.distillation(text @ audio.T, teachers[0] @ teachers[1].T, temperature),
+            1,
+            TEACHER_WIDTH,
         ),
-        f"CMSC, {at}": (cmsc, dense_cmsc),
+        f"CMSC, {at}": (cmsc, dense_cmsc, 2, 2 * WIDTH),
     }
-    for name, (tiled_loss, dense_loss) in pairs.items():
+    for name, (tiled_loss, dense_loss, matrices, width) in pairs.items():
         ours, other = (step(loss, text, audio, temperature) for loss in (tiled_loss, dense_loss))
-        yield timed(name, ours, other, "dense", 0.6)
+        our_time, their_time, product_time = seconds(ours, other, product(text, audio), repeats=3)
+        yield Row(name, our_time, their_time, "dense", "s", 0.6)
+        yield floor(name, our_time, product_time, num_products(SOFT_BATCH, matrices, width))
         yield Row(name, peak_mib(ours), peak_mib(other), "dense", "MiB")
 
 
@@ -107,7 +117,9 @@ def narrow(clip_loss: nn.Module) -> Iterator[Row]:
 
     name = f"NT-Xent of bf16 vectors, B={SOFT_BATCH}, d={WIDTH}"
     mine, other = step(ours, narrow_text, narrow_audio, temperature), step(autocast, text, audio, temperature)
-    yield timed(name, mine, other, "open_clip ClipLoss, autocast to bf16", 0.33)
+    our_time, their_time, product_time = seconds(mine, other, product(text, audio), repeats=3)
+    yield Row(name, our_time, their_time, "open_clip ClipLoss, autocast to bf16", "s", 0.33)
+    yield floor(name, our_time, product_time, num_products(SOFT_BATCH))
 
 
 def large_batch(clip_loss: nn.Module) -> Iterator[Row]:
@@ -115,13 +127,35 @@ def large_batch(clip_loss: nn.Module) -> Iterator[Row]:
     ours = step(lambda: tiled.nt_xent(EmbeddingScores(text, audio), temperature), text, audio, temperature)
     other = step(lambda: clip_loss(audio, text, 1 / temperature), text, audio, temperature)
     name = f"NT-Xent, B={LARGE_BATCH}, d={WIDTH}"
-    yield timed(name, ours, other, "open_clip ClipLoss", 0.38, repeats=2)
+    our_time, their_time, product_time = seconds(ours, other, product(text, audio), repeats=2)
+    yield Row(name, our_time, their_time, "open_clip ClipLoss", "s", 0.38)
+    yield floor(name, our_time, product_time, num_products(LARGE_BATCH))
     yield Row(name, peak_mib(ours), peak_mib(other), "open_clip ClipLoss", "MiB", 1 / 25)
 
 
-def timed(name: str, ours: Function, other: Function, other_name: str, target: float, repeats: int = 3) -> Row:
-    our_time, other_time = seconds(ours, other, repeats=repeats)
-    return Row(name, our_time, other_time, other_name, "s", target)
+def floor(name: str, ours: float, product: float, number: float) -> Row:
+    return Row(name, ours, number * product, f"its {number:.1f} matrix products alone", "s")
+
+
+def product(text: Tensor, audio: Tensor) -> Function:
+    """All scores once, tile by tile as in a loss: 2 B^2 d operations, and nothing is done with them."""
+    block = EmbeddingScores(text, audio)
+    work = Workspace(block)
+
+    def all_tiles() -> None:
+        for tile in tiles_of(block):
+            block.stripe(tile.columns, tile.rows, out=work.get("scores", tile))
+
+    return all_tiles
+
+
+def num_products(batch: int, matrices: int = 0, width: int = 0) -> float:
+    """Products of width WIDTH that a loss makes with so many score matrices of teachers, of `width` together.
+
+    Scores once, and once more but for the tiles that are kept; the gradients of texts and of audios.
+    """
+    kept = (LOSS_BYTES - 4 * 2 * batch * WIDTH) / (4 * (1 + matrices) * batch**2)
+    return 2 + (2 - min(1.0, max(0.0, kept))) * (1 + width / WIDTH)
 
 
 def step(loss: Loss, *inputs: Tensor) -> Function:

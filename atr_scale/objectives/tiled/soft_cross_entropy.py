@@ -27,7 +27,6 @@ from atr_scale.objectives.tiled.exponentials import (
 )
 from atr_scale.objectives.tiled.statistics import as_tensor, loss_dtype, outputs, query_weights, zeros
 from atr_scale.objectives.tiled.tiles import (
-    KEPT_BYTES,
     KeptTiles,
     PairsByPart,
     Part,
@@ -99,7 +98,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: ScoreBlock, targets: Targets, temperature: Tensor, *tensors: Tensor) -> Tensor:
         sweeps = _Sweeps(block, targets, 1 / temperature.item())
-        loss = sweeps.loss(KEPT_BYTES if any(ctx.needs_input_grad) else 0)
+        loss = sweeps.loss(keep=any(ctx.needs_input_grad))
         ctx.sweeps = sweeps
         ctx.save_for_backward(temperature, *tensors)
         return loss.to(loss_dtype(block, temperature))
@@ -148,20 +147,20 @@ class _Sweeps:
         self.column_share = targets.pairs.column_weight[self.pairs.columns]
         self.pair_weight = hard / 2 * (self.row_share / block.shape[0] + self.column_share / block.num_columns)
 
-    def loss(self, kept_bytes: int) -> Tensor:
+    def loss(self, keep: bool) -> Tensor:
         """The loss of all ranks, float64, after as many sweeps as the spread of the logits asks for."""
         logits = (self.student, *self.targets.teacher)
         bounds = largest_of_ranks(self.block, [each.bound() for each in logits])
-        self._sweep([Shift.constant(bound, self.block.dtype) for bound in bounds], kept_bytes)
+        self._sweep([Shift.constant(bound, self.block.dtype) for bound in bounds], keep)
         if not all_in_range(self.block, *(x for sums in self.sums for x in (sums.rows, sums.columns))):
-            self._sweep([maxima(self.block, self.tiles, each.tile) for each in logits], 0)
+            self._sweep([maxima(self.block, self.tiles, each.tile) for each in logits], keep=False)
         return self._loss()
 
-    def _sweep(self, shifts: Sequence[Shift], kept_bytes: int) -> None:
+    def _sweep(self, shifts: Sequence[Shift], keep: bool) -> None:
         """Sums and positives' logits under these shifts: the student's, then the teacher's."""
         block, teacher = self.block, self.targets.teacher
         self.shifts, self.sums = shifts, [_Sums(block) for _ in shifts[:2]]
-        self.work, self.kept = Workspace(block), KeptTiles(block, kept_bytes)
+        self.work, self.kept = Workspace(block), KeptTiles(block, keep)
         self.positives = torch.zeros(1 + len(teacher), len(self.pairs.rows), dtype=torch.float64, device=block.device)
         for tile in self.tiles:
             kept = self.kept.reserve(tile, len(shifts))

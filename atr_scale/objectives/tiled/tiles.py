@@ -19,9 +19,10 @@ from atr_scale.parallel.blocks import ScoreBlock, slices
 # finds it in the cache of a core. A GPU gets few and large kernels instead.
 TILE_ROWS = {"cpu": 1024, "cuda": 2**16}
 PART_ROWS = {"cpu": 256, "cuda": 2**16}
-# Tiles kept from the forward pass to the backward pass, each of which spares a matrix product. A fixed size, so that
-# memory grows with the batch and not with its square: about what the gradients of 16,384 pairs of width 640 take.
-KEPT_BYTES = 80 * 2**20
+# What gradients and tiles kept from the forward pass to the backward pass may take together; every kept tile spares a
+# matrix product. A fixed size, so that memory grows with the batch and not with its square: the gradients alone take it
+# from 37,000 pairs of width 512 on.
+LOSS_BYTES = 144 * 2**20
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,12 @@ class Workspace:
 
 
 class KeptTiles:
-    """Tensors of as many tiles as fit in a budget of bytes."""
+    """Tensors of as many tiles as fit in LOSS_BYTES beside the gradients; of none where nothing is to be kept."""
 
-    def __init__(self, block: ScoreBlock, budget: int) -> None:
-        self._like, self._left = torch.empty(0, dtype=block.dtype, device=block.device), budget
+    def __init__(self, block: ScoreBlock, keep: bool = True) -> None:
+        self._like = torch.empty(0, dtype=block.dtype, device=block.device)
+        gradients = sum(tensor.numel() for tensor in block.tensors) * self._like.element_size()
+        self._left = LOSS_BYTES - gradients if keep else 0
         self._kept: dict[int, tuple[Tensor, ...]] = {}
 
     def reserve(self, tile: Tile, count: int) -> tuple[Tensor, ...]:
