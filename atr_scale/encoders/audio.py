@@ -79,7 +79,11 @@ class AudioEncoder(nn.Module, ABC):
                 raise UserError("window_hop_seconds is longer than the window: audio between windows would be unheard")
         self.options = options
         if options.compile:
-            for part in self.compiled_parts():
+            parts = list(self.compiled_parts())
+            # Layers of other shapes are other variants of one function, and torch gives a function up after eight.
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, 4 * len(parts))
+            for part in parts:
                 part.compile()
 
     def compiled_parts(self) -> Iterable[nn.Module]:

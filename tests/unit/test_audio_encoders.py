@@ -365,6 +365,17 @@ def test_local_batch_norm_uses_the_batch_in_training_alone() -> None:
     assert torch.equal(norm.running_mean, after)
 
 
+@pytest.mark.slow
+def test_every_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives a function up after eight variants, and these layers have more shapes."""
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="eager"))  # no C++ compiler
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    compiled = build_audio_encoder("mn04", compile=True)
+    compiled(noise(1, 16_000))
+
+
 def test_the_tagging_head_is_not_trained() -> None:
     encoder = build_audio_encoder("mn04")
     assert not any(p.requires_grad for p in encoder.classifier.parameters())
