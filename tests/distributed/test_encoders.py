@@ -29,14 +29,6 @@ RATES = {"audio": 1e-3, "text": 1e-3, "heads": 1e-3}
 DRAWS: dict[str, Any] = {"s_patchout_t": 2, "s_patchout_f": 1, "fmin_aug_range": 10, "fmax_aug_range": 2000}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Corpus and text encoder, built once."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_config(folder, folder / "run")
-    return folder
-
-
 def config_of(
     folder: Path, name: str, draws: bool = True, train: dict[str, Any] | None = None, **audio: Any
 ) -> RunConfig:

@@ -23,14 +23,6 @@ from tools.ranks import run_ranks
 RATES = {"audio": 1e-3, "text": 1e-3, "heads": 1e-3}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Corpus and text encoder, built once."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_config(folder, folder / "run")
-    return folder
-
-
 @pytest.mark.parametrize("objective", ["nt_xent", pytest.param("pmr", marks=pytest.mark.slow)])
 def test_ranks_and_zero_stages_agree(folder: Path, objective: str) -> None:
     """One process without ZeRO against two with stages 0 to 3: gradients, losses, norms, parameters."""

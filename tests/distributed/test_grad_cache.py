@@ -27,14 +27,6 @@ SEED = 5
 RATES = {"audio": 1e-3, "text": 1e-3, "heads": 1e-3}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Corpus and text encoder, built once."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_config(folder, folder / "run")
-    return folder
-
-
 def whole(config: RunConfig) -> Batch:
     """A batch whose clips have two lengths, in no order."""
     model = Retriever(config.model, config.objective)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +27,7 @@ UPDATES = 3  # the first two of stage 3 learn in which order parameters are used
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    folder = tmp_path_factory.mktemp("tiny")
+def config(folder: Path) -> RunConfig:
     return tiny_config(folder, folder / "run")
 
 
