@@ -24,10 +24,10 @@ from tools.bench.table import Row, run
 from tools.parity import trainable, with_train
 from tools.ranks import run_ranks
 
-SIZE, CHUNK, SECONDS = 32, 8, 1.0
+SIZE, CHUNK, SECONDS = 32, 8, 10.0
 # Kept chunks -> the largest ratio of times.
 KEPT = {0: 1.25, SIZE // CHUNK // 2: 1.12, SIZE // CHUNK: 1.03}
-LARGE, LARGE_CHUNK = 32_768, 256
+LARGE, LARGE_CHUNK, SHORT = 32_768, 256, 1.0
 
 
 def costs(configs: list[RunConfig]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def first_gradients(config: RunConfig) -> dict[str, np.ndarray]:
 
     engine._bad_ranks = keep  # type: ignore[method-assign]
     world = World.current()
-    result = updates.update(engine, updates.noise(LARGE, SECONDS, engine.model.sample_rate, world))
+    result = updates.update(engine, updates.noise(LARGE, SHORT, engine.model.sample_rate, world))
     assert result.applied and found
     return found
 

@@ -1,9 +1,10 @@
-"""What an update costs beside the model: ours, under DeepSpeed, against a bare loop of torch with the same model.
+"""What an update costs beside the model: ours, under DeepSpeed, against a bare loop of torch with the same model; and
+what the options of audio encoders give in time and memory.
 
     python -m tools.bench.step [--json FILE]
 
 The bare loop: forward, backward, clip_grad_norm_, AdamW(fused=True), zero_grad; no ranks, no skipping of non-finite
-updates, no checkpoints.
+updates, no checkpoints. `compile` needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -11,22 +12,30 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from atr_scale.config import RunConfig
+from atr_scale.encoders import build_audio_encoder
 from atr_scale.model import Retriever
 from atr_scale.parallel.world import World
 from atr_scale.training.engine import optimizer_groups
 from tools.bench import updates
-from tools.bench.measure import seconds
+from tools.bench.measure import Function, peak_mib, seconds
 from tools.bench.table import Row, run
 from tools.parity import with_train
 from tools.ranks import run_ranks
 
 AUDIO, SIZE, SECONDS = "small_cnn", 32, 10.0
 STAGES = (0, 1)
+CLIPS = 2  # of an encoder alone
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "mn04": ({"compile": True}, {"activation_checkpointing": True}),
+    "htsat": ({"compile": True}, {"attention": "sdpa"}, {"activation_checkpointing": True}),
+    "passt_s16": ({"compile": True}, {"attention": "sdpa"}, {"activation_checkpointing": True}),
+}
 
 
 def bare_loop(config: RunConfig, fused: bool) -> tuple[Retriever, torch.optim.Optimizer]:
@@ -66,6 +75,27 @@ def rows() -> Iterable[Row]:
     for stage, time in zip(STAGES, ours, strict=True):
         yield Row(f"update, {SIZE} clips of {SECONDS:g} s, ZeRO {stage}", time, bare, "bare torch loop", "s", 1.02)
     yield Row("AdamW alone", fused, foreach, "foreach", "s")
+    for name, choices in OPTIONS.items():
+        plain = encoding(name)
+        for options in choices:
+            chosen = encoding(name, **options)
+            label = ", ".join((name, *(key if value is True else str(value) for key, value in options.items())))
+            yield Row(f"{label}: time", *seconds(chosen, plain, repeats=3), "without", "s")
+            yield Row(f"{label}: memory", peak_mib(chosen), peak_mib(plain), "without", "MiB")
+
+
+def encoding(name: str, **options: Any) -> Function:
+    """Forward and backward of an audio encoder in training."""
+    encoder = build_audio_encoder(name, **options).to(updates.device()).train()
+    waveform = 0.1 * torch.randn(CLIPS, round(SECONDS * encoder.sample_rate), device=updates.device())
+    parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+
+    def forward_and_backward() -> None:
+        found = encoder(waveform)
+        total = found.tokens.square().mean() + found.pooled.square().mean()
+        torch.autograd.grad(total, parameters, allow_unused=True)
+
+    return forward_and_backward
 
 
 if __name__ == "__main__":

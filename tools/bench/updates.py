@@ -19,7 +19,9 @@ RATE = 1e-4
 NUM_WORDS = 12
 
 
-def configuration(folder: Path, audio: str, dim: int = 256, layers: int = 2, **train: Any) -> RunConfig:
+def configuration(
+    folder: Path, audio: str, dim: int = 256, layers: int = 2, scorer: str = "pooled", **train: Any
+) -> RunConfig:
     """`train` sets keys of its section; `dim` and `layers` are the text encoder's, which is built in `folder`."""
     build_demo_text_encoder(["a sound of noise", "another sound"], folder / "text", dim=dim, layers=layers)
     values = {
@@ -28,6 +30,7 @@ def configuration(folder: Path, audio: str, dim: int = 256, layers: int = 2, **t
         "model": {
             "audio": {"name": audio},
             "text": {"name": str(folder / "text"), "pooling": "mean", "dropout": 0.0},
+            "scorer": {"name": scorer},
         },
         "train": {"steps": 1, "precision": "fp32", "zero_stage": 0, "lr": RATE, **train},
     }
