@@ -232,6 +232,9 @@ def evaluate(
         int | None, typer.Option(min=1, help="score only so many candidates a query, for scorers of pairs")
     ] = None,
     candidates: Annotated[str | None, typer.Option(help="run whose vectors choose the candidates of --rerank")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or bf16, of the products that rank; the ranks are exact with either")
+    ] = None,
 ) -> None:
     """Measure a trained model on a split: retrieval both ways, for labelled sets also zero-shot classification.
 
@@ -251,6 +254,7 @@ def evaluate(
             relevance=relevance,
             rerank_top=rerank,
             candidates=candidates,
+            precision=precision,
             world=world,
             device=device,
         )

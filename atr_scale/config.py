@@ -244,6 +244,7 @@ class TrainSection(Section):
 class EvaluationSection(Section):
     batch_size: Count = 32
     class_prompt: str = Field("the sound of {label}", description="caption of a class, for labelled sets")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of products; ranks and lists are exact with either")
 
     @model_validator(mode="after")
     def prompt_names_label(self) -> EvaluationSection:

@@ -164,8 +164,7 @@ class Correspondences:
         clips = torch.tensor([self._clips[clip] for clip, _ in keys])
         device, members = batch.clip_ids.device, len(self.tables)
         if all(table.factorised for table in self.tables):
-            text = torch.cat([table.vectors("text", captions, device) for table in self.tables], 1)
-            audio = torch.cat([table.vectors("audio", clips, device) for table in self.tables], 1)
+            text, audio = joined_vectors(self.tables, captions, clips, device)
             return EmbeddingScores(text / members, audio, world)
         total = sum(table.scores(captions, clips, device) for table in self.tables)
         assert isinstance(total, Tensor)
@@ -174,6 +173,14 @@ class Correspondences:
     def _unknown(self, what: str) -> UserError:
         names = ", ".join(table.name for table in self.tables)
         return UserError(f"{what} is not in the tables of correspondences ({names}): {REMEDY}")
+
+
+def joined_vectors(
+    tables: Sequence[Table], captions: Tensor, clips: Tensor, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """[c, d], [n, d]: the vectors of all tables side by side, whose products are the sums of the tables' scores."""
+    text = torch.cat([table.vectors("text", captions, device) for table in tables], 1)
+    return text, torch.cat([table.vectors("audio", clips, device) for table in tables], 1)
 
 
 def shards_checksum(shards: ShardSet) -> str:

@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 import atr_scale
 from atr_scale import figures
-from atr_scale.correspondences import Correspondences, Table, shards_checksum
+from atr_scale.correspondences import Correspondences, Table, joined_vectors, shards_checksum
 from atr_scale.data import storage
 from atr_scale.data.batch import stable_id
 from atr_scale.data.index import ShardSet, open_shards
 from atr_scale.data.text import caption_tokenizer
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import embed
-from atr_scale.evaluation.metrics import retrieval_metrics
+from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
 from atr_scale.evaluation.score import score
 from atr_scale.model import WEIGHTS, find_checkpoint, load_retriever
 from atr_scale.parallel.world import World
@@ -163,7 +163,8 @@ def estimate(
 def compare(tables: Sequence[Table], split: str) -> Comparison:
     """Retrieval of each table, of their mean and of what is left without each; correlation of their scores.
 
-    Draws are seeded. In memory: three score matrices of NUM_CLIPS clips and their captions.
+    Draws are seeded. Vectors are ranked without a score matrix; where a table holds scores, in memory: two matrices of
+    NUM_CLIPS clips and their captions.
     """
     first, rng = tables[0], np.random.default_rng(SEED)
     num_clips, num_captions = len(first.clip_ids), len(first.caption_clip)
@@ -171,19 +172,25 @@ def compare(tables: Sequence[Table], split: str) -> Comparison:
     clips = torch.from_numpy(drawn)
     captions = torch.isin(first.caption_clip, first.clip_ids[clips]).nonzero().squeeze(1)
 
-    def retrieval(scores: Tensor) -> Metrics:
-        return retrieval_metrics(scores, first.caption_clip[captions], first.clip_ids[clips])
+    def retrieval(members: Sequence[Table]) -> Metrics:
+        """Of the sum of the members' scores, which ranks as their mean."""
+        scores: VectorScores | MatrixScores
+        if all(table.factorised for table in members):
+            scores = VectorScores(*joined_vectors(members, captions, clips))
+        else:
+            total = members[0].scores(captions, clips)
+            for table in members[1:]:
+                total += table.scores(captions, clips)
+            scores = MatrixScores(total)
+        return scores.ranks(first.caption_clip[captions], first.clip_ids[clips]).metrics()
 
-    total = torch.zeros(len(captions), len(clips))
-    models = {}
-    for table in tqdm(tables, desc="comparing models", unit="model", disable=None):
-        scores = table.scores(captions, clips)
-        models[table.name] = retrieval(scores)
-        total += scores
-    others = tables if len(tables) > 1 else []
+    models = {
+        table.name: retrieval([table]) for table in tqdm(tables, desc="comparing models", unit="model", disable=None)
+    }
+    several = len(tables) > 1
     without = {
-        table.name: retrieval((total - table.scores(captions, clips)) / (len(tables) - 1))
-        for table in tqdm(others, desc="leaving one out", unit="model", disable=None)
+        table.name: retrieval([other for other in tables if other is not table])
+        for table in tqdm(tables if several else [], desc="leaving one out", unit="model", disable=None)
     }
     count = num_captions * num_clips
     pairs = np.arange(count) if count <= NUM_PAIRS else rng.integers(0, count, NUM_PAIRS)
@@ -195,7 +202,7 @@ def compare(tables: Sequence[Table], split: str) -> Comparison:
         num_clips=num_clips,
         measured_clips=len(clips),
         models=models,
-        ensemble=retrieval(total / len(tables)),
+        ensemble=retrieval(tables) if several else models[first.name],
         without=without,
         correlation=np.atleast_2d(np.corrcoef(values)).tolist(),
         unmatched=np.atleast_2d(np.corrcoef(values[:, ~matched])).tolist(),

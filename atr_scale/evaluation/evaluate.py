@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from atr_scale.config import RunConfig, parse_config
 from atr_scale.data.batch import stable_id
 from atr_scale.data.index import ShardSet, open_shards
 from atr_scale.data.text import CaptionTokenizer, caption_tokenizer
 from atr_scale.errors import UserError
+from atr_scale.evaluation.coarse import Precision
 from atr_scale.evaluation.embed import Embedded, as_read, embed
-from atr_scale.evaluation.rank_counts import VectorScores
+from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
 from atr_scale.evaluation.relevance import read_relevance
 from atr_scale.evaluation.report import write_report
 from atr_scale.evaluation.result import EvaluationResult, evaluate_labelled, evaluate_retrieval
-from atr_scale.evaluation.score import rerank, score
+from atr_scale.evaluation.score import Reranked, rerank, score
 from atr_scale.model import Retriever, load_retriever
 from atr_scale.parallel.world import World
 
@@ -35,7 +35,7 @@ class FirstStage:
     """What a pairwise scorer re-ranks: scores [C, N] of the model `name`, and how many candidates of each query."""
 
     name: str
-    scores: torch.Tensor
+    scores: VectorScores
     candidates: int
     captions: list[str]
     clip_ids: list[str]
@@ -91,22 +91,21 @@ def evaluate(
     options["batch_size"], options["lockstep"] = config.evaluation.batch_size, lockstep
     ids = np.array([stable_id(clip) for clip in embedded.clip_ids])
     owners = ids[embedded.owner]
-    scores: Tensor | VectorScores
-    table = a2t_scores = None
+    scores: VectorScores | MatrixScores | Reranked
     method = "every pair scored"
     if first_stage is None and model.scorer.factorised:
-        scores = VectorScores(embedded.text.pooled.to(device), embedded.audio.pooled.to(device))
-        table = scores.ranks(owners, ids, world)
+        scores = _vector_scores(embedded, config.evaluation.precision, device)
     elif first_stage is None:
-        scores = score(model.scorer, embedded.text, embedded.audio, **options)
+        scores = MatrixScores(score(model.scorer, embedded.text, embedded.audio, **options))
     else:
         if first_stage.clip_ids != embedded.clip_ids or first_stage.captions != embedded.captions:
             raise UserError(f"{first_stage.name} could not read the same clips of {shards.location}: check the shards")
-        scores, a2t_scores = rerank(
+        scores = rerank(
             model.scorer, embedded.text, embedded.audio, first_stage.scores, first_stage.candidates,
             world=world, device=device,
         )  # fmt: skip
         method = f"the best {first_stage.candidates} of {first_stage.name} re-ranked"
+    table = scores.ranks(owners, ids, world)
     # The class captions run on every rank alike: in lockstep, and with the same rounding.
     classes = _classes(embedded, config.evaluation.class_prompt)
     if classes is not None:
@@ -132,7 +131,6 @@ def evaluate(
                 owners,
                 ids,
                 table=table,
-                a2t_scores=a2t_scores,
                 method=method,
                 grades=grades,
             )
@@ -141,6 +139,10 @@ def evaluate(
             results.append(evaluate_labelled(f"{split}/classes", step, class_scores, prompts, shown, labels))
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     return Evaluation(results, world.gather_objects(metrics)[0], embedded.dropped, embedded)
+
+
+def _vector_scores(embedded: Embedded, precision: Precision, device: torch.device) -> VectorScores:
+    return VectorScores(embedded.text.pooled.to(device), embedded.audio.pooled.to(device), precision)
 
 
 def _classes(embedded: Embedded, prompt: str) -> tuple[list[str], np.ndarray] | None:
@@ -165,18 +167,20 @@ def evaluate_run(
     relevance: str | Path | None = None,
     rerank_top: int | None = None,
     candidates: str | None = None,
+    precision: str | None = None,
 ) -> Evaluation:
     """Evaluate a run's best checkpoint (or one checkpoint folder) and write results and report; all ranks call this.
 
-    shards: default the configuration's data.<split>. out: default the run folder. relevance: file of graded relevance.
+    shards: default the configuration's data.<split>. out: default the run folder. class_prompt, precision: default the
+    configuration's evaluation.*. relevance: file of graded relevance.
     rerank_top: score only so many candidates of each query, those of the run `candidates`, whose scorer must have
     vectors. Raises UserError where a model or the shards are not there, or where the two do not go together.
     """
     model, config, folder = load_retriever(location)
-    if class_prompt:
-        values = config.model_dump()
-        values["evaluation"]["class_prompt"] = class_prompt
-        config = parse_config(values, "--class-prompt")
+    values = config.model_dump()
+    given = {"class_prompt": class_prompt, "precision": precision}
+    values["evaluation"] |= {name: value for name, value in given.items() if value is not None}
+    config = parse_config(values, "the command line")
     place = shards or {"validation": config.data.validation, "test": config.data.test}.get(split)
     if place is None:
         raise UserError(f"the configuration of {location} names no data.{split}: give --shards DIR")
@@ -185,7 +189,7 @@ def evaluate_run(
     opened = open_shards(place)
     first_stage = None
     if rerank_top is not None and candidates is not None:
-        first_stage = _first_stage(candidates, rerank_top, opened, world, device)
+        first_stage = _first_stage(candidates, rerank_top, config.evaluation.precision, opened, world, device)
     evaluation = evaluate(
         model.to(device),
         opened,
@@ -205,7 +209,9 @@ def evaluate_run(
     return evaluation
 
 
-def _first_stage(location: str, candidates: int, shards: ShardSet, world: World, device: torch.device) -> FirstStage:
+def _first_stage(
+    location: str, candidates: int, precision: Precision, shards: ShardSet, world: World, device: torch.device
+) -> FirstStage:
     model, config, _ = load_retriever(location)
     if not model.scorer.factorised:
         raise UserError(
@@ -215,5 +221,5 @@ def _first_stage(location: str, candidates: int, shards: ShardSet, world: World,
     options: dict[str, Any] = {"batch_size": config.evaluation.batch_size, "world": world, "device": device}
     seconds = config.data.evaluation_seconds
     embedded = embed(model.to(device), shards, caption_tokenizer(config), seconds=seconds, **options)
-    scores = score(model.scorer, embedded.text, embedded.audio, **options)
+    scores = _vector_scores(embedded, precision, device)
     return FirstStage(location, scores, candidates, embedded.captions, embedded.clip_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from atr_scale.evaluation.metrics import (
     label_ranks,
 )
 from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
+from atr_scale.evaluation.score import Reranked
 
 FORMAT = 2
 NUM_PAIRS, NUM_CLASSES = 32, 64  # rows and columns of the kept piece of the score matrix
@@ -137,27 +138,22 @@ class EvaluationResult:
 def evaluate_retrieval(
     split: str,
     step: int,
-    scores: Scores | VectorScores,
+    scores: Scores | VectorScores | MatrixScores | Reranked,
     captions: Sequence[str],
     clip_names: Sequence[str],
     text_audio_ids: Ids,
     audio_ids: Ids,
     *,
     table: Ranks | None = None,
-    a2t_scores: Scores | None = None,
     method: str = "every pair scored",
     grades: NDArray[np.floating] | None = None,
 ) -> EvaluationResult:
     """Everything about scores [T, A]: captions [T], clip_names [A] (to show), ids as in `metrics.ranks`.
 
-    table: their ranks, where several processes have counted them. a2t_scores: what audio queries rank by, where it
-    differs. grades [T, A]: relevance, for `metrics.graded`.
+    table: their ranks, where several processes have counted them. grades [T, A]: relevance, for `metrics.graded`.
     """
-    found = scores if isinstance(scores, VectorScores) else MatrixScores(scores)
-    by_audio = found if a2t_scores is None else MatrixScores(a2t_scores)
+    found = scores if isinstance(scores, VectorScores | MatrixScores | Reranked) else MatrixScores(scores)
     table = table or found.ranks(text_audio_ids, audio_ids)
-    if by_audio is not found:
-        table = replace(table, a2t=by_audio.ranks(text_audio_ids, audio_ids).a2t)
     first_text = np.unique(table.clip, return_index=True)[1]
     shown = first_text[_spread(len(first_text), NUM_PAIRS)]
     t2a = [
@@ -169,7 +165,7 @@ def evaluate_retrieval(
         clip = table.clip[text]
         relevant = np.flatnonzero(table.clip == clip)
         rank = int(table.a2t[relevant].min())
-        a2t.append(_example("a2t", clip_names[clip], rank, by_audio.column(clip), captions, relevant))
+        a2t.append(_example("a2t", clip_names[clip], rank, found.column(clip), captions, relevant))
     return EvaluationResult(
         split=split,
         step=step,

@@ -19,8 +19,11 @@ from atr_scale.data.text import caption_tokenizer
 from atr_scale.evaluation import rank_counts
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
 from atr_scale.evaluation.metrics import ranks
+from atr_scale.evaluation.score import rerank
 from atr_scale.model import Retriever
 from atr_scale.parallel.world import World
+from atr_scale.scorers import build_scorer
+from atr_scale.sequence import TokenSequence
 from tests.tiny_run import tiny_config
 from tools.ranks import run_ranks
 
@@ -183,17 +186,47 @@ def test_labelled_clips_give_zero_shot_metrics(alone: dict[str, dict[str, Any]])
 def count_ranks() -> list[np.ndarray]:
     """Several stripes for every rank and many equal scores; on the vectors of one seed."""
     rng = np.random.default_rng(0)
-    text, audio = (torch.from_numpy(rng.integers(-2, 3, (n, 4)).astype(np.float32)) for n in (150, 90))
+    text, audio = (torch.from_numpy(rng.integers(-700, 701, (n, 4)).astype(np.float32)) for n in (150, 90))
+    text[::3], audio[::4] = text[0], audio[0]
     owner = np.sort(rng.integers(0, 90, 150))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("ROWS", 16), ("COLUMNS", 32), ("BYTES", 4)):
-            patch.setattr(rank_counts, name, value)
-        found = rank_counts.vector_ranks(text, audio, owner, np.arange(90), World.current())
     wanted = ranks(text @ audio.T, owner, np.arange(90))
-    return [found.t2a - wanted.t2a, found.a2t - wanted.a2t]
+    differences = []
+    for precision in ("fp32", "bf16"):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (("ROWS", 16), ("COLUMNS", 32), ("BYTES", 4)):
+                patch.setattr(rank_counts, name, value)
+            found = rank_counts.vector_ranks(text, audio, owner, np.arange(90), World.current(), precision)
+        differences += [found.t2a - wanted.t2a, found.a2t - wanted.a2t]
+    return differences
 
 
 @pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_counted_by_several_processes(size: int) -> None:
     for found in run_ranks(count_ranks, size):
         assert not any(difference.any() for difference in found)
+
+
+def rerank_queries() -> list[np.ndarray]:
+    """7 captions and 2 clips: a rank of three has no clip of its own."""
+    generator = torch.Generator().manual_seed(0)
+    text, audio = (torch.randn(n, 5, 8, generator=generator) for n in (7, 2))
+    left, right = (TokenSequence(x, torch.ones(x.shape[:2], dtype=torch.bool), x.mean(1)) for x in (text, audio))
+    torch.manual_seed(0)
+    scorer, first = build_scorer("tap", dim=8).eval(), rank_counts.VectorScores(left.pooled, right.pooled)
+    world, owner = World.current(), np.arange(7) % 2
+    found = rerank(scorer, left, right, first, 2, world=world, device=torch.device("cpu"))
+    table = found.ranks(owner, np.arange(2), world)
+    everything = scorer.scores(left, right).detach()
+    wanted = ranks(everything, owner, np.arange(2))
+    best_texts = first.T.lists(2).sort(1).values
+    return [
+        table.t2a - wanted.t2a,
+        found.by_text[1].numpy() - everything.numpy(),
+        found.by_audio[1].numpy() - everything.T.gather(1, best_texts).numpy(),
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_queries_reranked_by_several_processes(size: int) -> None:
+    for found in run_ranks(rerank_queries, size):
+        assert all(np.allclose(difference, 0, atol=1e-6) for difference in found)

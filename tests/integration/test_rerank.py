@@ -11,6 +11,8 @@ import torch
 
 from atr_scale.data.index import open_shards
 from atr_scale.data.text import caption_tokenizer
+from atr_scale.evaluation import lists, rank_counts
+from atr_scale.evaluation.coarse import levels
 from atr_scale.evaluation.embed import embed
 from atr_scale.evaluation.metrics import retrieval_metrics
 from atr_scale.evaluation.result import EvaluationResult
@@ -60,10 +62,17 @@ def reranked(first: np.ndarray, exact: np.ndarray) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("second", ["cross", "tap"])
-def test_the_command_re_ranks_and_says_so(place: Path, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("second", "precision"), [("cross", "fp32"), ("tap", "bf16")])
+def test_the_command_re_ranks_and_says_so(
+    place: Path, second: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    for module in (rank_counts, lists):
+        monkeypatch.setattr(module, "levels", lambda *given: asked.append(given[-1]) or levels(*given))
     line = ("evaluate", f"runs/{second}", "--split", "validation", "--out", f"out/{second}")
-    assert call(monkeypatch, place, *line, "--rerank", str(CANDIDATES), "--candidates", "runs/dual") == 0
+    line = (*line, "--rerank", str(CANDIDATES), "--candidates", "runs/dual", "--precision", precision)
+    assert call(monkeypatch, place, *line) == 0
+    assert asked == [precision] * 3, "candidates of both sides and ranks"
     out = place / "out" / second
     found = EvaluationResult.load(out / "evaluation-validation.json")
     first, exact = matrix(place, "dual"), matrix(place, second)
@@ -85,6 +94,7 @@ def test_the_command_re_ranks_and_says_so(place: Path, second: str, monkeypatch:
             "cannot choose candidates: give --candidates a run with one of",
         ),
         (("--rerank", "4", "--candidates", "runs/nowhere"), "runs/nowhere"),
+        (("--precision", "int8"), "evaluation.precision"),
         (("--rerank", "4"), "needs both --rerank K and --candidates RUN"),
         (("--candidates", "runs/dual"), "needs both --rerank K and --candidates RUN"),
     ],

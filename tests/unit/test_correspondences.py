@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from atr_scale.config import RunConfig, load_config
 from atr_scale.correspondences import Correspondences, Table, shards_checksum
@@ -17,6 +18,8 @@ from atr_scale.data.index import open_shards
 from atr_scale.data.stream import read_batches
 from atr_scale.data.text import caption_tokenizer
 from atr_scale.errors import UserError
+from atr_scale.evaluation.estimate import compare
+from atr_scale.evaluation.metrics import retrieval_metrics
 from atr_scale.model import Retriever
 from atr_scale.objectives import dense
 from atr_scale.parallel.blocks import EmbeddingScores, StoredScores
@@ -24,6 +27,7 @@ from atr_scale.parallel.world import World
 from atr_scale.training.setup import read_teacher, training_stream
 from tests.losses import unit
 from tests.tiny import TinyInputs, make_tiny_inputs, write_tiny_config
+from tools.bench.measure import peak_mib
 
 # Three clips with two, one and three captions; clip ids neither sorted nor small.
 CLIPS = torch.tensor([stable_id(name) for name in ("dog", "rain", "bell")])
@@ -221,3 +225,27 @@ def test_a_student_that_is_its_teacher_learns_nothing(inputs: TinyInputs, tmp_pa
         want = dense.distillation(text @ audio.T, text @ teacher.values["audio"].T, model.temperature())
         assert terms["distillation"].item() == pytest.approx(want.item(), abs=1e-12)
     assert norms[0] < 1e-12 < 1e-4 < norms[1]
+
+
+def test_retrieval_of_vectors_needs_no_score_matrix() -> None:
+    """A member of pairs makes one; the figures are those of the mean of the scores in both cases."""
+    num = 3000
+    keys = (torch.arange(num) * 3, torch.arange(num) * 3, torch.zeros(num, dtype=torch.int64))
+    generator = torch.Generator().manual_seed(0)
+
+    def member(name: str, noise: float) -> Table:
+        audio = torch.randn(num, 16, generator=generator)
+        text = audio + noise * torch.randn(num, 16, generator=generator)
+        values = {"text": normalize(text, dim=1).half(), "audio": normalize(audio, dim=1).half()}
+        return Table(name, *keys, values=values)
+
+    tables, found = [member("one", 0.9), member("other", 1.2)], []
+    assert peak_mib(lambda: found.append(compare(tables, "split"))) < num * num * 4 / 2**20
+    everything = torch.arange(num)
+    scores = [table.scores(everything, everything) for table in tables]
+    for metrics, matrix in ((found[0].ensemble, sum(scores)), (found[0].models["one"], scores[0])):
+        assert metrics == pytest.approx(retrieval_metrics(matrix, keys[0], keys[0]), abs=1e-3)
+    pairwise = Table("other", *keys, values={"scores": scores[1]})
+    mixed = compare([tables[0], pairwise], "split")
+    assert mixed.ensemble == pytest.approx(found[0].ensemble, abs=1e-3)
+    assert mixed.without["one"] == pytest.approx(found[0].models["other"], abs=1e-3)

@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from atr_scale.errors import UserError
-from atr_scale.evaluation.metrics import graded
+from atr_scale.evaluation import lists
+from atr_scale.evaluation.metrics import graded, ranks
+from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
 from atr_scale.evaluation.relevance import read_relevance
 from atr_scale.evaluation.score import rerank, score
 from atr_scale.parallel.world import World
 from atr_scale.scorers import build_scorer
 from atr_scale.sequence import TokenSequence
+from tools.bench.measure import peak_mib
 
 
 def by_hand(scores: np.ndarray, grades: np.ndarray) -> tuple[float, float]:
@@ -86,29 +89,67 @@ def test_pairs_are_scored_in_batches(batch_size: int) -> None:
     torch.testing.assert_close(found, scorer.scores(text, audio).detach())
 
 
-def test_reranking_scores_the_candidates_alone() -> None:
+def matrices(first: np.ndarray, exact: np.ndarray, candidates: int) -> tuple[np.ndarray, np.ndarray]:
+    """Re-ranked scores as text queries and as audio queries see them, [texts, audios] each."""
+    both = []
+    for one, new in ((first, exact), (first.T, exact.T)):
+        out = one - 100
+        for row, kept in enumerate(np.argsort(-one, axis=1, kind="stable")[:, :candidates]):
+            out[row, kept] = new[row, kept]
+        both.append(out)
+    return both[0], both[1].T
+
+
+@pytest.mark.parametrize("kind", ["vectors", "matrix", "all equal"])
+@pytest.mark.parametrize("candidates", [1, 4, 11])
+def test_reranked_ranks_and_lists_are_those_of_the_matrix(kind: str, candidates: int) -> None:
+    """Candidates of equal new scores, too: the second stage gives a few levels alone."""
     torch.manual_seed(0)
-    scorer = build_scorer("tap", dim=8).eval()
-    text, audio = sequences(6, 11)
-    exact = scorer.scores(text, audio).detach()
-    first = torch.randn(6, 11, generator=torch.Generator().manual_seed(1))
-    t2a, a2t = rerank(scorer, text, audio, first, 4, world=World(), device=torch.device("cpu"))
-    for row in range(6):
-        kept = first[row].topk(4).indices
-        order = t2a[row].argsort(descending=True)
-        assert order[:4].tolist() == kept[exact[row, kept].argsort(descending=True)].tolist()
-        rest = [k for k in first[row].argsort(descending=True).tolist() if k not in kept.tolist()]
-        assert order[4:].tolist() == rest
+    text, audio = sequences(14, 11)
+    owner, clips = np.sort(np.random.default_rng(0).integers(0, 11, 14)), np.arange(11)
+    exact = torch.randn(14, 11).mul(1.5).round()
+    scorer: Any = SimpleNamespace(scores=lambda t, a: exact[t.pooled[:, 0].long()][:, a.pooled[:, 0].long()])
+    text, audio = (TokenSequence(s.tokens, s.mask, torch.arange(len(s.pooled))[:, None]) for s in (text, audio))
+    left, right = torch.randint(-2, 3, (14, 4)) / 8, torch.randint(-2, 3, (11, 4)).float()
+    if kind == "all equal":
+        left = left * 0
+    first = MatrixScores(left @ right.T) if kind == "matrix" else VectorScores(left, right)
+    found = rerank(scorer, text, audio, first, candidates, world=World(), device=torch.device("cpu"))
+    by_text, by_audio = matrices((left @ right.T).numpy(), exact.numpy(), candidates)
+    ranked = found.ranks(owner, clips)
+    assert ranked.t2a.tolist() == ranks(by_text, owner, clips).t2a.tolist()
+    assert ranked.a2t.tolist() == ranks(by_audio, owner, clips).a2t.tolist()
+    order = np.argsort(-by_text, axis=1, kind="stable")
+    for k in (2, 6, 16):
+        assert found.lists(k).tolist() == order[:, :k].tolist()
+    for row in range(14):
+        assert np.argsort(-found.row(row).numpy(), kind="stable").tolist() == order[row].tolist()
     for column in range(11):
-        kept = first[:, column].topk(4).indices
-        assert a2t[:, column].argmax() == kept[exact[kept, column].argmax()]
-    everything, _ = rerank(scorer, text, audio, first, 11, world=World(), device=torch.device("cpu"))
-    torch.testing.assert_close(everything, exact)
+        shown = np.argsort(-found.column(column).numpy(), kind="stable")
+        assert shown.tolist() == np.argsort(-by_audio[:, column], kind="stable").tolist()
+    block = found.block(torch.tensor([3, 13]), torch.tensor([0, 10, 5]))
+    assert torch.equal(block, torch.stack([found.row(3), found.row(13)])[:, [0, 10, 5]])
 
 
-def test_of_equal_candidates_the_lower_index_is_kept() -> None:
+def test_reranking_scores_the_candidates_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And needs no score matrix."""
     torch.manual_seed(0)
-    scorer = build_scorer("tap", dim=8).eval()
-    text, audio = sequences(3, 40)
-    t2a, _ = rerank(scorer, text, audio, torch.zeros(3, 40), 5, world=World(), device=torch.device("cpu"))
-    assert (t2a[:, :5] > -1.1).all() and (t2a[:, 5:] < -1.1).all()
+    num, wanted = 3000, 2
+    asked = []
+
+    def pairs(text: TokenSequence, audio: TokenSequence) -> torch.Tensor:
+        asked.append((len(text.pooled), len(audio.pooled)))
+        return torch.zeros(asked[-1])
+
+    scorer: Any = SimpleNamespace(scores=pairs)
+    vectors = torch.nn.functional.normalize(torch.randn(2, num, 8), dim=2)
+    text, audio = (TokenSequence(v.new_zeros(num, 0, 8), torch.ones(num, 0, dtype=torch.bool), v) for v in vectors)
+
+    def run() -> None:
+        found = rerank(scorer, text, audio, VectorScores(*vectors), wanted, world=World(), device=torch.device("cpu"))
+        found.ranks(np.arange(num), np.arange(num))
+        found.lists(16)
+
+    monkeypatch.setattr(lists, "SCORES", 1 << 20)
+    assert peak_mib(run) < num * num * 4 / 2**20
+    assert set(asked) == {(1, wanted), (wanted, 1)}

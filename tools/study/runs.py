@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atr_scale.evaluation.metrics import classification, graded, retrieval_metrics
-from atr_scale.evaluation.score import rerank
+from atr_scale.evaluation.metrics import GRADED_AT, classification, graded_lists
+from atr_scale.evaluation.rank_counts import MatrixScores
+from atr_scale.evaluation.score import Reranked, rerank
 from atr_scale.parallel.world import World
 from tools.bench.measure import peak_mib
 from tools.study import teachers
@@ -71,13 +72,13 @@ def run_demo(recipe: Recipe, seed: int, lr: float, settings: Settings, validate:
     if validate:
         place = "validation"
         scores = head.score(tokens[f"{place}/text"].all(), tokens[f"{place}/audio"].all())
-        return {"metrics": _retrieval(place, scores, demo.validation), "cost": cost}
+        return {"metrics": _retrieval(place, MatrixScores(scores), demo.validation), "cost": cost}
     metrics: dict[str, float] = {}
     for name, test in demo.tests.items():
         way = recipe.long_clips if recipe.long_clips in ("windows", "crop") else "audio"
         audio, text = tokens[f"{name}/{way}"], tokens[f"{name}/text"]
         scores = head.score(text.all(), audio.all())
-        metrics |= _retrieval(name, scores, test)
+        metrics |= _retrieval(name, MatrixScores(scores), test)
         negatives = negatives_of(settings.demo, name)
         metrics |= _hard(name, head, scores, negatives, tokens[f"{name}/negatives"], audio, test.owner)
     if recipe in KEPT:
@@ -141,13 +142,9 @@ def _pairs(recipe: Recipe, split: Split, tokens: dict[str, Tokens]) -> Pairs:
     )
 
 
-def _retrieval(name: str, scores: Tensor, split: Split, by_audio: Tensor | None = None) -> dict[str, float]:
-    """by_audio: scores for audio queries, where they differ."""
-    clips = torch.arange(len(split.clips))
-    found = retrieval_metrics(scores, split.owner, clips) | graded(scores, split.grades)
-    if by_audio is not None:
-        other = retrieval_metrics(by_audio, split.owner, clips)
-        found |= {key: value for key, value in other.items() if key.startswith("a2t/")}
+def _retrieval(name: str, scores: MatrixScores | Reranked, split: Split) -> dict[str, float]:
+    found = scores.ranks(split.owner, torch.arange(len(split.clips))).metrics()
+    found |= graded_lists(scores.lists(GRADED_AT), split.grades)
     return {f"{name}/{key}": found[key] for key in (*KEPT_METRICS, "t2a/mAP@16", "t2a/nDCG@16")}
 
 
@@ -178,11 +175,11 @@ def _test_reranked(candidates: int, seed: int, settings: Settings) -> dict[str, 
     metrics: dict[str, float] = {}
     for name in TESTS:
         text, audio = tokens[f"{name}/text"].all(), tokens[f"{name}/audio"].all()
-        scores = first.score(text, audio)
-        by_text, by_audio = rerank(
+        scores = MatrixScores(first.score(text, audio))
+        found = rerank(
             second.scorer, *second.project(text, audio), scores, candidates, world=World(), device=torch.device("cpu")
         )
-        metrics |= _retrieval(name, by_text, demo.tests[name], by_audio)
+        metrics |= _retrieval(name, found, demo.tests[name])
     return metrics
 
 
