@@ -145,12 +145,7 @@ def classification(scores: Scores, labels: Ids) -> dict[str, float]:
     }
 
 
-def graded(scores: Scores, grades: NDArray[np.floating]) -> dict[str, float]:
-    """`graded_lists` of a score matrix [T, A]; ties: lower index first."""
-    return graded_lists(np.argsort(-_numpy(torch.as_tensor(scores)), axis=1, kind="stable")[:, :GRADED_AT], grades)
-
-
-def graded_lists(lists: Ids, grades: NDArray[np.floating]) -> dict[str, float]:
+def graded(lists: Ids, grades: NDArray[np.floating]) -> dict[str, float]:
     """Text to audio with several relevant clips: `t2a/mAP@16`, `t2a/nDCG@16`, means over captions with a relevant clip.
 
     lists [T, k]: indices of the best clips of every text, best first, k = GRADED_AT or all clips. grades [T, A].

@@ -19,7 +19,7 @@ from atr_scale.evaluation.metrics import (
     Scores,
     bootstrap,
     classification,
-    graded_lists,
+    graded,
     label_ranks,
 )
 from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
@@ -169,7 +169,7 @@ def evaluate_retrieval(
     return EvaluationResult(
         split=split,
         step=step,
-        metrics=table.metrics() | ({} if grades is None else graded_lists(found.lists(GRADED_AT), grades)),
+        metrics=table.metrics() | ({} if grades is None else graded(found.lists(GRADED_AT), grades)),
         intervals=bootstrap(table),
         ranks=table,
         excerpt=found.block(*map(torch.from_numpy, (shown, table.clip[shown]))).float().cpu().numpy(),

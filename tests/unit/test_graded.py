@@ -12,7 +12,7 @@ import torch
 
 from atr_scale.errors import UserError
 from atr_scale.evaluation import lists
-from atr_scale.evaluation.metrics import graded, ranks
+from atr_scale.evaluation.metrics import GRADED_AT, graded, ranks
 from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
 from atr_scale.evaluation.relevance import read_relevance
 from atr_scale.evaluation.score import rerank, score
@@ -45,9 +45,9 @@ def test_graded_metrics_equal_a_loop() -> None:
     scores = rng.integers(0, 5, (20, 40)).astype(np.float32)  # many ties
     grades = rng.choice([0, 0, 0, 0.3, 0.7, 1], (20, 40)).astype(np.float32)
     grades[3] = 0
-    found = graded(scores, grades)
+    found = graded(MatrixScores(scores).lists(GRADED_AT), grades)
     assert (found["t2a/mAP@16"], found["t2a/nDCG@16"]) == pytest.approx(by_hand(scores, grades), rel=1e-6)
-    perfect = graded(grades[:3], grades[:3])
+    perfect = graded(MatrixScores(grades).lists(GRADED_AT)[:3], grades[:3])
     assert perfect["t2a/nDCG@16"] == pytest.approx(1.0)
 
 

@@ -32,8 +32,8 @@ AUDIO, SIZE, SECONDS = "small_cnn", 32, 10.0
 STAGES = (0, 1)
 CLIPS = 2  # of an encoder alone
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    "mn04": ({"compile": True}, {"activation_checkpointing": True}),
-    "htsat": ({"compile": True}, {"attention": "sdpa"}, {"activation_checkpointing": True}),
+    "mn04": ({"activation_checkpointing": True},),
+    "htsat": ({"attention": "sdpa"}, {"activation_checkpointing": True}),
     "passt_s16": ({"compile": True}, {"attention": "sdpa"}, {"activation_checkpointing": True}),
 }
 

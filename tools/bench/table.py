@@ -7,11 +7,14 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+
+HEAD = ("| | ours | other | other is | unit | ratio | target | met |", "|-|-|-|-|-|-|-|-|")
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,12 @@ class Row:
             return None
         return self.ratio >= self.target if self.at_least else self.ratio <= self.target
 
-    def as_json(self) -> dict[str, object]:
-        keys = ("name", "ours", "other", "other_name", "unit", "ratio", "target", "met")
-        return {key: getattr(self, key) for key in keys}
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio, "met": self.met}
+
+    @staticmethod
+    def from_json(found: dict[str, Any]) -> Row:
+        return Row(**{field.name: found[field.name] for field in fields(Row)})
 
     def as_markdown(self) -> str:
         relation = ">=" if self.at_least else "<="
@@ -53,7 +59,7 @@ def run(description: str, rows: Callable[[], Iterable[Row]], arguments: Sequence
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
-    print(machine(), "", "| | ours | other | other is | unit | ratio | target | met |", "|-|-|-|-|-|-|-|-|", sep="\n")
+    print(machine(), "", *HEAD, sep="\n")
     found = []
     for row in rows():
         print(row.as_markdown(), flush=True)

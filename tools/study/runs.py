@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atr_scale.evaluation.metrics import GRADED_AT, classification, graded_lists
+from atr_scale.evaluation.metrics import GRADED_AT, classification, graded
 from atr_scale.evaluation.rank_counts import MatrixScores
 from atr_scale.evaluation.score import Reranked, rerank
 from atr_scale.parallel.world import World
@@ -144,7 +144,7 @@ def _pairs(recipe: Recipe, split: Split, tokens: dict[str, Tokens]) -> Pairs:
 
 def _retrieval(name: str, scores: MatrixScores | Reranked, split: Split) -> dict[str, float]:
     found = scores.ranks(split.owner, torch.arange(len(split.clips))).metrics()
-    found |= graded_lists(scores.lists(GRADED_AT), split.grades)
+    found |= graded(scores.lists(GRADED_AT), split.grades)
     return {f"{name}/{key}": found[key] for key in (*KEPT_METRICS, "t2a/mAP@16", "t2a/nDCG@16")}
 
 
