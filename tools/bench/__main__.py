@@ -25,6 +25,7 @@ NAMES = ("losses", "scorers", "gradcache", "loader", "step", "evaluation", "scal
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 PICTURE = Path("figures") / "performance.png"
 BEGIN, END = "<!-- figures: written by tools.bench -->", "<!-- figures: end -->"
+SMALLEST = 0.005  # ratio that is drawn
 Results = dict[str, dict[str, Any]]
 
 
@@ -72,8 +73,9 @@ def draw(results: Results) -> Figure:
     ax.plot([row["target"] for row in rows], places, "|", color="black", markersize=11, markeredgewidth=1.6)
     ax.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
     ax.set_yticks(places, [_label(row) for row in rows], fontsize=7)
-    ax.invert_yaxis()
+    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xscale("log")
+    ax.set_xlim(left=SMALLEST)
     ax.set_xlabel("ours / other; | is the target, orange misses it")
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
@@ -81,7 +83,8 @@ def draw(results: Results) -> Figure:
 
 
 def _label(row: dict[str, Any]) -> str:
-    return f"{row['name']} [{row['unit']}] / {row['other_name']}"
+    unit = f" [{row['unit']}]" if row["unit"] else ""
+    return f"{row['name']}{unit} / {row['other_name']}"
 
 
 if __name__ == "__main__":
