@@ -370,10 +370,8 @@ def test_every_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch gives a function up after eight variants, and these layers have more shapes."""
     original = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="eager"))  # no C++ compiler
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    compiled = build_audio_encoder("mn04", compile=True)
-    compiled(noise(1, 16_000))
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        build_audio_encoder("mn04", compile=True)(noise(1, 16_000))
 
 
 def test_the_tagging_head_is_not_trained() -> None:
