@@ -38,6 +38,13 @@ def test_the_same_batches_from_both(pair: tuple[str, str]) -> None:
             assert {batch.waveform.dtype for batch in there} == {torch.int16 if keep_int16 else torch.float32}
 
 
+def test_a_folder_and_a_bucket_in_one_mixture(pair: tuple[str, str]) -> None:
+    local, mixed = open_stream(pair[0], pair[0]), open_stream(*pair)
+    here, there = (list(read_batches(stream.between(0, 4), 0, keep_int16=True)) for stream in (local, mixed))
+    assert [rows_of(batch) for batch in there] == [rows_of(batch) for batch in here]
+    assert all(torch.equal(a.waveform, b.waveform) for a, b in zip(here, there, strict=True))
+
+
 def test_an_object_that_goes_missing_is_counted(pair: tuple[str, str]) -> None:
     stream = open_stream(pair[1], batch=20)
     storage.remove_file(storage.join(pair[1], "shard-000002.tar"))
