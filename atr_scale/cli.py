@@ -40,7 +40,7 @@ def shards_build(
 
     Example: atr-scale shards build clotho --root ~/clotho --split development --out shards/clotho/train
     """
-    from atr_scale.data.shards import build
+    from atr_scale.data.shard_builder import build
 
     manifest = build(
         corpus,
@@ -90,12 +90,12 @@ def demo_data(
 
     Example: atr-scale demo-data --out demo --clips-scale 0.1
     """
-    from atr_scale.data.demo.corpora import training_captions, write_demo_corpora
-    from atr_scale.data.demo.plan import Sizes
+    from atr_scale.demo.cast import Sizes
+    from atr_scale.demo.corpora import training_captions, write_demo_corpora
 
     write_demo_corpora(out, seed=seed, sample_rate=sample_rate, workers=workers, sizes=Sizes().scaled(clips_scale))
     if not (out / "text_encoder" / "model.safetensors").exists():
-        from atr_scale.data.demo.text_encoder import build_demo_text_encoder
+        from atr_scale.demo.text_encoder import build_demo_text_encoder
 
         build_demo_text_encoder(training_captions(out), out / "text_encoder", seed=seed)
     print(f"{out}: audiocaps/, clotho/, wavcaps/, text_encoder/ and correspondences; README.txt says what each file is")
@@ -128,8 +128,8 @@ def augment_captions(
     Example: atr-scale augment-captions shards/clotho/train --model gpt-4o-mini --limit 20
     """
     try:
-        from atr_scale.data.augment import augment
-        from atr_scale.data.augment import endpoint as chat
+        from atr_scale.data.paraphrases import endpoint as chat
+        from atr_scale.data.paraphrases import generate as augment
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'atr-scale[augment]'") from None
     from atr_scale.encoders.sentence import SentenceEncoder
@@ -241,8 +241,8 @@ def evaluate(
     Example: atr-scale evaluate runs/quickstart --split test
     Several ranks: torchrun --nproc-per-node 2 -m atr_scale.cli evaluate runs/quickstart
     """
+    from atr_scale.distributed.start import distributed
     from atr_scale.evaluation.evaluate import evaluate_run
-    from atr_scale.training.environment import distributed
 
     with distributed() as (world, device):
         evaluation = evaluate_run(
@@ -278,8 +278,8 @@ def estimate(
     Example: atr-scale estimate runs/one runs/other --shards shards/clotho/train --out correspondences
     Several ranks: torchrun --nproc-per-node 2 -m atr_scale.cli estimate ...
     """
-    from atr_scale.evaluation.estimate import estimate as estimate_correspondences
-    from atr_scale.training.environment import distributed
+    from atr_scale.distributed.start import distributed
+    from atr_scale.teachers.estimate import estimate as estimate_correspondences
 
     with distributed() as (world, device):
         comparison = estimate_correspondences(

@@ -17,18 +17,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from atr_scale.data.options import DataSection
+from atr_scale.encoders.audio import AudioEncoderOptions
+from atr_scale.encoders.text import TextEncoderOptions
 from atr_scale.errors import UserError
-
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
+from atr_scale.sections import Count, NonNegative, Positive, Section, Share
 
 
 class RunSection(Section):
@@ -36,74 +31,9 @@ class RunSection(Section):
     seed: int = 0
 
 
-class Source(Section):
-    shards: str = Field(description="folder or s3:// prefix of one corpus split")
-    weight: Positive | None = Field(None, description="share in the mixture; default: the corpus' sample count")
-
-
-class CaptionSection(Section):
-    cleaning: Literal["none", "wavcaps", "lower_no_punctuation"] = "none"
-    max_tokens: Annotated[int, Field(ge=4, le=512)] = 64
-
-
-class DataSection(Section):
-    train: list[Source] = Field(min_length=1)
-    validation: str | None = None
-    test: str | None = None
-    crop_seconds: Positive = Field(10.0, description="training crop; longer clips are cut at a seeded place")
-    crop_quantum: Positive = Field(
-        0.5, description="training lengths are cut to multiples of this, so that clips of equal length run together"
-    )
-    evaluation_seconds: Positive = Field(30.0, description="evaluation hears at most this much of a clip's start")
-    shuffle_window: Count = Field(4096, description="samples that mix with each other between two block reads")
-    shuffle_block: Count = Field(64, description="neighbouring samples that move together in the coarse shuffle")
-    workers: Annotated[int, Field(ge=0)] = 2
-    max_drop_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
-    captions: CaptionSection = CaptionSection()
-    augmented_captions: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of training visits that take a paraphrase of the drawn caption, where it has any"
-    )
-
-
-class SpecAugmentSection(Section):
-    """Names and values of PANNs and HTS-AT; widths in mel frames and mel bands."""
-
-    time_drop_width: Count = 64
-    time_stripes_num: Annotated[int, Field(ge=0)] = 2
-    freq_drop_width: Count = 8
-    freq_stripes_num: Annotated[int, Field(ge=0)] = 2
-
-
-class AudioEncoderOptions(Section):
-    """What an audio encoder can be told; an option that it does not have is refused by name."""
-
-    batch_norm: Literal["frozen", "local"] = Field("frozen", description="stored statistics, or those of the batch")
-    long_clips: Literal["windows", "resize"] = Field(
-        "windows", description="clips beyond the window: cut into windows, or the whole spectrogram resized (HTS-AT)"
-    )
-    window_seconds: Positive | None = Field(None, description="default: the encoder's native length, if it has one")
-    window_hop_seconds: Positive | None = Field(None, description="default: the window's length")
-    s_patchout_t: Annotated[int, Field(ge=0)] = Field(0, description="columns of patches left out in training (PaSST)")
-    s_patchout_f: Annotated[int, Field(ge=0)] = Field(0, description="rows of patches left out in training (PaSST)")
-    spec_augment: SpecAugmentSection | None = Field(None, description="stripes of the spectrogram zeroed in training")
-    fmin_aug_range: Annotated[int, Field(ge=0)] = Field(0, description="Hz, jitter of the lowest band (PaSST, MN)")
-    fmax_aug_range: Annotated[int, Field(ge=0)] = Field(0, description="Hz, jitter of the highest band (PaSST, MN)")
-    attention: Literal["eager", "sdpa"] = Field("eager", description="sdpa: fused attention")
-    activation_checkpointing: bool = Field(False, description="layers recomputed in the backward pass")
-    compile: bool = Field(False, description="torch.compile of the layers")
-
-
 class AudioEncoderSection(AudioEncoderOptions):
     name: str
     checkpoint: str | None = Field(None, description="the original project's checkpoint file")
-
-
-class TextEncoderOptions(Section):
-    pooling: Literal["first", "mean"] = "first"
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="default: the model's own")
-    attention: Literal["eager", "sdpa"] = "sdpa"
-    activation_checkpointing: bool = Field(False, description="layers recomputed in the backward pass")
-    compile: bool = Field(False, description="torch.compile of the layers")
 
 
 class TextEncoderSection(TextEncoderOptions):

@@ -23,8 +23,7 @@ from torch import Tensor
 from atr_scale.data.decode import decode
 from atr_scale.data.sample import BadSample
 from atr_scale.encoders import AUDIO_ENCODERS, AudioEncoder, build_audio_encoder
-from atr_scale.encoders.checkpoints import load_strictly
-from atr_scale.encoders.identify import identify
+from atr_scale.encoders.pretrained.load import identify, load_strictly
 from atr_scale.errors import UserError
 
 NUM_TAGS = 5

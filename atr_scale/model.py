@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from atr_scale.batch import Batch
 from atr_scale.config import (
     ModelSection,
     ObjectiveSection,
@@ -24,17 +25,15 @@ from atr_scale.config import (
     TemperatureSection,
     load_config,
 )
-from atr_scale.correspondences import Correspondences
-from atr_scale.data.batch import Batch
+from atr_scale.distributed.world import World
 from atr_scale.encoders import TextEncoder, TokenSequence, build_audio_encoder, build_text_encoder
 from atr_scale.errors import UserError
-from atr_scale.objectives import Objective, ObjectiveInputs, build_objective
-from atr_scale.objectives.logits import Temperature
-from atr_scale.objectives.modality import ModalityScores
-from atr_scale.parallel.blocks import ScoreBlock, at_least_fp32
-from atr_scale.parallel.world import World
+from atr_scale.losses import Objective, ObjectiveInputs, build_objective
+from atr_scale.losses.temperature import Temperature
+from atr_scale.score_block import ModalityScores, ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
 from atr_scale.scorers.cosine import mean as mean_over_frames
+from atr_scale.teachers.tables import Correspondences
 
 WEIGHTS = "model.safetensors"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _dry_run(config: RunConfig, world_size: int) -> None:
-    from atr_scale.training.plan import plan
+    from atr_scale.planner.dry_run import plan
 
     print(plan(config, world_size))
 

@@ -11,12 +11,12 @@ import soundfile
 import torch
 from torch import Tensor
 
-from atr_scale.config import DataSection, Source
-from atr_scale.data.batch import Batch, stable_id
-from atr_scale.data.shards import build
+from atr_scale.batch import Batch, stable_id
+from atr_scale.data.options import DataSection, Source
+from atr_scale.data.shard_builder import build
 from atr_scale.data.stream import TrainingStream
-from atr_scale.data.text import CaptionTokenizer
-from atr_scale.parallel.world import World
+from atr_scale.data.tokenizer import CaptionTokenizer
+from atr_scale.distributed.world import World
 
 RATE = 8000
 CAPTIONS = 3

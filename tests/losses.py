@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from atr_scale.objectives import dense, tiled
-from atr_scale.objectives.modality import ModalityScores
-from atr_scale.objectives.targets import positives_mask
-from atr_scale.parallel.blocks import EmbeddingScores, ScoreBlock, StoredScores
-from atr_scale.parallel.world import World
+from atr_scale.distributed.world import World
+from atr_scale.losses import dense, tiled
+from atr_scale.losses.targets import positives_mask
+from atr_scale.score_block import EmbeddingScores, ModalityScores, ScoreBlock, StoredScores
 
 Pair = tuple[Tensor, Tensor]  # of texts, of audios
 MakeBlock = Callable[[Tensor, Tensor], ScoreBlock]

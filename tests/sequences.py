@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from atr_scale.sequence import TokenSequence
+from atr_scale.batch import TokenSequence
 
 
 def random_sequence(

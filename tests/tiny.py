@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from atr_scale.data.demo.text_encoder import build_demo_text_encoder
-from atr_scale.data.shards import build
+from atr_scale.data.shard_builder import build
+from atr_scale.demo.text_encoder import build_demo_text_encoder
 
 RATE = 16_000
 WORDS = ("low", "high", "soft", "loud", "short", "long", "dull", "bright")

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from atr_scale.data.decode import decode
-from atr_scale.data.index import open_shards
+from atr_scale.data.shard_reader import open_shards
 from atr_scale.encoders import build_audio_encoder
 
 TAGS: dict[str, tuple[str, ...]] = {

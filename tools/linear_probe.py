@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from atr_scale.data.decode import decode
-from atr_scale.data.index import open_shards
+from atr_scale.data.shard_reader import open_shards
 from atr_scale.encoders import build_audio_encoder
 from atr_scale.errors import UserError
 

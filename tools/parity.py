@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
+from atr_scale.batch import Batch
 from atr_scale.config import RunConfig, load_config
-from atr_scale.data.batch import Batch
 from atr_scale.data.stream import read_batches
-from atr_scale.data.text import caption_tokenizer
+from atr_scale.data.tokenizer import caption_tokenizer
+from atr_scale.distributed.world import World
 from atr_scale.model import Retriever
-from atr_scale.parallel.world import World
+from atr_scale.training.checks import training_stream
 from atr_scale.training.engine import Engine
-from atr_scale.training.layers import freeze
+from atr_scale.training.param_groups import freeze
 from atr_scale.training.schedule import seeds
-from atr_scale.training.setup import training_stream
 from tools.ranks import run_ranks
 
 

@@ -18,8 +18,8 @@ import torch
 from torch.nn.functional import normalize
 
 from atr_scale.data.decode import decode
-from atr_scale.data.index import open_shards
-from atr_scale.data.text import CaptionTokenizer
+from atr_scale.data.shard_reader import open_shards
+from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.encoders import build_audio_encoder, build_text_encoder
 from atr_scale.evaluation.metrics import retrieval_metrics
 

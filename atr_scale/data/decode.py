@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from atr_scale.data.batch import FULL_SCALE
+from atr_scale.batch import FULL_SCALE
 from atr_scale.data.sample import BadSample, Bytes, FileSlice
 
 MAX_SECONDS = 3600

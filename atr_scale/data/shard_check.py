@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from atr_scale.data import storage
 from atr_scale.data.decode import decode, probe
-from atr_scale.data.index import MANIFEST, ShardScan, open_shards, read_manifest, scan_shard
 from atr_scale.data.sample import BadSample
+from atr_scale.data.shard_reader import MANIFEST, ShardScan, open_shards, read_manifest, scan_shard
 from atr_scale.data.tar import BrokenTar, split_key, walk
 from atr_scale.errors import UserError
 

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from atr_scale.config import DataSection
-from atr_scale.data.augment.stored import FILE, Paraphrases, refuse_evaluation_split
-from atr_scale.data.batch import Batch, caption_id, stable_id
+from atr_scale.batch import Batch, caption_id, stable_id
 from atr_scale.data.decode import Crop, decode
-from atr_scale.data.index import ShardSet, open_shards
-from atr_scale.data.plan import Plan, Rows
+from atr_scale.data.options import DataSection
+from atr_scale.data.paraphrases.stored import FILE, Paraphrases, refuse_evaluation_split
 from atr_scale.data.sample import BadSample, RawSample
-from atr_scale.data.slots import Parcel, Slots, WaveformRows
-from atr_scale.data.text import CaptionTokenizer
+from atr_scale.data.sample_order import Plan, Rows
+from atr_scale.data.shard_reader import ShardSet, open_shards
+from atr_scale.data.shared_buffers import Parcel, Slots, WaveformRows
+from atr_scale.data.tokenizer import CaptionTokenizer
+from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.parallel.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AudioEncoder
-from atr_scale.encoders.checkpoints import Entry, Layout
+from atr_scale.encoders.front_ends import MinMaxMel
+from atr_scale.encoders.pretrained.layout import Entry, Layout
 from atr_scale.encoders.vit import EPSILON, Block, embedding, initialise
 from atr_scale.errors import UserError
-from atr_scale.frontends.minmax import MinMaxMel
-from atr_scale.sequence import TokenSequence
 
 SAMPLE_RATE = 16_000
 HOP = 160

@@ -7,27 +7,48 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from atr_scale.config import AudioEncoderOptions
-from atr_scale.encoders import augment
-from atr_scale.encoders.batch_norm import use_stored_statistics
+from atr_scale.batch import TokenSequence
+from atr_scale.encoders import spec_augment
 from atr_scale.encoders.buckets import encode_in_buckets
-from atr_scale.encoders.checkpoints import Layout
+from atr_scale.encoders.front_ends import FrontEnd
+from atr_scale.encoders.pretrained.layout import Layout
+from atr_scale.encoders.spec_augment import SpecAugmentSection
 from atr_scale.encoders.windows import cut_into_windows, join_windows, window_starts
 from atr_scale.errors import UserError
-from atr_scale.frontends.spectrogram import FrontEnd
-from atr_scale.sequence import TokenSequence
+from atr_scale.sections import Positive, Section
 
 # Options that only some encoders can honour; the others all have.
 SPECIAL_OPTIONS = frozenset(
     {"long_clips", "s_patchout_t", "s_patchout_f", "fmin_aug_range", "fmax_aug_range", "attention"}
 )
+
+
+class AudioEncoderOptions(Section):
+    """What an audio encoder can be told; an option that it does not have is refused by name."""
+
+    batch_norm: Literal["frozen", "local"] = Field("frozen", description="stored statistics, or those of the batch")
+    long_clips: Literal["windows", "resize"] = Field(
+        "windows", description="clips beyond the window: cut into windows, or the whole spectrogram resized (HTS-AT)"
+    )
+    window_seconds: Positive | None = Field(None, description="default: the encoder's native length, if it has one")
+    window_hop_seconds: Positive | None = Field(None, description="default: the window's length")
+    s_patchout_t: Annotated[int, Field(ge=0)] = Field(0, description="columns of patches left out in training (PaSST)")
+    s_patchout_f: Annotated[int, Field(ge=0)] = Field(0, description="rows of patches left out in training (PaSST)")
+    spec_augment: SpecAugmentSection | None = Field(None, description="stripes of the spectrogram zeroed in training")
+    fmin_aug_range: Annotated[int, Field(ge=0)] = Field(0, description="Hz, jitter of the lowest band (PaSST, MN)")
+    fmax_aug_range: Annotated[int, Field(ge=0)] = Field(0, description="Hz, jitter of the highest band (PaSST, MN)")
+    attention: Literal["eager", "sdpa"] = Field("eager", description="sdpa: fused attention")
+    activation_checkpointing: bool = Field(False, description="layers recomputed in the backward pass")
+    compile: bool = Field(False, description="torch.compile of the layers")
 
 
 class AudioEncoder(nn.Module, ABC):
@@ -146,7 +167,7 @@ class AudioEncoder(nn.Module, ABC):
 
     def draws(self, purpose: str) -> np.random.Generator:
         """Draws for all clips of this step alike, on all ranks."""
-        return augment.for_the_batch(self.augment_seed, purpose)
+        return spec_augment.for_the_batch(self.augment_seed, purpose)
 
     def spec_augment(self, features_BMF: Tensor, waveform_BS: Tensor) -> Tensor:
         """Normalised features with SpecAugment's stripes set to 0, in training where the option is set."""
@@ -154,7 +175,7 @@ class AudioEncoder(nn.Module, ABC):
         if not self.training or widths is None:
             return features_BMF
         num_mels, num_frames = features_BMF.shape[1:]
-        keep_BMF = augment.keep_outside_stripes(self.augment_seed, waveform_BS, num_mels, num_frames, widths)
+        keep_BMF = spec_augment.keep_outside_stripes(self.augment_seed, waveform_BS, num_mels, num_frames, widths)
         return features_BMF * keep_BMF.to(features_BMF.dtype)
 
     def run(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -168,3 +189,14 @@ class AudioEncoder(nn.Module, ABC):
         if self.options.batch_norm == "frozen":
             use_stored_statistics(self)
         return self
+
+
+def use_stored_statistics(module: nn.Module) -> None:
+    """Puts every batch norm inside `module` into evaluation mode, whatever the mode of the rest.
+
+    With statistics of the local batch, results depend on how many ranks and chunks share the work; with the stored ones
+    they do not. The affine weights are trained either way.
+    """
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.eval()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from atr_scale.sequence import TokenSequence
+from atr_scale.batch import TokenSequence
 
 
 def encode_in_buckets(

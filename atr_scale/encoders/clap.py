@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from atr_scale.encoders.checkpoints import Entry, Layout
+from atr_scale.encoders.front_ends import DecibelMel
 from atr_scale.encoders.htsat import AUDIO_MODEL, DERIVED, FUSION, MEL, SwinEncoder, original_entry, transformers_entry
+from atr_scale.encoders.pretrained.layout import Entry, Layout
 from atr_scale.errors import UserError
-from atr_scale.frontends.decibel import DecibelMel
 
 JOINT_DIM = 512
 INT16 = 32_767

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atr_scale.config import AudioEncoderOptions
-from atr_scale.encoders.audio import AudioEncoder
-from atr_scale.encoders.checkpoints import Entry, Layout
+from atr_scale.batch import TokenSequence
+from atr_scale.encoders.audio import AudioEncoder, AudioEncoderOptions
+from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm
+from atr_scale.encoders.pretrained.layout import Entry, Layout
 from atr_scale.errors import UserError
-from atr_scale.frontends.decibel import DecibelMel, DecibelNorm
-from atr_scale.sequence import TokenSequence
 
 NUM_CLASSES = 527
 NUM_FRAMES = 1024  # of the spectrogram that becomes the image

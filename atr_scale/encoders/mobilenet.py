@@ -13,9 +13,9 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AudioEncoder
-from atr_scale.frontends.kaldi import KaldiLogMel
-from atr_scale.sequence import TokenSequence
+from atr_scale.encoders.front_ends import KaldiLogMel
 
 SAMPLE_RATE = 32_000
 NUM_CLASSES = 527

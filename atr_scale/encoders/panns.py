@@ -14,10 +14,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AudioEncoder
-from atr_scale.encoders.checkpoints import Layout
-from atr_scale.frontends.decibel import DecibelMel, DecibelNorm
-from atr_scale.sequence import TokenSequence
+from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm
+from atr_scale.encoders.pretrained.layout import Layout
 
 SAMPLE_RATE = 32_000
 HOP = 320

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atr_scale.config import AudioEncoderOptions
-from atr_scale.encoders.audio import AudioEncoder
-from atr_scale.encoders.checkpoints import Layout
+from atr_scale.batch import TokenSequence
+from atr_scale.encoders.audio import AudioEncoder, AudioEncoderOptions
+from atr_scale.encoders.front_ends import KaldiLogMel
+from atr_scale.encoders.pretrained.layout import Layout
 from atr_scale.encoders.vit import EPSILON, Block, embedding, initialise
 from atr_scale.errors import UserError
-from atr_scale.frontends.kaldi import KaldiLogMel
-from atr_scale.sequence import TokenSequence
 
 SAMPLE_RATE = 32_000
 HOP = 320

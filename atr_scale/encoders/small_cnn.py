@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AudioEncoder
-from atr_scale.frontends.log_mel import LogMel
-from atr_scale.sequence import TokenSequence
+from atr_scale.encoders.front_ends import LogMel
 
 SAMPLE_RATE = 16_000
 NUM_MELS = 64

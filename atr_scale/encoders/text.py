@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from atr_scale.config import TextEncoderOptions
-from atr_scale.encoders.options import check_options
+from atr_scale.batch import TokenSequence
 from atr_scale.errors import UserError
-from atr_scale.sequence import TokenSequence
+from atr_scale.sections import Section, check_options
 
 # Not the unknown token: it stands for a real word.
 SPECIAL_TOKENS = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -25,6 +25,14 @@ DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout",
     "mlp_dropout",
 )  # fmt: skip
+
+
+class TextEncoderOptions(Section):
+    pooling: Literal["first", "mean"] = "first"
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="default: the model's own")
+    attention: Literal["eager", "sdpa"] = "sdpa"
+    activation_checkpointing: bool = Field(False, description="layers recomputed in the backward pass")
+    compile: bool = Field(False, description="torch.compile of the layers")
 
 
 class TextEncoder(nn.Module):

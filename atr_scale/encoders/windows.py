@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from atr_scale.sequence import TokenSequence
+from atr_scale.batch import TokenSequence
 
 # A tail shorter than this share of the window gets no window of its own: files cut to ten seconds are often some
 # milliseconds longer, and the mean over windows would give that silence half of the weight.

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from atr_scale.batch import TokenSequence
 from atr_scale.data.decode import Crop, decode
-from atr_scale.data.index import ShardSet
 from atr_scale.data.sample import BadSample, RawSample
+from atr_scale.data.shard_reader import ShardSet
 from atr_scale.data.stream import pad
-from atr_scale.data.text import CaptionTokenizer
+from atr_scale.data.tokenizer import CaptionTokenizer
+from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
-from atr_scale.parallel.world import World
 from atr_scale.scorers.scorer import Scorer
-from atr_scale.sequence import TokenSequence
 
 T = TypeVar("T")
 DECODE_THREADS = 2

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from atr_scale.batch import stable_id
 from atr_scale.config import RunConfig, parse_config
-from atr_scale.data.batch import stable_id
-from atr_scale.data.index import ShardSet, open_shards
-from atr_scale.data.text import CaptionTokenizer, caption_tokenizer
+from atr_scale.data.shard_reader import ShardSet, open_shards
+from atr_scale.data.tokenizer import CaptionTokenizer, caption_tokenizer
+from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.coarse import Precision
 from atr_scale.evaluation.embed import Embedded, as_read, embed
@@ -25,7 +26,6 @@ from atr_scale.evaluation.report import write_report
 from atr_scale.evaluation.result import EvaluationResult, evaluate_labelled, evaluate_retrieval
 from atr_scale.evaluation.score import Reranked, rerank, score
 from atr_scale.model import Retriever, load_retriever
-from atr_scale.parallel.world import World
 
 logger = logging.getLogger(__name__)
 

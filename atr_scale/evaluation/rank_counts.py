@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.coarse import (
     AT_LEAST,
@@ -32,8 +33,7 @@ from atr_scale.evaluation.coarse import (
 )
 from atr_scale.evaluation.lists import nearest
 from atr_scale.evaluation.metrics import Ids, Ranks, Scores, as_int64, positions, ranks, rounds
-from atr_scale.parallel.blocks import ALL, at_least_fp32
-from atr_scale.parallel.world import World
+from atr_scale.score_block import ALL, at_least_fp32
 
 ROWS, COLUMNS = 1024, 2048  # products of this size are fast, and a tile stays in the cache
 BYTES = 128  # truth values added in one byte, see `_count`; it divides ROWS and COLUMNS / 8

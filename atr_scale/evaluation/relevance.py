@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from atr_scale.data.batch import caption_id
-from atr_scale.data.demo.truth import read_correspondences
-from atr_scale.data.index import ShardSet
+from atr_scale.batch import caption_id
+from atr_scale.data.shard_reader import ShardSet
+from atr_scale.demo.truth import read_correspondences
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import Embedded
 

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from atr_scale import figures
+from atr_scale import plots
 from atr_scale.errors import UserError
 from atr_scale.evaluation.metrics import GRADED_AT, PRECISION_AT, RECALL_AT
 from atr_scale.evaluation.result import EvaluationResult, Example
@@ -44,11 +44,11 @@ def write_report(run_dir: Path, results: Sequence[EvaluationResult] | None = Non
     for result in results:
         parts += _split(result, pictures)
     if train:
-        parts += ["## Training", _training_table(train), pictures("loss", figures.loss(train), "training loss")]
+        parts += ["## Training", _training_table(train), pictures("loss", plots.loss(train), "training loss")]
     parts += _curves(evaluations, pictures)
     if train:
-        parts += [pictures("schedule", figures.schedule(train), "learning rate, temperature, gradient norm")]
-        parts += [pictures("speed", figures.speed(train), "throughput, data wait, memory"), _losses_of_data(train)]
+        parts += [pictures("schedule", plots.schedule(train), "learning rate, temperature, gradient norm")]
+        parts += [pictures("speed", plots.speed(train), "throughput, data wait, memory"), _losses_of_data(train)]
     parts += [_look_closer(run_dir), *_configuration(run_dir), *_environment(run_dir)]
     path = run_dir / "report.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -85,10 +85,10 @@ def _split(result: EvaluationResult, pictures: _Pictures) -> Iterator[str]:
         title, columns = f"similarity, {result.split}", "clips of the class (mean)"
     else:
         yield _retrieval_table(result)
-        figure = figures.ranks(result.ranks.t2a, result.ranks.best_a2t(), result.num_clips, result.num_texts)
+        figure = plots.ranks(result.ranks.t2a, result.ranks.best_a2t(), result.num_clips, result.num_texts)
         yield pictures(f"ranks-{result.split}", figure, "recall at k and ranks")
         title, columns = f"similarity, {result.split}: pairs on the diagonal", "clip of the caption in that row"
-    figure = figures.heatmap(result.excerpt, title, "", columns, result.excerpt_names)
+    figure = plots.heatmap(result.excerpt, title, "", columns, result.excerpt_names)
     yield pictures(f"similarity-{result.split}", figure, "similarity")
     for direction, title in DIRECTIONS:
         examples = [example for example in result.examples if example.direction == direction]
@@ -140,7 +140,7 @@ def _examples_table(examples: Sequence[Example]) -> str:
 
 def _training_table(train: Sequence[Line]) -> str:
     def values(key: str) -> np.ndarray:
-        return figures.series(train, key)[1]
+        return plots.series(train, key)[1]
 
     rows = {"steps": f"{train[-1]['step']}"}
     for key, name, show in (("samples_seen", "pairs seen", "{:,.0f}"), ("epoch", "epochs", "{:.2f}")):
@@ -165,7 +165,7 @@ def _training_table(train: Sequence[Line]) -> str:
 
 def _losses_of_data(train: Sequence[Line]) -> str:
     """What was dropped and skipped: always said, so that silence cannot be mistaken for zero."""
-    dropped = {key.removeprefix("dropped/"): _last(train, key) for key in figures.keys_under(train, "dropped")}
+    dropped = {key.removeprefix("dropped/"): _last(train, key) for key in plots.keys_under(train, "dropped")}
     reasons = [f"{count:g} × {reason}" for reason, count in dropped.items() if count]
     nonfinite = sum("nonfinite" in line for line in train)
     return "\n".join(
@@ -181,7 +181,7 @@ def _losses_of_data(train: Sequence[Line]) -> str:
 
 
 def _last(train: Sequence[Line], key: str) -> float:
-    values = figures.series(train, key)[1]
+    values = plots.series(train, key)[1]
     return float(values[-1]) if len(values) else 0.0
 
 
@@ -189,9 +189,9 @@ def _curves(evaluations: Sequence[Line], pictures: _Pictures) -> Iterator[str]:
     for split in dict.fromkeys(str(line.get("split")) for line in evaluations):
         lines = [line for line in evaluations if line.get("split") == split]
         if any("t2a/R@1" in line for line in lines):
-            yield pictures(f"curve-{split}", figures.validation(lines, split), f"{split} retrieval over steps")
+            yield pictures(f"curve-{split}", plots.validation(lines, split), f"{split} retrieval over steps")
         if any("zero_shot/accuracy" in line for line in lines):
-            yield pictures(f"zero-shot-{split}", figures.zero_shot(lines, split), f"{split} zero-shot over steps")
+            yield pictures(f"zero-shot-{split}", plots.zero_shot(lines, split), f"{split} zero-shot over steps")
 
 
 def _look_closer(run_dir: Path) -> str:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from atr_scale.batch import TokenSequence
+from atr_scale.distributed.world import World
 from atr_scale.evaluation.metrics import Ids, Ranks
 from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
-from atr_scale.parallel.world import World
 from atr_scale.scorers.scorer import Scorer
-from atr_scale.sequence import TokenSequence
 
 SUMMED = 1 << 24  # scores that travel at once
 ROWS = 4096  # pairs ranked at once

@@ -15,7 +15,7 @@ from atr_scale.config import RunConfig
 from atr_scale.encoders.text import DROPOUTS, TextEncoder, quiet_transformers
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
-from atr_scale.training.layers import freeze
+from atr_scale.training.param_groups import freeze
 
 # Sizes from the published config.json of each: (family, settings that differ from the family's defaults).
 _MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}

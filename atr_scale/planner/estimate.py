@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from atr_scale.config import RunConfig
-from atr_scale.objectives.tiled.tiles import LOSS_BYTES
-from atr_scale.parallel.blocks import STRIPE_COLUMNS
+from atr_scale.losses.tiled.tiles import LOSS_BYTES
 from atr_scale.planner import gpus
 from atr_scale.planner.gpus import GPU
 from atr_scale.planner.measure import EncoderCosts, HeadCosts
 from atr_scale.planner.ops import OpTable
-from atr_scale.training.sharding import FP32, Parameters, Transfer
+from atr_scale.planner.zero_memory import FP32, Parameters, Transfer
+from atr_scale.score_block import STRIPE_COLUMNS
 
 ADAM_BYTES = 7 * FP32  # a parameter's: it, its gradient and both moments are read, all but the gradient written
 

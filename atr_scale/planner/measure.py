@@ -21,14 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from atr_scale.correspondences import Correspondences, Table
-from atr_scale.data.batch import Batch
+from atr_scale.batch import Batch, TokenSequence
 from atr_scale.encoders.windows import window_starts
+from atr_scale.losses.tiled import tiles
 from atr_scale.model import AUTOCAST, Encoded, Retriever
-from atr_scale.objectives.tiled import tiles
 from atr_scale.planner.architecture import become_fake
 from atr_scale.planner.ops import Collective, OpTable, Recorder
-from atr_scale.sequence import TokenSequence
+from atr_scale.teachers.tables import Correspondences, Table
 
 ROWS = (4, 8)  # of the encoders' two runs
 SHARES, RANKS = (1, 2), (2, 3)  # audios a rank and ranks of the heads' runs

@@ -14,7 +14,7 @@ from atr_scale.planner.architecture import build
 from atr_scale.planner.estimate import Cluster, Costs, Estimate, estimate, fitting_micro_batch, largest_share
 from atr_scale.planner.gpus import GPU
 from atr_scale.planner.measure import measure_encoders, measure_heads
-from atr_scale.training.sharding import Parameters
+from atr_scale.planner.zero_memory import Parameters
 
 WAVCAPS_CLIPS = 403_050  # 7,568 h
 SIZES = tuple(2**k for k in range(11))  # GPUs, 1 to 1024

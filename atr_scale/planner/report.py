@@ -155,10 +155,10 @@ def _duration(hours: float) -> str:
 
 def figure(plan: Plan) -> Figure:
     """Speed, time by bound, and memory over the number of GPUs."""
-    from atr_scale import figures
+    from atr_scale import plots
 
     planned = [row.planned for row in plan.rows if row.planned]
-    return figures.scaling(
+    return plots.scaling(
         [e.world_size for e in planned],
         rates=[e.rate for e in planned],
         seconds={name: [e.seconds[name] for e in planned] for name in planned[0].seconds},

@@ -15,11 +15,11 @@ import math
 from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from atr_scale.batch import TokenSequence
 from atr_scale.errors import UserError
-from atr_scale.parallel.blocks import at_least_fp32
+from atr_scale.score_block import at_least_fp32
 from atr_scale.scorers.scorer import Scorer
 from atr_scale.scorers.tiles import Tensors, in_groups, real_tokens, score_tiles
-from atr_scale.sequence import TokenSequence
 
 CONFIGURATIONS = ("single", "stacking", "iterating")
 GUIDANCE = ("t2a", "both")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from atr_scale.batch import TokenSequence
+from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.parallel.blocks import EmbeddingScores, ScoreBlock, at_least_fp32
-from atr_scale.parallel.world import World
+from atr_scale.score_block import EmbeddingScores, ScoreBlock, at_least_fp32
 from atr_scale.scorers.scorer import Scorer, without_autocast
-from atr_scale.sequence import TokenSequence
 
 
 def pooled(audio: TokenSequence) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from atr_scale.parallel.blocks import at_least_fp32
+from atr_scale.score_block import at_least_fp32
 from atr_scale.scorers.scorer import without_autocast
 from atr_scale.scorers.tiles import Tensors
 

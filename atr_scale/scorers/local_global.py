@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from atr_scale.batch import TokenSequence
 from atr_scale.errors import UserError
-from atr_scale.parallel.blocks import at_least_fp32
+from atr_scale.score_block import at_least_fp32
 from atr_scale.scorers.scorer import Scorer, without_autocast
 from atr_scale.scorers.tiles import Tensors, real_tokens, score_tiles
-from atr_scale.sequence import TokenSequence
 
 DIRECTIONS = ("frames_over_words", "words_over_frames", "both")
 NORMALISATIONS = ("none", "clipped_l2")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from atr_scale.batch import TokenSequence
+from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.parallel.blocks import ScoreBlock, StoredScores, at_least_fp32
-from atr_scale.parallel.world import World
-from atr_scale.sequence import TokenSequence
+from atr_scale.score_block import ScoreBlock, StoredScores, at_least_fp32
 
 
 class Scorer(nn.Module, ABC):

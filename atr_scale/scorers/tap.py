@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import layer_norm, linear, normalize
 
+from atr_scale.batch import TokenSequence
 from atr_scale.errors import UserError
-from atr_scale.parallel.blocks import at_least_fp32
+from atr_scale.score_block import at_least_fp32
 from atr_scale.scorers.gram_pooling import EPS, SHORTEST, GramScores, attention, metrics_of
 from atr_scale.scorers.scorer import Scorer, without_autocast
 from atr_scale.scorers.tiles import Tensors, recomputed, split
-from atr_scale.sequence import TokenSequence
 
 Linear = tuple[Tensor, Tensor]  # weight and bias
 TILE_ROWS = 1024

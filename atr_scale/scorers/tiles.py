@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from atr_scale.parallel.blocks import at_least_fp32
-from atr_scale.sequence import TokenSequence
+from atr_scale.batch import TokenSequence
+from atr_scale.score_block import at_least_fp32
 
 Tensors = tuple[Tensor, ...]
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from atr_scale.batch import Batch
 from atr_scale.config import TrainSection
-from atr_scale.data.batch import Batch
+from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
-from atr_scale.parallel.world import World
 from atr_scale.training.grad_cache import GradCache
-from atr_scale.training.layers import rate_scales
+from atr_scale.training.param_groups import rate_scales
 from atr_scale.training.schedule import Seeds
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atr_scale.data.batch import Batch
+from atr_scale.batch import Batch, TokenSequence
 from atr_scale.model import Encoded
-from atr_scale.sequence import TokenSequence
 
 
 @dataclass(frozen=True)

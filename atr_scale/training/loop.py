@@ -19,25 +19,19 @@ from pathlib import Path
 
 import torch
 
+from atr_scale import checkpoint
+from atr_scale.batch import Batch
 from atr_scale.config import RunConfig, load_config
-from atr_scale.data.batch import Batch
 from atr_scale.data.decode import Crop, decode
-from atr_scale.data.index import ShardSet, open_shards
+from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.stream import describe, read_batches
-from atr_scale.data.text import caption_tokenizer
+from atr_scale.data.tokenizer import caption_tokenizer
+from atr_scale.distributed.start import distributed
+from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
 from atr_scale.model import Retriever, count_parameters, load_weights, read_weights
-from atr_scale.parallel.world import World
-from atr_scale.training import checkpoint
-from atr_scale.training.engine import Engine, StepResult
-from atr_scale.training.environment import distributed
-from atr_scale.training.layers import freeze
-from atr_scale.training.monitor import Monitor, Player, RetrievedClips
-from atr_scale.training.preemption import PreemptionFlag
-from atr_scale.training.provenance import write_environment
-from atr_scale.training.schedule import learning_rate, seeds
-from atr_scale.training.setup import (
+from atr_scale.training.checks import (
     check_batch_size,
     check_run_folder,
     differences,
@@ -45,6 +39,12 @@ from atr_scale.training.setup import (
     read_teacher,
     training_stream,
 )
+from atr_scale.training.engine import Engine, StepResult
+from atr_scale.training.monitor import Monitor, Player, RetrievedClips
+from atr_scale.training.param_groups import freeze
+from atr_scale.training.preemption import PreemptionFlag
+from atr_scale.training.run_info import write_environment
+from atr_scale.training.schedule import learning_rate, seeds
 
 logger = logging.getLogger(__name__)
 

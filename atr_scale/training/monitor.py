@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from atr_scale import figures
-from atr_scale.training.provenance import redact
+from atr_scale import plots
+from atr_scale.training.run_info import redact
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Monitor:
         """Similarity [texts, audios] of a few pairs, the right ones on the diagonal; names [texts]: their captions."""
         if self._writer is None:
             return
-        figure = figures.heatmap(_numpy(scores), f"similarity, {split}, step {step}", names=names)
+        figure = plots.heatmap(_numpy(scores), f"similarity, {split}, step {step}", names=names)
         self._writer.add_figure(f"{split}/similarity", figure, step, close=False)
 
     def retrieved(self, step: int, examples: Sequence[RetrievedClips], split: str = "validation") -> None:

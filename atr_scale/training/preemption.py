@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-from atr_scale.parallel.world import World
+from atr_scale.distributed.world import World
 
 # USR1 is what SLURM scripts commonly ask for; USR2 because NCCL uses USR1 itself in places.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

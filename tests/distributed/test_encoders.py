@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from atr_scale.config import AudioEncoderSection, RunConfig, SpecAugmentSection
-from atr_scale.data.batch import Batch
+from atr_scale import checkpoint
+from atr_scale.batch import Batch
+from atr_scale.config import AudioEncoderSection, RunConfig
+from atr_scale.distributed.world import World
 from atr_scale.encoders import AUDIO_ENCODERS
+from atr_scale.encoders.spec_augment import SpecAugmentSection
 from atr_scale.model import load_retriever
-from atr_scale.parallel.world import World
-from atr_scale.training import checkpoint, engine
+from atr_scale.training import engine
 from atr_scale.training.schedule import seeds
 from tests.tiny_run import tiny_config
 from tools.parity import curve, curves, start, with_train

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from atr_scale.batch import Batch
 from atr_scale.config import RunConfig
-from atr_scale.data.batch import Batch
+from atr_scale.distributed.world import World
 from atr_scale.model import Retriever
-from atr_scale.parallel.world import World
 from atr_scale.training.engine import Engine
 from atr_scale.training.schedule import seeds
 from tests.tiny_run import tiny_config

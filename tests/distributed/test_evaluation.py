@@ -12,18 +12,18 @@ import pytest
 import soundfile
 import torch
 
+from atr_scale.batch import TokenSequence
 from atr_scale.config import RunConfig
-from atr_scale.data.index import open_shards
-from atr_scale.data.shards import build
-from atr_scale.data.text import caption_tokenizer
+from atr_scale.data.shard_builder import build
+from atr_scale.data.shard_reader import open_shards
+from atr_scale.data.tokenizer import caption_tokenizer
+from atr_scale.distributed.world import World
 from atr_scale.evaluation import rank_counts
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
 from atr_scale.evaluation.metrics import ranks
 from atr_scale.evaluation.score import rerank
 from atr_scale.model import Retriever
-from atr_scale.parallel.world import World
 from atr_scale.scorers import build_scorer
-from atr_scale.sequence import TokenSequence
 from tests.tiny_run import tiny_config
 from tools.ranks import run_ranks
 

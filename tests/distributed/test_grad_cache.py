@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from atr_scale.config import RunConfig, SpecAugmentSection
-from atr_scale.data.batch import Batch
+from atr_scale.batch import Batch
+from atr_scale.config import RunConfig
 from atr_scale.data.stream import read_batches
-from atr_scale.data.text import caption_tokenizer
+from atr_scale.data.tokenizer import caption_tokenizer
+from atr_scale.distributed.world import World
+from atr_scale.encoders.spec_augment import SpecAugmentSection
 from atr_scale.model import Retriever
-from atr_scale.parallel.world import World
+from atr_scale.training.checks import training_stream
 from atr_scale.training.grad_cache import GradCache, cut
 from atr_scale.training.schedule import seeds
-from atr_scale.training.setup import training_stream
 from tests.tiny_run import tiny_config
 from tools.parity import curves, start, with_train
 from tools.ranks import run_ranks

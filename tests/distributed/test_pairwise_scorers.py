@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from atr_scale.batch import TokenSequence
 from atr_scale.config import ScorerSection
-from atr_scale.objectives import dense, tiled
-from atr_scale.objectives.targets import positives_mask
-from atr_scale.parallel.world import World
+from atr_scale.distributed.world import World
+from atr_scale.losses import dense, tiled
+from atr_scale.losses.targets import positives_mask
 from atr_scale.scorers import build_scorer
-from atr_scale.sequence import TokenSequence
 from tests.sequences import random_sequence
 from tests.tiny_run import tiny_config
 from tools.parity import curves, with_train

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atr_scale.objectives import dense, tiled
-from atr_scale.objectives.targets import positives_mask
-from atr_scale.parallel import blocks
-from atr_scale.parallel.world import World
+from atr_scale import score_block as blocks
+from atr_scale.batch import TokenSequence
+from atr_scale.distributed.world import World
+from atr_scale.losses import dense, tiled
+from atr_scale.losses.targets import positives_mask
 from atr_scale.scorers import build_scorer, tap
 from atr_scale.scorers.scorer import gather_text
-from atr_scale.sequence import TokenSequence
 from tests.sequences import random_sequence
 from tools.ranks import run_ranks
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from atr_scale.objectives import tiled
-from atr_scale.parallel.world import World
-from atr_scale.sequence import TokenSequence
+from atr_scale.batch import TokenSequence
+from atr_scale.distributed.world import World
+from atr_scale.losses import tiled
 from tests.distributed.test_scorers import CASES, DIM, OBJECTIVES, SCORERS, B, Model, data, rows_of
 from tools.ranks import run_ranks
 

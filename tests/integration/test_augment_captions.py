@@ -21,14 +21,14 @@ import torch
 
 from atr_scale import cli
 from atr_scale.data import storage
-from atr_scale.data.augment import endpoint
-from atr_scale.data.augment.stored import FILE, Paraphrases
-from atr_scale.data.index import open_shards
+from atr_scale.data.paraphrases import endpoint
+from atr_scale.data.paraphrases.stored import FILE, Paraphrases
+from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.stream import read_batches
-from atr_scale.data.text import caption_tokenizer
+from atr_scale.data.tokenizer import caption_tokenizer
+from atr_scale.distributed.world import World
 from atr_scale.encoders.sentence import SentenceEncoder
-from atr_scale.parallel.world import World
-from atr_scale.training.setup import training_stream
+from atr_scale.training.checks import training_stream
 from tests.integration.test_s3 import BUCKET, server  # noqa: F401
 from tests.tiny import TinyInputs, make_tiny_inputs
 from tests.tiny_run import tiny_config
@@ -339,10 +339,10 @@ def test_mistakes_before_anything_is_asked(
     assert "no shards in" in call(shards="/nowhere").mistake
     assert "no text encoder at" in call("--text-encoder", "/nowhere").mistake
     monkeypatch.setitem(sys.modules, "openai", None)
-    monkeypatch.delitem(sys.modules, "atr_scale.data.augment.augment", raising=False)
-    monkeypatch.delitem(sys.modules, "atr_scale.data.augment.endpoint")
-    monkeypatch.delattr("atr_scale.data.augment.augment", raising=False)
-    monkeypatch.delattr("atr_scale.data.augment.endpoint")
+    monkeypatch.delitem(sys.modules, "atr_scale.data.paraphrases.generate", raising=False)
+    monkeypatch.delitem(sys.modules, "atr_scale.data.paraphrases.endpoint")
+    monkeypatch.delattr("atr_scale.data.paraphrases.generate", raising=False)
+    monkeypatch.delattr("atr_scale.data.paraphrases.endpoint")
     assert "pip install 'atr-scale[augment]'" in call().mistake
     monkeypatch.undo()
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)

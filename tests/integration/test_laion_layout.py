@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from atr_scale.data.batch import caption_id
-from atr_scale.data.index import open_shards
+from atr_scale.batch import caption_id
+from atr_scale.data.shard_reader import open_shards
 from atr_scale.train import run
 from tests.tiny_run import tiny_config
 

@@ -18,9 +18,9 @@ import pytest
 import soundfile
 
 from atr_scale.data import storage
-from atr_scale.data.index import BadSample, ShardSet, open_shards
+from atr_scale.data.shard_builder import build
 from atr_scale.data.shard_check import check
-from atr_scale.data.shards import build
+from atr_scale.data.shard_reader import BadSample, ShardSet, open_shards
 from atr_scale.errors import UserError
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from atr_scale.config import RunConfig
+from atr_scale.distributed.world import World
 from atr_scale.model import Retriever
-from atr_scale.parallel.world import World
 from atr_scale.training.loop import Training
 from tests.tiny_run import tiny_config
 from tools.ranks import run_ranks

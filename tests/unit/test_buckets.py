@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from atr_scale.batch import TokenSequence
 from atr_scale.encoders.buckets import encode_in_buckets
-from atr_scale.sequence import TokenSequence
 
 
 class PerSample(nn.Module):

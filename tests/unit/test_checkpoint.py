@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from atr_scale import checkpoint
 from atr_scale.errors import UserError
-from atr_scale.training import checkpoint
 
 
 def write(run: Path, step: int) -> Path:

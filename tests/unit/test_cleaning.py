@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from atr_scale.data.text import CLEANING
+from atr_scale.data.tokenizer import CLEANING
 
 CAPTION = 'A "Dog,cat" pair:  barks (loudly), it\'s 3-fold!'
 

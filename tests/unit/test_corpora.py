@@ -13,7 +13,7 @@ import soundfile
 
 from atr_scale.data.corpora import CORPORA, Clip
 from atr_scale.data.exclusions import read_exclusions
-from atr_scale.data.shards import build, make_plan
+from atr_scale.data.shard_builder import build, make_plan
 from atr_scale.errors import UserError
 
 

@@ -15,10 +15,10 @@ import soundfile as sf
 from typer.testing import CliRunner
 
 from atr_scale.cli import app
-from atr_scale.data.demo import corpora
-from atr_scale.data.demo.corpora import training_captions, write_demo_corpora
-from atr_scale.data.demo.plan import Clip, Sizes, plan_clips
-from atr_scale.data.demo.truth import read_correspondences
+from atr_scale.demo import corpora
+from atr_scale.demo.cast import Clip, Sizes, plan_clips
+from atr_scale.demo.corpora import training_captions, write_demo_corpora
+from atr_scale.demo.truth import read_correspondences
 from atr_scale.errors import UserError
 
 TINY = Sizes(6, 3, 4, 3, 2, 2, 14, shared=1)
@@ -223,7 +223,7 @@ def test_the_verb_writes_corpora_and_a_text_encoder_that_loads_offline(
 
 
 def test_the_text_encoder_is_the_same_from_the_same_seed(demo: Path, tmp_path: Path) -> None:
-    from atr_scale.data.demo.text_encoder import build_demo_text_encoder
+    from atr_scale.demo.text_encoder import build_demo_text_encoder
 
     captions = training_captions(demo)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

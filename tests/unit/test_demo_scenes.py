@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from atr_scale.data.demo.captions import write_captions
-from atr_scale.data.demo.events import BACKGROUNDS, EVENTS, LOUDNESS, PITCHES, synthesise
-from atr_scale.data.demo.lexicon import LEXICON
-from atr_scale.data.demo.scenes import (
+from atr_scale.demo.captions import write_captions
+from atr_scale.demo.events import BACKGROUNDS, EVENTS, LOUDNESS, PITCHES, synthesise
+from atr_scale.demo.lexicon import LEXICON
+from atr_scale.demo.scenes import (
     SEVERAL,
     Content,
     Scene,

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy
 
 from atr_scale.errors import UserError
-from atr_scale.objectives import dense
+from atr_scale.losses import dense
 
 S = [[0.9, 0.2, -0.1], [0.1, 0.8, 0.3], [0.4, -0.2, 0.7]]
 TEACHER = [[0.5, 0.1, 0.3], [0.0, 0.6, 0.2], [0.1, 0.4, 0.9]]

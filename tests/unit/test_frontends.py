@@ -7,10 +7,7 @@ import pytest
 import torch
 from transformers.audio_utils import mel_filter_bank
 
-from atr_scale.frontends.decibel import DecibelMel, DecibelNorm
-from atr_scale.frontends.kaldi import KaldiLogMel
-from atr_scale.frontends.log_mel import LogMel
-from atr_scale.frontends.spectrogram import mel_bank, power_spectrogram
+from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm, KaldiLogMel, LogMel, mel_bank, power_spectrogram
 
 SIZES = {"sample_rate": 16_000, "n_fft": 512, "window_length": 400, "hop": 160, "num_mels": 40, "fmin": 20.0}
 LOG = {"fmax": 7_600.0, "floor": 1e-5, "shift": 4.5, "scale": 5.0}

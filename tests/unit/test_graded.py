@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from atr_scale.batch import TokenSequence
+from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation import lists
 from atr_scale.evaluation.metrics import GRADED_AT, graded, ranks
 from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
 from atr_scale.evaluation.relevance import read_relevance
 from atr_scale.evaluation.score import rerank, score
-from atr_scale.parallel.world import World
 from atr_scale.scorers import build_scorer
-from atr_scale.sequence import TokenSequence
 from tools.bench.measure import peak_mib
 
 

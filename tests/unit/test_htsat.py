@@ -11,10 +11,10 @@ import torch
 from golden.reference import Golden, write_checkpoint
 from torch import Tensor, nn
 
-from atr_scale.config import SpecAugmentSection
 from atr_scale.encoders import build_audio_encoder
-from atr_scale.encoders.checkpoints import Entry
 from atr_scale.encoders.htsat import SwinEncoder, original_entry
+from atr_scale.encoders.pretrained.layout import Entry
+from atr_scale.encoders.spec_augment import SpecAugmentSection
 from atr_scale.errors import UserError
 
 TINY = ["tiny_htsat", "tiny_clap"]

@@ -8,9 +8,9 @@ import torch
 from golden.reference import Golden, write_checkpoint
 from torch import Tensor
 
-from atr_scale.config import SpecAugmentSection
 from atr_scale.encoders import build_audio_encoder
 from atr_scale.encoders.passt import PaSST
+from atr_scale.encoders.spec_augment import SpecAugmentSection
 from atr_scale.errors import UserError
 
 

@@ -16,14 +16,14 @@ from atr_scale import cli
 from atr_scale.config import RunConfig
 from atr_scale.errors import UserError
 from atr_scale.planner import measure as measuring
+from atr_scale.planner import zero_memory
 from atr_scale.planner.architecture import build
+from atr_scale.planner.dry_run import plan as dry_run
 from atr_scale.planner.estimate import Cluster, Costs, estimate, fitting_micro_batch, largest_share
 from atr_scale.planner.gpus import find_gpu
 from atr_scale.planner.ops import Recorder
 from atr_scale.planner.planner import measure
-from atr_scale.training import sharding
-from atr_scale.training.plan import plan as dry_run
-from atr_scale.training.sharding import Parameters, Transfer
+from atr_scale.planner.zero_memory import Parameters, Transfer
 from tests.tiny_run import tiny_config
 from tools.bench.measure import peak_mib
 
@@ -156,9 +156,9 @@ def test_the_constants_are_those_of_deepspeed() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     defaults = DeepSpeedZeroConfig(stage=3)
-    assert defaults.reduce_bucket_size == sharding.BUCKET
-    assert defaults.param_persistence_threshold == sharding.PERSISTENT
-    assert defaults.max_reuse_distance == sharding.REUSE_DISTANCE
+    assert defaults.reduce_bucket_size == zero_memory.BUCKET
+    assert defaults.param_persistence_threshold == zero_memory.PERSISTENT
+    assert defaults.max_reuse_distance == zero_memory.REUSE_DISTANCE
 
 
 def test_bytes_of_a_ring() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from atr_scale import figures
+from atr_scale import plots
 from atr_scale.errors import UserError
 from atr_scale.evaluation.metrics import retrieval_metrics
 from atr_scale.evaluation.report import write_report
@@ -178,25 +178,25 @@ def test_an_empty_folder_is_the_users_mistake(tmp_path: Path) -> None:
 
 
 def test_gaps_are_left_out_of_curves() -> None:
-    steps, values = figures.series([{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3}], "loss")
+    steps, values = plots.series([{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3}], "loss")
     assert steps.tolist() == [1] and values.tolist() == [2]
 
 
 def test_smoothing_keeps_the_mean_level() -> None:
     line = np.linspace(5, 1, 100)
-    smooth = figures._smooth(line)
+    smooth = plots._smooth(line)
     assert smooth is not None
     np.testing.assert_allclose(smooth, line)
-    noisy = figures._smooth(line + np.random.default_rng(0).normal(size=100))
+    noisy = plots._smooth(line + np.random.default_rng(0).normal(size=100))
     assert noisy is not None and np.abs(noisy - line)[10:-10].max() < 1.0
-    assert figures._smooth(line[:10]) is None
+    assert plots._smooth(line[:10]) is None
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 3, 10, 11, 12, 1045, 20000])
 def test_rank_bins_cover_every_rank_once(candidates: int) -> None:
-    edges = figures._rank_bins(candidates)
+    edges = plots._rank_bins(candidates)
     assert edges[0] == 1 and edges[-1] == candidates + 1 and edges == sorted(set(edges))
-    figures.ranks(np.arange(1, candidates + 1), np.array([1]), candidates, candidates)
+    plots.ranks(np.arange(1, candidates + 1), np.array([1]), candidates, candidates)
 
 
 def test_the_saved_ranks_give_the_metrics(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from atr_scale.encoders.checkpoints import read_checkpoint
-from atr_scale.encoders.safe_types import DICTS, INERT, Inert, safe_types
+from atr_scale.encoders.pretrained.read import DICTS, INERT, Inert, read_checkpoint, safe_types
 from atr_scale.errors import UserError
 
 WEIGHT = {"weight": torch.arange(6.0).reshape(2, 3)}

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from atr_scale.batch import TokenSequence
+from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.parallel.blocks import EmbeddingScores, StoredScores
-from atr_scale.parallel.world import World
+from atr_scale.score_block import EmbeddingScores, StoredScores
 from atr_scale.scorers import SCORERS, build_scorer
 from atr_scale.scorers.scorer import Scorer, gather_text
-from atr_scale.sequence import TokenSequence
 from tests.sequences import random_sequence
 
 DIM = 5

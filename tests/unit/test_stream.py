@@ -17,12 +17,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from atr_scale.config import Source
-from atr_scale.data.batch import Batch, caption_id, stable_id
-from atr_scale.data.index import ShardSet, open_shards
+from atr_scale.batch import Batch, caption_id, stable_id
+from atr_scale.data.options import Source
+from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.stream import TrainingStream, _check_exclusions, _draws, describe, read_batches
+from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.parallel.world import World
 from tests.coded import (
     CAPTIONS,
     CROP,

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from atr_scale.config import Source
 from atr_scale.data import storage
 from atr_scale.data.decode import Crop, decode
-from atr_scale.data.index import HEAD_BYTES, open_shards
+from atr_scale.data.options import Source
 from atr_scale.data.sample import BadSample
+from atr_scale.data.shard_reader import HEAD_BYTES, open_shards
 from tests.coded import CROP, RATE, duration, open_stream, rows_of, write_shards
 from tests.unit.test_stream import _quick_workers, copy, equal, left, read, right, spoil, write_laion  # noqa: F401
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from atr_scale.data.demo.corpora import training_captions, write_demo_corpora
-from atr_scale.data.demo.plan import Sizes, plan_clips
-from atr_scale.data.demo.text_encoder import build_demo_text_encoder
+from atr_scale.batch import TokenSequence
+from atr_scale.demo.cast import Sizes, plan_clips
+from atr_scale.demo.corpora import training_captions, write_demo_corpora
+from atr_scale.demo.text_encoder import build_demo_text_encoder
 from atr_scale.errors import UserError
-from atr_scale.sequence import TokenSequence
 from tools.bench.measure import peak_mib
 from tools.study import report
 from tools.study.__main__ import main

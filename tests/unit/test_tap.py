@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, layer_norm, normalize
 
+from atr_scale.batch import TokenSequence
 from atr_scale.errors import UserError
 from atr_scale.scorers import build_scorer, tap
 from atr_scale.scorers.tap import TextAwarePoolingScorer
-from atr_scale.sequence import TokenSequence
 from tests.sequences import kept_numbers, random_sequence
 
 DIM, ATTENTION_DIM = 24, 12

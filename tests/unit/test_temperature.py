@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from atr_scale.objectives.logits import Temperature
+from atr_scale.losses.temperature import Temperature
 
 
 def at(tau: float) -> Temperature:

@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from atr_scale import score_block as blocks
 from atr_scale.errors import UserError
-from atr_scale.objectives import tiled
-from atr_scale.objectives.modality import ModalityScores
-from atr_scale.objectives.tiled import tiles
-from atr_scale.parallel import blocks
-from atr_scale.parallel.blocks import EmbeddingScores, StoredScores
+from atr_scale.losses import tiled
+from atr_scale.losses.tiled import tiles
+from atr_scale.score_block import EmbeddingScores, ModalityScores, StoredScores
 from tests.losses import BLOCKS, CASES, SQUARE, dense_loss, tiled_loss, unit
 
 Ids = tuple[Tensor, Tensor]

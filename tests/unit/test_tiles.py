@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from atr_scale.objectives import dense, tiled
-from atr_scale.objectives.tiled import soft_cross_entropy, tiles
-from atr_scale.parallel import blocks
-from atr_scale.parallel.blocks import EmbeddingScores, StoredScores
+from atr_scale import score_block as blocks
+from atr_scale.losses import dense, tiled
+from atr_scale.losses.tiled import soft_cross_entropy, tiles
+from atr_scale.score_block import EmbeddingScores, StoredScores
 from tests.losses import BLOCKS, CASES, dense_loss, tiled_loss, unit
 from tools.bench.measure import peak_mib
 
 TEACHER_WIDTH = 5
-pmr_module = import_module("atr_scale.objectives.tiled.pmr")  # the package has a function of that name
+pmr_module = import_module("atr_scale.losses.tiled.pmr")  # the package has a function of that name
 
 
 @pytest.fixture

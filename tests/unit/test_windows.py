@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from atr_scale.batch import TokenSequence
 from atr_scale.encoders import AudioEncoder, build_audio_encoder
 from atr_scale.encoders.windows import cut_into_windows, join_windows, window_starts
-from atr_scale.sequence import TokenSequence
 
 ENCODERS = ["mn04", "small_cnn"]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from atr_scale.figures import BLUE, GREY, ORANGE
+from atr_scale.plots import BLUE, GREY, ORANGE
 from tools.bench.table import HEAD, Row
 
 NAMES = ("losses", "scorers", "gradcache", "loader", "step", "evaluation", "scaling")

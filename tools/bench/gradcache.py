@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from atr_scale.config import RunConfig
-from atr_scale.parallel.world import World
+from atr_scale.distributed.world import World
 from tools.bench import updates
 from tools.bench.measure import peak_mib, seconds
 from tools.bench.table import Row, run

@@ -26,12 +26,12 @@ import torch
 import webdataset
 from torch import Tensor
 
-from atr_scale.config import DataSection, Source
-from atr_scale.data.index import open_shards
-from atr_scale.data.shards import build
+from atr_scale.data.options import DataSection, Source
+from atr_scale.data.shard_builder import build
+from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.stream import TrainingStream, read_batches
-from atr_scale.data.text import CaptionTokenizer
-from atr_scale.parallel.world import World
+from atr_scale.data.tokenizer import CaptionTokenizer
+from atr_scale.distributed.world import World
 from tools.bench.table import Row, run
 
 CLIPS, SECONDS, RATE = 320, 10.0, 32_000

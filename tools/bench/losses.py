@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from atr_scale.objectives import dense, tiled
-from atr_scale.objectives.modality import ModalityScores
-from atr_scale.objectives.tiled.tiles import LOSS_BYTES, Workspace, tiles_of
-from atr_scale.parallel.blocks import EmbeddingScores
+from atr_scale.losses import dense, tiled
+from atr_scale.losses.tiled.tiles import LOSS_BYTES, Workspace, tiles_of
+from atr_scale.score_block import EmbeddingScores, ModalityScores
 from tools.bench.measure import Function, peak_mib, seconds
 from tools.bench.table import Row, run
 

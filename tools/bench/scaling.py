@@ -16,12 +16,12 @@ from statistics import median
 from typing import Any
 
 from atr_scale.config import RunConfig
-from atr_scale.parallel.world import World
+from atr_scale.distributed.world import World
 from atr_scale.planner.estimate import Cluster, estimate, transfers
 from atr_scale.planner.gpus import GPU
 from atr_scale.planner.ops import Recorder
 from atr_scale.planner.planner import measure
-from atr_scale.training.sharding import BUCKET, FP32
+from atr_scale.planner.zero_memory import BUCKET, FP32
 from tools.bench import updates
 from tools.bench.measure import peak_mib
 from tools.bench.table import Row, run

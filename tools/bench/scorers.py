@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, layer_norm, linear, normalize
 
+from atr_scale.batch import TokenSequence
 from atr_scale.scorers import build_scorer, tiles
 from atr_scale.scorers.scorer import Scorer
-from atr_scale.sequence import TokenSequence
 from tools.bench.measure import Function, peak_mib, seconds
 from tools.bench.table import Row, run
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from atr_scale.batch import Batch
 from atr_scale.config import RunConfig, parse_config
-from atr_scale.data.batch import Batch
-from atr_scale.data.demo.text_encoder import build_demo_text_encoder
+from atr_scale.demo.text_encoder import build_demo_text_encoder
+from atr_scale.distributed.world import World
 from atr_scale.model import Retriever
-from atr_scale.parallel.world import World
 from atr_scale.training.engine import Engine, StepResult
 from atr_scale.training.schedule import seeds
 

@@ -12,9 +12,9 @@ import soundfile
 import torch
 from torch import Tensor
 
-from atr_scale.data.demo.captions import Caption, write_captions
-from atr_scale.data.demo.plan import Clip, Sizes, plan_clips
-from atr_scale.data.demo.scenes import correspondence_matrix
+from atr_scale.demo.captions import Caption, write_captions
+from atr_scale.demo.cast import Clip, Sizes, plan_clips
+from atr_scale.demo.scenes import correspondence_matrix
 from atr_scale.errors import UserError
 
 TRAINING = {"audiocaps": "audiocaps/train", "clotho": "clotho/development", "wavcaps": "wavcaps/train"}

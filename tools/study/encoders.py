@@ -16,11 +16,11 @@ from torch.nn.functional import interpolate
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from atr_scale.config import AudioEncoderOptions
-from atr_scale.data.text import CaptionTokenizer
+from atr_scale.batch import TokenSequence
+from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.encoders import build_text_encoder
+from atr_scale.encoders.audio import AudioEncoderOptions
 from atr_scale.encoders.small_cnn import SmallCNN
-from atr_scale.sequence import TokenSequence
 from tools.study.corpora import SAMPLE_RATE, TRAINING, Demo, Split
 from tools.study.head import Head, Optimiser
 from tools.study.negatives import hard_negatives

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from atr_scale.data.decode import decode
-from atr_scale.data.text import CaptionTokenizer
+from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.encoders import build_audio_encoder, build_text_encoder
 from tools.esc50_corpus import CAPTION
 from tools.study.encoders import hear, read, save

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from atr_scale.batch import TokenSequence
 from atr_scale.config import ProjectionSection
+from atr_scale.losses import ObjectiveInputs, build_objective, dense
+from atr_scale.losses.temperature import Temperature
 from atr_scale.model import Projection
-from atr_scale.objectives import ObjectiveInputs, build_objective, dense
-from atr_scale.objectives.logits import Temperature
-from atr_scale.objectives.modality import ModalityScores
-from atr_scale.parallel.blocks import StoredScores
+from atr_scale.score_block import ModalityScores, StoredScores
 from atr_scale.scorers import build_scorer
 from atr_scale.scorers.cosine import mean
-from atr_scale.sequence import TokenSequence
 from atr_scale.training.schedule import learning_rate
 from tools.study.recipes import TEMPERATURE, WIDTH, Recipe
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from atr_scale.data.demo.captions import Caption
-from atr_scale.data.demo.lexicon import (
+from atr_scale.demo.captions import Caption
+from atr_scale.demo.lexicon import (
     LOUDNESS_ADJECTIVES,
     LOUDNESS_ADVERBS,
     NUMBERS,

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atr_scale.figures import BLUE, GREY, ORANGE
+from atr_scale.plots import BLUE, GREY, ORANGE
 from tools.study.found import TITLES, Found, scorers
 from tools.study.negatives import KINDS
 from tools.study.recipes import EXPERIMENTS, Recipe

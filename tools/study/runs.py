@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atr_scale.distributed.world import World
 from atr_scale.evaluation.metrics import GRADED_AT, classification, graded
 from atr_scale.evaluation.rank_counts import MatrixScores
 from atr_scale.evaluation.score import Reranked, rerank
-from atr_scale.parallel.world import World
 from tools.bench.measure import peak_mib
 from tools.study import teachers
 from tools.study.corpora import TESTS, TRAINING, Demo, Split, read_demo

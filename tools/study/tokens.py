@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atr_scale.sequence import TokenSequence
+from atr_scale.batch import TokenSequence
 
 
 @dataclass(frozen=True)

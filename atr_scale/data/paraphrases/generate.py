@@ -1,0 +1,179 @@
+"""Paraphrases of all captions of a training split: find those not asked yet, ask, choose, store."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from atr_scale.data import storage
+from atr_scale.data.paraphrases.choose import Embed, choose
+from atr_scale.data.paraphrases.endpoint import PROMPT_VERSION, Answer, Endpoint, Unanswered, estimate_tokens
+from atr_scale.data.paraphrases.stored import Appender, caption_key, make_record, read_records, refuse_evaluation_split
+from atr_scale.data.sample import BadSample
+from atr_scale.data.shard_reader import open_shards
+from atr_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+READ_THREADS = 16
+GIVE_UP_AFTER = 5  # captions in a row without an answer
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Caption number `index` of a clip."""
+
+    clip_id: str
+    index: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Of a million tokens, in whatever currency the endpoint's owner takes."""
+
+    input: float
+    output: float
+
+    def cost(self, input_tokens: int, output_tokens: int) -> float:
+        return (self.input * input_tokens + self.output * output_tokens) / 1e6
+
+
+@dataclass
+class Summary:
+    """What a run did. `cosines`: of the paraphrases kept; `rejected`: the others by reason; `unanswered`: captions."""
+
+    asked: int = 0
+    unanswered: int = 0
+    cosines: list[float] = field(default_factory=list)
+    rejected: Counter[str] = field(default_factory=Counter)
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    def __str__(self) -> str:
+        mean = f", mean cosine {sum(self.cosines) / len(self.cosines):.3f}" if self.cosines else ""
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.rejected.most_common())
+        return (
+            f"{self.asked} captions asked ({self.unanswered} without an answer); {len(self.cosines)} paraphrases kept"
+            f"{mean}; {self.rejected.total()} rejected{f' ({reasons})' if reasons else ''}; "
+            f"{self.input_tokens} tokens in, {self.output_tokens} out"
+        )
+
+
+def open_captions(location: str, limit: int | None = None) -> tuple[list[Caption], int]:
+    """(captions of the shards at `location` that were not asked yet, at most `limit`; how many were asked before).
+
+    UserError where the shards, or any clip in them, belong to a validation or test split.
+    """
+    shards = open_shards(location)
+    refuse_evaluation_split(location, shards.split)
+    asked = {key for key, _ in read_records(location)}
+    captions: list[Caption] = []
+    unreadable: Counter[str] = Counter()
+    before = 0
+
+    def read(i: int) -> tuple[str, list[str], str] | BadSample:
+        try:
+            clip_id, texts, meta = shards.read_text(i)
+        except BadSample as error:
+            return error
+        return clip_id, texts, str(meta.get("split", ""))
+
+    with ThreadPoolExecutor(READ_THREADS if storage.is_remote(location) else 1) as pool:
+        found = pool.map(read, range(len(shards)))
+        for clip in tqdm(found, "reading captions", len(shards), unit=" clips", disable=None):
+            if isinstance(clip, BadSample):
+                unreadable[clip.reason] += 1
+                continue
+            clip_id, texts, split = clip
+            refuse_evaluation_split(f"{location} (clip {clip_id})", split)
+            new = [
+                Caption(clip_id, k, text) for k, text in enumerate(texts) if caption_key(clip_id, k, text) not in asked
+            ]
+            captions += new
+            before += len(texts) - len(new)
+    if unreadable:
+        logger.warning("%s: unreadable samples left out: %s", location, dict(unreadable))
+    return captions[:limit], before
+
+
+def estimate(captions: Sequence[Caption], count: int, prices: Prices | None) -> str:
+    """What asking for `captions` will take, in one line."""
+    tokens = [estimate_tokens(caption.text, count) for caption in captions]
+    total = sum(t[0] for t in tokens), sum(t[1] for t in tokens)
+    cost = f"about {prices.cost(*total):.2f} at the given prices" if prices else "cost unknown without the prices"
+    return f"{len(captions)} captions to ask: about {total[0]} tokens in, {total[1]} out; {cost}"
+
+
+def augment(
+    location: str,
+    captions: Sequence[Caption],
+    endpoint: Endpoint,
+    embed: Embed,
+    *,
+    keep: int,
+    threshold: float,
+    concurrency: int,
+    text_encoder: str,
+) -> Summary:
+    """Ask for paraphrases of `captions` and store those chosen beside the shards at `location`.
+
+    `text_encoder` is the name of what `embed` computes. What is stored stays whatever ends the run; a caption without
+    an answer is asked again by the next one. UserError where the endpoint refuses, or answers no longer.
+    """
+    summary = Summary()
+    origin = {"model": endpoint.model, "text_encoder": text_encoder, "prompt_version": PROMPT_VERSION}
+    failed_in_a_row = 0
+    with Appender(location) as store, tqdm(total=len(captions), unit=" captions", disable=None) as progress:
+        for caption, future in _answers(endpoint, captions, concurrency):
+            progress.update()
+            summary.asked += 1
+            try:
+                answer = future.result()
+            except Unanswered as error:
+                logger.warning("%s, caption %d: %s", caption.clip_id, caption.index, error)
+                summary.unanswered += 1
+                failed_in_a_row += 1
+                if failed_in_a_row == GIVE_UP_AFTER:
+                    raise UserError(
+                        f"{endpoint.url} left {GIVE_UP_AFTER} captions in a row without an answer ({error}): "
+                        "check it, then run the same command again to go on"
+                    ) from None
+                continue
+            failed_in_a_row = 0
+            kept, rejected = choose(caption.text, answer.texts, embed, keep=keep, threshold=threshold)
+            store.append(make_record(caption.clip_id, caption.index, caption.text, kept, **origin))
+            summary.cosines += [cosine for _, cosine in kept]
+            summary.rejected += rejected
+            summary.input_tokens += answer.input_tokens
+            summary.output_tokens += answer.output_tokens
+            progress.set_postfix(kept=len(summary.cosines), unanswered=summary.unanswered, refresh=False)
+    return summary
+
+
+def _answers(
+    endpoint: Endpoint, captions: Sequence[Caption], concurrency: int
+) -> Iterator[tuple[Caption, Future[Answer]]]:
+    """Each caption with its answer, as they come."""
+    pool = ThreadPoolExecutor(concurrency)
+    queue = iter(captions)
+    running: dict[Future[Answer], Caption] = {}
+    try:
+        while True:
+            # A second request waits behind each running one, so that no thread idles while answers are looked at.
+            for caption in itertools.islice(queue, 2 * concurrency - len(running)):
+                running[pool.submit(endpoint.ask, caption.text)] = caption
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), future
+    finally:
+        endpoint.stop()
+        pool.shutdown(wait=False, cancel_futures=True)

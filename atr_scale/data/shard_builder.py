@@ -1,0 +1,347 @@
+"""Build shards from a corpus: tars of `<key>.<audio>` + `<key>.json`, and a manifest.json beside them.
+
+Each shard is one task of a process pool and leaves a record when it is done, so an interrupted build goes on where it
+stopped. Clips are ordered by a hash of their ids, which mixes them over the shards. The same input gives the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from atr_scale import __version__
+from atr_scale.data import storage
+from atr_scale.data.corpora import CORPORA, Clip
+from atr_scale.data.decode import MAX_RATE, MIN_RATE, decode, probe
+from atr_scale.data.exclusions import ExclusionList, read_exclusions
+from atr_scale.data.sample import BadSample
+from atr_scale.data.shard_check import check
+from atr_scale.data.shard_reader import FORMAT, MANIFEST, read_manifest, scan_shard
+from atr_scale.errors import UserError
+
+__all__ = ["ENCODINGS", "build", "check"]
+
+logger = logging.getLogger(__name__)
+
+ENCODINGS = ("flac", "pcm16", "keep")
+SHARD_SIZE = 1000
+SAMPLE_RATE = 32_000
+RECORDS = ".build"
+# Starting a worker process takes as long as encoding about this many clips.
+MIN_CLIPS_PER_WORKER = 200
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build: clips with audio in their final order, and what was left out on the way."""
+
+    corpus: str
+    split: str
+    licence: str
+    clips: list[Clip]
+    dropped: Counter[str]
+    exclusions: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard: `first` is the number of its first clip."""
+
+    name: str
+    out: str
+    corpus: str
+    encoding: str
+    sample_rate: int | None
+    first: int
+    clips: list[Clip]
+
+
+def build(
+    corpus: str,
+    root: str | Path,
+    out: str | Path,
+    split: str | None = None,
+    shard_size: int = SHARD_SIZE,
+    encoding: str = "flac",
+    sample_rate: int | None = SAMPLE_RATE,
+    workers: int | None = None,
+    exclude: Sequence[str | Path] = (),
+) -> dict[str, Any]:
+    """Build the shards of one split of a corpus into the folder or s3:// prefix `out`; returns the manifest.
+
+    `encoding`: flac (16 bit), pcm16 (headerless little-endian int16), or keep (the original bytes, at their own rate).
+    `sample_rate` in Hz, None for the original one; flac and pcm16 are mono. `exclude`: overlap lists beside the
+    corpus's own. Bad audio is left out and counted by reason. Finished shards of an interrupted build are kept.
+    UserError for anything the user can mend, a build with other settings in the same place included.
+    """
+    if corpus not in CORPORA:
+        raise UserError(f"unknown corpus '{corpus}': choose one of {', '.join(CORPORA)}")
+    if encoding not in ENCODINGS:
+        raise UserError(f"unknown encoding '{encoding}': choose one of {', '.join(ENCODINGS)}")
+    if shard_size < 1:
+        raise UserError(f"shard size {shard_size}: give at least 1")
+    if sample_rate is not None and not MIN_RATE <= sample_rate <= MAX_RATE:
+        raise UserError(f"sample rate {sample_rate} Hz: give {MIN_RATE} to {MAX_RATE}, or 0 for each clip's own")
+    location = str(out)
+    storage.is_remote(location)
+    sample_rate = None if encoding == "keep" else sample_rate
+    plan = make_plan(corpus, Path(root), split, [Path(path) for path in exclude])
+    settings = {
+        "corpus": plan.corpus,
+        "split": plan.split,
+        "encoding": encoding,
+        "sample_rate": sample_rate,
+        "shard_size": shard_size,
+        "exclusions": plan.exclusions,
+        "clips_sha256": _digest(plan.clips, Path(root)),
+    }
+    storage.make_folder(location)
+    finished = _finished(location, settings)
+    if finished is not None:
+        logger.info("%s is complete: nothing to do", location)
+        return finished
+    tasks = [
+        Task(f"shard-{n:06d}.tar", location, plan.corpus, encoding, sample_rate, first, chunk)
+        for n, first in enumerate(range(0, len(plan.clips), shard_size))
+        if (chunk := plan.clips[first : first + shard_size])
+    ]
+    records = _run(tasks, location, workers or len(os.sched_getaffinity(0)))
+    manifest = _manifest(plan, settings, records)
+    storage.write_bytes(storage.join(location, MANIFEST), json.dumps(manifest, ensure_ascii=False).encode())
+    storage.remove_folder(storage.join(location, RECORDS))
+    for name in storage.list_files(location):
+        if name.startswith(".") and name.endswith(".tmp"):
+            storage.remove_file(storage.join(location, name))
+    return manifest
+
+
+def make_plan(corpus: str, root: Path, split: str | None, exclude: Sequence[Path]) -> Plan:
+    """Read the metadata, apply the exclusion lists, find the audio. UserError where nothing is left."""
+    reader = CORPORA[corpus]
+    split = reader.choose_split(root, split)
+    rows = reader.read_rows(root, split)
+    dropped: Counter[str] = Counter()
+    lists = [*reader.own_exclusions(root), *(read_exclusions(path) for path in exclude)]
+    exclusions = [_applied(entry, rows) for entry in lists]
+    kept = [clip for clip in rows if not any(entry.covers(clip.meta) for entry in lists)]
+    if not kept:
+        raise UserError(f"the exclusion lists leave none of the {len(rows)} clips of {corpus} {split}: drop --exclude")
+    paths = reader.locate(root, split, kept)
+    if not any(paths):
+        wanted = kept[0].clip_id
+        raise UserError(f"no audio for any of the {len(kept)} clips in {root} (e.g. {wanted}): is it downloaded there?")
+    clips = []
+    for clip, path in zip(kept, paths, strict=True):
+        reason = "missing_audio" if not path else "no_caption" if not clip.captions else None
+        if reason:
+            dropped[reason] += 1
+        else:
+            clips.append(Clip(**{**clip.__dict__, "path": path}))
+    if dropped:
+        logger.warning(
+            "%s %s: %d of %d clips left out: %s", corpus, split, len(kept) - len(clips), len(kept), dict(dropped)
+        )
+    clips.sort(key=lambda clip: hashlib.blake2b(clip.clip_id.encode(), digest_size=8).digest())
+    name = root.resolve().name if corpus == "folder" else corpus
+    return Plan(name, split, reader.licence, clips, dropped, exclusions)
+
+
+def build_shard(task: Task) -> dict[str, Any]:
+    """Encode the clips of one shard, write it, and return (and store) its record."""
+    from webdataset.writer import TarWriter
+
+    path = storage.join(task.out, task.name)
+    dropped: Counter[str] = Counter()
+    captions, seconds = 0, 0.0
+    with storage.atomic_file(path) as local:
+        with open(local, "wb") as stream, TarWriter(stream, encoder=False, mtime=0, user="", group="") as writer:
+            for number, clip in enumerate(task.clips, task.first):
+                try:
+                    audio, extension, rate, duration = encode(clip.path, task.encoding, task.sample_rate)
+                except BadSample as error:
+                    logger.warning("%s (%s) left out: %s", clip.clip_id, clip.path, error)
+                    dropped[error.reason] += 1
+                    continue
+                writer.write(
+                    {"__key__": f"{number:09d}", extension: audio, "json": _sidecar(task, clip, rate, duration)}
+                )
+                captions += len(clip.captions)
+                seconds += duration
+        scan = scan_shard(str(local), local.stat().st_size)
+        assert not scan.fault and not scan.dropped, f"{path} was not written as planned: {scan}"
+        shard = {
+            "name": task.name,
+            "samples": len(scan.keys),
+            "bytes": local.stat().st_size,
+            "sha256": file_sha256(local),
+            "keys": scan.keys,
+            "offsets": [*scan.starts, *scan.stops[-1:]],
+        }
+    record = {"shard": shard, "captions": captions, "seconds": seconds, "dropped": dict(dropped)}
+    storage.write_bytes(_record_path(task.out, task.name), json.dumps(record).encode())
+    return record
+
+
+def encode(path: str, encoding: str, sample_rate: int | None) -> tuple[bytes, str, int, float]:
+    """(audio bytes, extension, sample rate in Hz, seconds) of a source file, after a full decode. Raises BadSample."""
+    extension = os.path.splitext(path)[1][1:].lower()
+    try:
+        original = Path(path).read_bytes()
+    except OSError as error:
+        raise BadSample("read_error", str(error)) from None
+    frames, own_rate = probe(original, extension)
+    rate = sample_rate or own_rate
+    waveform = decode(original, extension, rate)
+    if encoding == "keep":
+        return original, extension, own_rate, frames / own_rate
+    # The scale on which int16 files are read, so that a 16-bit original at its own rate comes through unchanged.
+    samples = np.clip(np.rint(waveform * 32768), -32768, 32767).astype("<i2")
+    if encoding == "pcm16":
+        return samples.tobytes(), "pcm", rate, len(samples) / rate
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue(), "flac", rate, len(samples) / rate
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a local file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sidecar(task: Task, clip: Clip, rate: int, duration: float) -> bytes:
+    fields = {
+        "clip_id": clip.clip_id,
+        "corpus": task.corpus,
+        "split": clip.split,
+        "captions": clip.captions,
+        "duration": round(duration, 6),
+        "sample_rate": rate,
+        **({"label": clip.label} if clip.label else {}),
+    }
+    return json.dumps({**clip.meta, **fields}, ensure_ascii=False).encode()
+
+
+def _applied(entry: ExclusionList, rows: list[Clip]) -> dict[str, Any]:
+    excluded = sum(entry.covers(clip.meta) for clip in rows)
+    logger.info("exclusion list %s: %d of %d clips left out", entry.name, excluded, len(rows))
+    return {"name": entry.name, "sha256": entry.sha256, "entries": entry.entries, "excluded": excluded}
+
+
+def _digest(clips: list[Clip], root: Path) -> str:
+    """Identity of the planned input; paths relative to root, so that a moved corpus still counts as the same."""
+    digest = hashlib.sha256()
+    for clip in clips:
+        digest.update(json.dumps({**asdict(clip), "path": os.path.relpath(clip.path, root)}).encode())
+    return digest.hexdigest()
+
+
+def _finished(location: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of this very build, if it is complete; otherwise mark the place as being built with `settings`.
+
+    UserError where the place holds shards of another build.
+    """
+    settings_path = _record_path(location, "settings")
+    files = storage.list_files(location)
+    manifest = read_manifest(location) if MANIFEST in files else None
+    if manifest is not None:
+        found = {**manifest.get("build", {}), **{name: manifest.get(name) for name in settings if name in manifest}}
+    elif storage.exists(settings_path):
+        found = json.loads(storage.read_bytes(settings_path))
+    elif any(name.endswith(".tar") for name in files):
+        raise UserError(f"{location} holds shards that no build of ours left there: choose an empty --out")
+    else:
+        if not storage.is_remote(location):
+            storage.make_folder(storage.join(location, RECORDS))
+        storage.write_bytes(settings_path, json.dumps(settings).encode())
+        return None
+    changed = [name.removesuffix("_sha256") for name, value in settings.items() if found.get(name) != value]
+    if changed:
+        raise UserError(
+            f"{location} was begun with other settings ({', '.join(changed)} differ): "
+            "choose another --out or delete that folder"
+        )
+    return manifest
+
+
+def _run(tasks: list[Task], location: str, workers: int) -> list[dict[str, Any]]:
+    """The records of all shards in order, building those that are not there yet."""
+    done: dict[str, dict[str, Any]] = {}
+    for name in storage.list_files(storage.join(location, RECORDS)):
+        if name.startswith("shard-"):
+            record = json.loads(storage.read_bytes(storage.join(storage.join(location, RECORDS), name)))
+            done[record["shard"]["name"]] = record
+    todo = [task for task in tasks if task.name not in done]
+    if done:
+        logger.info("%s: %d of %d shards are already there", location, len(done), len(tasks))
+    total, left = (sum(len(task.clips) for task in some) for some in (tasks, todo))
+    workers = min(workers, len(todo), left // MIN_CLIPS_PER_WORKER)
+    with tqdm(desc="building shards", total=total, initial=total - left, unit=" clips", disable=None) as progress:
+        for task, record in _results(todo, workers):
+            done[task.name] = record
+            progress.update(len(task.clips))
+            progress.set_postfix(seconds=round(sum(r["seconds"] for r in done.values())), refresh=False)
+    return [done[task.name] for task in tasks]
+
+
+def _results(tasks: list[Task], workers: int) -> Iterator[tuple[Task, dict[str, Any]]]:
+    if workers <= 1:
+        yield from ((task, build_shard(task)) for task in tasks)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(build_shard, task): task for task in tasks}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "a build worker died (out of memory?); the same command goes on where it stopped"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _manifest(plan: Plan, settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    dropped = Counter(plan.dropped)
+    for record in records:
+        dropped.update(record["dropped"])
+    shards = [record["shard"] for record in records]
+    num_samples = sum(shard["samples"] for shard in shards)
+    if num_samples == 0:
+        raise UserError(f"none of the {len(plan.clips)} clips of {plan.corpus} can be used: {dict(dropped)}")
+    return {
+        "format": FORMAT,
+        "tool_version": __version__,
+        "corpus": plan.corpus,
+        "split": plan.split,
+        "licence": plan.licence,
+        "encoding": settings["encoding"],
+        "sample_rate": settings["sample_rate"],
+        "exclusions": plan.exclusions,
+        "num_samples": num_samples,
+        "num_captions": sum(record["captions"] for record in records),
+        "seconds": round(sum(record["seconds"] for record in records), 3),
+        "dropped": dict(sorted(dropped.items())),
+        "build": {"shard_size": settings["shard_size"], "clips_sha256": settings["clips_sha256"]},
+        "shards": shards,
+    }
+
+
+def _record_path(location: str, name: str) -> str:
+    return storage.join(storage.join(location, RECORDS), f"{name}.json")

@@ -1,0 +1,178 @@
+"""Which clip of which corpus holds which scene, and what is said of it: all of it known before any audio is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from atr_scale.demo.captions import Caption, write_captions
+from atr_scale.demo.scenes import Scene, draw_scene
+
+WAVCAPS_SOURCES = {
+    # folder -> (name in clip ids, share of the corpus, shortest and longest clip in seconds)
+    "AudioSet_SL": ("audioset", 0.35, 10.0, 10.0),
+    "BBC_Sound_Effects": ("bbc", 0.15, 8.0, 25.0),
+    "FreeSound": ("freesound", 0.40, 5.0, 20.0),
+    "SoundBible": ("soundbible", 0.10, 3.5, 9.0),
+}
+_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Clips in each split. The default makes a pretraining run of minutes on two cores."""
+
+    audiocaps_train: int = 1200
+    audiocaps_val: int = 100
+    audiocaps_test: int = 250
+    clotho_development: int = 200
+    clotho_validation: int = 40
+    clotho_evaluation: int = 60
+    wavcaps_train: int = 800
+    shared: int = 8  # WavCaps clips that are also in each of AudioCaps' and Clotho's splits
+
+    def scaled(self, factor: float) -> Sizes:
+        """All sizes times `factor`, at least 4 clips a split and one shared."""
+        return Sizes(**{name: max(1 if name == "shared" else 4, round(n * factor)) for name, n in asdict(self).items()})
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip. `native_id` is the corpus's own: YouTube id, Clotho file name, WavCaps id; `path` is below the root."""
+
+    corpus: str
+    split: str
+    clip_id: str
+    native_id: str
+    path: PurePosixPath
+    scene: Scene
+    captions: tuple[Caption, ...]
+    start_time: int = 0  # AudioCaps: seconds into the video
+    sound_id: str = ""  # Clotho: the Freesound id
+    source: str = ""  # WavCaps: the source's folder
+
+    @property
+    def name(self) -> str:
+        """ "corpus/split"."""
+        return f"{self.corpus}/{self.split}"
+
+
+def plan_clips(seed: int, sizes: Sizes) -> list[Clip]:
+    """All clips of the three corpora. No two have the same content, but for the `shared` ones of WavCaps."""
+    planner = _Planner(seed)
+    clips = [
+        planner.audiocaps(split, i, captions)
+        for split, count, captions in (
+            ("train", sizes.audiocaps_train, 1),
+            ("val", sizes.audiocaps_val, 5),
+            ("test", sizes.audiocaps_test, 5),
+        )
+        for i in range(count)
+    ]
+    clips += [
+        planner.clotho(split, i)
+        for split, count in (
+            ("development", sizes.clotho_development),
+            ("validation", sizes.clotho_validation),
+            ("evaluation", sizes.clotho_evaluation),
+        )
+        for i in range(count)
+    ]
+    twins: dict[str, list[Clip]] = {"AudioSet_SL": [], "FreeSound": []}
+    for name in dict.fromkeys(clip.name for clip in clips):
+        members = [clip for clip in clips if clip.name == name][: sizes.shared]
+        twins["AudioSet_SL" if name.startswith("audiocaps") else "FreeSound"] += members
+    for source, (_, share, *_) in WAVCAPS_SOURCES.items():
+        own = max(1, round(sizes.wavcaps_train * share) - len(twins.get(source, [])))
+        clips += [planner.wavcaps(source, i, twin=None) for i in range(own)]
+        clips += [planner.wavcaps(source, own + i, twin) for i, twin in enumerate(twins.get(source, []))]
+    return clips
+
+
+class _Planner:
+    """Draws clips one by one; each has its own generator, so that a split's clips do not hang on other sizes' draws."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.signatures: set[str] = set()
+        self.ids: set[str] = set()
+
+    def audiocaps(self, split: str, i: int, num_captions: int) -> Clip:
+        rng = self._rng("audiocaps", split, i)
+        youtube_id = self._fresh(lambda: "".join(_ALPHABET[k] for k in rng.integers(len(_ALPHABET), size=11)))
+        scene = self._scene(rng, 10.0)
+        start = 10 * int(rng.integers(30))
+        return Clip(
+            "audiocaps",
+            split,
+            f"audiocaps/{youtube_id}_{start}",
+            youtube_id,
+            PurePosixPath("audiocaps", "audio", split, f"Y{youtube_id}.wav"),
+            scene,
+            tuple(write_captions(rng, scene, num_captions)),
+            start_time=start,
+        )
+
+    def clotho(self, split: str, i: int) -> Clip:
+        rng = self._rng("clotho", split, i)
+        sound_id = self._fresh(lambda: str(rng.integers(1000, 700_000)))
+        scene = self._scene(rng, float(rng.integers(150, 301)) / 10)
+        file_name = f"field recording {split[:3]}.{i + 1:04d}.wav"
+        return Clip(
+            "clotho",
+            split,
+            f"clotho/{file_name}",
+            file_name,
+            PurePosixPath("clotho", split, file_name),
+            scene,
+            tuple(write_captions(rng, scene, 5)),
+            sound_id=sound_id,
+        )
+
+    def wavcaps(self, source: str, i: int, twin: Clip | None) -> Clip:
+        rng = self._rng("wavcaps", source, i)
+        name, _, shortest, longest = WAVCAPS_SOURCES[source]
+        if twin is not None:
+            scene = twin.scene
+            native_id = f"Y{twin.native_id}.wav" if source == "AudioSet_SL" else twin.sound_id
+        else:
+            scene = self._scene(rng, round(float(rng.uniform(shortest, longest)), 1))
+            if source == "AudioSet_SL":
+                letters = self._fresh(lambda: "".join(_ALPHABET[k] for k in rng.integers(len(_ALPHABET), size=11)))
+                native_id = f"Y{letters}.wav"
+            elif source == "BBC_Sound_Effects":
+                native_id = f"07{i:06d}"
+            else:
+                native_id = self._fresh(lambda: str(rng.integers(1000, 700_000)))
+        stem = native_id.removesuffix(".wav")
+        return Clip(
+            "wavcaps",
+            "train",
+            f"wavcaps/{name}/{stem}",
+            native_id,
+            PurePosixPath("wavcaps", "Waveforms", source, f"{stem}.flac"),
+            scene,
+            tuple(write_captions(rng, scene, 1)),
+            source=source,
+        )
+
+    def _rng(self, *names: str | int) -> np.random.Generator:
+        words = [int.from_bytes(str(name).encode(), "big") % 2**63 for name in names]
+        return np.random.default_rng([self.seed, *words])
+
+    def _scene(self, rng: np.random.Generator, seconds: float) -> Scene:
+        scene = draw_scene(rng, seconds)
+        while scene.signature in self.signatures:
+            scene = draw_scene(rng, seconds)
+        self.signatures.add(scene.signature)
+        return scene
+
+    def _fresh(self, draw: Callable[[], str]) -> str:
+        new = draw()
+        while new in self.ids:
+            new = draw()
+        self.ids.add(new)
+        return new

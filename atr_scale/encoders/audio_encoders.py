@@ -1,0 +1,36 @@
+"""The audio encoders by name. A new one is one file, one line here and one golden test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from atr_scale.encoders.atst import ATSTFrame
+from atr_scale.encoders.audio import AudioEncoder
+from atr_scale.encoders.clap import CLAP
+from atr_scale.encoders.htsat import HTSAT
+from atr_scale.encoders.mobilenet import MobileNet
+from atr_scale.encoders.panns import Cnn14, ResNet38
+from atr_scale.encoders.passt import PaSST
+from atr_scale.encoders.small_cnn import SmallCNN
+
+AUDIO_ENCODERS: dict[str, Callable[[], AudioEncoder]] = {
+    "cnn14": Cnn14,
+    "resnet38": ResNet38,
+    "htsat": HTSAT,
+    "clap": CLAP,
+    "clap_base": partial(CLAP, embed_dim=128, depths=(2, 2, 12, 2)),
+    "passt_s16": partial(PaSST, stride=16),
+    "passt_s10": partial(PaSST, stride=10),
+    "atst_frame": ATSTFrame,
+    "mn04": partial(MobileNet, width=0.4),
+    "mn10": partial(MobileNet, width=1.0),
+    "mn40": partial(MobileNet, width=4.0),
+    "small_cnn": SmallCNN,
+    "tiny_cnn14": partial(Cnn14, channels=(8, 16, 24, 32, 48, 64)),
+    "tiny_resnet38": partial(ResNet38, channels=(8, 16, 24, 32, 64)),
+    "tiny_htsat": partial(HTSAT, embed_dim=16, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8)),
+    "tiny_clap": partial(CLAP, embed_dim=16, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8)),
+    "tiny_passt": partial(PaSST, stride=16, dim=64, depth=2, heads=2),
+    "tiny_atst": partial(ATSTFrame, dim=64, depth=2, heads=2),
+}

@@ -1,0 +1,1 @@
+"""Original checkpoints: their layouts, reading them without running code from them, loading them strictly."""

@@ -1,0 +1,117 @@
+"""Checkpoint files, read without running code from them.
+
+Training scripts save learning rates as NumPy scalars, samplers as NumPy arrays, settings as namespaces, and Lightning
+files its callbacks by their classes. Nothing of this is needed: each such name is read as an inert object, so that
+neither NumPy nor Lightning is called, or has to be installed. Every other name in a file is refused by torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atr_scale.errors import UserError
+
+TRANSFORMERS_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+INERT = (
+    # NumPy 1 and 2 write the same objects under different names.
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "argparse.Namespace",
+    # Before version 1.6 Lightning kept a callback's state under its class.
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
+)
+# A dict with dots for brackets; torch fills nothing but true dicts.
+DICTS = ("pytorch_lightning.utilities.parsing.AttributeDict",)
+
+
+class Inert:
+    """Takes whatever is said of an object, and forgets it."""
+
+    def __new__(cls, *args: object) -> Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+@contextmanager
+def safe_types() -> Iterator[None]:
+    """Within it `torch.load(weights_only=True)` reads the names above, and nothing that others have declared safe."""
+    others = torch.serialization.get_safe_globals()
+    known: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(Inert, name) for name in INERT]
+    known += [(dict, name) for name in DICTS]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(known)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What torch.save wrote to `path`, or the weights of a transformers folder; UserError where it is neither.
+
+    Tensors stay on disk until they are used, where the file's format allows.
+    """
+    path = Path(path)
+    if path.is_dir():
+        candidates = [path / name for name in TRANSFORMERS_WEIGHTS if (path / name).is_file()]
+        if not candidates:
+            raise UserError(f"{path} is a folder without {' or '.join(TRANSFORMERS_WEIGHTS)}: give the checkpoint file")
+        path = candidates[0]
+    try:
+        contents = _read_shards(path) if path.suffix == ".json" else _read_file(path)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0].split(". ")[0]
+        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it holds {unsafe[1]}"
+        raise UserError(
+            f"{path} is no checkpoint of plain tensors ({reason}): give the original weights file"
+        ) from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} does not hold named tensors: give the original weights file of the encoder")
+    return contents
+
+
+def _read_file(path: Path) -> Any:
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}: check the path")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    # Files of torch before 1.6 are no archives and cannot be mapped.
+    mapped = zipfile.is_zipfile(path)
+    with safe_types():
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """All tensors of the files that a transformers index names."""
+    contents: dict[str, Any] = {}
+    for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+        contents |= _read_file(index.parent / name)
+    return contents

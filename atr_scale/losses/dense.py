@@ -1,0 +1,150 @@
+"""The objectives as readable formulas on whole matrices: the reference that everything faster is tested against.
+
+`scores` is [texts, audios] (rows i, columns j), any float dtype; narrow ones are widened to fp32. "t2a" asks with a
+text and takes its softmax over audios (along a row); "a2t" asks with an audio and takes it over texts (along a column).
+Every function returns a scalar, the mean of the two directions.
+
+Several positives: the target is the positives mask [texts, audios], normalised per row for t2a and per column for a2t.
+A query without a positive adds nothing to the mean.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from atr_scale.errors import UserError
+from atr_scale.score_block import at_least_fp32
+
+
+def nt_xent(scores: Tensor, temperature: float | Tensor, positives: Tensor | None = None) -> Tensor:
+    """NT-Xent / InfoNCE (van den Oord et al. 2018; as used in arXiv 2303.05681, eq. 3), logits scores / temperature.
+
+    positives: [texts, audios] bool, default the diagonal.
+    """
+    logits, targets = at_least_fp32(scores) / temperature, _targets(scores, positives)
+    return _both(_cross_entropy(logits, targets, 1), _cross_entropy(logits, targets, 0))
+
+
+def pmr(
+    scores: Tensor,
+    temperature: float | Tensor,
+    omega: float,
+    positives: Tensor | None = None,
+    detach_prior: bool = False,
+    scale_by_batch: bool = False,
+) -> Tensor:
+    """Prior-matrix-revised loss (arXiv 2303.05681, eq. 12-14): logits scores * prior / temperature.
+
+    The prior of t2a is the softmax over *texts* of omega * scores (of a2t: over audios), so that a pair counts only
+    where both directions agree. The equations as printed index the prior along its own loss' axis, which makes it
+    constant there; the text of section 3.2 and CAMoE's dual softmax (arXiv 2109.04290) fix the axis used here.
+    detach_prior: no gradient through the prior. scale_by_batch: the prior times the number of its candidates, as in
+    CAMoE, so that a uniform prior leaves the scores as they are.
+    """
+    scores = at_least_fp32(scores)
+    over_texts, over_audios = (omega * scores).softmax(0), (omega * scores).softmax(1)
+    if detach_prior:
+        over_texts, over_audios = over_texts.detach(), over_audios.detach()
+    if scale_by_batch:
+        over_texts, over_audios = over_texts * scores.shape[0], over_audios * scores.shape[1]
+    targets = _targets(scores, positives)
+    return _both(
+        _cross_entropy(scores * over_texts / temperature, targets, 1),
+        _cross_entropy(scores * over_audios / temperature, targets, 0),
+    )
+
+
+def distillation(scores: Tensor, teacher_scores: Tensor, temperature: float | Tensor) -> Tensor:
+    """Soft cross-entropy against estimated correspondences (arXiv 2408.11641): targets softmax(teacher / temperature).
+
+    teacher_scores: [texts, audios], for an ensemble the mean of its members' cosines; constant (no gradient).
+    """
+    logits = at_least_fp32(scores) / temperature
+    teacher = at_least_fp32(teacher_scores.detach()) / _constant(temperature)
+    return _both(
+        _soft_cross_entropy(logits, teacher.softmax(1), 1),
+        _soft_cross_entropy(logits, teacher.softmax(0), 0),
+    )
+
+
+def cmsc(
+    scores: Tensor,
+    text_scores: Tensor,
+    audio_scores: Tensor,
+    temperature: float | Tensor,
+    beta: float,
+    target_temperature: float | Tensor,
+    positives: Tensor | None = None,
+    mode: Literal["each", "add"] = "each",
+) -> Tensor:
+    """Cross-modal similarity consistency (arXiv 2403.10146): the joint soft-supervision term alone, as KL divergence.
+
+    text_scores [texts, texts], audio_scores [audios, audios]: cosines inside a modality, constant (no gradient).
+    Targets are (1 - beta) * positives + beta * softmax(intra-modal cosines / target_temperature): text similarities
+    for t2a and audio similarities for a2t (mode "each"), or their mean for both ("add"). Needs as many texts as audios.
+    """
+    if scores.shape[0] != scores.shape[1]:
+        raise UserError(f"cmsc needs as many texts as audios, got scores {list(scores.shape)}")
+    logits = at_least_fp32(scores) / temperature
+    hard = _targets(scores, positives).to(logits.dtype)
+    text_scores, audio_scores = (at_least_fp32(x.detach()) for x in (text_scores, audio_scores))
+    if mode == "add":
+        text_scores = audio_scores = (text_scores + audio_scores) / 2
+    terms = []
+    for dim, intra in ((1, text_scores), (0, audio_scores)):
+        soft = (intra / _constant(target_temperature)).softmax(dim)
+        target = (1 - beta) * _normalised(hard, dim) + beta * soft
+        entropy = -torch.xlogy(target, target).sum(dim).mean()
+        terms.append(_soft_cross_entropy(logits, target, dim) - entropy)
+    return _both(*terms)
+
+
+def intra_modal(scores: Tensor, temperature: float | Tensor, same: Tensor | None = None) -> Tensor:
+    """Contrast inside one modality (L_IntraC of arXiv 2403.10146): every sample is its own only positive.
+
+    scores: [N, N] cosines of one modality. same: [N, N] bool, pairs of one clip, left out of the negatives.
+    """
+    logits = at_least_fp32(scores) / temperature
+    itself = torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
+    if same is not None:
+        logits = logits.masked_fill(same & ~itself, -torch.inf)
+    return _both(_cross_entropy(logits, itself, 1), _cross_entropy(logits, itself, 0))
+
+
+def _targets(scores: Tensor, positives: Tensor | None) -> Tensor:
+    if positives is None:
+        if scores.shape[0] != scores.shape[1]:
+            raise UserError(f"scores {list(scores.shape)} do not pair by position: give positives=...")
+        return torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
+    if positives.shape != scores.shape:
+        raise UserError(f"positives {list(positives.shape)} and scores {list(scores.shape)} differ in shape")
+    return positives.bool()
+
+
+def _normalised(mask: Tensor, dim: int) -> Tensor:
+    """Rows (dim 1) or columns (dim 0) that sum to one, or to zero where there is no positive."""
+    count = mask.sum(dim, keepdim=True)
+    return mask / count.clamp(min=1)
+
+
+def _cross_entropy(logits: Tensor, positives: Tensor, dim: int) -> Tensor:
+    """Mean over queries of minus the mean log-probability of their positives."""
+    log_probability = logits.log_softmax(dim)
+    # where() and not a product: logits of masked-out pairs are -inf, and 0 * -inf is not 0.
+    chosen = torch.where(positives, log_probability, torch.zeros_like(log_probability))
+    return -(chosen.sum(dim) / positives.sum(dim).clamp(min=1)).mean()
+
+
+def _soft_cross_entropy(logits: Tensor, target: Tensor, dim: int) -> Tensor:
+    return -(target * logits.log_softmax(dim)).sum(dim).mean()
+
+
+def _both(t2a: Tensor, a2t: Tensor) -> Tensor:
+    return (t2a + a2t) / 2
+
+
+def _constant(value: float | Tensor) -> float | Tensor:
+    return value.detach() if isinstance(value, Tensor) else value

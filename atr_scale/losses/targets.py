@@ -1,0 +1,109 @@
+"""Which pairs are positives, from stable ids and never from positions.
+
+Shape suffixes: B texts of the global batch, b audios of this rank, k id columns, P positive pairs of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atr_scale.errors import UserError
+from atr_scale.score_block import ScoreBlock
+
+Ids = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Some pairs of a score block, each once, sorted by column: rows and (local) columns, [P] int64."""
+
+    rows: Tensor
+    columns: Tensor
+
+    @staticmethod
+    def agreeing(block: ScoreBlock, ids: Ids) -> Pairs:
+        """Pairs where any id column agrees: `ids` = (of rows [B, k], of columns [b, k]) int64."""
+        rows, columns = ids
+        shapes = (rows.ndim, columns.ndim, rows.shape[0], columns.shape[0], rows.shape[-1])
+        if shapes != (2, 2, *block.shape, columns.shape[-1]):
+            raise UserError(
+                f"positives need text ids [{block.shape[0]}, k] and audio ids [{block.shape[1]}, k], "
+                f"got {list(rows.shape)} and {list(columns.shape)}"
+            )
+        joined = torch.cat([_join(rows[:, c].contiguous(), columns[:, c].contiguous()) for c in range(rows.shape[1])])
+        # One number a pair, column first: unique sorts by column and drops pairs that agree in several ids.
+        pair = torch.unique(joined[:, 1] * block.shape[0] + joined[:, 0])
+        return Pairs(pair % block.shape[0], pair // block.shape[0])
+
+    @staticmethod
+    def by_position(block: ScoreBlock) -> Pairs:
+        """Row i with column i of the global batch."""
+        if block.shape[0] != block.num_columns:
+            raise UserError(
+                f"{block.shape[0]} texts and {block.num_columns} audios do not pair by position: give positives=..."
+            )
+        columns = torch.arange(block.shape[1], device=block.device)
+        return Pairs(columns + block.offset, columns)
+
+    def within(self, stripe: slice) -> tuple[Tensor, Tensor]:
+        """(row, column inside the stripe) of the pairs that lie in a stripe of columns."""
+        bounds = torch.tensor([stripe.start, stripe.stop], device=self.columns.device)
+        first, last = torch.searchsorted(self.columns, bounds).tolist()
+        return self.rows[first:last], self.columns[first:last] - stripe.start
+
+    def beside_itself(self, block: ScoreBlock) -> Pairs:
+        """The pairs of two different samples, in a block of samples against themselves."""
+        different = self.rows != self.columns + block.offset
+        return Pairs(self.rows[different], self.columns[different])
+
+
+@dataclass(frozen=True)
+class Positives(Pairs):
+    """The positive pairs of a score block.
+
+    row_weight:     [B] float64, 1 / number of positives of a text over all ranks (0 where it has none).
+    column_weight:  [b] float64, the same for an audio.
+    """
+
+    row_weight: Tensor
+    column_weight: Tensor
+
+    @staticmethod
+    def of(block: ScoreBlock, ids: Ids | None = None) -> Positives:
+        """Positives where any id column agrees: `ids` = (text [B, k], audio [b, k]) int64.
+
+        Without ids, text i belongs to audio i of the global batch.
+        """
+        pairs = Pairs.by_position(block) if ids is None else Pairs.agreeing(block, ids)
+        row_count = block.sum(torch.bincount(pairs.rows, minlength=block.shape[0]).double())
+        column_count = torch.bincount(pairs.columns, minlength=block.shape[1]).double()
+        return Positives(pairs.rows, pairs.columns, _reciprocal(row_count), _reciprocal(column_count))
+
+    @staticmethod
+    def none(block: ScoreBlock) -> Positives:
+        """No positives at all."""
+        nothing = torch.empty(0, dtype=torch.int64, device=block.device)
+        rows, columns = (torch.zeros(size, dtype=torch.float64, device=block.device) for size in block.shape)
+        return Positives(nothing, nothing, rows, columns)
+
+
+def positives_mask(text_ids: Tensor, audio_ids: Tensor) -> Tensor:
+    """[B, b] bool from ids [B, k] and [b, k]: True where any id column agrees. For the dense formulas."""
+    return (text_ids[:, None, :] == audio_ids[None, :, :]).any(-1)
+
+
+def _join(left: Tensor, right: Tensor) -> Tensor:
+    """All (i, j) with left[i] == right[j] as [pairs, 2], without comparing every pair."""
+    ordered, order = torch.sort(right)
+    first = torch.searchsorted(ordered, left)
+    count = torch.searchsorted(ordered, left, right=True) - first
+    i = torch.repeat_interleave(torch.arange(len(left), device=left.device), count)
+    within = torch.arange(len(i), device=left.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    return torch.stack([i, order[first[i] + within]], 1)
+
+
+def _reciprocal(count: Tensor) -> Tensor:
+    return torch.where(count > 0, 1 / count.clamp(min=1), torch.zeros_like(count))

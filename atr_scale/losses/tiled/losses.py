@@ -1,0 +1,74 @@
+"""NT-Xent, distillation, CMSC and intra-modal contrast: one cross-entropy, told apart by its targets.
+
+Shape suffixes: B texts of the global batch, b audios of this rank, k id columns.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from atr_scale.errors import UserError
+from atr_scale.losses.targets import Ids, Pairs, Positives
+from atr_scale.losses.tiled.soft_cross_entropy import Logits, Targets, soft_cross_entropy
+from atr_scale.score_block import ScoreBlock
+
+
+def nt_xent(block: ScoreBlock, temperature: float | Tensor, positives: Ids | None = None) -> Tensor:
+    """`dense.nt_xent` on a score block.
+
+    positives: (text ids [B, k], audio ids [b, k]) int64; a pair is positive where any column agrees.
+    """
+    return soft_cross_entropy(block, temperature, Targets(Positives.of(block, positives)))
+
+
+def distillation(block: ScoreBlock, teacher_block: ScoreBlock, temperature: float | Tensor) -> Tensor:
+    """`dense.distillation` on a score block and its teacher's block of the same shape, constant (no gradient).
+
+    An ensemble's mean cosine is one `EmbeddingScores`: its members' unit vectors, each times the root of its weight,
+    joined along their width.
+    """
+    _same_shape(block, "teacher_block", teacher_block)
+    teacher = (Logits.of(temperature, teacher_block),)
+    return soft_cross_entropy(block, temperature, Targets(Positives.none(block), beta=1.0, teacher=teacher))
+
+
+def cmsc(
+    block: ScoreBlock,
+    text_block: ScoreBlock,
+    audio_block: ScoreBlock,
+    temperature: float | Tensor,
+    beta: float,
+    target_temperature: float | Tensor,
+    positives: Ids | None = None,
+    mode: Literal["each", "add"] = "each",
+) -> Tensor:
+    """`dense.cmsc` on score blocks; text_block: all texts x this rank's, audio_block: all audios x this rank's."""
+    if block.shape[0] != block.num_columns:
+        raise UserError(f"cmsc needs as many texts as audios, got scores {[block.shape[0], block.num_columns]}")
+    _same_shape(block, "text_block", text_block)
+    _same_shape(block, "audio_block", audio_block)
+    if mode == "add":
+        teacher: tuple[Logits, ...] = (Logits.of(target_temperature, text_block, audio_block),)
+    else:
+        teacher = (Logits.of(target_temperature, text_block), Logits.of(target_temperature, audio_block))
+    targets = Targets(Positives.of(block, positives), beta=beta, teacher=teacher, divergence=True)
+    return soft_cross_entropy(block, temperature, targets)
+
+
+def intra_modal(block: ScoreBlock, temperature: float | Tensor, same: Ids | None = None) -> Tensor:
+    """`dense.intra_modal` on a block of one modality's samples: all of the global batch x this rank's.
+
+    same: (ids [B, k] of all samples, ids [b, k] of this rank's) int64; pairs that agree in any column are left out of
+    the negatives. With `ModalityScores` the gradient is complete on the rank.
+    """
+    if block.shape[0] != block.num_columns:
+        raise UserError(f"intra_modal needs samples against themselves, got {[block.shape[0], block.num_columns]}")
+    excluded = None if same is None else Pairs.agreeing(block, same).beside_itself(block)
+    return soft_cross_entropy(block, temperature, Targets(Positives.of(block), excluded=excluded))
+
+
+def _same_shape(block: ScoreBlock, name: str, other: ScoreBlock) -> None:
+    if other.shape != block.shape:
+        raise UserError(f"{name} is {list(other.shape)} and the scores are {list(block.shape)}: they must agree")

@@ -1,0 +1,117 @@
+"""What a run is made of: schedule, place among ranks, frozen encoders, batch sizes, configuration drift."""
+
+from __future__ import annotations
+
+import os
+import socket
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from atr_scale.distributed.start import Place, distributed
+from atr_scale.errors import UserError
+from atr_scale.model import Retriever
+from atr_scale.planner.dry_run import plan
+from atr_scale.training.checks import check_batch_size, differences
+from atr_scale.training.param_groups import freeze
+from atr_scale.training.schedule import learning_rate
+from tests.tiny_run import tiny_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+def test_schedule_warms_up_to_the_peak_and_ends_at_the_floor() -> None:
+    rates = [learning_rate(step, peak=2.0, warmup_steps=4, steps=20, floor=0.1) for step in range(20)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4] == 2.0 and rates[-1] == pytest.approx(0.2)
+    assert all(a > b for a, b in pairwise(rates[4:]))
+    middle = learning_rate(4, peak=2.0, warmup_steps=0, steps=9, floor=0.1)
+    assert middle == pytest.approx(2.0 * (0.1 + 0.9 / 2))
+    assert learning_rate(0, peak=1.0, warmup_steps=0, steps=1, floor=0.1) == 1.0
+
+
+def test_place_under_each_launcher() -> None:
+    assert Place.find({}).world_size == 1
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+    assert Place.find(torchrun) == Place(3, 4, 1, "a", 7)
+    srun = {"SLURM_PROCID": "2", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2", "MASTER_ADDR": "b", "MASTER_PORT": "8"}
+    assert Place.find(srun) == Place(2, 8, 2, "b", 8)
+    assert Place.find({**srun, **torchrun}) == Place(3, 4, 1, "a", 7)  # torchrun inside srun
+    with pytest.raises(UserError, match="MASTER_ADDR is not set"):
+        Place.find({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"})
+    with pytest.raises(UserError, match="no number"):
+        Place.find({**torchrun, "RANK": "first"})
+
+
+def test_a_learning_rate_of_zero_freezes(folder: Path) -> None:
+    """No gradients and no dropout in that encoder, and less memory in the plan."""
+    config = tiny_config(folder, folder / "run", lr_text=0.0)
+    model = Retriever(config.model, config.objective)
+    assert model.parameter_groups()["text"]
+    freeze(model, config.train)
+    groups = model.parameter_groups()
+    assert not groups["text"] and groups["audio"] and groups["heads"]
+    model.train()
+    assert model.audio_encoder.training and not model.text_encoder.training
+    assert "text 0.00 M" in plan(config, 1)
+
+
+def test_plan_counts_what_each_stage_splits(folder: Path) -> None:
+    sizes = {
+        stage: float(plan(tiny_config(folder, folder / "run", zero_stage=stage), 4).split("memory")[1].split()[0])
+        for stage in (0, 1, 2, 3)
+    }
+    # Four values a parameter: parameter, gradient, two moments; 1, 2 and 3 split 2, 3 and 4 of them over 4 ranks.
+    for stage, share in ((1, 2.5 / 4), (2, 1.75 / 4), (3, 1 / 4)):
+        assert sizes[stage] == pytest.approx(sizes[0] * share, abs=0.006)
+
+
+def test_batch_sizes_that_do_not_divide(folder: Path) -> None:
+    config = tiny_config(folder, folder / "run")
+    check_batch_size(config, 4)
+    with pytest.raises(UserError, match="does not divide among 5 ranks: set it to a multiple, for example 15"):
+        check_batch_size(config, 5)
+    for micro, ranks in ((3, 4), (3, 2), (1, 1), (12, 1)):
+        config.train.micro_batch_size = micro
+        check_batch_size(config, ranks)
+    config.train.micro_batch_size = 5
+    with pytest.raises(UserError, match=r"= 5 does not divide .* 6 on 2 ranks: set it to 3, or to null"):
+        check_batch_size(config, 2)
+    with pytest.raises(UserError, match="3 on 4 ranks: set it to 3"):
+        check_batch_size(config, 4)
+    config.train.micro_batch_size, config.model.audio.batch_norm = 3, "local"
+    check_batch_size(config, 4)
+    with pytest.raises(UserError, match=r"batch_norm is local, but train.micro_batch_size = 3 cuts a rank's 6 pairs"):
+        check_batch_size(config, 2)
+
+
+def test_drift_names_keys_and_leaves_the_free_ones(folder: Path) -> None:
+    saved = tiny_config(folder, folder / "run").model_dump(mode="json")
+    now = tiny_config(folder, folder / "elsewhere", lr=5e-4, log_every=7).model_dump(mode="json")
+    now["data"]["workers"] = 3
+    now["model"]["projection"]["kind"] = "mlp"
+    assert differences(saved, now) == ["model.projection.kind was linear, now mlp", "train.lr was 0.001, now 0.0005"]
+
+
+def test_one_process_leaves_the_environment_as_it_was() -> None:
+    """A launcher started from this process later must not take its numbers for its own."""
+    before = dict(os.environ)
+    with distributed() as (world, device):
+        assert (world.rank, world.size, device.type in ("cpu", "cuda")) == (0, 1, True)
+        assert os.environ["WORLD_SIZE"] == "1"
+    assert dict(os.environ) == before
+
+
+def test_ranks_that_cannot_meet_say_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UserError, match=f"127.0.0.1:{port} .* set MASTER_PORT to a free port"), distributed():
+            pass
