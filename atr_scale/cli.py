@@ -10,14 +10,31 @@ from typing import Annotated
 import typer
 
 from atr_scale.errors import UserError
+from atr_scale.version import __version__
 
 app = typer.Typer(
     name="atr-scale",
-    help="Distributed large-scale pretraining for audio-text retrieval.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"atr-scale {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Distributed large-scale pretraining for audio-text retrieval."""
+
+
 shards_app = typer.Typer(help="Build and check WebDataset shards.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(shards_app, name="shards")
 
@@ -235,6 +252,7 @@ def evaluate(
     precision: Annotated[
         str | None, typer.Option(help="fp32 or bf16, of the products that rank; the ranks are exact with either")
     ] = None,
+    plugins: Annotated[list[str] | None, typer.Option(help="module that the model needs; repeatable")] = None,
 ) -> None:
     """Measure a trained model on a split: retrieval both ways, for labelled sets also zero-shot classification.
 
@@ -255,6 +273,7 @@ def evaluate(
             rerank_top=rerank,
             candidates=candidates,
             precision=precision,
+            plugins=plugins or (),
             world=world,
             device=device,
         )

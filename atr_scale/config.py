@@ -175,6 +175,11 @@ class EvaluationSection(Section):
     batch_size: Count = 32
     class_prompt: str = Field("the sound of {label}", description="caption of a class, for labelled sets")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of products; ranks and lists are exact with either")
+    select: str | None = Field(
+        None,
+        description="metric that makes a checkpoint the best, SET/METRIC if data.validation names several sets; "
+        "default: t2a/mAP@10 of the first set, class/mAP@10 if it is labelled",
+    )
 
     @model_validator(mode="after")
     def prompt_names_label(self) -> EvaluationSection:

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -21,9 +18,7 @@ from atr_scale.config import (
     ModelSection,
     ObjectiveSection,
     ProjectionSection,
-    RunConfig,
     TemperatureSection,
-    load_config,
 )
 from atr_scale.distributed.world import World
 from atr_scale.encoders import TextEncoder, TokenSequence, build_audio_encoder, build_text_encoder
@@ -35,7 +30,6 @@ from atr_scale.scorers import build_scorer
 from atr_scale.scorers.cosine import mean as mean_over_frames
 from atr_scale.teachers.tables import Correspondences
 
-WEIGHTS = "model.safetensors"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -173,58 +167,8 @@ class Retriever(nn.Module):
         return groups
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str) -> None:
-    """Load `weights` strictly. Raises UserError naming the first keys that do not fit."""
-    own = model.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in weights]
-    wrong += [f"unexpected {k}" for k in weights if k not in own]
-    wrong += [
-        f"{k} is {list(weights[k].shape)}, this model has {list(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
-    ]
-    if wrong:
-        raise UserError(
-            f"{place} is a checkpoint of another model ({_some(wrong)}): use the configuration it was trained with"
-        )
-    model.load_state_dict(weights)
-
-
-def read_weights(location: str | Path) -> dict[str, Tensor]:
-    """The weights of a run folder (its best checkpoint, else its latest) or of one checkpoint folder."""
-    path = find_checkpoint(location) / WEIGHTS
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): give another checkpoint") from None
-
-
-def find_checkpoint(location: str | Path) -> Path:
-    """The folder that holds the weights of a run (best, else latest) or of a checkpoint. UserError where none does."""
-    location = Path(location)
-    for folder in (location, location / "best", location / "latest"):
-        if (folder / WEIGHTS).is_file():
-            return folder.resolve()
-    raise UserError(f"no checkpoint at {location}: give a run folder or one of its checkpoints/step-N")
-
-
-def load_retriever(location: str | Path) -> tuple[Retriever, RunConfig, Path]:
-    """A trained model with its configuration and the folder it came from. UserError where it cannot be loaded."""
-    folder = find_checkpoint(location)
-    config = load_config(folder / "config.resolved.yaml")
-    config.model.audio.checkpoint = None  # its weights are in the checkpoint
-    model = Retriever(config.model, config.objective)
-    load_weights(model, read_weights(folder), str(folder))
-    return model, config, folder
-
-
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
-
-
-def _some(items: list[str], limit: int = 3) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return "; ".join(items[:limit]) + more
 
 
 def _temperature(section: TemperatureSection) -> Temperature:

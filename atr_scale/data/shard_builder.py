@@ -25,7 +25,6 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from atr_scale import __version__
 from atr_scale.data import storage
 from atr_scale.data.corpora import CORPORA, Clip
 from atr_scale.data.decode import MAX_RATE, MIN_RATE, decode, probe
@@ -34,6 +33,7 @@ from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_check import check
 from atr_scale.data.shard_reader import FORMAT, MANIFEST, read_manifest, scan_shard
 from atr_scale.errors import UserError
+from atr_scale.version import __version__
 
 __all__ = ["ENCODINGS", "build", "check"]
 

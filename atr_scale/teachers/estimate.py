@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import atr_scale
 from atr_scale import plots
 from atr_scale.batch import stable_id
+from atr_scale.checkpoint import WEIGHTS, find_checkpoint, load_retriever
 from atr_scale.data import storage
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.tokenizer import caption_tokenizer
@@ -30,8 +30,8 @@ from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import embed
 from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
 from atr_scale.evaluation.score import score
-from atr_scale.model import WEIGHTS, find_checkpoint, load_retriever
 from atr_scale.teachers.tables import Correspondences, Table, joined_vectors, shards_checksum
+from atr_scale.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def _metadata(folder: Path, shards: ShardSet) -> dict[str, str]:
         "weights_sha256": weights,
         "shards": shards.location,
         "shards_sha256": shards_checksum(shards),
-        "atr_scale": atr_scale.__version__,
+        "atr_scale": __version__,
     }
 
 

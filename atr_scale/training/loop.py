@@ -21,7 +21,7 @@ import torch
 
 from atr_scale import checkpoint
 from atr_scale.batch import Batch
-from atr_scale.config import RunConfig, load_config
+from atr_scale.config import RunConfig
 from atr_scale.data.decode import Crop, decode
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.stream import describe, read_batches
@@ -30,7 +30,8 @@ from atr_scale.distributed.start import distributed
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
-from atr_scale.model import Retriever, count_parameters, load_weights, read_weights
+from atr_scale.evaluation.selection import check_selection, selection_score
+from atr_scale.model import Retriever, count_parameters
 from atr_scale.training.checks import (
     check_batch_size,
     check_run_folder,
@@ -49,8 +50,6 @@ from atr_scale.training.schedule import learning_rate, seeds
 logger = logging.getLogger(__name__)
 
 DROP_GRACE = 10_000  # samples before the drop rate is judged: one bad file must not end a short run
-# The metric that makes a checkpoint the best; in a labelled set captions are shared, so classes are what is asked for.
-SELECTIONS = ("class/mAP@10", "t2a/mAP@10")
 SHOWN = ("t2a/R@1", "t2a/mAP@10", "a2t/R@1", "zero_shot/accuracy")
 PREEMPTED = "preempted"
 
@@ -62,6 +61,7 @@ class Progress:
     step: int = 0
     samples_seen: int = 0
     best: float = -math.inf
+    best_metric: str | None = None  # evaluation.select, of which `best` is the highest so far
     skipped_steps: int = 0
     fp16_overflows: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -83,12 +83,10 @@ class Training:
         check_run_folder(self.run_dir)
         self.stop = PreemptionFlag()
         self.tokenizer = caption_tokenizer(config)
-        self.validation = open_shards(config.data.validation) if config.data.validation else None
-        torch.manual_seed(config.run.seed)  # the same new weights on every rank
-        model = Retriever(config.model, config.objective)
+        self.validation = {name: open_shards(place) for name, place in config.data.validation_sets.items()}
+        check_selection(config.evaluation.select, list(self.validation))
         resume_from = self._find_checkpoint()
-        if resume_from is None and config.train.initial_checkpoint:
-            load_weights(model, read_weights(config.train.initial_checkpoint), config.train.initial_checkpoint)
+        model = self._build(resume_from)
         freeze(model, config.train)
         self.stream = training_stream(config, self.tokenizer, model.sample_rate, world)
         model.teacher = read_teacher(config, self.stream.sources)
@@ -243,40 +241,46 @@ class Training:
         self._since_log.dropped = Counter()
 
     def _validate(self) -> bool:
-        """Evaluate; whether this is the best step so far."""
-        if self.validation is None:
+        """Evaluate every set of data.validation; whether this is the best step so far."""
+        if not self.validation:
             return False
         start = time.perf_counter()
-        step = self.progress.step
+        found = {name: self._evaluate(name, shards) for name, shards in self.validation.items()}
+        # The speed that is logged is training's own.
+        self._since_log.start += time.perf_counter() - start
+        score = selection_score(found, self.config.evaluation.select)
+        if score <= self.progress.best:
+            return False
+        self.progress.best, self.progress.best_metric = score, self.config.evaluation.select
+        return True
+
+    def _evaluate(self, name: str, shards: ShardSet) -> dict[str, float]:
+        """Metrics of one validation set, logged under its name."""
+        start, step = time.perf_counter(), self.progress.step
         evaluation = evaluate(
             self.engine.model,
-            self.validation,
+            shards,
             self.config,
-            split="validation",
+            split=name,
             step=step,
             world=self.world,
             device=self.device,
             tokenizer=self.tokenizer,
             lockstep=self.config.train.zero_stage == 3,
         )
-        self.monitor.evaluation(step, "validation", evaluation.metrics)
+        self.monitor.evaluation(step, name, evaluation.metrics)
         for result in evaluation.results:
             self.monitor.heatmap(step, result.excerpt, result.excerpt_names, result.split)
         if evaluation.results:
-            self.monitor.retrieved(step, players(evaluation, self.validation))
+            self.monitor.retrieved(step, players(evaluation, shards), name)
             logger.info(
-                "step %d: validation %s (%.0f s)",
+                "step %d: %s %s (%.0f s)",
                 step,
-                ", ".join(f"{name} {evaluation.metrics[name]:.3f}" for name in SHOWN if name in evaluation.metrics),
+                name,
+                ", ".join(f"{key} {evaluation.metrics[key]:.3f}" for key in SHOWN if key in evaluation.metrics),
                 time.perf_counter() - start,
             )
-        # The speed that is logged is training's own.
-        self._since_log.start += time.perf_counter() - start
-        score = next(evaluation.metrics[name] for name in SELECTIONS if name in evaluation.metrics)
-        if score <= self.progress.best:
-            return False
-        self.progress.best = score
-        return True
+        return evaluation.metrics
 
     def _save(self, best: bool) -> None:
         start = time.perf_counter()
@@ -298,12 +302,24 @@ class Training:
                 self.progress.step, self.steps,
             )  # fmt: skip
 
+    def _build(self, resume_from: Path | None) -> Retriever:
+        """The model with its first weights, the same on every rank: those of a checkpoint, else pretrained and new."""
+        config, start = self.config, resume_from
+        if resume_from is not None:
+            self._check_configuration(resume_from)
+        elif config.train.initial_checkpoint:
+            start = checkpoint.find_checkpoint(config.train.initial_checkpoint)
+        torch.manual_seed(config.run.seed)
+        if start is None:
+            return Retriever(config.model, config.objective)
+        return checkpoint.build_retriever(config, start)
+
     def _find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, decided by the main rank for all."""
         found: Path | UserError | None = None
         if self.world.is_main:
             try:
-                found = checkpoint.find(self.run_dir)
+                found = checkpoint.newest_sound(self.run_dir)
             except UserError as error:
                 found = error
         found = self.world.gather_objects(found)[0]
@@ -311,14 +327,17 @@ class Training:
             raise found
         return found
 
-    def _resume(self, folder: Path) -> None:
-        saved = load_config(folder / "config.resolved.yaml")
+    def _check_configuration(self, folder: Path) -> None:
+        """UserError if the checkpoint was trained with another configuration, as far as that matters."""
+        saved = checkpoint.read_config(folder, self.config.plugins)
         drift = differences(saved.model_dump(mode="json"), self.config.model_dump(mode="json"))
         if drift:
             raise UserError(
                 f"{self.run_dir} was trained with another configuration ({'; '.join(drift)}): "
                 "restore these values, or give another run.dir"
             )
+
+    def _resume(self, folder: Path) -> None:
         state = json.loads((folder / "state.json").read_text())
         if state["world_size"] != self.world.size and self.config.train.zero_stage > 0:
             raise UserError(
@@ -328,6 +347,8 @@ class Training:
             )
         self.engine.load(folder)
         self.progress = Progress(**{key: value for key, value in state.items() if key != "world_size"})
+        if self.progress.best_metric != self.config.evaluation.select:
+            self.progress.best = -math.inf  # it was of another metric
         self._logged_step = self.progress.step
 
 

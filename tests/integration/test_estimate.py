@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from atr_scale import cli
+from atr_scale.checkpoint import load_retriever
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.evaluation.embed import embed
 from atr_scale.evaluation.metrics import retrieval_metrics
-from atr_scale.model import load_retriever
 from atr_scale.teachers.tables import Table
 from tests.distributed.test_evaluation import write_split
 from tests.tiny import read_training
