@@ -58,11 +58,12 @@ class TrainedModel:
     """What `atr_scale.load` returns.
 
     module: the Retriever, a torch module in evaluation mode. config: the configuration of its run. device: where it is.
+    tokenizer: sentences -> token ids, cleaned as in training.
     """
 
     def __init__(self, module: Retriever, config: RunConfig, device: torch.device) -> None:
         self.module, self.config, self.device = module, config, device
-        self._tokenizer = CaptionTokenizer(module.text_encoder.tokenizer, config.data.captions)
+        self.tokenizer = CaptionTokenizer(module.text_encoder.tokenizer, config.data.captions)
 
     @property
     def sample_rate(self) -> int:
@@ -120,7 +121,7 @@ class TrainedModel:
                 raise UserError(f"texts[{number}] is {text!r}: give a sentence")
         parts = []
         for group in self._groups(texts, batch_size, "embedding texts"):
-            ids, mask = self._tokenizer(group)
+            ids, mask = self.tokenizer(group)
             encoded = self.module.encode_text(ids.to(self.device), mask.to(self.device))
             parts.append(as_read(self.module.scorer, encoded, "text"))
         return TokenSequence.cat(parts)
