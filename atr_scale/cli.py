@@ -40,9 +40,9 @@ def shards_build(
 
     Example: atr-scale shards build clotho --root ~/clotho --split development --out shards/clotho/train
     """
-    from atr_scale.data.shard_builder import build
+    from atr_scale.data.shard_builder import build_shards
 
-    manifest = build(
+    manifest = build_shards(
         corpus,
         root,
         out,
@@ -67,9 +67,9 @@ def shards_check(
 
     Example: atr-scale shards check shards/clotho/train
     """
-    from atr_scale.data.shard_check import check
+    from atr_scale.data.shard_check import check_shards
 
-    problems = check(location, deep=deep)
+    problems = check_shards(location, deep=deep)
     for problem in problems:
         print(problem)
     if problems:
@@ -90,7 +90,7 @@ def demo_data(
 
     Example: atr-scale demo-data --out demo --clips-scale 0.1
     """
-    from atr_scale.demo.cast import Sizes
+    from atr_scale.demo.clips import Sizes
     from atr_scale.demo.corpora import training_captions, write_demo_corpora
 
     write_demo_corpora(out, seed=seed, sample_rate=sample_rate, workers=workers, sizes=Sizes().scaled(clips_scale))
@@ -128,28 +128,28 @@ def augment_captions(
     Example: atr-scale augment-captions shards/clotho/train --model gpt-4o-mini --limit 20
     """
     try:
-        from atr_scale.data.paraphrases import endpoint as chat
-        from atr_scale.data.paraphrases import generate as augment
+        from atr_scale.data.paraphrases.ask import Prices, ask_for_paraphrases, describe_cost, unasked_captions
+        from atr_scale.data.paraphrases.endpoint import Endpoint
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'atr-scale[augment]'") from None
     from atr_scale.encoders.sentence import SentenceEncoder
 
-    server = chat.Endpoint(model, endpoint, count=paraphrases, requests_per_minute=requests_per_minute)
-    captions, before = augment.open_captions(shards, limit)
+    server = Endpoint(model, endpoint, count=paraphrases, requests_per_minute=requests_per_minute)
+    captions, before = unasked_captions(shards, limit)
     if not captions:
         print(f"{shards}: all {before} captions were asked before, nothing to do")
         return
     embed = SentenceEncoder(text_encoder)
     prices = None
     if price_per_million_input is not None and price_per_million_output is not None:
-        prices = augment.Prices(price_per_million_input, price_per_million_output)
-    print(f"{server.url}, {model}: {augment.estimate(captions, paraphrases, prices)} ({before} asked before)")
+        prices = Prices(price_per_million_input, price_per_million_output)
+    print(f"{server.url}, {model}: {describe_cost(captions, paraphrases, prices)} ({before} asked before)")
     if not yes:
         if not sys.stdin.isatty():
             raise UserError("nobody is there to confirm the cost: add --yes")
         if not typer.confirm("Ask them?"):
             return
-    summary = augment.augment(
+    summary = ask_for_paraphrases(
         shards,
         captions,
         server,

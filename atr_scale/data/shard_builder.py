@@ -31,11 +31,8 @@ from atr_scale.data.corpora import CORPORA, Clip
 from atr_scale.data.decode import MAX_RATE, MIN_RATE, decode, probe
 from atr_scale.data.exclusions import ExclusionList, read_exclusions
 from atr_scale.data.sample import BadSample
-from atr_scale.data.shard_check import check
 from atr_scale.data.shard_reader import FORMAT, MANIFEST, read_manifest, scan_shard
 from atr_scale.errors import UserError
-
-__all__ = ["ENCODINGS", "build", "check"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +45,7 @@ MIN_CLIPS_PER_WORKER = 200
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildPlan:
     """What to build: clips with audio in their final order, and what was left out on the way."""
 
     corpus: str
@@ -72,7 +69,7 @@ class Task:
     clips: list[Clip]
 
 
-def build(
+def build_shards(
     corpus: str,
     root: str | Path,
     out: str | Path,
@@ -101,7 +98,7 @@ def build(
     location = str(out)
     storage.is_remote(location)
     sample_rate = None if encoding == "keep" else sample_rate
-    plan = make_plan(corpus, Path(root), split, [Path(path) for path in exclude])
+    plan = plan_build(corpus, Path(root), split, [Path(path) for path in exclude])
     settings = {
         "corpus": plan.corpus,
         "split": plan.split,
@@ -131,7 +128,7 @@ def build(
     return manifest
 
 
-def make_plan(corpus: str, root: Path, split: str | None, exclude: Sequence[Path]) -> Plan:
+def plan_build(corpus: str, root: Path, split: str | None, exclude: Sequence[Path]) -> BuildPlan:
     """Read the metadata, apply the exclusion lists, find the audio. UserError where nothing is left."""
     reader = CORPORA[corpus]
     split = reader.choose_split(root, split)
@@ -159,10 +156,10 @@ def make_plan(corpus: str, root: Path, split: str | None, exclude: Sequence[Path
         )
     clips.sort(key=lambda clip: hashlib.blake2b(clip.clip_id.encode(), digest_size=8).digest())
     name = root.resolve().name if corpus == "folder" else corpus
-    return Plan(name, split, reader.licence, clips, dropped, exclusions)
+    return BuildPlan(name, split, reader.licence, clips, dropped, exclusions)
 
 
-def build_shard(task: Task) -> dict[str, Any]:
+def write_shard(task: Task) -> dict[str, Any]:
     """Encode the clips of one shard, write it, and return (and store) its record."""
     from webdataset.writer import TarWriter
 
@@ -302,10 +299,10 @@ def _run(tasks: list[Task], location: str, workers: int) -> list[dict[str, Any]]
 
 def _results(tasks: list[Task], workers: int) -> Iterator[tuple[Task, dict[str, Any]]]:
     if workers <= 1:
-        yield from ((task, build_shard(task)) for task in tasks)
+        yield from ((task, write_shard(task)) for task in tasks)
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(build_shard, task): task for task in tasks}
+        futures = {pool.submit(write_shard, task): task for task in tasks}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -317,7 +314,7 @@ def _results(tasks: list[Task], workers: int) -> Iterator[tuple[Task, dict[str, 
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _manifest(plan: Plan, settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(plan: BuildPlan, settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     dropped = Counter(plan.dropped)
     for record in records:
         dropped.update(record["dropped"])

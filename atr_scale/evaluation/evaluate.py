@@ -181,7 +181,7 @@ def evaluate_run(
     given = {"class_prompt": class_prompt, "precision": precision}
     values["evaluation"] |= {name: value for name, value in given.items() if value is not None}
     config = parse_config(values, "the command line")
-    place = shards or {"validation": config.data.validation, "test": config.data.test}.get(split)
+    place = shards or {**config.data.validation_sets, "test": config.data.test}.get(split)
     if place is None:
         raise UserError(f"the configuration of {location} names no data.{split}: give --shards DIR")
     if (rerank_top is None) != (candidates is None):
@@ -198,7 +198,7 @@ def evaluate_run(
         step=json.loads((folder / "state.json").read_text())["step"],
         world=world,
         device=device,
-        tokenizer=caption_tokenizer(config),
+        tokenizer=caption_tokenizer(config.model.text.name, config.data.captions),
         relevance=relevance,
         first_stage=first_stage,
     )
@@ -220,6 +220,12 @@ def _first_stage(
         )
     options: dict[str, Any] = {"batch_size": config.evaluation.batch_size, "world": world, "device": device}
     seconds = config.data.evaluation_seconds
-    embedded = embed(model.to(device), shards, caption_tokenizer(config), seconds=seconds, **options)
+    embedded = embed(
+        model.to(device),
+        shards,
+        caption_tokenizer(config.model.text.name, config.data.captions),
+        seconds=seconds,
+        **options,
+    )
     scores = _vector_scores(embedded, precision, device)
     return FirstStage(location, scores, candidates, embedded.captions, embedded.clip_ids)

@@ -13,7 +13,7 @@ import soundfile
 
 from atr_scale.data.corpora import CORPORA, Clip
 from atr_scale.data.exclusions import read_exclusions
-from atr_scale.data.shard_builder import build, make_plan
+from atr_scale.data.shard_builder import build_shards, plan_build
 from atr_scale.errors import UserError
 
 
@@ -77,7 +77,7 @@ def test_audiocaps_audio_is_found_under_every_usual_name(tmp_path: Path) -> None
         "audiocaps/Yddd_30": "test/YYddd.wav",
         "audiocaps/eee_30": "",
     }
-    plan = make_plan("audiocaps", tmp_path, "testing", [])
+    plan = plan_build("audiocaps", tmp_path, "testing", [])
     assert len(plan.clips) == 4 and plan.dropped == {"missing_audio": 1}
 
 
@@ -169,7 +169,7 @@ def test_exclusions_are_applied_and_recorded(tmp_path: Path) -> None:
     (root / "blacklist" / "blacklist_exclude_test_ac.json").write_text(json.dumps(default))
     dcase = tmp_path / "dcase.csv"
     table(dcase, ["file_name", "sound_id"], ["x", "8"], ["y", "Not found"], ["z", "123"])
-    manifest = build("wavcaps", root, tmp_path / "out", sample_rate=8000, workers=1, exclude=[dcase])
+    manifest = build_shards("wavcaps", root, tmp_path / "out", sample_rate=8000, workers=1, exclude=[dcase])
     recorded = [(e["name"], e["entries"], e["excluded"]) for e in manifest["exclusions"]]
     assert recorded == [
         ("unreadable AudioSet files", 6, 1),
@@ -185,11 +185,11 @@ def test_exclusions_match_every_corpus_that_names_its_sources(tmp_path: Path) ->
     audio(tmp_path / "audio" / "a.wav", tmp_path / "audio" / "b.wav")
     blacklist = tmp_path / "b.json"
     blacklist.write_text(json.dumps({"AudioSet": ["Yabc.wav"], "FreeSound": []}))
-    plan = make_plan("folder", tmp_path, None, [blacklist])
+    plan = plan_build("folder", tmp_path, None, [blacklist])
     assert [clip.captions for clip in plan.clips] == [["y"]]
     blacklist.write_text(json.dumps({"AudioSet": ["Yabc.wav", "Yd.wav"], "FreeSound": []}))
     with pytest.raises(UserError, match="leave none of the 2 clips"):
-        make_plan("folder", tmp_path, None, [blacklist])
+        plan_build("folder", tmp_path, None, [blacklist])
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"other": []}', '{"AudioSet": 3}'])

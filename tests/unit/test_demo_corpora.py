@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from atr_scale.cli import app
 from atr_scale.demo import corpora
-from atr_scale.demo.cast import Clip, Sizes, plan_clips
+from atr_scale.demo.clips import DemoClip, Sizes, plan_clips
 from atr_scale.demo.corpora import training_captions, write_demo_corpora
 from atr_scale.demo.truth import read_correspondences
 from atr_scale.errors import UserError
@@ -143,7 +143,7 @@ def test_correspondences_are_one_for_a_captions_own_clip(demo: Path) -> None:
 
 def test_no_scene_is_shared_but_for_the_blacklisted() -> None:
     clips = plan_clips(0, Sizes().scaled(0.3))
-    by_signature: dict[str, list[Clip]] = {}
+    by_signature: dict[str, list[DemoClip]] = {}
     for clip in clips:
         by_signature.setdefault(clip.scene.signature, []).append(clip)
     shared = [group for group in by_signature.values() if len(group) > 1]
