@@ -24,9 +24,14 @@ app.add_typer(shards_app, name="shards")
 
 @shards_app.command("build")
 def shards_build(
-    corpus: Annotated[str, typer.Argument(help="audiocaps, clotho, wavcaps or folder (audio/ and captions.csv)")],
+    corpus: Annotated[
+        str, typer.Argument(help="audiocaps, clotho, wavcaps, folder (audio/ and captions.csv), or a plug-in's")
+    ],
     root: Annotated[str, typer.Option(help="folder of the corpus as it was downloaded")],
     out: Annotated[str, typer.Option(help="folder or s3://bucket/prefix for the shards of this split")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="what the corpus's reader can be told")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="train, val or test, or the corpus's own name of a split")] = None,
     shard_size: Annotated[int, typer.Option(help="clips a shard")] = 1000,
     encoding: Annotated[str, typer.Option(help="flac, pcm16, or keep (the original bytes)")] = "flac",
@@ -35,13 +40,18 @@ def shards_build(
     exclude: Annotated[
         list[str] | None, typer.Option(help="list of overlapping clips to leave out; repeatable")
     ] = None,
+    plugins: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE", help="module that adds a corpus to CORPORA; repeatable")
+    ] = None,
 ) -> None:
     """Build the shards of one split of a corpus, with a manifest. An interrupted build goes on where it stopped.
 
     Example: atr-scale shards build clotho --root ~/clotho --split development --out shards/clotho/train
     """
     from atr_scale.data.shard_builder import build_shards
+    from atr_scale.plugins import import_plugins
 
+    import_plugins(plugins or [])
     manifest = build_shards(
         corpus,
         root,
@@ -52,10 +62,19 @@ def shards_build(
         sample_rate=sample_rate or None,
         workers=workers,
         exclude=exclude or [],
+        options=_key_values(options or []),
     )
     hours, dropped = manifest["seconds"] / 3600, manifest["dropped"] or "none"
     counts = f"{manifest['num_samples']} clips, {manifest['num_captions']} captions, {hours:.2f} h"
     print(f"{out}: {counts} in {len(manifest['shards'])} shards; left out: {dropped}")
+
+
+def _key_values(arguments: list[str]) -> dict[str, str]:
+    pairs = [argument.partition("=") for argument in arguments]
+    wrong = [key for key, equals, _ in pairs if not equals]
+    if wrong:
+        raise UserError(f"unexpected argument {wrong[0]!r}: give options of the corpus as key=value")
+    return {key: value for key, _, value in pairs}
 
 
 @shards_app.command("check")

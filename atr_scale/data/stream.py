@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from atr_scale.batch import Batch, caption_id, stable_id
+from atr_scale.data.corpora import CORPORA
 from atr_scale.data.decode import Crop, decode
 from atr_scale.data.options import DataSection
 from atr_scale.data.paraphrases.stored import FILE, Paraphrases, refuse_evaluation_split
@@ -228,18 +230,14 @@ def _read_paraphrases(sources: Sequence[ShardSet]) -> list[Paraphrases]:
 
 
 def _check_exclusions(shards: ShardSet) -> None:
-    """Say which overlap lists WavCaps shards were built with; warn where they may hold other corpora's test clips."""
-    if shards.corpus != "wavcaps":
-        return
-    applied = [e["name"] for e in shards.manifest.get("exclusions", []) if e["name"].endswith((".json", ".csv"))]
+    """Say which overlap lists shards were built with; warn if there was none and their corpus calls for one."""
+    # Lists that came from a file carry its name; others (files that nobody can read) are about no overlap.
+    applied = [e["name"] for e in shards.manifest.get("exclusions", []) if Path(e["name"]).suffix]
+    corpus = CORPORA.get(shards.corpus)
     if applied:
         logger.info("%s was built without the clips of %s", shards.location, ", ".join(applied))
-    else:
-        logger.warning(
-            "%s was built without an overlap list and may hold test clips of AudioCaps and Clotho: build it again with "
-            "WavCaps' blacklist folder in place, or --exclude FILE",
-            shards.location,
-        )
+    elif corpus is not None and corpus.overlap_warning:
+        logger.warning("%s was built without an overlap list and %s", shards.location, corpus.overlap_warning)
 
 
 def collate(
