@@ -41,9 +41,14 @@ app.add_typer(shards_app, name="shards")
 
 @shards_app.command("build")
 def shards_build(
-    corpus: Annotated[str, typer.Argument(help="audiocaps, clotho, wavcaps or folder (audio/ and captions.csv)")],
+    corpus: Annotated[
+        str, typer.Argument(help="audiocaps, clotho, wavcaps, folder (audio/ and captions.csv), or a plug-in's")
+    ],
     root: Annotated[str, typer.Option(help="folder of the corpus as it was downloaded")],
     out: Annotated[str, typer.Option(help="folder or s3://bucket/prefix for the shards of this split")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="what the corpus's reader can be told")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="train, val or test, or the corpus's own name of a split")] = None,
     shard_size: Annotated[int, typer.Option(help="clips a shard")] = 1000,
     encoding: Annotated[str, typer.Option(help="flac, pcm16, or keep (the original bytes)")] = "flac",
@@ -52,14 +57,19 @@ def shards_build(
     exclude: Annotated[
         list[str] | None, typer.Option(help="list of overlapping clips to leave out; repeatable")
     ] = None,
+    plugins: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE", help="module that adds a corpus to CORPORA; repeatable")
+    ] = None,
 ) -> None:
     """Build the shards of one split of a corpus, with a manifest. An interrupted build goes on where it stopped.
 
     Example: atr-scale shards build clotho --root ~/clotho --split development --out shards/clotho/train
     """
-    from atr_scale.data.shard_builder import build
+    from atr_scale.data.shard_builder import build_shards
+    from atr_scale.plugins import import_plugins
 
-    manifest = build(
+    import_plugins(plugins or [])
+    manifest = build_shards(
         corpus,
         root,
         out,
@@ -69,10 +79,19 @@ def shards_build(
         sample_rate=sample_rate or None,
         workers=workers,
         exclude=exclude or [],
+        options=_key_values(options or []),
     )
     hours, dropped = manifest["seconds"] / 3600, manifest["dropped"] or "none"
     counts = f"{manifest['num_samples']} clips, {manifest['num_captions']} captions, {hours:.2f} h"
     print(f"{out}: {counts} in {len(manifest['shards'])} shards; left out: {dropped}")
+
+
+def _key_values(arguments: list[str]) -> dict[str, str]:
+    pairs = [argument.partition("=") for argument in arguments]
+    wrong = [key for key, equals, _ in pairs if not equals]
+    if wrong:
+        raise UserError(f"unexpected argument {wrong[0]!r}: give options of the corpus as key=value")
+    return {key: value for key, _, value in pairs}
 
 
 @shards_app.command("check")
@@ -84,9 +103,9 @@ def shards_check(
 
     Example: atr-scale shards check shards/clotho/train
     """
-    from atr_scale.data.shard_check import check
+    from atr_scale.data.shard_check import check_shards
 
-    problems = check(location, deep=deep)
+    problems = check_shards(location, deep=deep)
     for problem in problems:
         print(problem)
     if problems:
@@ -107,7 +126,7 @@ def demo_data(
 
     Example: atr-scale demo-data --out demo --clips-scale 0.1
     """
-    from atr_scale.demo.cast import Sizes
+    from atr_scale.demo.clips import Sizes
     from atr_scale.demo.corpora import training_captions, write_demo_corpora
 
     write_demo_corpora(out, seed=seed, sample_rate=sample_rate, workers=workers, sizes=Sizes().scaled(clips_scale))
@@ -145,28 +164,28 @@ def augment_captions(
     Example: atr-scale augment-captions shards/clotho/train --model gpt-4o-mini --limit 20
     """
     try:
-        from atr_scale.data.paraphrases import endpoint as chat
-        from atr_scale.data.paraphrases import generate as augment
+        from atr_scale.data.paraphrases.ask import Prices, ask_for_paraphrases, describe_cost, unasked_captions
+        from atr_scale.data.paraphrases.endpoint import Endpoint
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'atr-scale[augment]'") from None
     from atr_scale.encoders.sentence import SentenceEncoder
 
-    server = chat.Endpoint(model, endpoint, count=paraphrases, requests_per_minute=requests_per_minute)
-    captions, before = augment.open_captions(shards, limit)
+    server = Endpoint(model, endpoint, count=paraphrases, requests_per_minute=requests_per_minute)
+    captions, before = unasked_captions(shards, limit)
     if not captions:
         print(f"{shards}: all {before} captions were asked before, nothing to do")
         return
     embed = SentenceEncoder(text_encoder)
     prices = None
     if price_per_million_input is not None and price_per_million_output is not None:
-        prices = augment.Prices(price_per_million_input, price_per_million_output)
-    print(f"{server.url}, {model}: {augment.estimate(captions, paraphrases, prices)} ({before} asked before)")
+        prices = Prices(price_per_million_input, price_per_million_output)
+    print(f"{server.url}, {model}: {describe_cost(captions, paraphrases, prices)} ({before} asked before)")
     if not yes:
         if not sys.stdin.isatty():
             raise UserError("nobody is there to confirm the cost: add --yes")
         if not typer.confirm("Ask them?"):
             return
-    summary = augment.augment(
+    summary = ask_for_paraphrases(
         shards,
         captions,
         server,

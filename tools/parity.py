@@ -39,7 +39,9 @@ def start(config: RunConfig) -> tuple[Engine, Iterator[Batch]]:
             module.p = 0.0
     freeze(model, config.train)
     engine = Engine(model, config.train, world, torch.device("cpu"))
-    stream = training_stream(config, caption_tokenizer(config), model.sample_rate, world)
+    stream = training_stream(
+        config, caption_tokenizer(config.model.text.name, config.data.captions), model.sample_rate, world
+    )
     return engine, read_batches(stream.between(0, 1 << 30), 0)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from atr_scale.config import RunConfig
+from atr_scale.data.options import CaptionSection
 from atr_scale.errors import UserError
 
 _WAVCAPS = str.maketrans(dict.fromkeys('(,.!?;:|*")', " "))
@@ -36,16 +37,13 @@ CLEANING: dict[str, Callable[[str], str]] = {
 
 
 class CaptionTokenizer:
-    """Cleaned captions -> (input_ids, attention_mask), each [captions, L] int64, truncated by tokens."""
+    """Captions -> (input_ids, attention_mask), each [captions, L] int64, cleaned, then truncated to `max_tokens`.
 
-    def __init__(self, name: str, cleaning: str = "none", max_tokens: int = 64) -> None:
-        from transformers import AutoTokenizer
+    tokenizer: the text encoder's own, called as those of transformers are. cleaning: a name in CLEANING.
+    """
 
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"no tokenizer at {name!r}: give a transformers model name or folder ({reason})") from None
+    def __init__(self, tokenizer: Callable[..., Any], cleaning: str = "none", max_tokens: int = 64) -> None:
+        self._tokenizer = tokenizer
         self._clean = CLEANING[cleaning]
         self._max_tokens = max_tokens
 
@@ -56,7 +54,17 @@ class CaptionTokenizer:
         return out["input_ids"], out["attention_mask"]
 
 
-def caption_tokenizer(config: RunConfig) -> CaptionTokenizer:
-    """The tokenizer of a run. UserError where there is none for its text encoder."""
-    captions = config.data.captions
-    return CaptionTokenizer(config.model.text.name, captions.cleaning, captions.max_tokens)
+def load_tokenizer(name: str) -> Callable[..., Any]:
+    """The tokenizer of a transformers model, by its name or folder. Raises UserError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"no tokenizer at {name!r}: give a transformers model name or folder ({reason})") from None
+
+
+def caption_tokenizer(name: str, captions: CaptionSection) -> CaptionTokenizer:
+    """What makes tokens of captions for the text encoder `name`. Raises UserError if it has no tokenizer."""
+    return CaptionTokenizer(load_tokenizer(name), captions.cleaning, captions.max_tokens)

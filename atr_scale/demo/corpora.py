@@ -29,7 +29,7 @@ import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
-from atr_scale.demo.cast import Clip, Sizes, plan_clips
+from atr_scale.demo.clips import DemoClip, Sizes, plan_clips
 from atr_scale.demo.scenes import Scene, render
 from atr_scale.demo.truth import write_correspondences
 from atr_scale.errors import UserError
@@ -117,7 +117,7 @@ def _finished(out: Path, made_with: dict[str, Any]) -> bool:
     return complete
 
 
-def _write_audio(out: Path, clips: Sequence[Clip], sample_rate: int, workers: int) -> None:
+def _write_audio(out: Path, clips: Sequence[DemoClip], sample_rate: int, workers: int) -> None:
     todo = [(out / clip.path, clip.scene) for clip in clips if not (out / clip.path).exists()]
     for folder in {path.parent for path, _ in todo}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def _render_chunk(chunk: Sequence[tuple[Path, Scene]], sample_rate: int) -> int:
     return len(chunk)
 
 
-def _write_audiocaps(root: Path, clips: Sequence[Clip]) -> None:
+def _write_audiocaps(root: Path, clips: Sequence[DemoClip]) -> None:
     number = 0
     for split in ("train", "val", "test"):
         members = [clip for clip in clips if clip.split == split]
@@ -155,7 +155,7 @@ def _write_audiocaps(root: Path, clips: Sequence[Clip]) -> None:
         _write_csv(root / "dataset" / f"{split}.csv", header, rows)
 
 
-def _write_clotho(root: Path, clips: Sequence[Clip], sample_rate: int) -> None:
+def _write_clotho(root: Path, clips: Sequence[DemoClip], sample_rate: int) -> None:
     columns = ["file_name", "keywords", "sound_id", "sound_link", "start_end_samples", "manufacturer", "license"]
     for split in ("development", "validation", "evaluation"):
         members = [clip for clip in clips if clip.split == split]
@@ -172,7 +172,7 @@ def _write_clotho(root: Path, clips: Sequence[Clip], sample_rate: int) -> None:
         _write_csv(root / f"clotho_metadata_{split}.csv", columns, rows, encoding="ISO-8859-1")
 
 
-def _write_wavcaps(root: Path, clips: Sequence[Clip]) -> None:
+def _write_wavcaps(root: Path, clips: Sequence[DemoClip]) -> None:
     for source, file_name in WAVCAPS_JSON.items():
         rows = [_wavcaps_row(clip) for clip in clips if clip.source == source]
         _write_json(root / "json_files" / source / file_name, {"num_captions_per_audio": 1, "data": rows})
@@ -185,7 +185,7 @@ def _write_wavcaps(root: Path, clips: Sequence[Clip]) -> None:
         _write_json(root / "json_files" / "blacklist" / f"blacklist_exclude_{name}_ac.json", blacklist)
 
 
-def _wavcaps_row(clip: Clip) -> dict[str, Any]:
+def _wavcaps_row(clip: DemoClip) -> dict[str, Any]:
     """A row with the fields its source has in the official file."""
     title = " ".join(sound.label for sound in clip.scene.content.sounds)
     common = {

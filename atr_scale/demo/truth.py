@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from atr_scale.demo.cast import Clip
+from atr_scale.demo.clips import DemoClip
 from atr_scale.demo.scenes import WEIGHTS, Content, correspondence_matrix
 from atr_scale.errors import UserError
 
@@ -26,7 +26,7 @@ class Correspondences:
     grades: np.ndarray  # float32 [captions, clips]
 
 
-def write_correspondences(out: Path, clips: Sequence[Clip]) -> None:
+def write_correspondences(out: Path, clips: Sequence[DemoClip]) -> None:
     """Write `correspondences.npz` ("corpus/split" -> float16 [captions, clips]) and `correspondences.json` (rows,
     columns, what each caption states and what each clip holds)."""
     grades: dict[str, np.ndarray] = {}

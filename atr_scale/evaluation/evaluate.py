@@ -208,7 +208,7 @@ def evaluate_run(
         step=json.loads((folder / STATE).read_text())["step"],
         world=world,
         device=device,
-        tokenizer=caption_tokenizer(config),
+        tokenizer=caption_tokenizer(config.model.text.name, config.data.captions),
         relevance=relevance,
         first_stage=first_stage,
     )
@@ -237,6 +237,12 @@ def _first_stage(
         )
     options: dict[str, Any] = {"batch_size": config.evaluation.batch_size, "world": world, "device": device}
     seconds = config.data.evaluation_seconds
-    embedded = embed(model.to(device), shards, caption_tokenizer(config), seconds=seconds, **options)
+    embedded = embed(
+        model.to(device),
+        shards,
+        caption_tokenizer(config.model.text.name, config.data.captions),
+        seconds=seconds,
+        **options,
+    )
     scores = _vector_scores(embedded, precision, device)
     return FirstStage(location, scores, candidates, embedded.captions, embedded.clip_ids)

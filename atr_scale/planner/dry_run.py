@@ -19,7 +19,9 @@ def plan(config: RunConfig, world_size: int) -> str:
     model = Retriever(config.model, config.objective)
     if config.train.initial_checkpoint:
         load_weights(model, read_weights(config.train.initial_checkpoint), config.train.initial_checkpoint)
-    stream = training_stream(config, caption_tokenizer(config), model.sample_rate, World(0, world_size))
+    stream = training_stream(
+        config, caption_tokenizer(config.model.text.name, config.data.captions), model.sample_rate, World(0, world_size)
+    )
     read_teacher(config, stream.sources)
     steps, warmup = num_steps(config, stream)
     train = config.train
@@ -36,13 +38,13 @@ def plan(config: RunConfig, world_size: int) -> str:
         f"batch       {train.global_batch_size} pairs a loss, {train.global_batch_size // world_size} a rank, "
         f"{train.accum_steps} losses an update",
         f"steps       {steps} updates, {warmup} of them warm-up; an epoch is "
-        f"{stream.plan.epoch_batches / train.accum_steps:.1f}",
+        f"{stream.order.epoch_batches / train.accum_steps:.1f}",
         f"precision   {train.precision}",
         *describe_layers(model, train),
     ]
     for source, shards in zip(config.data.train, stream.sources, strict=True):
         lines.append(f"train       {source.shards}: {len(shards)} clips in {len(shards.names)} shards")
-    for name, place in (("validation", config.data.validation), ("test", config.data.test)):
+    for name, place in {**config.data.validation_sets, "test": config.data.test}.items():
         if place:
             shards = open_shards(place)
             lines.append(f"{name:<11} {place}: {len(shards)} clips in {len(shards.names)} shards")

@@ -88,7 +88,7 @@ def num_steps(config: RunConfig, stream: TrainingStream) -> tuple[int, int]:
     steps = train.steps
     if steps is None:
         assert train.epochs is not None
-        steps = max(1, math.ceil(train.epochs * stream.plan.epoch_batches / train.accum_steps))
+        steps = max(1, math.ceil(train.epochs * stream.order.epoch_batches / train.accum_steps))
     return steps, round(0.05 * steps) if train.warmup_steps is None else train.warmup_steps
 
 

@@ -82,7 +82,7 @@ class Training:
         check_batch_size(config, world.size)
         check_run_folder(self.run_dir)
         self.stop = PreemptionFlag()
-        self.tokenizer = caption_tokenizer(config)
+        self.tokenizer = caption_tokenizer(config.model.text.name, config.data.captions)
         self.validation = {name: open_shards(place) for name, place in config.data.validation_sets.items()}
         check_selection(config.evaluation.select, list(self.validation))
         resume_from = self._find_checkpoint()
@@ -91,7 +91,7 @@ class Training:
         self.stream = training_stream(config, self.tokenizer, model.sample_rate, world)
         model.teacher = read_teacher(config, self.stream.sources)
         self.steps, self.warmup_steps = num_steps(config, self.stream)
-        self.epoch_steps = max(1, math.ceil(self.stream.plan.epoch_batches / config.train.accum_steps))
+        self.epoch_steps = max(1, math.ceil(self.stream.order.epoch_batches / config.train.accum_steps))
         self.engine = Engine(model, config.train, world, device)
         self.progress, self._logged_step = Progress(), 0
         if resume_from is not None:
@@ -222,7 +222,7 @@ class Training:
             "data_wait": interval.waited / seconds,
             "memory_gb": _memory_gb(self.device),
             "samples_seen": float(seen),
-            "epoch": seen / self.config.train.global_batch_size / self.stream.plan.epoch_batches,
+            "epoch": seen / self.config.train.global_batch_size / self.stream.order.epoch_batches,
             "skipped_steps": float(self.progress.skipped_steps),
             "fp16_overflows": float(self.progress.fp16_overflows),
             **{f"dropped/{reason}": float(n) for reason, n in self.progress.dropped.items()},

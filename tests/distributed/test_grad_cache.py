@@ -31,7 +31,9 @@ RATES = {"audio": 1e-3, "text": 1e-3, "heads": 1e-3}
 def whole(config: RunConfig) -> Batch:
     """A batch whose clips have two lengths, in no order."""
     model = Retriever(config.model, config.objective)
-    stream = training_stream(config, caption_tokenizer(config), model.sample_rate, World())
+    stream = training_stream(
+        config, caption_tokenizer(config.model.text.name, config.data.captions), model.sample_rate, World()
+    )
     batch = next(read_batches(stream.between(0, 1), 0))
     lengths = batch.lengths.clone()
     lengths[::3] //= 2

@@ -339,9 +339,9 @@ def test_mistakes_before_anything_is_asked(
     assert "no shards in" in call(shards="/nowhere").mistake
     assert "no text encoder at" in call("--text-encoder", "/nowhere").mistake
     monkeypatch.setitem(sys.modules, "openai", None)
-    monkeypatch.delitem(sys.modules, "atr_scale.data.paraphrases.generate", raising=False)
+    monkeypatch.delitem(sys.modules, "atr_scale.data.paraphrases.ask", raising=False)
     monkeypatch.delitem(sys.modules, "atr_scale.data.paraphrases.endpoint")
-    monkeypatch.delattr("atr_scale.data.paraphrases.generate", raising=False)
+    monkeypatch.delattr("atr_scale.data.paraphrases.ask", raising=False)
     monkeypatch.delattr("atr_scale.data.paraphrases.endpoint")
     assert "pip install 'atr-scale[augment]'" in call().mistake
     monkeypatch.undo()
@@ -358,8 +358,8 @@ def test_training_reads_what_was_stored(call, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", tmp_path / "out")
     call("--threshold", -1, shards=tmp_path / "run" / "train" / "shards")
     config.data.augmented_captions = 1.0
-    stream = training_stream(config, caption_tokenizer(config), 16_000, World())
-    tokenizer = caption_tokenizer(config)
+    stream = training_stream(config, caption_tokenizer(config.model.text.name, config.data.captions), 16_000, World())
+    tokenizer = caption_tokenizer(config.model.text.name, config.data.captions)
     paraphrases = Paraphrases(config.data.train[0].shards)
     opened = stream.sources[0]
     samples = [opened.read(i) for i in range(40)]

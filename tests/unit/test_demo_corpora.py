@@ -15,8 +15,9 @@ import soundfile as sf
 from typer.testing import CliRunner
 
 from atr_scale.cli import app
+from atr_scale.data.corpora import open_corpus
 from atr_scale.demo import corpora
-from atr_scale.demo.cast import Clip, Sizes, plan_clips
+from atr_scale.demo.clips import DemoClip, Sizes, plan_clips
 from atr_scale.demo.corpora import training_captions, write_demo_corpora
 from atr_scale.demo.truth import read_correspondences
 from atr_scale.errors import UserError
@@ -114,15 +115,13 @@ def test_a_shared_clip_is_the_same_sound(demo: Path) -> None:
 
 
 def test_the_projects_own_readers_read_every_clip(demo: Path) -> None:
-    readers: list[tuple[Any, str, str, int]] = []
-    from atr_scale.data.corpora import audiocaps, clotho, wavcaps
-
-    readers += [(audiocaps, "audiocaps", split, n) for split, n in (("train", 6), ("val", 3), ("test", 4))]
-    readers += [(clotho, "clotho", split, n) for split, n in (("development", 3), ("validation", 2), ("evaluation", 2))]
-    readers += [(wavcaps, "wavcaps", "train", 14)]
-    for module, corpus, split, count in readers:
-        clips = module.read_rows(demo / corpus, split)
-        found = module.locate(demo / corpus, split, clips)
+    splits = [("audiocaps", split, n) for split, n in (("train", 6), ("val", 3), ("test", 4))]
+    splits += [("clotho", split, n) for split, n in (("development", 3), ("validation", 2), ("evaluation", 2))]
+    splits += [("wavcaps", "train", 14)]
+    for corpus, split, count in splits:
+        reader = open_corpus(corpus, demo / corpus)
+        clips = reader.read_clips(split)
+        found = reader.find_audio(split, clips)
         assert len(clips) == count and all(Path(path).is_file() for path in found)
         truth = read_correspondences(demo, f"{corpus}/{split}")
         assert sorted(clip.clip_id for clip in clips) == sorted(truth.clip_ids)
@@ -143,7 +142,7 @@ def test_correspondences_are_one_for_a_captions_own_clip(demo: Path) -> None:
 
 def test_no_scene_is_shared_but_for_the_blacklisted() -> None:
     clips = plan_clips(0, Sizes().scaled(0.3))
-    by_signature: dict[str, list[Clip]] = {}
+    by_signature: dict[str, list[DemoClip]] = {}
     for clip in clips:
         by_signature.setdefault(clip.scene.signature, []).append(clip)
     shared = [group for group in by_signature.values() if len(group) > 1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from atr_scale.batch import TokenSequence
-from atr_scale.demo.cast import Sizes, plan_clips
+from atr_scale.demo.clips import Sizes, plan_clips
 from atr_scale.demo.corpora import training_captions, write_demo_corpora
 from atr_scale.demo.text_encoder import build_demo_text_encoder
 from atr_scale.errors import UserError

@@ -197,7 +197,9 @@ def tiny_without(inputs: TinyInputs, folder: Path) -> RunConfig:
 
 def converted(model: Retriever, config: RunConfig, count: int) -> tuple[Retriever, Batch]:
     """The model and a batch of its run in float64."""
-    stream = training_stream(config, caption_tokenizer(config), model.sample_rate, World())
+    stream = training_stream(
+        config, caption_tokenizer(config.model.text.name, config.data.captions), model.sample_rate, World()
+    )
     (batch,) = read_batches(stream.between(0, 1), 0)
     assert isinstance(batch, Batch)
     return model.double(), replace(batch, waveform=batch.waveform.double())
