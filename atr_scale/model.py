@@ -5,7 +5,7 @@ Shape suffixes: B texts of the global batch, b rows of this rank, L word pieces,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,7 @@ from atr_scale.losses.temperature import Temperature
 from atr_scale.score_block import ModalityScores, ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
 from atr_scale.scorers.cosine import mean as mean_over_frames
-from atr_scale.teachers.tables import Correspondences
+from atr_scale.teachers.tables import TeacherEnsemble
 
 WEIGHTS = "model.safetensors"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,7 +89,7 @@ class Retriever(nn.Module):
         self.temperature = _temperature(objective.temperature)
         self.objective = _objective(objective)
         self.step = 0  # updates made so far, set by the training loop: terms may depend on it
-        self.teacher: Correspondences | None = None  # set before training where a term needs one
+        self.teacher: TeacherEnsemble | None = None  # set before training where a term needs one
         self.precision = "fp32"  # or bf16, fp16: what the encoders compute in; parameters stay fp32
 
     @property
@@ -208,10 +208,10 @@ def find_checkpoint(location: str | Path) -> Path:
     raise UserError(f"no checkpoint at {location}: give a run folder or one of its checkpoints/step-N")
 
 
-def load_retriever(location: str | Path) -> tuple[Retriever, RunConfig, Path]:
+def load_retriever(location: str | Path, plugins: Sequence[str] = ()) -> tuple[Retriever, RunConfig, Path]:
     """A trained model with its configuration and the folder it came from. UserError where it cannot be loaded."""
     folder = find_checkpoint(location)
-    config = load_config(folder / "config.resolved.yaml")
+    config = load_config(folder / "config.resolved.yaml", (), plugins)
     config.model.audio.checkpoint = None  # its weights are in the checkpoint
     model = Retriever(config.model, config.objective)
     load_weights(model, read_weights(folder), str(folder))

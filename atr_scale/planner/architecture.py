@@ -32,7 +32,7 @@ KNOWN_TEXT_ENCODERS: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-def build(config: RunConfig) -> Retriever:
+def build_without_weights(config: RunConfig) -> Retriever:
     """The retriever as it is trained, frozen layers included: audio encoder and heads with random weights, the text
     encoder on the meta device. UserError as the run itself would raise it."""
     section = config.model.model_copy(deep=True)

@@ -12,7 +12,7 @@ from atr_scale.training.checks import check_batch_size, num_steps, read_teacher,
 from atr_scale.training.param_groups import describe_layers, freeze
 
 
-def plan(config: RunConfig, world_size: int) -> str:
+def dry_run(config: RunConfig, world_size: int) -> str:
     """Model size, memory for states, steps and shards, as lines of text. Raises UserError as the run itself would:
     all that it starts from is read, the weights of train.initial_checkpoint and the distillation tables too."""
     check_batch_size(config, world_size)
