@@ -248,6 +248,7 @@ def _nothing_kept() -> Iterator[None]:
 @contextmanager
 def _ranks(size: int) -> Iterator[None]:
     """This process as rank 0 of `size`; collectives move nothing: gathers repeat what they are given."""
+    # torch has no public process group of a size that no processes are there for.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)

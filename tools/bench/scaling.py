@@ -17,7 +17,7 @@ from typing import Any
 
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
-from atr_scale.planner.estimate import Cluster, estimate_step, transfers
+from atr_scale.planner.estimate import Cluster, StepEstimate, estimate_step, transfers
 from atr_scale.planner.gpus import GPU
 from atr_scale.planner.ops import Recorder
 from atr_scale.planner.planner import measure_costs
@@ -75,7 +75,7 @@ def planned(name: str, config: RunConfig, seconds: float) -> Iterator[Row]:
     )
     yield error(f"bytes to collectives, {name}", given / 2**20, found.given / 2**20, "counted", 0.0)
     bucket = BUCKET_MIB if config.train.zero_stage else 0.0
-    peak = plan(config, world_size=2, seconds=seconds).peak / 2**20
+    peak = planned_step(config, world_size=2, seconds=seconds).peak / 2**20
     yield error(f"peak memory, {name}", peak - bucket, found.peak - bucket, "measured", 0.1)
 
 
@@ -89,13 +89,13 @@ def ratios(config: RunConfig, lgmm: RunConfig) -> Iterator[Row]:
     base, short, pairs = (
         run_ranks(measured, 1, *given)[0].seconds for given in ((config,), (config, SHORTER), (lgmm,))
     )
-    step = plan(config).step
-    by_length = step / plan(config, seconds=SHORTER).step
+    step = planned_step(config).step
+    by_length = step / planned_step(config, seconds=SHORTER).step
     yield Row(f"time, clips of {SECONDS:g} s over {SHORTER:g} s", by_length, base / short, "measured", "x")
-    yield Row("time, lgmm over mean", plan(lgmm).step / step, pairs / base, "measured", "x")
+    yield Row("time, lgmm over mean", planned_step(lgmm).step / step, pairs / base, "measured", "x")
 
 
-def plan(config: RunConfig, world_size: int = 1, seconds: float = SECONDS) -> Any:
+def planned_step(config: RunConfig, world_size: int = 1, seconds: float = SECONDS) -> StepEstimate:
     costs, _ = measure_costs(config, seconds, updates.NUM_WORDS, gpu=False)
     return estimate_step(costs, Cluster(CORE, world_size, 8, 0.0, 1), config.train.global_batch_size)
 
