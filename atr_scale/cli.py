@@ -27,7 +27,7 @@ shards_app = typer.Typer(help="Build and check WebDataset shards.", no_args_is_h
 app.add_typer(shards_app, name="shards")
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key.sub=value]...", help="values in the place of the file's")
+    list[str] | None, typer.Argument(metavar="key.sub=value", help="values in the place of the file's")
 ]
 Plugins = Annotated[
     list[str] | None,
@@ -217,7 +217,11 @@ def train_command(
         return
     from atr_scale.training.loop import train
 
-    train(resolved)
+    try:
+        train(resolved)
+    except BrokenPipeError as error:
+        # typer takes it for a reader that has gone and ends without a word; here a worker or a store has gone.
+        raise RuntimeError("a pipe or connection of training broke") from error
 
 
 @app.command("plan", cls=TakesOverrides)
@@ -323,6 +327,7 @@ def estimate_command(
     and a comparison of the models. A table that is there already is kept.
 
     Example: atr-scale estimate runs/one runs/other --shards shards/clotho/train --out correspondences
+
     Several ranks: torchrun --nproc-per-node 2 -m atr_scale.cli estimate ...
     """
     from atr_scale.distributed.start import distributed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from atr_scale.config import RunConfig
 from atr_scale.errors import UserError
 from atr_scale.planner import dry_run
 from atr_scale.train import train_rank
+from atr_scale.training import loop
 
 CONFIG = str(Path(__file__).parents[2] / "configs/quickstart/pretrain.yaml")
 
@@ -80,6 +82,15 @@ def test_plugins_reach_the_configuration(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(UserError, match="seen"):
             cli.app([verb, "a.yaml", "--plugins", "one", "x=1", "--plugins", "two.more"], standalone_mode=False)
     assert given == [("a.yaml", ["x=1"], ["one", "two.more"])] * 2
+
+
+def test_a_broken_connection_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: RunConfig) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(loop, "train", broken)
+    with pytest.raises(RuntimeError, match="connection of training broke"):
+        cli.app(["train", CONFIG])
 
 
 def test_help_has_an_example() -> None:
