@@ -99,6 +99,20 @@ def build_retriever(config: RunConfig, folder: Path, **options: Any) -> Retrieve
     return model
 
 
+def first_retriever(config: RunConfig, resume_from: Path | None = None, **options: Any) -> Retriever:
+    """The model that a run starts with: that of the checkpoint it goes on from, else that of train.initial_checkpoint,
+    else one of pretrained encoders and new heads. The configuration is the run's own in every case.
+
+    options: of `Retriever`. Raises UserError as `build_retriever` and the encoders do.
+    """
+    start = resume_from
+    if start is None and config.train.initial_checkpoint:
+        start = find_checkpoint(config.train.initial_checkpoint)
+    if start is None:
+        return Retriever(config.model, config.objective, **options)
+    return build_retriever(config, start, **options)
+
+
 def load_retriever(location: str | Path, plugins: Sequence[str] = ()) -> tuple[Retriever, RunConfig, Path]:
     """A trained model with its configuration and the folder it came from.
 

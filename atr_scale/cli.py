@@ -1,13 +1,18 @@
-"""The verbs of `atr-scale`. Each imports what it needs when it is called, so that --help is instant."""
+"""The verbs of `atr-scale`. Each imports what it needs when it is called, so that --help is instant.
+
+A verb's function is called after it, `<verb>_command` if the plain name belongs to what does the work.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from atr_scale.errors import UserError
 from atr_scale.version import __version__
@@ -37,6 +42,27 @@ def common(
 
 shards_app = typer.Typer(help="Build and check WebDataset shards.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(shards_app, name="shards")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key.sub=value", help="values in the place of the file's")
+]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODULE", help="module to import first, for its encoders, scorers, losses; repeatable"),
+]
+
+
+class TakesOverrides(TyperCommand):
+    """A verb with overrides: to who writes one like an option it says how it is written."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        for argument in args:
+            key, _, value = argument.removeprefix("--").partition("=")
+            if argument.startswith("--") and "." in key:
+                raise UserError(
+                    f"no option --{key}: an override has no dashes before it, write {key}={value or 'VALUE'}"
+                )
+        return super().parse_args(ctx, args)  # type: ignore[arg-type]
 
 
 @shards_app.command("build")
@@ -200,21 +226,44 @@ def augment_captions(
         print(f"cost: {prices.cost(summary.input_tokens, summary.output_tokens):.2f}")
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)
-def train(context: typer.Context) -> None:
-    """Train a retriever in one process; several start with `accelerate launch -m atr_scale.train` or torchrun.
+@app.command("train", cls=TakesOverrides)
+def train_command(
+    config: Annotated[str, typer.Argument(help="YAML file")],
+    overrides: Overrides = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="print model size, memory, steps and shards; train nothing")
+    ] = False,
+    world_size: Annotated[int, typer.Option(help="ranks to plan for with --dry-run")] = 1,
+    plugins: Plugins = None,
+) -> None:
+    """Train a retriever; a run folder that holds a checkpoint is continued. This is one process: several start with
+    `accelerate launch -m atr_scale.train` or torchrun and the same arguments.
 
     Example: atr-scale train configs/quickstart/pretrain.yaml train.lr=1e-4
     """
-    from atr_scale.train import run
+    if world_size < 1:
+        raise UserError(f"--world-size {world_size}: give at least 1")
+    from atr_scale.config import load_config
 
-    run(context.args)
+    resolved = load_config(config, overrides or (), plugins or ())
+    if dry:
+        from atr_scale.planner.dry_run import dry_run
+
+        print(dry_run(resolved, world_size))
+        return
+    from atr_scale.training.loop import train
+
+    try:
+        train(resolved)
+    except BrokenPipeError as error:
+        # typer takes it for a reader that has gone and ends without a word; here a worker or a store has gone.
+        raise RuntimeError("a pipe or connection of training broke") from error
 
 
-@app.command()
-def plan(
+@app.command("plan", cls=TakesOverrides)
+def plan_command(
     config: Annotated[str, typer.Argument(help="YAML file of a run")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value]...")] = None,
+    overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="H200, H100, A100-80, A100-40, L40S, A10, L4, V100 or RTX4090")] = "H100",
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
@@ -227,6 +276,7 @@ def plan(
         float, typer.Option(min=0, help="of one core for 10 s of audio: 4.5 for flac, 0.11 for pcm16")
     ] = 4.5,
     out: Annotated[Path | None, typer.Option(help="folder for plan.json and plan.png")] = None,
+    plugins: Plugins = None,
 ) -> None:
     """Say what a run will take before it starts: memory, network, time and cost, for this cluster and for 1 to 1024
     GPUs. Neither data nor weights nor a GPU are needed.
@@ -235,11 +285,11 @@ def plan(
     """
     from atr_scale.config import load_config
     from atr_scale.planner.gpus import find_gpu
-    from atr_scale.planner.planner import make_plan
-    from atr_scale.planner.report import text, write
+    from atr_scale.planner.planner import plan_run
+    from atr_scale.planner.report import describe_plan, write_plan
 
-    planned = make_plan(
-        load_config(config, overrides or ()),
+    plan = plan_run(
+        load_config(config, overrides or (), plugins or ()),
         find_gpu(gpu).with_price(price),
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -247,8 +297,8 @@ def plan(
         tokens=tokens,
         decode_s=decode_ms / 1e4,
     )
-    print(text(planned))
-    for path in write(planned, out) if out else ():
+    print(describe_plan(plan))
+    for path in write_plan(plan, out) if out else ():
         print(path)
 
 
@@ -301,34 +351,36 @@ def evaluate(
                 print(f"{name:<20} {value:.4f}")
 
 
-@app.command()
-def estimate(
+@app.command("estimate")
+def estimate_command(
     runs: Annotated[list[str], typer.Argument(help="run folders (their best checkpoints) or checkpoints/step-N")],
     shards: Annotated[str, typer.Option(help="shards of the split that a second stage trains on")],
     out: Annotated[Path, typer.Option(help="folder for the tables, estimate.json and report.md")],
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="clips embedded at once; default: the run's own evaluation.batch_size")
     ] = None,
+    plugins: Plugins = None,
 ) -> None:
-    """Write what trained models say of every caption and clip of a split, the teachers of a second stage of training,
-    and compare them. A table that is there already is kept.
+    """Write the teacher scores of a second stage of training: one table a model, of every caption and clip of a split,
+    and a comparison of the models. A table that is there already is kept.
 
     Example: atr-scale estimate runs/one runs/other --shards shards/clotho/train --out correspondences
+
     Several ranks: torchrun --nproc-per-node 2 -m atr_scale.cli estimate ...
     """
     from atr_scale.distributed.start import distributed
-    from atr_scale.teachers.estimate import estimate as estimate_correspondences
+    from atr_scale.teachers.estimate import write_teacher_tables
 
     with distributed() as (world, device):
-        comparison = estimate_correspondences(
-            runs, shards=shards, out=out, batch_size=batch_size, world=world, device=device
+        comparison = write_teacher_tables(
+            runs, shards=shards, out=out, batch_size=batch_size, plugins=plugins or (), world=world, device=device
         )
     if comparison is not None:
         print(comparison.table())
 
 
-@app.command()
-def doctor(
+@app.command("doctor")
+def doctor_command(
     encoder: Annotated[str | None, typer.Option(help="name of an audio encoder; default: the checkpoint's")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="original file, or transformers folder, to load")] = None,
     audio: Annotated[Path | None, typer.Option(help="recording to tag with the checkpoint's classifier")] = None,
@@ -344,22 +396,25 @@ def doctor(
 
     Example: atr-scale doctor --checkpoint mn04_as_mAP_432.pt --audio dog.wav --labels class_labels_indices.csv
     """
-    from atr_scale.doctor import diagnose, table, write_json
+    from atr_scale.doctor import describe_facts, diagnose, write_facts
 
     facts = diagnose(
         encoder, checkpoint, audio=audio, labels=labels, seconds=seconds, batch_size=batch_size, repeats=repeats
     )
-    for name, text in table(facts):
+    for name, text in describe_facts(facts):
         print(f"{name:<20} {text}".rstrip())
     if json is not None:
-        write_json(facts, json)
+        write_facts(facts, json)
 
 
-def main() -> None:
-    """Entry of the console script. Exit codes: 0 done, 2 the user's mistake (one line), 1 a failure of ours."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry of the console script. Exit codes: 0 done, 2 the user's mistake (one line), 1 a failure of ours.
+
+    arguments: default, those of the command line.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app()
+        app(arguments, prog_name="atr-scale")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -202,7 +202,7 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> RunConfig:
     """The configuration in `path` with dotted `overrides` such as "train.lr=1e-4" applied.
 
     Raises UserError: missing file, YAML that does not parse, an unknown key (with a suggestion), a wrong value.

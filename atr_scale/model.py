@@ -28,7 +28,7 @@ from atr_scale.losses.temperature import Temperature
 from atr_scale.score_block import ModalityScores, ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
 from atr_scale.scorers.cosine import mean as mean_over_frames
-from atr_scale.teachers.tables import Correspondences
+from atr_scale.teachers.tables import TeacherEnsemble
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,7 +83,7 @@ class Retriever(nn.Module):
         self.temperature = _temperature(objective.temperature)
         self.objective = _objective(objective)
         self.step = 0  # updates made so far, set by the training loop: terms may depend on it
-        self.teacher: Correspondences | None = None  # set before training where a term needs one
+        self.teacher: TeacherEnsemble | None = None  # set before training where a term needs one
         self.precision = "fp32"  # or bf16, fp16: what the encoders compute in; parameters stay fp32
 
     @property

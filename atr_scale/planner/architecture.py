@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from atr_scale.compat import enable_gradient_checkpointing
 from atr_scale.config import RunConfig
 from atr_scale.encoders.text import DROPOUTS, TextEncoder, quiet_transformers
 from atr_scale.errors import UserError
@@ -32,7 +33,7 @@ KNOWN_TEXT_ENCODERS: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-def build(config: RunConfig) -> Retriever:
+def build_without_weights(config: RunConfig) -> Retriever:
     """The retriever as it is trained, frozen layers included: audio encoder and heads with random weights, the text
     encoder on the meta device. UserError as the run itself would raise it."""
     section = config.model.model_copy(deep=True)
@@ -73,7 +74,7 @@ def _text_encoder(config: RunConfig) -> TextEncoder:
         except TypeError:  # families without a pooling layer do not know the argument
             transformer = AutoModel.from_config(settings, **attention)
     if options.activation_checkpointing:
-        transformer.activation_checkpointing_enable({"use_reentrant": False})
+        enable_gradient_checkpointing(transformer)
     return TextEncoder(transformer, set(), options)
 
 

@@ -50,7 +50,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StepEstimate:
     """One update on a cluster.
 
     memory: bytes by part at the moment of the peak. transfers: with their kinds. seconds: by bound, those of the GPU
@@ -86,7 +86,7 @@ class Estimate:
         return max((name for name in self.seconds if name != "loader"), key=self.seconds.__getitem__)
 
 
-def estimate(costs: Costs, cluster: Cluster, global_batch: int, micro_batch: int | None = None) -> Estimate:
+def estimate_step(costs: Costs, cluster: Cluster, global_batch: int, micro_batch: int | None = None) -> StepEstimate:
     """micro_batch: rows of a forward; below a rank's share (the default) that is GradCache."""
     share = global_batch // cluster.world_size
     micro = micro_batch or share
@@ -98,7 +98,7 @@ def estimate(costs: Costs, cluster: Cluster, global_batch: int, micro_batch: int
     accum = costs.config.train.accum_steps
     seconds["loader"] = accum * share * cluster.clip_s / max(1, cluster.workers)
     memory = max(_moments(costs, cluster.world_size, global_batch, micro, table), key=lambda parts: sum(parts.values()))
-    return Estimate(cluster.world_size, global_batch, micro, memory, sent, seconds, accum * global_batch)
+    return StepEstimate(cluster.world_size, global_batch, micro, memory, sent, seconds, accum * global_batch)
 
 
 def peak_memory(costs: Costs, world_size: int, global_batch: int, micro: int) -> float:

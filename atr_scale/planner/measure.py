@@ -27,7 +27,7 @@ from atr_scale.losses.tiled import tiles
 from atr_scale.model import AUTOCAST, Encoded, Retriever
 from atr_scale.planner.architecture import become_fake
 from atr_scale.planner.ops import Collective, OpTable, Recorder
-from atr_scale.teachers.tables import Correspondences, Table
+from atr_scale.teachers.tables import TeacherEnsemble, TeacherTable
 
 ROWS = (4, 8)  # of the encoders' two runs
 SHARES, RANKS = (1, 2), (2, 3)  # audios a rank and ranks of the heads' runs
@@ -228,11 +228,11 @@ def _some_rows(sequence: TokenSequence, rows: int) -> TokenSequence:
     )
 
 
-def _teacher(widths: list[int], rows: int) -> Correspondences:
+def _teacher(widths: list[int], rows: int) -> TeacherEnsemble:
     ids = torch.arange(rows)
-    table = Table("planned", ids, ids, torch.zeros_like(ids), {})
+    table = TeacherTable("planned", ids, ids, torch.zeros_like(ids), {})
     values = [torch.randn(rows, width).half() for width in widths]
-    return Correspondences([Table(**{**vars(table), "values": {"text": x, "audio": x}}) for x in values])
+    return TeacherEnsemble([TeacherTable(**{**vars(table), "values": {"text": x, "audio": x}}) for x in values])
 
 
 @contextmanager
@@ -248,6 +248,7 @@ def _nothing_kept() -> Iterator[None]:
 @contextmanager
 def _ranks(size: int) -> Iterator[None]:
     """This process as rank 0 of `size`; collectives move nothing: gathers repeat what they are given."""
+    # torch has no public process group of a size that no processes are there for.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)

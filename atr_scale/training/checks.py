@@ -14,7 +14,7 @@ from atr_scale.data.stream import TrainingStream
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.teachers.tables import Correspondences
+from atr_scale.teachers.tables import TeacherEnsemble
 
 # What may differ when a run is resumed; everything else would make it another run.
 FREE_TO_CHANGE = (
@@ -71,12 +71,12 @@ def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate:
     )
 
 
-def read_teacher(config: RunConfig, sources: Sequence[ShardSet]) -> Correspondences | None:
+def read_teacher(config: RunConfig, sources: Sequence[ShardSet]) -> TeacherEnsemble | None:
     """The tables of objective.distillation where it has a weight. UserError where they are not about `sources`."""
     section = config.objective.distillation
     if section.weight == 0:
         return None
-    teacher = Correspondences.read(section.tables)
+    teacher = TeacherEnsemble.read(section.tables)
     for shards in sources:
         teacher.check(shards)
     return teacher

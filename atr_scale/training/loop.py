@@ -31,7 +31,7 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
 from atr_scale.evaluation.selection import check_selection, selection_score
-from atr_scale.model import Retriever, count_parameters
+from atr_scale.model import count_parameters
 from atr_scale.training.checks import (
     check_batch_size,
     check_run_folder,
@@ -86,7 +86,10 @@ class Training:
         self.validation = {name: open_shards(place) for name, place in config.data.validation_sets.items()}
         check_selection(config.evaluation.select, list(self.validation))
         resume_from = self._find_checkpoint()
-        model = self._build(resume_from)
+        if resume_from is not None:
+            self._check_configuration(resume_from)
+        torch.manual_seed(config.run.seed)  # the same new weights on every rank
+        model = checkpoint.first_retriever(config, resume_from)
         freeze(model, config.train)
         self.stream = training_stream(config, self.tokenizer, model.sample_rate, world)
         model.teacher = read_teacher(config, self.stream.sources)
@@ -301,18 +304,6 @@ class Training:
                 "told to stop: saved at step %d of %d; the same command goes on from there",
                 self.progress.step, self.steps,
             )  # fmt: skip
-
-    def _build(self, resume_from: Path | None) -> Retriever:
-        """The model with its first weights, the same on every rank: those of a checkpoint, else pretrained and new."""
-        config, start = self.config, resume_from
-        if resume_from is not None:
-            self._check_configuration(resume_from)
-        elif config.train.initial_checkpoint:
-            start = checkpoint.find_checkpoint(config.train.initial_checkpoint)
-        torch.manual_seed(config.run.seed)
-        if start is None:
-            return Retriever(config.model, config.objective)
-        return checkpoint.build_retriever(config, start)
 
     def _find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, decided by the main rank for all."""

@@ -145,7 +145,7 @@ def _middle(split: Split, clip: int) -> Tensor:
     return split.waveform(clip, int(room / 2 * SAMPLE_RATE), round(SECONDS * SAMPLE_RATE))
 
 
-def save(tokens: dict[str, Tokens], path: Path) -> None:
+def save_tokens(tokens: dict[str, Tokens], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save({name: part.state() for name, part in tokens.items()}, partial)

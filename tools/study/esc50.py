@@ -11,7 +11,7 @@ from atr_scale.data.decode import decode
 from atr_scale.data.tokenizer import CaptionTokenizer, load_tokenizer
 from atr_scale.encoders import build_audio_encoder, build_text_encoder
 from tools.esc50_corpus import CAPTION
-from tools.study.encoders import hear, read, save
+from tools.study.encoders import hear, read, save_tokens
 
 TEST_FOLD = 5
 
@@ -37,4 +37,4 @@ def write_tokens(esc50: Path, weights: Path, sentences: Path, out: Path) -> None
     labels = {name: torch.tensor([names.index(row["category"]) for row in part]) for name, part in parts.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(labels, out.with_suffix(".labels.pt"))
-    save(tokens, out)
+    save_tokens(tokens, out)

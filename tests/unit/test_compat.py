@@ -1,0 +1,23 @@
+"""Older releases' names stand in for those they lack."""
+
+from __future__ import annotations
+
+import runpy
+
+import pytest
+import torch.distributed as dist
+
+from atr_scale import compat
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_collectives_of_one_tensor(newer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
+    for new, old in names.items():
+        monkeypatch.setattr(dist, old, f"old {new}")
+        if newer:
+            monkeypatch.setattr(dist, new, f"new {new}", raising=False)
+        else:
+            monkeypatch.delattr(dist, new, raising=False)
+    found = runpy.run_path(compat.__file__)
+    assert [found[name] for name in names] == [f"{'new' if newer else 'old'} {name}" for name in names]
