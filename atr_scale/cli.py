@@ -147,8 +147,8 @@ def demo_data(
     sample_rate: Annotated[int, typer.Option(help="Hz")] = 16_000,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: one a core")] = None,
 ) -> None:
-    """Make synthetic corpora in the formats of AudioCaps, Clotho and WavCaps, their true correspondences, and a small
-    text encoder. What is there already is kept.
+    """Make synthetic corpora in the formats of AudioCaps, Clotho and WavCaps, how true each caption is of each clip,
+    and a small text encoder. What is there already is kept.
 
     Example: atr-scale demo-data --out demo --clips-scale 0.1
     """
@@ -160,7 +160,7 @@ def demo_data(
         from atr_scale.demo.text_encoder import build_demo_text_encoder
 
         build_demo_text_encoder(training_captions(out), out / "text_encoder", seed=seed)
-    print(f"{out}: audiocaps/, clotho/, wavcaps/, text_encoder/ and correspondences; README.txt says what each file is")
+    print(f"{out}: audiocaps/, clotho/, wavcaps/, text_encoder/ and relevance/; README.txt says what each file is")
 
 
 @app.command("augment-captions")
@@ -312,7 +312,7 @@ def evaluate(
         str | None, typer.Option(help="caption of a class for labelled sets, with {label} in it")
     ] = None,
     relevance: Annotated[
-        Path | None, typer.Option(help="which clips fit which caption: DCASE's CSV, or the demo's correspondences.npz")
+        Path | None, typer.Option(help="which clips fit which caption: DCASE's CSV, or an npz file of grades")
     ] = None,
     rerank: Annotated[
         int | None, typer.Option(min=1, help="score only so many candidates a query, for scorers of pairs")
