@@ -27,6 +27,7 @@ def test_collectives_of_one_tensor(newer: bool, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("name", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
 def test_gradient_checkpointing(name: str) -> None:
-    given: list[dict[str, Any]] = []
-    compat.enable_gradient_checkpointing(SimpleNamespace(**{name: given.append}))
-    assert given == [{"use_reentrant": False}]
+    calls: list[list[Any]] = []
+    enable = {name: lambda *given, **named: calls.append([*given, *named.values()])}
+    compat.enable_gradient_checkpointing(SimpleNamespace(**enable))
+    assert calls == [[{"use_reentrant": False}]]
