@@ -1,4 +1,4 @@
-"""Names of newer releases than the lowest that pyproject.toml allows, each with what older ones call the same."""
+"""What the supported versions of other libraries call by different names."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ else:
 
 
 def enable_gradient_checkpointing(transformer: Any) -> None:
-    """Layers of a transformers model keep no more than their inputs for the backward pass, which runs them again."""
-    options = {"use_reentrant": False}
+    """Recompute a transformers model's layers in the backward pass; newer versions call it activation checkpointing."""
     if hasattr(transformer, "activation_checkpointing_enable"):
-        transformer.activation_checkpointing_enable(options)
+        transformer.activation_checkpointing_enable({"use_reentrant": False})
     else:
-        transformer.gradient_checkpointing_enable(options)
+        transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -21,3 +23,11 @@ def test_collectives_of_one_tensor(newer: bool, monkeypatch: pytest.MonkeyPatch)
             monkeypatch.delattr(dist, new, raising=False)
     found = runpy.run_path(compat.__file__)
     assert [found[name] for name in names] == [f"{'new' if newer else 'old'} {name}" for name in names]
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
+def test_gradient_checkpointing(name: str) -> None:
+    calls: list[list[Any]] = []
+    enable = {name: lambda *given, **named: calls.append([*given, *named.values()])}
+    compat.enable_gradient_checkpointing(SimpleNamespace(**enable))
+    assert calls == [[{"use_reentrant": False}]]

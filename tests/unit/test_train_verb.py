@@ -16,6 +16,7 @@ from atr_scale import cli
 from atr_scale.config import RunConfig
 from atr_scale.errors import UserError
 from atr_scale.planner import dry_run
+from atr_scale.teachers import estimate
 from atr_scale.train import train_rank
 from atr_scale.training import loop
 
@@ -82,6 +83,13 @@ def test_plugins_reach_the_configuration(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(UserError, match="seen"):
             cli.app([verb, "a.yaml", "--plugins", "one", "x=1", "--plugins", "two.more"], standalone_mode=False)
     assert given == [("a.yaml", ["x=1"], ["one", "two.more"])] * 2
+
+
+def test_plugins_reach_the_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(estimate, "write_teacher_tables", lambda runs, **options: given.update(options, runs=runs))
+    cli.app(["estimate", "runs/a", "--shards", "s", "--out", "o", "--plugins", "one"], standalone_mode=False)
+    assert given["runs"] == ["runs/a"] and list(given["plugins"]) == ["one"]
 
 
 def test_a_broken_connection_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
