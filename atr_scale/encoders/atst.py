@@ -126,7 +126,7 @@ class ATSTFrame(AudioEncoder):
         return TokenSequence(tokens_BTD, mask_BT, tokens_BTD.sum(1) / (tokens_BTD.shape[1] + 1e-6))
 
     def logits(self, waveform_BS: Tensor) -> Tensor:
-        """[B, 527], AudioSet's classes. UserError where the weights came without a classifier."""
+        """[B, 527], AudioSet's classes. UserError if the weights came without a classifier."""
         if not self.head.linear.weight.any():
             raise UserError(
                 "these weights of atst_frame came without a classifier: load the file fine-tuned on AudioSet to tag"

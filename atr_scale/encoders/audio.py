@@ -55,7 +55,7 @@ class AudioEncoder(nn.Module, ABC):
     """Waveform -> TokenSequence; a clip's result never depends on its batch mates (batch_norm frozen).
 
     sample_rate: Hz of the waveform. dim: width of tokens and of pooled.
-    native_seconds: the length beyond which a clip is cut into windows; None where any length goes through in one pass.
+    native_seconds: the length beyond which a clip is cut into windows; None if any length goes through in one pass.
     layouts: the original files it loads. layers: what `frozen_layers` and `layer_decay` count, lowest first, each the
     prefixes of its parameters' names. special_options: those of SPECIAL_OPTIONS that it has.
     augment_seed: fixes the draws of training; equal on all ranks. equal_rounds: see `encode_in_buckets`; needed where
@@ -131,7 +131,7 @@ class AudioEncoder(nn.Module, ABC):
         return self.window if seconds is None else round(seconds * self.sample_rate)
 
     def forward(self, waveform_BS: Tensor, lengths_B: Tensor | None = None) -> TokenSequence:
-        """waveform float32 [B, S]; lengths int64 [B] in samples, None where every clip fills the width.
+        """waveform float32 [B, S]; lengths int64 [B] in samples, None if every clip fills the width.
 
         A clip beyond the window is cut into windows, the last filled up with zeros: their tokens and masks are joined,
         pooled is the mean of theirs.
@@ -145,7 +145,7 @@ class AudioEncoder(nn.Module, ABC):
     @torch.no_grad()
     def tags(self, waveform_BS: Tensor) -> Tensor:
         """Logits [B, L] of AudioSet's classes, in the order of its class_labels_indices.csv; for a clip beyond the
-        window, their mean over windows. UserError where the weights came without a classifier."""
+        window, their mean over windows. UserError if the weights came without a classifier."""
         window = self.window or waveform_BS.shape[1]
         hop = self.window_hop if self.window else window
         starts = window_starts(waveform_BS.shape[1], window, hop)
@@ -155,7 +155,7 @@ class AudioEncoder(nn.Module, ABC):
         return torch.stack([self.logits(piece) for piece in pieces]).mean(0)
 
     def mel(self, waveform_BS: Tensor) -> Tensor:
-        """The front end's features [B, M, F]; in training with jittered band limits, where the option is set."""
+        """The front end's features [B, M, F]; in training with jittered band limits, if the option is set."""
         low, high = self.options.fmin_aug_range, self.options.fmax_aug_range
         if not self.training or not (low or high):
             return self.front_end(waveform_BS)
@@ -170,7 +170,7 @@ class AudioEncoder(nn.Module, ABC):
         return spec_augment.for_the_batch(self.augment_seed, purpose)
 
     def spec_augment(self, features_BMF: Tensor, waveform_BS: Tensor) -> Tensor:
-        """Normalised features with SpecAugment's stripes set to 0, in training where the option is set."""
+        """Normalised features with SpecAugment's stripes set to 0, in training if the option is set."""
         widths = self.options.spec_augment
         if not self.training or widths is None:
             return features_BMF
@@ -179,7 +179,7 @@ class AudioEncoder(nn.Module, ABC):
         return features_BMF * keep_BMF.to(features_BMF.dtype)
 
     def run(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """layer(x), recomputed in the backward pass where the option is set."""
+        """layer(x), recomputed in the backward pass if the option is set."""
         if self.options.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, x, use_reentrant=False)
         return layer(x)

@@ -82,7 +82,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter each channel, gate, project; the input is added where shapes allow."""
+    """Expand, filter each channel, gate, project; the input is added if shapes allow."""
 
     def __init__(
         self,

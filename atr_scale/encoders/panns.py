@@ -33,7 +33,7 @@ def conv3(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class ConvBlock(nn.Module):
-    """Two convolutions; frequency and time are halved where `halve` is set, rounded down."""
+    """Two convolutions; frequency and time are halved if `halve` is set, rounded down."""
 
     def __init__(self, inputs: int, outputs: int, halve: bool = True) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ MAX_TOKENS = 128
 
 
 class SentenceEncoder:
-    """`encoder(texts) -> float32 [N, D]` of unit length, on the accelerator where there is one.
+    """`encoder(texts) -> float32 [N, D]` of unit length, on the accelerator if there is one.
 
     name: a transformers folder, or a model's name on a hub. Raises UserError as build_text_encoder does.
     """

@@ -88,7 +88,7 @@ class TextEncoder(nn.Module):
             layer.compile()
 
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> TokenSequence:
-        """input_ids int64 [B, T]; attention_mask [B, T], 1 or True where a token is real, special or not."""
+        """input_ids int64 [B, T]; attention_mask [B, T], 1 or True if a token is real, special or not."""
         hidden_BTD = self.transformer(input_ids=input_ids_BT, attention_mask=attention_mask_BT).last_hidden_state
         attended_BT = attention_mask_BT.bool()
         if self.options.pooling == "first":
@@ -125,7 +125,7 @@ def load_transformer(place: str, options: TextEncoderOptions) -> tuple[Any, set[
             setattr(config, name, options.dropout)
     settings: dict[str, Any] = {
         "config": config,
-        # Fused attention is what transformers itself takes where a family has it.
+        # Fused attention is what transformers itself takes if a family has it.
         "attn_implementation": "eager" if options.attention == "eager" else None,
         "trust_remote_code": False,
         "dtype": torch.float32,

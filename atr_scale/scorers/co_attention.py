@@ -131,7 +131,7 @@ class Side(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensors:
         """[B, T, D] -> what is to be compared, and the guides [B, T, W] (by layer, or one for all; none if not asked).
 
-        To be compared: tokens [B, T, W] where this side will be guided, else the unit vector [B, J].
+        To be compared: tokens [B, T, W] if this side will be guided, else the unit vector [B, J].
         """
         projected = self.projection(tokens)
         levels = [projected]

@@ -24,13 +24,13 @@ def pooled(audio: TokenSequence) -> Tensor:
 
 
 def mean(audio: TokenSequence) -> Tensor:
-    """Mean over real frames, [b, D]; zero where there are none."""
+    """Mean over real frames, [b, D]; zero if there are none."""
     weight = audio.mask.to(audio.tokens.dtype).unsqueeze(-1)
     return (audio.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def maximum(audio: TokenSequence) -> Tensor:
-    """Largest value over real frames, [b, D]; zero where there are none."""
+    """Largest value over real frames, [b, D]; zero if there are none."""
     largest = audio.tokens.masked_fill(~audio.mask.unsqueeze(-1), -torch.inf).amax(1)
     return largest.masked_fill(~audio.mask.any(1, keepdim=True), 0)
 
@@ -53,7 +53,7 @@ class AttentionPooling(nn.Module):
         self.weigh = nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1))
 
     def forward(self, audio: TokenSequence) -> Tensor:
-        """[b, D]; zero where there are no real frames."""
+        """[b, D]; zero if there are no real frames."""
         tokens, mask = at_least_fp32(audio.tokens), audio.mask.unsqueeze(-1)
         logits = self.weigh(tokens)
         weight = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(1) * mask
@@ -76,7 +76,7 @@ class NetRVLAD(nn.Module):
         self.project = nn.Linear(num_clusters * dim, dim, bias=False)
 
     def forward(self, audio: TokenSequence) -> Tensor:
-        """[b, D]; zero where there are no real frames."""
+        """[b, D]; zero if there are no real frames."""
         tokens = at_least_fp32(audio.tokens)
         weight = self.assign(tokens).softmax(-1) * audio.mask.unsqueeze(-1)
         clusters = normalize(weight.mT @ tokens, dim=-1)  # [b, C, D]

@@ -33,7 +33,7 @@ class LocalGlobalScorer(Scorer):
 
     s_mn = cos(f_m, w_n), alpha_m = softmax_n(lambda1 s_mn), r_m = cos(f_m, sum_n alpha_mn w_n),
     score = 1/lambda2 log mean_m exp(lambda2 r_m), here with frames as queries. The mean, in place of the sum of the
-    paper, keeps long clips from scoring higher; it changes nothing where all clips have equally many frames.
+    paper, keeps long clips from scoring higher; it changes nothing if all clips have equally many frames.
 
     lambda1, lambda2: inverse temperatures of the attention and of the pooling; the paper does not give them, the
     defaults are those of SCAN (Lee et al., ECCV 2018, arXiv 1803.08024).

@@ -39,11 +39,11 @@ class Scorer(nn.Module, ABC):
         return StoredScores(self.scores(gather_text(text, world, self.reads_words), audio), world)
 
     def embed_text(self, text: TokenSequence) -> Tensor:
-        """Unit vectors [B, D] of a factorised scorer. Raises UserError where a score needs both sides at once."""
+        """Unit vectors [B, D] of a factorised scorer. Raises UserError if a score needs both sides at once."""
         raise self._needs_pairs()
 
     def embed_audio(self, audio: TokenSequence) -> Tensor:
-        """Unit vectors [b, D] of a factorised scorer. Raises UserError where a score needs both sides at once."""
+        """Unit vectors [b, D] of a factorised scorer. Raises UserError if a score needs both sides at once."""
         raise self._needs_pairs()
 
     def _needs_pairs(self) -> UserError:

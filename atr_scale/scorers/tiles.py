@@ -19,7 +19,7 @@ Tensors = tuple[Tensor, ...]
 
 
 def real_tokens(sequence: TokenSequence) -> tuple[Tensor, Tensor]:
-    """Tokens [B, T, D], fp32 or wider and zero where padded, and their mask [B, T].
+    """Tokens [B, T, D], fp32 or wider and zero if padded, and their mask [B, T].
 
     A sequence without any real token counts as one zero token, so that every softmax has something to choose from.
     """

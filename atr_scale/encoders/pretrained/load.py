@@ -45,7 +45,7 @@ def load_strictly(module: nn.Module, layouts: tuple[Layout, ...], name: str, pat
 
 
 def identify(path: str | Path) -> list[str]:
-    """Names of the encoders that load the checkpoint at `path`. Raises UserError where it is no checkpoint at all."""
+    """Names of the encoders that load the checkpoint at `path`. Raises UserError if it is no checkpoint at all."""
     return fitting_encoders(read_checkpoint(path))
 
 
