@@ -7,9 +7,6 @@ Unknown keys are refused with a suggestion; the resolved configuration is saved 
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,13 +14,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from atr_scale.data.options import DataSection
 from atr_scale.encoders.audio import AudioEncoderOptions
 from atr_scale.encoders.text import TextEncoderOptions
 from atr_scale.errors import UserError
-from atr_scale.sections import Count, NonNegative, Positive, Section, Share
+from atr_scale.sections import Count, NonNegative, Positive, Section, Share, explain
 
 
 class RunSection(Section):
@@ -241,36 +238,4 @@ def parse_config(values: Any, place: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{place}: " + "; ".join(_explain(e) for e in error.errors())) from None
-
-
-def _explain(error: Any) -> str:
-    """One clause for one pydantic error."""
-    keys = [str(part) for part in error["loc"]]
-    name = ".".join(keys)
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(keys[:-1])
-        close = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {name!r}; {hint}"
-    if error["type"] == "missing":
-        return f"{name!r} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
-    return f"{name!r}: {message}{value}"
-
-
-def _known_keys(path: Sequence[str]) -> list[str]:
-    """Field names of the section at `path`; a place in a list of sections counts as the section."""
-    section: Any = RunConfig
-    for key in path:
-        if isinstance(section, type) and issubclass(section, BaseModel) and key in section.model_fields:
-            section = _section_type(section.model_fields[key].annotation)
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
-
-
-def _section_type(annotation: Any) -> Any:
-    origin = typing.get_origin(annotation)
-    if origin in (list, typing.Union, types.UnionType):
-        return next((_section_type(a) for a in typing.get_args(annotation) if a is not type(None)), None)
-    return annotation
+        raise UserError(f"{place}: {explain(error, RunConfig, values)}") from None

@@ -90,6 +90,7 @@ class Retriever(nn.Module):
         self.objective = _objective(objective)
         self.step = 0  # updates made so far, set by the training loop: terms may depend on it
         self.teacher: Correspondences | None = None  # set before training where a term needs one
+        self.augment_seed = 0  # of the audio encoder's draws, set by the engine before each loss
         self.precision = "fp32"  # or bf16, fp16: what the encoders compute in; parameters stay fp32
 
     @property
@@ -100,7 +101,9 @@ class Retriever(nn.Module):
     def encode_audio(self, waveform: Tensor, lengths: Tensor) -> TokenSequence:
         """[b, samples] float32 and [b] int64 -> tokens [b, T, D]."""
         with self._autocast(waveform):
-            return self.audio_projection(self.audio_encoder(waveform, lengths), self.scorer.reads_frames)
+            return self.audio_projection(
+                self.audio_encoder(waveform, lengths, self.augment_seed), self.scorer.reads_frames
+            )
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TokenSequence:
         """[b, L] int64 twice -> tokens [b, L, D]."""
