@@ -32,7 +32,7 @@ from atr_scale.losses import Objective, ObjectiveInputs, build_objective
 from atr_scale.losses.temperature import Temperature
 from atr_scale.score_block import ModalityScores, ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
-from atr_scale.scorers.cosine import mean as mean_over_frames
+from atr_scale.scorers.pooling import mean as mean_over_frames
 from atr_scale.teachers.tables import Correspondences
 
 WEIGHTS = "model.safetensors"
