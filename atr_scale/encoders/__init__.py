@@ -13,17 +13,20 @@ from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AudioEncoder
 from atr_scale.encoders.audio_encoders import AUDIO_ENCODERS, audio_encoder_options, construct
 from atr_scale.encoders.pretrained.load import load_strictly
-from atr_scale.encoders.text import TextEncoder, build_text_encoder
+from atr_scale.encoders.text import TextEncoder
+from atr_scale.encoders.text_encoders import TEXT_ENCODERS, build_text_encoder, load_text_encoder
 from atr_scale.errors import UserError
 from atr_scale.sections import check_options
 
 __all__ = [
     "AUDIO_ENCODERS",
+    "TEXT_ENCODERS",
     "AudioEncoder",
     "TextEncoder",
     "TokenSequence",
     "build_audio_encoder",
     "build_text_encoder",
+    "load_text_encoder",
 ]
 
 
