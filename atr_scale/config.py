@@ -7,23 +7,32 @@ Unknown keys are refused with a suggestion; the resolved configuration is saved 
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from atr_scale.data.options import DataSection
 from atr_scale.encoders.audio import AudioEncoderOptions
+from atr_scale.encoders.audio_encoders import AUDIO_ENCODERS, audio_encoder_options
 from atr_scale.encoders.text import TextEncoderOptions
+from atr_scale.encoders.text_encoders import text_encoder_options
 from atr_scale.errors import UserError
-from atr_scale.sections import Count, NonNegative, Positive, Section, Share
+from atr_scale.scorers import SCORERS, scorer_options
+from atr_scale.sections import Count, NonNegative, Positive, Section, Share, explain
 
 
 class RunSection(Section):
@@ -32,12 +41,29 @@ class RunSection(Section):
 
 
 class AudioEncoderSection(AudioEncoderOptions):
+    """With the fields of the encoder's own options, if it has any: see `encoder_section`."""
+
     name: str
     checkpoint: str | None = Field(None, description="the original project's checkpoint file")
 
+    @field_validator("name")
+    @classmethod
+    def is_known(cls, name: str) -> str:
+        if name not in AUDIO_ENCODERS:
+            raise ValueError(f"unknown audio encoder: known are {', '.join(AUDIO_ENCODERS)}")
+        return name
+
 
 class TextEncoderSection(TextEncoderOptions):
-    name: str = Field(description="transformers model name or local folder")
+    """With the fields of the encoder's own options, if it has any: see `encoder_section`."""
+
+    name: str = Field(description="an entry of TEXT_ENCODERS, else a transformers model's name or folder")
+
+
+@cache
+def encoder_section(common: type[Section], options: type[Section]) -> type[Section]:
+    """`common` with the fields that `options`, an encoder's own section, adds to those of all encoders."""
+    return common if issubclass(common, options) else create_model(common.__name__, __base__=(options, common))
 
 
 class ProjectionSection(Section):
@@ -49,12 +75,54 @@ class ScorerSection(Section):
     name: str = "pooled"
     options: dict[str, Any] = Field({}, description="what the scorer can be told, by its own names")
 
+    @classmethod
+    def part(cls, key: str, values: Any) -> Any:
+        if key != "options":
+            return super().part(key, values)
+        return scorer_options(_name_in(values) or cls.model_fields["name"].default)
+
+    @field_validator("name")
+    @classmethod
+    def is_known(cls, name: str) -> str:
+        if name not in SCORERS:
+            raise ValueError(f"unknown scorer: known are {', '.join(SCORERS)}")
+        return name
+
+    @field_validator("options")
+    @classmethod
+    def are_of_the_scorer(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """With its defaults filled in."""
+        if "name" not in info.data:  # it was refused
+            return options
+        return scorer_options(info.data["name"]).model_validate(options).model_dump()
+
 
 class ModelSection(Section):
-    audio: AudioEncoderSection
-    text: TextEncoderSection
+    audio: SerializeAsAny[AudioEncoderSection]
+    text: SerializeAsAny[TextEncoderSection]
     projection: ProjectionSection = ProjectionSection()
     scorer: ScorerSection = ScorerSection()
+
+    @classmethod
+    def part(cls, key: str, values: Any) -> Any:
+        if key == "audio":
+            return encoder_section(AudioEncoderSection, audio_encoder_options(_name_in(values[key])))
+        if key == "text":
+            return encoder_section(TextEncoderSection, text_encoder_options(_name_in(values[key])))
+        return super().part(key, values)
+
+    @field_validator("audio", "text", mode="before")
+    @classmethod
+    def with_own_options(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return cls.part(str(info.field_name), {info.field_name: value}).model_validate(value)
+
+
+def _name_in(values: Any) -> str:
+    """The name of what a section chooses, as far as there is one."""
+    name = values.get("name", "") if isinstance(values, dict) else ""
+    return name if isinstance(name, str) else ""
 
 
 class TemperatureSection(Section):
@@ -246,36 +314,4 @@ def parse_config(values: Any, place: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{place}: " + "; ".join(_explain(e) for e in error.errors())) from None
-
-
-def _explain(error: Any) -> str:
-    """One clause for one pydantic error."""
-    keys = [str(part) for part in error["loc"]]
-    name = ".".join(keys)
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(keys[:-1])
-        close = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {name!r}; {hint}"
-    if error["type"] == "missing":
-        return f"{name!r} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
-    return f"{name!r}: {message}{value}"
-
-
-def _known_keys(path: Sequence[str]) -> list[str]:
-    """Field names of the section at `path`; a place in a list of sections counts as the section."""
-    section: Any = RunConfig
-    for key in path:
-        if isinstance(section, type) and issubclass(section, BaseModel) and key in section.model_fields:
-            section = _section_type(section.model_fields[key].annotation)
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
-
-
-def _section_type(annotation: Any) -> Any:
-    origin = typing.get_origin(annotation)
-    if origin in (list, typing.Union, types.UnionType):
-        return next((_section_type(a) for a in typing.get_args(annotation) if a is not type(None)), None)
-    return annotation
+        raise UserError(f"{place}: {explain(error, RunConfig, values)}") from None

@@ -27,7 +27,7 @@ from atr_scale.losses import Objective, ObjectiveInputs, build_objective
 from atr_scale.losses.temperature import Temperature
 from atr_scale.score_block import ModalityScores, ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
-from atr_scale.scorers.cosine import mean as mean_over_frames
+from atr_scale.scorers.pooling import mean as mean_over_frames
 from atr_scale.teachers.tables import TeacherEnsemble
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,6 +84,7 @@ class Retriever(nn.Module):
         self.objective = _objective(objective)
         self.step = 0  # updates made so far, set by the training loop: terms may depend on it
         self.teacher: TeacherEnsemble | None = None  # set before training where a term needs one
+        self.augment_seed = 0  # of the audio encoder's draws, set by the engine before each loss
         self.precision = "fp32"  # or bf16, fp16: what the encoders compute in; parameters stay fp32
 
     @property
@@ -94,7 +95,9 @@ class Retriever(nn.Module):
     def encode_audio(self, waveform: Tensor, lengths: Tensor) -> TokenSequence:
         """[b, samples] float32 and [b] int64 -> tokens [b, T, D]."""
         with self._autocast(waveform):
-            return self.audio_projection(self.audio_encoder(waveform, lengths), self.scorer.reads_frames)
+            return self.audio_projection(
+                self.audio_encoder(waveform, lengths, self.augment_seed), self.scorer.reads_frames
+            )
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TokenSequence:
         """[b, L] int64 twice -> tokens [b, L, D]."""

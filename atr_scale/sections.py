@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import types
+import typing
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,14 +21,75 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
+    @classmethod
+    def part(cls, key: str, values: Any) -> Any:
+        """The type that checks the value of `key` in `values`, None if there is no such key.
 
-Options = TypeVar("Options", bound=Section)
+        A section in which a name decides over what belongs to another key (the options of a scorer) overrides this.
+        """
+        field = cls.model_fields.get(key)
+        return field.annotation if field else None
 
 
-def check_options(kind: type[Options], values: dict[str, Any], place: str) -> Options:
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def options_of(entry: Any, default: type[AnySection]) -> type[AnySection]:
+    """The section of an entry of a dict of plug-ins: its attribute `Options`, also of what functools.partial holds."""
+    while isinstance(entry, partial):
+        entry = entry.func
+    return getattr(entry, "Options", default)
+
+
+def own_fields(options: Section, common: type[Section]) -> dict[str, Any]:
+    """The fields of `options` that `common` does not have, by name."""
+    return {name: value for name, value in options if name not in common.model_fields}
+
+
+def check_options(kind: type[AnySection], values: dict[str, Any], place: str) -> AnySection:
     """`values` as options of `kind`. Raises UserError naming every unknown option and wrong value, and `place`."""
     try:
         return kind(**values)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"options of {place}: {problems}") from None
+        raise UserError(f"options of {place}: {explain(error, kind, values)}") from None
+
+
+def explain(error: ValidationError, kind: type[Section], values: Any) -> str:
+    """What is wrong with `values` as a section of `kind`: a clause for each mistake, in one line."""
+    return "; ".join(_clause(details, kind, values) for details in error.errors())
+
+
+def _clause(error: Any, kind: type[Section], values: Any) -> str:
+    keys = [str(part) for part in error["loc"]]
+    name = ".".join(keys)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(keys[:-1], kind, values)
+        close = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known) or 'none'}"
+        return f"unknown key {name!r}; {hint}"
+    if error["type"] == "missing":
+        return f"{name!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
+    return f"{name!r}: {message}{value}" if name else f"{message}{value}"
+
+
+def _known_keys(path: list[str], section: Any, values: Any) -> list[str]:
+    """Field names of the section at `path`; a place in a list of sections counts as the section."""
+    for key in path:
+        if isinstance(values, list) and key.isdigit():
+            values = values[int(key)]
+        elif isinstance(values, dict) and key in values and _is_section(section):
+            section, values = _section_type(section.part(key, values)), values[key]
+    return list(section.model_fields) if _is_section(section) else []
+
+
+def _section_type(annotation: Any) -> Any:
+    """The section in an annotation such as `list[S]` or `S | None`."""
+    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType):
+        return next((_section_type(a) for a in typing.get_args(annotation) if a is not type(None)), None)
+    return annotation
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)

@@ -115,8 +115,8 @@ class ATSTFrame(AudioEncoder):
         initialise(self)
         self.head = Classifier(dim).requires_grad_(False)
 
-    def encode(self, waveform_BS: Tensor) -> TokenSequence:
-        mel_BMF = self.spec_augment(self.mel(waveform_BS), waveform_BS)
+    def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
+        mel_BMF = self.spec_augment(self.mel(waveform_BS, augment_seed), waveform_BS, augment_seed)
         x_BTD = self.patch_embed(mel_BMF.to(self.pos_embed.dtype))
         x_BTD = x_BTD + self.pos_embed[:, 1 : 1 + x_BTD.shape[1]]
         for block in self.blocks:
@@ -126,7 +126,7 @@ class ATSTFrame(AudioEncoder):
         return TokenSequence(tokens_BTD, mask_BT, tokens_BTD.sum(1) / (tokens_BTD.shape[1] + 1e-6))
 
     def logits(self, waveform_BS: Tensor) -> Tensor:
-        """[B, 527], AudioSet's classes. UserError where the weights came without a classifier."""
+        """[B, 527], AudioSet's classes. UserError if the weights came without a classifier."""
         if not self.head.linear.weight.any():
             raise UserError(
                 "these weights of atst_frame came without a classifier: load the file fine-tuned on AudioSet to tag"

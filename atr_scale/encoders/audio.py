@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -17,11 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from atr_scale.batch import TokenSequence
-from atr_scale.encoders import spec_augment
 from atr_scale.encoders.buckets import encode_in_buckets
 from atr_scale.encoders.front_ends import FrontEnd
 from atr_scale.encoders.pretrained.layout import Layout
-from atr_scale.encoders.spec_augment import SpecAugmentSection
+from atr_scale.encoders.spec_augment import SpecAugmentSection, for_the_batch, keep_outside_stripes
 from atr_scale.encoders.windows import cut_into_windows, join_windows, window_starts
 from atr_scale.errors import UserError
 from atr_scale.sections import Positive, Section
@@ -55,11 +54,13 @@ class AudioEncoder(nn.Module, ABC):
     """Waveform -> TokenSequence; a clip's result never depends on its batch mates (batch_norm frozen).
 
     sample_rate: Hz of the waveform. dim: width of tokens and of pooled.
-    native_seconds: the length beyond which a clip is cut into windows; None where any length goes through in one pass.
+    native_seconds: the length beyond which a clip is cut into windows; None if any length goes through in one pass.
     layouts: the original files it loads. layers: what `frozen_layers` and `layer_decay` count, lowest first, each the
-    prefixes of its parameters' names. special_options: those of SPECIAL_OPTIONS that it has.
-    augment_seed: fixes the draws of training; equal on all ranks. equal_rounds: see `encode_in_buckets`; needed where
-    parameters are sharded over ranks.
+    prefixes of its parameters' names. special_options: those of SPECIAL_OPTIONS that it has. Options: the section that
+    checks its options; the constructor gets the fields that it adds to AudioEncoderOptions.
+    equal_rounds: see `encode_in_buckets`; needed if parameters are sharded over ranks.
+
+    The draws of training follow from the `augment_seed` of a call, which is equal on all ranks.
     """
 
     sample_rate: int
@@ -68,12 +69,12 @@ class AudioEncoder(nn.Module, ABC):
     layouts: tuple[Layout, ...] = (Layout(),)
     native_seconds: ClassVar[float | None] = None
     special_options: ClassVar[frozenset[str]] = frozenset()
+    Options: ClassVar[type[AudioEncoderOptions]] = AudioEncoderOptions
     options = AudioEncoderOptions()
-    augment_seed = 0
     equal_rounds: Callable[[int], int] | None = None
 
     @abstractmethod
-    def encode(self, waveform_BS: Tensor) -> TokenSequence:
+    def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
         """Clips of one length, no longer than the window."""
 
     @property
@@ -130,22 +131,24 @@ class AudioEncoder(nn.Module, ABC):
         seconds = self.options.window_hop_seconds
         return self.window if seconds is None else round(seconds * self.sample_rate)
 
-    def forward(self, waveform_BS: Tensor, lengths_B: Tensor | None = None) -> TokenSequence:
-        """waveform float32 [B, S]; lengths int64 [B] in samples, None where every clip fills the width.
+    def forward(self, waveform_BS: Tensor, lengths_B: Tensor | None = None, augment_seed: int = 0) -> TokenSequence:
+        """waveform float32 [B, S]; lengths int64 [B] in samples, None if every clip fills the width; augment_seed: of
+        the draws of training.
 
         A clip beyond the window is cut into windows, the last filled up with zeros: their tokens and masks are joined,
         pooled is the mean of theirs.
         """
+        encode = partial(self.encode, augment_seed=augment_seed)
         if self.window is None or waveform_BS.shape[1] <= self.window:
-            return encode_in_buckets(self.encode, waveform_BS, lengths_B, self.equal_rounds)
+            return encode_in_buckets(encode, waveform_BS, lengths_B, self.equal_rounds)
         windows = cut_into_windows(waveform_BS, lengths_B, self.window, self.window_hop)
-        encoded = encode_in_buckets(self.encode, windows.waveform, windows.lengths, self.equal_rounds)
+        encoded = encode_in_buckets(encode, windows.waveform, windows.lengths, self.equal_rounds)
         return join_windows(encoded, windows)
 
     @torch.no_grad()
     def tags(self, waveform_BS: Tensor) -> Tensor:
         """Logits [B, L] of AudioSet's classes, in the order of its class_labels_indices.csv; for a clip beyond the
-        window, their mean over windows. UserError where the weights came without a classifier."""
+        window, their mean over windows. UserError if the weights came without a classifier."""
         window = self.window or waveform_BS.shape[1]
         hop = self.window_hop if self.window else window
         starts = window_starts(waveform_BS.shape[1], window, hop)
@@ -154,32 +157,28 @@ class AudioEncoder(nn.Module, ABC):
             pieces[-1] = nn.functional.pad(pieces[-1], (0, window - pieces[-1].shape[1]))
         return torch.stack([self.logits(piece) for piece in pieces]).mean(0)
 
-    def mel(self, waveform_BS: Tensor) -> Tensor:
-        """The front end's features [B, M, F]; in training with jittered band limits, where the option is set."""
+    def mel(self, waveform_BS: Tensor, augment_seed: int) -> Tensor:
+        """The front end's features [B, M, F]; in training with jittered band limits, if the option is set."""
         low, high = self.options.fmin_aug_range, self.options.fmax_aug_range
         if not self.training or not (low or high):
             return self.front_end(waveform_BS)
         # AugmentMelSTFT of PaSST: whole Hz, the upper limit centred on its usual place.
-        draws = self.draws("mel bands")
+        draws = for_the_batch(augment_seed, "mel bands")
         fmin = self.front_end.fmin + (draws.integers(low) if low else 0)
         fmax = self.front_end.fmax + (high // 2 - draws.integers(high) if high else 0)
         return self.front_end(waveform_BS, band=(float(fmin), float(min(fmax, self.sample_rate / 2))))
 
-    def draws(self, purpose: str) -> np.random.Generator:
-        """Draws for all clips of this step alike, on all ranks."""
-        return spec_augment.for_the_batch(self.augment_seed, purpose)
-
-    def spec_augment(self, features_BMF: Tensor, waveform_BS: Tensor) -> Tensor:
-        """Normalised features with SpecAugment's stripes set to 0, in training where the option is set."""
+    def spec_augment(self, features_BMF: Tensor, waveform_BS: Tensor, augment_seed: int) -> Tensor:
+        """Normalised features with SpecAugment's stripes set to 0, in training if the option is set."""
         widths = self.options.spec_augment
         if not self.training or widths is None:
             return features_BMF
         num_mels, num_frames = features_BMF.shape[1:]
-        keep_BMF = spec_augment.keep_outside_stripes(self.augment_seed, waveform_BS, num_mels, num_frames, widths)
+        keep_BMF = keep_outside_stripes(augment_seed, waveform_BS, num_mels, num_frames, widths)
         return features_BMF * keep_BMF.to(features_BMF.dtype)
 
     def run(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """layer(x), recomputed in the backward pass where the option is set."""
+        """layer(x), recomputed in the backward pass if the option is set."""
         if self.options.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, x, use_reentrant=False)
         return layer(x)

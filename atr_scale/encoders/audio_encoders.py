@@ -1,4 +1,7 @@
-"""The audio encoders by name. A new one is one file, one line here and one golden test."""
+"""The audio encoders by name. A new one is one file, one line here and one golden test.
+
+One that lives outside of this package is an entry that its module adds to `AUDIO_ENCODERS`.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,16 @@ from collections.abc import Callable
 from functools import partial
 
 from atr_scale.encoders.atst import ATSTFrame
-from atr_scale.encoders.audio import AudioEncoder
+from atr_scale.encoders.audio import AudioEncoder, AudioEncoderOptions
 from atr_scale.encoders.clap import CLAP
 from atr_scale.encoders.htsat import HTSAT
 from atr_scale.encoders.mobilenet import MobileNet
 from atr_scale.encoders.panns import Cnn14, ResNet38
 from atr_scale.encoders.passt import PaSST
 from atr_scale.encoders.small_cnn import SmallCNN
+from atr_scale.sections import options_of, own_fields
 
-AUDIO_ENCODERS: dict[str, Callable[[], AudioEncoder]] = {
+AUDIO_ENCODERS: dict[str, Callable[..., AudioEncoder]] = {
     "cnn14": Cnn14,
     "resnet38": ResNet38,
     "htsat": HTSAT,
@@ -34,3 +38,13 @@ AUDIO_ENCODERS: dict[str, Callable[[], AudioEncoder]] = {
     "tiny_passt": partial(PaSST, stride=16, dim=64, depth=2, heads=2),
     "tiny_atst": partial(ATSTFrame, dim=64, depth=2, heads=2),
 }
+
+
+def audio_encoder_options(name: str) -> type[AudioEncoderOptions]:
+    """The section that checks the options of the encoder `name`; the common one for an unknown name."""
+    return options_of(AUDIO_ENCODERS.get(name), AudioEncoderOptions)
+
+
+def construct(name: str, options: AudioEncoderOptions) -> AudioEncoder:
+    """The encoder with random weights, built with the options of its own; `configure` takes those that all have."""
+    return AUDIO_ENCODERS[name](**own_fields(options, AudioEncoderOptions))

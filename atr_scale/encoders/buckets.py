@@ -23,7 +23,7 @@ def encode_in_buckets(
 ) -> TokenSequence:
     """Runs `encode` once per distinct length, on the clips of that length cut to it; rows keep their order.
 
-    lengths: int64 [B] in samples, None where all clips fill the whole width. Rows of shorter clips get masked zeros up
+    lengths: int64 [B] in samples, None if all clips fill the whole width. Rows of shorter clips get masked zeros up
     to the most tokens of the batch.
 
     equal_rounds: takes this rank's number of calls of `encode` and returns the number every rank must make (parameters

@@ -86,7 +86,7 @@ class CLAP(SwinEncoder):
     def project(self, pooled_BD: Tensor) -> Tensor:
         """Pooled vectors -> [B, 512] in the space that CLAP shares with captions, not normalised.
 
-        Raises UserError where the weights came without the projection.
+        Raises UserError if the weights came without the projection.
         """
         if not self.audio_projection[0].weight.any():
             raise UserError("these weights of clap came without audio_projection: load the checkpoint of a whole CLAP")

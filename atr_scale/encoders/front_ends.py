@@ -1,15 +1,17 @@
-"""The front ends: waveform -> log-mel features, each as the original project computes it.
+"""Front ends: waveform -> log-mel features, each as the original project computes it.
 
-    LogMel        the plain logarithmic mel spectrogram
-    KaldiLogMel   EfficientAT and PaSST
-    DecibelMel    PANNs, HTS-AT and LAION-CLAP
-    MinMaxMel     ATST-Frame
+    class        encoders                      mel bank   compression
+    LogMel       ours                          any        natural logarithm
+    KaldiLogMel  EfficientAT, PaSST            Kaldi's    natural logarithm, of the pre-emphasised waveform
+    DecibelMel   PANNs, HTS-AT, LAION-CLAP     Slaney's   decibels
+    MinMaxMel    ATST-Frame                    HTK's      decibels, scaled to [-1, 1]
 
 Shape suffixes: B batch, S samples, K frequency bins, M mel bands, F frames.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
@@ -18,6 +20,9 @@ import torch
 from torch import Tensor, nn
 
 MelScale = Literal["kaldi", "htk", "slaney"]
+SLANEY_RANGE = math.log(6.4)  # of 27 mels
+# Of recordings' spectrograms in dB, digital silence left out.
+TYPICAL_MEAN, TYPICAL_DEVIATION = -30.0, 25.0
 
 
 def power_spectrogram(waveform_BS: Tensor, n_fft: int, hop: int, window: Tensor) -> Tensor:
@@ -41,10 +46,8 @@ def hertz_to_slaney(hertz: Tensor) -> Tensor:
 
 
 def slaney_to_hertz(mel: Tensor) -> Tensor:
+    """The inverse of `hertz_to_slaney`."""
     return torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * SLANEY_RANGE / 27))
-
-
-SLANEY_RANGE = float(torch.log(torch.tensor(6.4, dtype=torch.float64)))
 
 
 def mel_bank(
@@ -145,9 +148,12 @@ class LogMel(FrontEnd):
 
 
 class KaldiLogMel(LogMel):
-    """`LogMel` of the pre-emphasised waveform y[n] = x[n + 1] - pre_emphasis * x[n].
+    """`LogMel` of the pre-emphasised waveform y[n] = x[n + 1] - pre_emphasis * x[n]; symmetric Hann window.
 
     The filter has no value for the last sample, so S samples give 1 + (S - 1) // hop frames.
+
+    Source: `AugmentMelSTFT` of fschmid56/EfficientAT and kkoutini/PaSST as it runs in evaluation; the jitter of its
+    band limits in training is the `band` of a call.
     """
 
     def __init__(self, *, pre_emphasis: float, **log_mel: Any) -> None:
@@ -158,12 +164,11 @@ class KaldiLogMel(LogMel):
         return torch.sub(waveform_BS[..., 1:], waveform_BS[..., :-1], alpha=self.pre_emphasis)
 
 
-# Of recordings' spectrograms in dB, digital silence left out.
-TYPICAL_MEAN, TYPICAL_DEVIATION = -30.0, 25.0
-
-
 class DecibelMel(FrontEnd):
-    """10 log10(max(mel power, floor)), [B, num_mels, 1 + S // hop]; normalised by the encoder's first batch norm."""
+    """10 log10(max(mel power, floor)), [B, num_mels, 1 + S // hop]; normalised by the encoder's first batch norm.
+
+    Source: `Spectrogram` and `LogmelFilterBank` of qiuqiangkong/torchlibrosa with ref 1 and no top_db.
+    """
 
     def __init__(self, *, floor: float = 1e-10, **spectrogram: Any) -> None:
         super().__init__(mel_scale="slaney", **spectrogram)
@@ -193,7 +198,10 @@ class DecibelNorm(nn.BatchNorm2d):
 class MinMaxMel(FrontEnd):
     """Decibels with `minimum` at -1 and `maximum` at 1, [B, num_mels, 1 + S // hop].
 
-    What lies more than `dynamic_range` dB below the loudest value of its own clip is raised to that level.
+    What lies more than `dynamic_range` dB below the loudest value of its own clip is raised to that level. The original
+    takes `minimum` and `maximum` from its training data.
+
+    Source: `melspec_t`, `to_db` and `normalize` in Audio-WestlakeU/audiossl, `methods/atstframe/embedding.py`.
     """
 
     def __init__(

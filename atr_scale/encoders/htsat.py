@@ -147,20 +147,20 @@ class SwinEncoder(AudioEncoder):
     def compiled_parts(self) -> Iterable[nn.Module]:
         return self.blocks
 
-    def image(self, waveform_BS: Tensor) -> Tensor:
+    def image(self, waveform_BS: Tensor, augment_seed: int = 0) -> Tensor:
         """The network's input [B, 1, 256, 256]: row = chunk * 64 + mel band, column = time inside the chunk.
 
         The normalised spectrogram is resized in time to 1024 frames: a shorter clip is stretched, as the original does.
         """
-        mel_BMF = self.mel(waveform_BS).to(self.swin.batch_norm.weight.dtype)
-        mel_BMF = self.spec_augment(self.swin.batch_norm(mel_BMF), waveform_BS)
+        mel_BMF = self.mel(waveform_BS, augment_seed).to(self.swin.batch_norm.weight.dtype)
+        mel_BMF = self.spec_augment(self.swin.batch_norm(mel_BMF), waveform_BS, augment_seed)
         size = (mel_BMF.shape[1], NUM_FRAMES)
         mel_B1MF = nn.functional.interpolate(mel_BMF.unsqueeze(1), size, mode="bicubic", align_corners=True)
         return mel_B1MF.unflatten(3, (NUM_CHUNKS, -1)).transpose(2, 3).flatten(2, 3)
 
-    def feature_map(self, waveform_BS: Tensor) -> Tensor:
+    def feature_map(self, waveform_BS: Tensor, augment_seed: int = 0) -> Tensor:
         """The last map [B, D, 2, 32]: frequency, time."""
-        x_BPD = self.swin.patch_embed(self.image(waveform_BS))
+        x_BPD = self.swin.patch_embed(self.image(waveform_BS, augment_seed))
         for stage, resolution in zip(self.swin.layers, self.swin.input_resolutions, strict=True):
             for block in stage.blocks:
                 x_BPD = self.run(partial(_first_output, block, resolution), x_BPD)
@@ -170,8 +170,8 @@ class SwinEncoder(AudioEncoder):
         map_BCQTD = self.swin.norm(x_BPD).unflatten(1, (NUM_CHUNKS, height // NUM_CHUNKS, width))
         return map_BCQTD.permute(0, 4, 2, 1, 3).flatten(3)
 
-    def encode(self, waveform_BS: Tensor) -> TokenSequence:
-        map_BDQT = self.feature_map(waveform_BS)
+    def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
+        map_BDQT = self.feature_map(waveform_BS, augment_seed)
         tokens_BTD = map_BDQT.mean(2).transpose(1, 2)
         mask_BT = torch.ones(tokens_BTD.shape[:2], dtype=torch.bool, device=tokens_BTD.device)
         return TokenSequence(tokens_BTD, mask_BT, map_BDQT.mean((2, 3)))

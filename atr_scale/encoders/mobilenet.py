@@ -82,7 +82,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter each channel, gate, project; the input is added where shapes allow."""
+    """Expand, filter each channel, gate, project; the input is added if shapes allow."""
 
     def __init__(
         self,
@@ -154,8 +154,8 @@ class MobileNet(AudioEncoder):
                 # Stored statistics start at 0 and 1, so the convolutions themselves must keep the signal's variance.
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
-    def encode(self, waveform_BS: Tensor) -> TokenSequence:
-        mel_BMF = self.spec_augment(self.mel(waveform_BS), waveform_BS)
+    def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
+        mel_BMF = self.spec_augment(self.mel(waveform_BS, augment_seed), waveform_BS, augment_seed)
         # On a CPU this memory layout halves the time of a training step.
         x_B1MF = mel_BMF.unsqueeze(1).to(next(self.features.parameters()).dtype, memory_format=torch.channels_last)
         map_BCMT = x_B1MF

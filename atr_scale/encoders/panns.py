@@ -33,7 +33,7 @@ def conv3(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class ConvBlock(nn.Module):
-    """Two convolutions; frequency and time are halved where `halve` is set, rounded down."""
+    """Two convolutions; frequency and time are halved if `halve` is set, rounded down."""
 
     def __init__(self, inputs: int, outputs: int, halve: bool = True) -> None:
         super().__init__()
@@ -114,15 +114,15 @@ class Panns(AudioEncoder):
                 # Stored statistics start at 0 and 1, so the convolutions themselves must keep the signal's variance.
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
-    def normalised_mel(self, waveform_BS: Tensor) -> Tensor:
+    def normalised_mel(self, waveform_BS: Tensor, augment_seed: int = 0) -> Tensor:
         """[B, M, F], what the first block sees."""
         shortest = (FRAMES_PER_TOKEN - 1) * HOP
         padded_BS = nn.functional.pad(waveform_BS, (0, max(0, shortest - waveform_BS.shape[1])))
-        mel_BMF = self.bn0(self.mel(padded_BS).to(self.bn0.weight.dtype))
-        return self.spec_augment(mel_BMF, padded_BS)
+        mel_BMF = self.bn0(self.mel(padded_BS, augment_seed).to(self.bn0.weight.dtype))
+        return self.spec_augment(mel_BMF, padded_BS, augment_seed)
 
-    def encode(self, waveform_BS: Tensor) -> TokenSequence:
-        mel_BMF = self.normalised_mel(waveform_BS)
+    def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
+        mel_BMF = self.normalised_mel(waveform_BS, augment_seed)
         map_BCFM = mel_BMF.transpose(1, 2).unsqueeze(1).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             map_BCFM = self.run(block, map_BCFM)

@@ -20,6 +20,7 @@ from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AudioEncoder, AudioEncoderOptions
 from atr_scale.encoders.front_ends import KaldiLogMel
 from atr_scale.encoders.pretrained.layout import Layout
+from atr_scale.encoders.spec_augment import for_the_batch
 from atr_scale.encoders.vit import EPSILON, Block, embedding, initialise
 from atr_scale.errors import UserError
 
@@ -84,12 +85,12 @@ class PaSST(AudioEncoder):
                 )
         super().configure(options, name)
 
-    def encode(self, waveform_BS: Tensor) -> TokenSequence:
+    def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
         shortest = (PATCH - 1) * HOP + 1
         if waveform_BS.shape[1] < shortest:
             waveform_BS = nn.functional.pad(waveform_BS, (0, shortest - waveform_BS.shape[1]))
-        mel_BMF = self.spec_augment(self.mel(waveform_BS), waveform_BS)
-        patches_BDRT = self.patchout(self.patches(mel_BMF))
+        mel_BMF = self.spec_augment(self.mel(waveform_BS, augment_seed), waveform_BS, augment_seed)
+        patches_BDRT = self.patchout(self.patches(mel_BMF), augment_seed)
         x_BND = self.transform(patches_BDRT)
         tokens_BTD = x_BND[:, 2:].unflatten(1, patches_BDRT.shape[2:]).mean(1)
         mask_BT = torch.ones(tokens_BTD.shape[:2], dtype=torch.bool, device=tokens_BTD.device)
@@ -100,11 +101,11 @@ class PaSST(AudioEncoder):
         patches_BDRT = self.patch_embed(mel_BMF.unsqueeze(1).to(self.cls_token.dtype))
         return patches_BDRT + self.time_new_pos_embed[..., : patches_BDRT.shape[3]] + self.freq_new_pos_embed
 
-    def patchout(self, patches_BDRT: Tensor) -> Tensor:
+    def patchout(self, patches_BDRT: Tensor, augment_seed: int) -> Tensor:
         """In training, without the rows and columns that the options leave out; the others keep their order."""
         if not self.training:
             return patches_BDRT
-        draws = self.draws("patchout")
+        draws = for_the_batch(augment_seed, "patchout")
         for axis, left_out in ((3, self.options.s_patchout_t), (2, self.options.s_patchout_f)):
             if left_out:
                 number = patches_BDRT.shape[axis]

@@ -10,28 +10,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from atr_scale.encoders.text import build_text_encoder
+from atr_scale.encoders.text_encoders import build_text_encoder
 
 MAX_TOKENS = 128
 
 
 class SentenceEncoder:
-    """`encoder(texts) -> float32 [N, D]` of unit length, on the accelerator where there is one.
+    """`encoder(texts) -> float32 [N, D]` of unit length, on the accelerator if there is one.
 
     name: a transformers folder, or a model's name on a hub. Raises UserError as build_text_encoder does.
     """
 
     def __init__(self, name: str) -> None:
-        from transformers import AutoTokenizer
-
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._encoder = build_text_encoder(name, pooling="mean").to(self.device)
-        self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        tokens = self._tokenizer(
+        tokens = self._encoder.tokenizer(
             list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        ).to(self.device)
-        pooled_ND = self._encoder(tokens["input_ids"], tokens["attention_mask"]).pooled
+        )
+        ids, mask = (tokens[key].to(self.device) for key in ("input_ids", "attention_mask"))
+        pooled_ND = self._encoder(ids, mask).pooled
         return torch.nn.functional.normalize(pooled_ND.float(), dim=-1).cpu()

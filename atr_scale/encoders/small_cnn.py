@@ -60,8 +60,10 @@ class SmallCNN(AudioEncoder):
         )
         self.norm = nn.LayerNorm(self.dim)
 
-    def encode(self, waveform_BS: Tensor) -> TokenSequence:
-        mel_BMF = self.spec_augment(self.mel(waveform_BS), waveform_BS).to(self.frames.weight.dtype)
+    def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
+        mel_BMF = self.spec_augment(self.mel(waveform_BS, augment_seed), waveform_BS, augment_seed).to(
+            self.frames.weight.dtype
+        )
         mel_BMF = nn.functional.pad(mel_BMF, (0, -mel_BMF.shape[2] % 4))
         map_BCMT = self.run(self.halvings, self.run(self.patches, mel_BMF.unsqueeze(1)))
         x_BCT = self.frames(map_BCMT.flatten(1, 2))

@@ -1,33 +1,26 @@
-"""Text encoders of the BERT and RoBERTa families, through transformers.
+"""What all text encoders share: their options and what they promise.
 
-Shape suffixes: B batch, T tokens, D width.
+Shape suffixes: B batch, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal, Protocol, Self
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
 from atr_scale.errors import UserError
-from atr_scale.sections import Section, check_options
-
-# Not the unknown token: it stands for a real word.
-SPECIAL_TOKENS = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
-# Settings of dropout inside the encoder, over the families.
-DROPOUTS = (
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout",
-    "mlp_dropout",
-)  # fmt: skip
+from atr_scale.sections import Section, own_fields
 
 
 class TextEncoderOptions(Section):
+    """What a text encoder can be told; an option that it does not have is refused by name."""
+
     pooling: Literal["first", "mean"] = "first"
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="default: the model's own")
     attention: Literal["eager", "sdpa"] = "sdpa"
@@ -35,150 +28,59 @@ class TextEncoderOptions(Section):
     compile: bool = Field(False, description="torch.compile of the layers")
 
 
-class TextEncoder(nn.Module):
+class Tokenizer(Protocol):
+    """Called as a tokenizer of transformers is: captions -> "input_ids" and "attention_mask", int64 [captions, L]."""
+
+    def __call__(
+        self, captions: list[str], *, padding: bool, truncation: bool, max_length: int, return_tensors: str
+    ) -> Mapping[str, Tensor]: ...
+
+
+class TextEncoder(nn.Module, ABC):
     """Token ids -> TokenSequence.
 
-    tokens: the last hidden states of ALL tokens; mask: those of the caption, without special ones, so that scorers over
-    tokens never see them. pooled: as options.pooling says, `first` (the first token) or `mean` (over all attended
-    tokens, special ones included, as sentence encoders do).
-
-    transformer: a transformers encoder model, dim: its width. special_ids: the tokenizer's special tokens.
+    dim: width of tokens and of pooled. tokenizer: makes the token ids; it is no part of the state dict.
+    layers: what `frozen_layers` and `layer_decay` count, lowest first, each the prefixes of its parameters' names.
+    Options: the section that checks its options; the constructor gets the fields that it adds to TextEncoderOptions.
+    common_options: those of TextEncoderOptions that it has; the others must keep their defaults.
     """
 
-    special_ids: Tensor
-
-    def __init__(self, transformer: Any, special_ids: set[int], options: TextEncoderOptions) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.dim: int = transformer.config.hidden_size
-        self.options = options
-        self.register_buffer("special_ids", torch.tensor(sorted(special_ids)), persistent=False)
+    dim: int
+    tokenizer: Tokenizer
+    Options: ClassVar[type[TextEncoderOptions]] = TextEncoderOptions
+    common_options: ClassVar[frozenset[str]] = frozenset()
+    options = TextEncoderOptions()
 
     @property
-    def layers(self) -> list[tuple[str, ...]]:
-        """What `frozen_layers` and `layer_decay` count, lowest first, as prefixes of parameter names: the embeddings,
-        then each layer. What lies outside of both goes to the embeddings (MPNet's shared position biases), a norm after
-        the layers to the last of them. A model whose layers share their weights (ALBERT) counts as one."""
-        place = self._stack()
-        if place is None:
-            return [("transformer.",)]
-        start = f"transformer.{place}."
-        layers = [[f"{start}{i}."] for i in range(len(self.transformer.get_submodule(place)))]
-        embeddings, passed = [], False
-        for name, _ in self.named_parameters():
-            if name.startswith(start):
-                passed = True
-            elif passed and "norm" in name.lower():
-                layers[-1].append(name)
-            else:
-                embeddings.append(name)
-        return [tuple(embeddings), *map(tuple, layers)]
+    @abstractmethod
+    def layers(self) -> list[tuple[str, ...]]: ...
 
-    def _stack(self) -> str | None:
-        """The place of the list of layers in the transformer."""
-        for name, module in self.transformer.named_modules():
-            if isinstance(module, nn.ModuleList) and len(module) == self.transformer.config.num_hidden_layers:
-                return name
-        return None
-
-    def compile_layers(self) -> None:
-        """Each layer by itself: they share their code."""
-        place = self._stack()
-        for layer in self.transformer.get_submodule(place) if place else [self.transformer]:
-            layer.compile()
-
+    @abstractmethod
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> TokenSequence:
-        """input_ids int64 [B, T]; attention_mask [B, T], 1 or True where a token is real, special or not."""
-        hidden_BTD = self.transformer(input_ids=input_ids_BT, attention_mask=attention_mask_BT).last_hidden_state
-        attended_BT = attention_mask_BT.bool()
-        if self.options.pooling == "first":
-            pooled_BD = hidden_BTD[:, 0]
-        else:
-            weights_BT1 = attended_BT.unsqueeze(-1).to(hidden_BTD.dtype)
-            pooled_BD = (hidden_BTD * weights_BT1).sum(1) / weights_BT1.sum(1)
-        return TokenSequence(hidden_BTD, attended_BT & ~torch.isin(input_ids_BT, self.special_ids), pooled_BD)
+        """input_ids int64 [B, T]; attention_mask [B, T], 1 or True if a token is real, special or not.
 
+        The mask of what comes back leaves special tokens out, so that scorers over tokens never see them.
+        """
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bar and no table of unused weights: the weights that matter are checked here."""
-    from transformers.utils import logging
+    @classmethod
+    def build(cls, name: str, options: TextEncoderOptions) -> Self:
+        """A new encoder for `model.text.name`; here one that its own options say all about."""
+        return cls(**own_fields(options, TextEncoderOptions))
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    @abstractmethod
+    def save_files(self, folder: Path) -> None:
+        """Writes to the existing `folder` all that `load` needs besides the weights: sizes, the tokenizer's files."""
 
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, options: TextEncoderOptions) -> Self:
+        """The encoder whose files `save_files` wrote. Its weights may have any values, for they are overwritten; its
+        state dict has the keys of the one that was saved. Reads no weights, and nothing from outside of `folder`."""
 
-def load_transformer(place: str, options: TextEncoderOptions) -> tuple[Any, set[str]]:
-    """The encoder without pooling layer, and the names of weights its files lack."""
-    from transformers import AutoConfig, AutoModel
-
-    config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    for name in DROPOUTS:
-        if options.dropout is not None and hasattr(config, name):
-            setattr(config, name, options.dropout)
-    settings: dict[str, Any] = {
-        "config": config,
-        # Fused attention is what transformers itself takes where a family has it.
-        "attn_implementation": "eager" if options.attention == "eager" else None,
-        "trust_remote_code": False,
-        "dtype": torch.float32,
-        "output_loading_info": True,
-    }
-    try:
-        model, report = AutoModel.from_pretrained(place, add_pooling_layer=False, **settings)
-    except TypeError:
-        # Families without a pooling layer (DistilBERT) do not know the argument.
-        model, report = AutoModel.from_pretrained(place, **settings)
-    return model, set(report["missing_keys"])
-
-
-def build_text_encoder(name_or_path: str | Path, pooling: str = "first", **options: Any) -> TextEncoder:
-    """The trained encoder in fp32 and evaluation mode: a folder with model and tokenizer, or a name on a model hub.
-
-    pooling: first or mean. options: the other fields of TextEncoderOptions.
-    Raises UserError, in one line, for an unknown option, and where the encoder cannot be loaded, is no text encoder,
-    lacks some of its weights, or cannot do what an option asks.
-    """
-    # Seconds to import, and audio encoders do without it.
-    from transformers import AutoTokenizer
-
-    place = str(name_or_path)
-    chosen = check_options(TextEncoderOptions, {"pooling": pooling, **options}, f"the text encoder {place}")
-    if (place.startswith((".", "/", "~")) or place.count("/") > 1) and not Path(place).is_dir():
-        raise UserError(f"no text encoder at '{place}': give a folder that exists, or a model's name on a hub")
-    try:
-        with quiet_transformers():
-            transformer, missing = load_transformer(place, chosen)
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise UserError(
-            f"cannot load a text encoder from '{place}' ({reason}): give a folder with config.json, weights and"
-            " tokenizer files, or a model's name where a hub can be reached"
-        ) from None
-    config = transformer.config
-    if config.is_encoder_decoder or not hasattr(config, "hidden_size"):
-        raise UserError(f"'{place}' is a {config.model_type} model: give an encoder such as BERT or RoBERTa")
-    if missing:
-        raise UserError(
-            f"the weights in '{place}' lack '{min(missing)}' of a {config.model_type} model:"
-            " give the folder the whole model was saved to"
-        )
-    special_ids = {getattr(tokenizer, name) for name in SPECIAL_TOKENS} - {None}
-    encoder = TextEncoder(transformer, special_ids, chosen).eval()
-    if chosen.activation_checkpointing:
-        if not transformer.supports_gradient_checkpointing:
-            raise UserError(f"a {config.model_type} model has no activation_checkpointing: leave it at false")
-        transformer.activation_checkpointing_enable({"use_reentrant": False})
-        # It would carry the backward pass through frozen layers too.
-        transformer.disable_input_require_grads()
-    if chosen.compile:
-        encoder.compile_layers()
-    return encoder
+    def configure(self, options: TextEncoderOptions, name: str) -> None:
+        """Takes the common options. Raises UserError, naming it, for one that this encoder does not have."""
+        default = TextEncoderOptions()
+        for option in sorted(TextEncoderOptions.model_fields.keys() - self.common_options):
+            if getattr(options, option) != getattr(default, option):
+                raise UserError(f"the text encoder {name} has no {option}: leave it at {getattr(default, option)}")
+        self.options = options

@@ -14,7 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 EPSILON = 1e-6
 
 
-class Attention(nn.Module):
+class PatchAttention(nn.Module):
+    """Multi-head self-attention over all patches."""
+
     def __init__(self, dim: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.heads = heads
@@ -47,7 +49,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, EPSILON)
-        self.attn = Attention(dim, heads, qkv_bias)
+        self.attn = PatchAttention(dim, heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim, EPSILON)
         self.mlp = MLP(dim)
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from atr_scale.compat import enable_gradient_checkpointing
 from atr_scale.config import RunConfig
-from atr_scale.encoders.text import DROPOUTS, TextEncoder, quiet_transformers
+from atr_scale.encoders import TEXT_ENCODERS, TextEncoder, build_text_encoder
+from atr_scale.encoders.hub import must_use_cache
+from atr_scale.encoders.transformers_text import TransformersTextEncoder, quiet_transformers, untrained
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.training.param_groups import freeze
@@ -60,22 +61,14 @@ def become_fake(module: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def _text_encoder(config: RunConfig) -> TextEncoder:
-    from transformers import AutoModel
-
-    options = config.model.text
+    options = config.model.text.model_copy(update={"compile": False})
+    if options.name in TEXT_ENCODERS:
+        return build_text_encoder(options.name, **options.model_dump(exclude={"name"}))
     with quiet_transformers(), torch.device("meta"):
-        settings = _settings(options.name)
-        for name in DROPOUTS:
-            if options.dropout is not None and hasattr(settings, name):
-                setattr(settings, name, options.dropout)
-        attention: dict[str, Any] = {"attn_implementation": "eager"} if options.attention == "eager" else {}
-        try:
-            transformer = AutoModel.from_config(settings, add_pooling_layer=False, **attention)
-        except TypeError:  # families without a pooling layer do not know the argument
-            transformer = AutoModel.from_config(settings, **attention)
-    if options.activation_checkpointing:
-        enable_gradient_checkpointing(transformer)
-    return TextEncoder(transformer, set(), options)
+        transformer = untrained(_settings(options.name), options)
+    encoder = TransformersTextEncoder(transformer, None, options)
+    encoder.configure(options, options.name)
+    return encoder
 
 
 def _settings(name: str) -> Any:
@@ -85,7 +78,7 @@ def _settings(name: str) -> Any:
         family, sizes = KNOWN_TEXT_ENCODERS[name]
         return AutoConfig.for_model(family, **sizes)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=must_use_cache(name))
     except Exception as error:
         reason = " ".join(str(error).split())[:160].rstrip(".")
         raise UserError(

@@ -11,82 +11,90 @@ clip guided by its matching caption alone, its vector would give the answer away
 from __future__ import annotations
 
 import math
+from typing import Annotated, Literal
 
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from atr_scale.batch import TokenSequence
-from atr_scale.errors import UserError
 from atr_scale.score_block import at_least_fp32
 from atr_scale.scorers.scorer import Scorer
 from atr_scale.scorers.tiles import Tensors, in_groups, real_tokens, score_tiles
+from atr_scale.sections import Count, Section
 
-CONFIGURATIONS = ("single", "stacking", "iterating")
-GUIDANCE = ("t2a", "both")
+
+class CoAttentionOptions(Section):
+    """Which sizes the authors used is not known: the defaults are those of MCAN's small model."""
+
+    configuration: Literal["single", "stacking", "iterating"] = Field(
+        "iterating",
+        description="the guide of layer l: y_1 of a single layer, y_l (stacking) or the last y (iterating)",
+    )
+    depth: Count | None = Field(None, description="layers; default: 5, for single 1")
+    guidance: Literal["t2a", "both"] = Field(
+        "t2a", description="words guide frames; both: frames, after blocks of their own, guide words as well"
+    )
+    share_weights: bool = Field(False, description="each stack is one block applied `depth` times")
+    width: Count = Field(512, description="of all blocks")
+    heads: Count = Field(8, description="of each attention; a divisor of the width")
+    ffn_width: Count = Field(2048, description="hidden layer of the feed-forward layers")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="of all blocks")
+    pool_width: Count = Field(512, description="hidden layer of the pooling")
+    joint: Count = Field(1024, description="width of the compared vectors")
+    pairs_per_tile: Count = Field(
+        256,
+        description="pairs whose activations are alive at once (13 MB a pair at these sizes, 30 words and 32 frames in"
+        " fp32); they are computed again in the backward pass",
+    )
+
+    @model_validator(mode="after")
+    def fits_together(self) -> CoAttentionOptions:
+        if self.configuration == "single" and self.depth not in (None, 1):
+            raise ValueError(f"depth is {self.depth} but single has one layer: choose stacking or iterating")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}: change one of them")
+        return self
 
 
 class CoAttentionScorer(Scorer):
     """Cosine of the caption's vector and the clip's vector as guided by the caption.
 
     Guides pass self-attention blocks once a sequence, y_l = SA_l(y_(l-1)); the guided side passes guided blocks once a
-    pair, x_l = SGA_l(x_(l-1), guide of layer l). Attention pooling and a projection make one vector of each side. Which
-    sizes the authors used is not known: the defaults are those of MCAN's small model.
-
-    configuration: the guide of layer l is y_1 of a single layer ("single"), y_l ("stacking") or the last y
-        ("iterating").
-    depth: layers; default 5, for "single" 1.
-    guidance: "t2a": words guide frames. "both": frames, after self-attention blocks of their own, guide words as well.
-    share_weights: each stack is one block applied `depth` times.
-    width, heads, ffn_width, dropout: of all blocks. pool_width: of the pooling's hidden layer. joint: J.
-    pairs_per_tile: pairs whose activations are alive at once (13 MB a pair at these sizes, 30 words and 32 frames in
-        fp32); they are computed again in the backward pass.
-    Raises UserError for values out of range.
+    pair, x_l = SGA_l(x_(l-1), guide of layer l). Attention pooling and a projection make one vector of each side.
     """
 
+    Options = CoAttentionOptions
     reads_words = True
 
     def __init__(
         self,
         dim: int,
-        configuration: str = "iterating",
-        depth: int | None = None,
-        guidance: str = "t2a",
-        share_weights: bool = False,
-        width: int = 512,
-        heads: int = 8,
-        ffn_width: int = 2048,
-        dropout: float = 0.1,
-        pool_width: int = 512,
-        joint: int = 1024,
-        pairs_per_tile: int = 256,
+        configuration: str,
+        depth: int | None,
+        guidance: str,
+        share_weights: bool,
+        width: int,
+        heads: int,
+        ffn_width: int,
+        dropout: float,
+        pool_width: int,
+        joint: int,
+        pairs_per_tile: int,
     ) -> None:
         super().__init__()
-        for name, choice, known in (("configuration", configuration, CONFIGURATIONS), ("guidance", guidance, GUIDANCE)):
-            if choice not in known:
-                raise UserError(f"coattention: {name} is {choice!r}: give one of {', '.join(known)}")
-        if depth is None:
-            depth = 1 if configuration == "single" else 5
-        counts = {"depth": depth, "width": width, "heads": heads, "ffn_width": ffn_width, "pool_width": pool_width}
-        for name, count in {**counts, "joint": joint, "pairs_per_tile": pairs_per_tile}.items():
-            if not isinstance(count, int) or count < 1:
-                raise UserError(f"coattention: {name} is {count!r}: give a whole number from 1 on")
-        if configuration == "single" and depth != 1:
-            raise UserError(f"coattention: depth is {depth} but single has one layer: choose stacking or iterating")
-        if width % heads:
-            raise UserError(f"coattention: width {width} is no multiple of heads {heads}: change one of them")
-        if not 0 <= dropout < 1:
-            raise UserError(f"coattention: dropout is {dropout}: give a share from 0 to below 1")
+        layers = depth or (1 if configuration == "single" else 5)
         self.pairs_per_tile = pairs_per_tile
         self.mutual = guidance == "both"
 
         def side(guides: bool, guided: bool) -> Side:
-            blocks = 1 if share_weights else depth
+            blocks = 1 if share_weights else layers
             return Side(
                 nn.Linear(dim, width),
                 [SelfAttentionBlock(width, heads, ffn_width, dropout) for _ in range(blocks if guides else 0)],
                 [GuidedAttentionBlock(width, heads, ffn_width, dropout) for _ in range(blocks if guided else 0)],
-                AttentionPooling(width, pool_width, joint, dropout),
-                depth,
+                AttFlat(width, pool_width, joint, dropout),
+                layers,
                 guide_by_layer=configuration == "stacking",
             )
 
@@ -119,7 +127,7 @@ class Side(nn.Module):
         projection: nn.Linear,
         self_blocks: list[SelfAttentionBlock],
         guided_blocks: list[GuidedAttentionBlock],
-        pooling: AttentionPooling,
+        pooling: AttFlat,
         depth: int,
         guide_by_layer: bool,
     ) -> None:
@@ -131,7 +139,7 @@ class Side(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensors:
         """[B, T, D] -> what is to be compared, and the guides [B, T, W] (by layer, or one for all; none if not asked).
 
-        To be compared: tokens [B, T, W] where this side will be guided, else the unit vector [B, J].
+        To be compared: tokens [B, T, W] if this side will be guided, else the unit vector [B, J].
         """
         projected = self.projection(tokens)
         levels = [projected]
@@ -154,7 +162,7 @@ class SelfAttentionBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, ffn_width: int, dropout: float) -> None:
         super().__init__()
-        self.attention, self.attention_norm = Attention(width, heads, dropout), nn.LayerNorm(width)
+        self.attention, self.attention_norm = MultiHeadAttention(width, heads, dropout), nn.LayerNorm(width)
         self.feed_forward, self.feed_forward_norm = _feed_forward(width, ffn_width, width, dropout), nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
@@ -169,8 +177,11 @@ class GuidedAttentionBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, ffn_width: int, dropout: float) -> None:
         super().__init__()
-        self.self_attention, self.self_attention_norm = Attention(width, heads, dropout), nn.LayerNorm(width)
-        self.guided_attention, self.guided_attention_norm = Attention(width, heads, dropout), nn.LayerNorm(width)
+        self.self_attention, self.self_attention_norm = MultiHeadAttention(width, heads, dropout), nn.LayerNorm(width)
+        self.guided_attention, self.guided_attention_norm = (
+            MultiHeadAttention(width, heads, dropout),
+            nn.LayerNorm(width),
+        )
         self.feed_forward, self.feed_forward_norm = _feed_forward(width, ffn_width, width, dropout), nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
@@ -185,7 +196,7 @@ class GuidedAttentionBlock(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
-class Attention(nn.Module):
+class MultiHeadAttention(nn.Module):
     """Multi-head scaled dot-product attention with dropout on its weights."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
@@ -207,8 +218,8 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class AttentionPooling(nn.Module):
-    """AttFlat of MCAN with one glimpse: tokens averaged with learned weights, then projected."""
+class AttFlat(nn.Module):
+    """The pooling of MCAN with one glimpse: tokens averaged with learned weights, then projected."""
 
     def __init__(self, width: int, hidden: int, joint: int, dropout: float) -> None:
         super().__init__()

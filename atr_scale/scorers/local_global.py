@@ -11,21 +11,36 @@ similarities, its norm a quadratic form of the context's Gram matrix.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from atr_scale.batch import TokenSequence
-from atr_scale.errors import UserError
 from atr_scale.score_block import at_least_fp32
 from atr_scale.scorers.scorer import Scorer, without_autocast
-from atr_scale.scorers.tiles import Tensors, real_tokens, score_tiles
+from atr_scale.scorers.tiles import Tensors, for_device, real_tokens, score_tiles
+from atr_scale.sections import Positive, Section
 
-DIRECTIONS = ("frames_over_words", "words_over_frames", "both")
-NORMALISATIONS = ("none", "clipped_l2")
 # Token pairs of a tile: what a processor's caches hold, or enough to keep a GPU busy.
 TILE_SIZES = {"cpu": 2**20, "cuda": 2**26}
+
+
+class LocalGlobalOptions(Section):
+    """The paper does not give the inverse temperatures; these are those of SCAN (Lee et al., ECCV 2018, arXiv
+    1803.08024)."""
+
+    lambda1: Positive = Field(4.0, description="inverse temperature of the attention")
+    lambda2: Positive = Field(5.0, description="inverse temperature of the pooling")
+    direction: Literal["frames_over_words", "words_over_frames", "both"] = Field(
+        "frames_over_words", description="which side asks; both: the mean of the two"
+    )
+    normalise: Literal["none", "clipped_l2"] = Field(
+        "none",
+        description="clipped_l2: before the attention, the positive part of s_mn over its norm over the queries (SCAN)",
+    )
 
 
 class LocalGlobalScorer(Scorer):
@@ -33,33 +48,15 @@ class LocalGlobalScorer(Scorer):
 
     s_mn = cos(f_m, w_n), alpha_m = softmax_n(lambda1 s_mn), r_m = cos(f_m, sum_n alpha_mn w_n),
     score = 1/lambda2 log mean_m exp(lambda2 r_m), here with frames as queries. The mean, in place of the sum of the
-    paper, keeps long clips from scoring higher; it changes nothing where all clips have equally many frames.
-
-    lambda1, lambda2: inverse temperatures of the attention and of the pooling; the paper does not give them, the
-    defaults are those of SCAN (Lee et al., ECCV 2018, arXiv 1803.08024).
-    direction: which side asks; "both" is the mean of the two.
-    normalise: "clipped_l2" divides the positive part of s_mn by its norm over the queries before the attention (SCAN,
-    eq. 1).
-    Raises UserError for other values.
+    paper, keeps long clips from scoring higher; it changes nothing if all clips have equally many frames.
+    `normalise` is equation 1 of SCAN.
     """
 
+    Options = LocalGlobalOptions
     reads_words = True
 
-    def __init__(
-        self,
-        dim: int,
-        lambda1: float = 4.0,
-        lambda2: float = 5.0,
-        direction: str = "frames_over_words",
-        normalise: str = "none",
-    ) -> None:
+    def __init__(self, dim: int, lambda1: float, lambda2: float, direction: str, normalise: str) -> None:
         super().__init__()
-        for name, value in (("lambda1", lambda1), ("lambda2", lambda2)):
-            if not 0 < value < math.inf:
-                raise UserError(f"lgmm: {name} is {value}: give a positive number")
-        for name, choice, known in (("direction", direction, DIRECTIONS), ("normalise", normalise, NORMALISATIONS)):
-            if choice not in known:
-                raise UserError(f"lgmm: {name} is {choice!r}: give one of {', '.join(known)}")
         self.lambda1, self.lambda2 = lambda1, lambda2
         self.direction, self.clipped = direction, normalise == "clipped_l2"
 
@@ -74,7 +71,7 @@ class LocalGlobalScorer(Scorer):
     def _attend(self, query: Tensors, context: Tensors) -> Tensor:
         """[Q, C]."""
         tokens, mask = context
-        pairs = TILE_SIZES.get(tokens.device.type, TILE_SIZES["cuda"]) // (query[0].shape[1] * tokens.shape[1])
+        pairs = for_device(TILE_SIZES, tokens.device) // (query[0].shape[1] * tokens.shape[1])
         side = max(1, math.isqrt(pairs))
         with without_autocast(tokens):
             gram = tokens @ tokens.transpose(1, 2)

@@ -8,6 +8,7 @@ Texts travel, audio stays: a rank scores all texts of the global batch against i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,17 @@ from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.score_block import ScoreBlock, StoredScores, at_least_fp32
+from atr_scale.sections import Section
 
 
 class Scorer(nn.Module, ABC):
     """Scores any text against any audio; a pair's score depends on nothing but the pair.
 
-    Parameters belong to submodules and are used in their forward, where ZeRO-3 gathers them.
+    The constructor takes `dim`, the width of the token sequences, and the fields of `Options`. Parameters belong to
+    submodules and are used in their forward, where ZeRO-3 gathers them.
     """
 
+    Options: ClassVar[type[Section]] = Section
     reads_frames = True  # whether the tokens of audio are read
     reads_words = False  # whether the tokens of text are read
     factorised = False  # whether a caption and a clip are one unit vector each, which an index can hold
@@ -39,11 +43,11 @@ class Scorer(nn.Module, ABC):
         return StoredScores(self.scores(gather_text(text, world, self.reads_words), audio), world)
 
     def embed_text(self, text: TokenSequence) -> Tensor:
-        """Unit vectors [B, D] of a factorised scorer. Raises UserError where a score needs both sides at once."""
+        """Unit vectors [B, D] of a factorised scorer. Raises UserError if a score needs both sides at once."""
         raise self._needs_pairs()
 
     def embed_audio(self, audio: TokenSequence) -> Tensor:
-        """Unit vectors [b, D] of a factorised scorer. Raises UserError where a score needs both sides at once."""
+        """Unit vectors [b, D] of a factorised scorer. Raises UserError if a score needs both sides at once."""
         raise self._needs_pairs()
 
     def _needs_pairs(self) -> UserError:

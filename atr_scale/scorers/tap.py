@@ -7,23 +7,37 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Annotated
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import layer_norm, linear, normalize
 
 from atr_scale.batch import TokenSequence
-from atr_scale.errors import UserError
 from atr_scale.score_block import at_least_fp32
 from atr_scale.scorers.gram_pooling import EPS, SHORTEST, GramScores, attention, metrics_of
 from atr_scale.scorers.scorer import Scorer, without_autocast
-from atr_scale.scorers.tiles import Tensors, recomputed, split
+from atr_scale.scorers.tiles import Tensors, for_device, recomputed, split
+from atr_scale.sections import Count, Section
 
 Linear = tuple[Tensor, Tensor]  # weight and bias
 TILE_ROWS = 1024
 # Numbers in a tile's largest tensor: what a processor's caches hold, or enough to keep a GPU busy.
 TILE_NUMBERS = {"cpu": 2**19, "cuda": 2**24}
+
+
+class TextAwarePoolingOptions(Section):
+    attention_dim: Count = Field(512, description="width of queries, keys and values")
+    residual: bool = Field(False, description="the whole pooling block of X-Pool")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="inside the residual block; X-Pool: 0.3")
+
+    @model_validator(mode="after")
+    def dropout_has_its_block(self) -> TextAwarePoolingOptions:
+        if self.dropout and not self.residual:
+            raise ValueError("dropout is part of the residual block: set residual to true, or dropout to 0")
+        return self
 
 
 class TextAwarePoolingScorer(Scorer):
@@ -37,15 +51,13 @@ class TextAwarePoolingScorer(Scorer):
     at many times the cost: for clips so long that Gram matrices cost more than they save, and in training with dropout,
     which draws anew for every number of every vector; hence it is 0 unless asked for (X-Pool: 0.3). `repr` says which
     form runs. Products are fp32 also under autocast: bf16 operands in the projections alone move gradients by 2e-3 to
-    3e-3. Raises UserError for options out of range.
+    3e-3.
     """
 
-    def __init__(self, dim: int, attention_dim: int = 512, residual: bool = False, dropout: float = 0.0) -> None:
+    Options = TextAwarePoolingOptions
+
+    def __init__(self, dim: int, attention_dim: int, residual: bool, dropout: float) -> None:
         super().__init__()
-        if attention_dim < 1 or not 0 <= dropout < 1:
-            raise UserError(f"tap: attention_dim is {attention_dim}, dropout {dropout}: give >= 1, and one in [0, 1)")
-        if dropout and not residual:
-            raise UserError("tap: dropout is part of the residual block: set residual to true, or dropout to 0")
         self.weights = _Weights(dim, attention_dim, residual)
         self.dropout = dropout
 
@@ -152,4 +164,4 @@ def _stacked(key: Linear, value: Linear) -> Linear:
 def _tile_size(texts: int, numbers_per_pair: int, device: torch.device) -> tuple[int, int]:
     """(texts, audios) of a tile."""
     rows = min(texts, TILE_ROWS)
-    return rows, max(1, TILE_NUMBERS[device.type] // (rows * numbers_per_pair))
+    return rows, max(1, for_device(TILE_NUMBERS, device) // (rows * numbers_per_pair))

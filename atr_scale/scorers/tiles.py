@@ -18,8 +18,13 @@ from atr_scale.score_block import at_least_fp32
 Tensors = tuple[Tensor, ...]
 
 
+def for_device(sizes: dict[str, int], device: torch.device) -> int:
+    """The entry for a type of device; a type without one is taken for an accelerator like a GPU."""
+    return sizes[device.type if device.type in sizes else "cuda"]
+
+
 def real_tokens(sequence: TokenSequence) -> tuple[Tensor, Tensor]:
-    """Tokens [B, T, D], fp32 or wider and zero where padded, and their mask [B, T].
+    """Tokens [B, T, D], fp32 or wider and zero if padded, and their mask [B, T].
 
     A sequence without any real token counts as one zero token, so that every softmax has something to choose from.
     """

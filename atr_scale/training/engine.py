@@ -138,7 +138,7 @@ class Engine:
         values: dict[str, Tensor] = {}
         with self._reduced_once():
             for batch, seed in zip(batches, seeds, strict=True):
-                self.model.audio_encoder.augment_seed = seed.augmentation
+                self.model.augment_seed = seed.augmentation
                 terms = self._add_gradients(batch, seed.dropout)
                 for name, value in terms.items():
                     share = value.detach().float() / self.train.accum_steps

@@ -45,7 +45,7 @@ def gradients(config: RunConfig, batch: Batch, chunk_size: int | None = None, ke
     """In float64, of one process without DeepSpeed."""
     torch.manual_seed(0)
     model = Retriever(config.model, config.objective).double().train()
-    model.audio_encoder.augment_seed = SEED
+    model.augment_seed = SEED
     if chunk_size is None:
         torch.manual_seed(SEED)
         model(batch)["loss"].mul(3.0).backward()

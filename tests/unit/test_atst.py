@@ -72,7 +72,7 @@ def test_outputs_of_the_original(golden: Path, tmp_path: Path) -> None:
     folder = golden / "atst_frame"
     encoder = build_audio_encoder("atst_frame", write_checkpoint(folder, tmp_path / "original.ckpt"))
     reference = Golden(folder / "golden_a.npz")
-    reference.check("mel", encoder.mel(reference.waveform))
+    reference.check("mel", encoder.mel(reference.waveform, 0))
     check_tokens(encoder, reference)
     reference.check("logits", encoder.tags(reference.waveform))
     assert encoder.dim == 768 and encoder.sample_rate == 16_000

@@ -222,16 +222,19 @@ def test_nothing_a_pair_is_kept_for_the_backward_pass() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"configuration": "double"}, "configuration is 'double': give one of single, stacking, iterating"),
-        ({"guidance": "a2t"}, "guidance is 'a2t': give one of t2a, both"),
+        (
+            {"configuration": "double"},
+            "'configuration': Input should be 'single', 'stacking' or 'iterating', got 'double'",
+        ),
+        ({"guidance": "a2t"}, "'guidance': Input should be 't2a' or 'both', got 'a2t'"),
         ({"configuration": "single", "depth": 2}, "depth is 2 but single has one layer: choose stacking or iterating"),
-        ({"depth": 0}, "depth is 0: give a whole number from 1 on"),
-        ({"joint": 0.5}, "joint is 0.5: give a whole number from 1 on"),
+        ({"depth": 0}, "'depth': Input should be greater than or equal to 1, got 0"),
+        ({"joint": 0.5}, "'joint': Input should be a valid integer, got a number with a fractional part, got 0.5"),
         ({"width": 10, "heads": 4}, "width 10 is no multiple of heads 4: change one of them"),
-        ({"dropout": 1.0}, "dropout is 1.0: give a share from 0 to below 1"),
+        ({"dropout": 1.0}, "'dropout': Input should be less than 1, got 1.0"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as raised:
         build_scorer("coattention", dim=DIM, **options)
-    assert str(raised.value) == f"coattention: {message}"
+    assert str(raised.value) == f"options of the scorer coattention: {message}"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from atr_scale.config import RunConfig, load_config, parse_config
 from atr_scale.errors import UserError
+from atr_scale.training.checks import differences
 
 MINIMAL = """
 run: {dir: runs/x}
@@ -82,6 +83,23 @@ def test_later_overrides_win_and_the_file_may_give_way(file: Path) -> None:
         ("data.train[0].shard=x", "unknown key 'data.train.0.shard'; did you mean 'shards'?"),
         ("objective.temperature.init=1", "did you mean 'initial'?"),
         ("model.zzz=1", "unknown key 'model.zzz'; known keys: audio, text, projection, scorer"),
+        ("model.audio.name=small", "'model.audio.name': unknown audio encoder: known are cnn14, "),
+        ("model.audio.windows=3", "unknown key 'model.audio.windows'; did you mean 'window_seconds'?"),
+        ("model.text.pool=mean", "unknown key 'model.text.pool'; did you mean 'pooling'?"),
+        (
+            "model.audio.spec_augment={time_drop: 3}",
+            "'model.audio.spec_augment.time_drop'; did you mean 'time_drop_width'",
+        ),
+        ("model.scorer.name=meen", "'model.scorer.name': unknown scorer: known are pooled, mean, max, meanmax"),
+        ("model.scorer.options.dim=3", "unknown key 'model.scorer.options.dim'; known keys: none"),
+        ("model.scorer={name: tap, options: {attention: 3}}", "options.attention'; did you mean 'attention_dim'?"),
+        (
+            "model.scorer={name: tap, options: {dropout: 0.3}}",
+            "'model.scorer.options': dropout is part of the residual",
+        ),
+        ("model.scorer={name: lgmm, options: {lambda1: 0}}", "'model.scorer.options.lambda1': Input should be greater"),
+        ("model.scorer={name: netrvlad, options: {num_clusters: few}}", "'model.scorer.options.num_clusters': Input"),
+        ("model.scorer.options=3", "'model.scorer.options': Input should be a valid dictionary, got 3"),
         ("train.lr=fast", "'train.lr': Input should be a valid number"),
         ("train.lr=-1", "'train.lr': Input should be greater than 0, got -1"),
         ("train.lr=.nan", "'train.lr'"),
@@ -181,6 +199,18 @@ def test_round_trip(file: Path, tmp_path: Path) -> None:
     saved.write_text(config.to_yaml())
     assert load_config(saved) == config
     assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_options_of_a_scorer_are_stored_whole(file: Path, tmp_path: Path) -> None:
+    config = load_config(file, ["model.scorer={name: tap, options: {residual: true}}"])
+    assert config.model.scorer.options == {"attention_dim": 512, "residual": True, "dropout": 0.0}
+    assert yaml.safe_load(config.to_yaml())["model"]["scorer"]["options"]["attention_dim"] == 512
+
+    for options, expected in (({"residual": True}, config), ({}, load_config(file, ["model.scorer.name=tap"]))):
+        saved = yaml.safe_load(config.to_yaml())  # as it was saved when defaults were not
+        saved["model"]["scorer"]["options"] = options
+        assert parse_config(saved, "saved") == expected
+        assert differences(parse_config(saved, "saved").model_dump(), expected.model_dump()) == []
 
 
 def test_every_configuration_here_parses() -> None:

@@ -160,5 +160,5 @@ def test_nothing_a_pair_is_kept_for_the_backward_pass(options: dict[str, Any]) -
     [("lambda1", 0.0), ("lambda2", -1.0), ("lambda2", float("inf")), ("direction", "up"), ("normalise", "l1")],
 )
 def test_options_out_of_range(option: str, value: Any) -> None:
-    with pytest.raises(UserError, match=rf"^lgmm: {option} is .*: give"):
+    with pytest.raises(UserError, match=rf"^options of the scorer lgmm: '{option}': Input should be .*, got "):
         build_scorer("lgmm", dim=DIM, **{option: value})

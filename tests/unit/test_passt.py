@@ -38,7 +38,7 @@ def original_file(encoder: PaSST) -> dict[str, Tensor]:
 def test_outputs_of_the_original(name: str, golden: Path, tmp_path: Path) -> None:
     encoder = build_audio_encoder(name, write_checkpoint(golden / name, tmp_path / "original.pt"))
     reference = Golden(golden / name / "golden_a.npz")
-    mel = encoder.mel(reference.waveform)
+    mel = encoder.mel(reference.waveform, 0)
     patches = encoder.patches(mel)
     tokens = encoder.transform(patches)
     sequence = encoder(reference.waveform)
@@ -62,7 +62,7 @@ def test_epsilon_of_the_norms(name: str, golden: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(golden / name, tmp_path / "original.pt", variant="eps")
     encoder = build_audio_encoder(name, checkpoint, attention="sdpa")
     reference = Golden(golden / name / "golden_eps.npz")
-    reference.check("tokens", encoder.transform(encoder.patches(encoder.mel(reference.waveform))))
+    reference.check("tokens", encoder.transform(encoder.patches(encoder.mel(reference.waveform, 0))))
     reference.check("embedding", encoder(reference.waveform).pooled)
     reference.check("logits", encoder.tags(reference.waveform))
 
@@ -92,7 +92,7 @@ def test_grid_of_patches(stride: int, rows: int, columns: dict[float, int]) -> N
     for seconds, number in columns.items():
         waveform = noise(2, seconds)
         waveform[1] *= 0.01
-        assert encoder.patches(encoder.mel(waveform)).shape == (2, 16, rows, number)
+        assert encoder.patches(encoder.mel(waveform, 0)).shape == (2, 16, rows, number)
         sequence = encoder(waveform)
         assert sequence.tokens.shape == (2, number, 16) and sequence.mask.all()
         for row in range(2):
@@ -151,17 +151,16 @@ def test_long_clips_are_windows() -> None:
 def test_patchout_leaves_out_rows_and_columns_in_order() -> None:
     encoder = tiny(s_patchout_t=15, s_patchout_f=2).train()
     place = torch.arange(8)[:, None] * 100 + torch.arange(62.0)
-    kept = encoder.patchout(place.expand(3, 5, 8, 62))
+    kept = encoder.patchout(place.expand(3, 5, 8, 62), 0)
     assert kept.shape == (3, 5, 6, 47) and torch.equal(kept, kept[:1, :1].expand_as(kept))
     rows, columns = kept[0, 0, :, 0] // 100, kept[0, 0, 0] % 100
     assert torch.equal(kept[0, 0], rows[:, None] * 100 + columns)
     assert (rows.diff() > 0).all() and (columns.diff() > 0).all()
-    assert torch.equal(encoder.patchout(place[None, None])[0], kept[0, :1])
-    encoder.augment_seed = 1
-    assert not torch.equal(encoder.patchout(place[None, None])[0], kept[0, :1])
+    assert torch.equal(encoder.patchout(place[None, None], 0)[0], kept[0, :1])
+    assert not torch.equal(encoder.patchout(place[None, None], 1)[0], kept[0, :1])
 
-    full, sequence = encoder.patches(encoder.mel(noise(2, 10))), encoder(noise(2, 10))
-    tokens = encoder.transform(encoder.patchout(full))[:, 2:]
+    full, sequence = encoder.patches(encoder.mel(noise(2, 10), 1)), encoder(noise(2, 10), augment_seed=1)
+    tokens = encoder.transform(encoder.patchout(full, 1))[:, 2:]
     assert sequence.tokens.shape == (2, 47, 64)
     torch.testing.assert_close(sequence.tokens, tokens.unflatten(1, (6, 47)).mean(1))
     assert encoder.eval()(noise(1, 10)).tokens.shape == (1, 62, 64)

@@ -11,8 +11,9 @@ from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.score_block import EmbeddingScores, StoredScores
-from atr_scale.scorers import SCORERS, build_scorer
+from atr_scale.scorers import SCORERS, build_scorer, local_global, tap
 from atr_scale.scorers.scorer import Scorer, gather_text
+from atr_scale.scorers.tiles import for_device
 from tests.sequences import random_sequence
 
 DIM = 5
@@ -158,15 +159,26 @@ def test_words_travel_only_where_they_are_read() -> None:
     assert torch.equal(gathered.tokens, text.tokens) and torch.equal(gathered.mask, text.mask)
 
 
+@pytest.mark.parametrize(("name", "table"), [("tap", tap.TILE_NUMBERS), ("lgmm", local_global.TILE_SIZES)])
+def test_a_type_of_device_that_no_table_names_gets_the_sizes_of_a_gpu(
+    name: str, table: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert for_device(table, torch.device("meta")) == table["cuda"] != for_device(table, torch.device("cpu"))
+    scorer, text, audio = build_scorer(name, DIM), random_sequence(WORDS, DIM, 1), random_sequence(FRAMES, DIM, 2)
+    expected = scorer.double().scores(text, audio)
+    monkeypatch.delitem(table, "cpu")
+    torch.testing.assert_close(scorer.scores(text, audio), expected)
+
+
 def test_unknown_names_and_options() -> None:
     with pytest.raises(UserError, match=rf"unknown scorer 'meen': known are {', '.join(SCORERS)}"):
         build_scorer("meen", dim=DIM)
     for name, options, message in (
-        ("mean", {"heads": 3}, "'mean' does not take these options: heads=3"),
-        ("netrvlad", {"clusters": 3}, "'netrvlad' does not take these options: clusters=3"),
-        ("netrvlad", {"num_clusters": "few"}, "'netrvlad' does not take these options: num_clusters='few'"),
-        ("netrvlad", {"num_clusters": 0}, "num_clusters is 0: give 1 or more"),
-        ("attention", {"hidden_dim": 0}, "hidden_dim is 0: give 1 or more"),
+        ("mean", {"heads": 3}, "options of the scorer mean: unknown key 'heads'; known keys: none"),
+        ("netrvlad", {"clusters": 3}, r"netrvlad: unknown key 'clusters'; did you mean 'num_clusters'\?"),
+        ("netrvlad", {"num_clusters": "few"}, "'num_clusters': Input should be a valid integer.*, got 'few'"),
+        ("netrvlad", {"num_clusters": 0}, "'num_clusters': Input should be greater than or equal to 1, got 0"),
+        ("attention", {"hidden_dim": 0}, "'hidden_dim': Input should be greater than or equal to 1, got 0"),
     ):
         with pytest.raises(UserError, match=message):
             build_scorer(name, dim=DIM, **options)

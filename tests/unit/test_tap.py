@@ -88,7 +88,7 @@ def test_scores_and_gradients_equal_the_formula(
 
 def test_gram_matrices_are_left_where_they_stop_paying() -> None:
     for residual, longest in ((False, 511), (True, 724)):
-        scorer = TextAwarePoolingScorer(1024, 512, residual)
+        scorer = build_scorer("tap", 1024, residual=residual)
         assert scorer.weights.most_frames == longest and f"Gram matrices up to {longest} frames" in repr(scorer)
 
 
@@ -122,7 +122,7 @@ def test_dropout_is_that_of_the_formula_and_is_replayed() -> None:
 
 def test_training_starts_from_dot_products_of_normalised_inputs() -> None:
     """X-Pool's identity start: with K = D nothing is projected away, the pooled vector is a mean of frames."""
-    scorer = TextAwarePoolingScorer(DIM, DIM, residual=True).double()
+    scorer = build_scorer("tap", DIM, attention_dim=DIM, residual=True).double()
     text, audio = random_sequence(WORDS, DIM, 1), random_sequence(FRAMES["grams"], DIM, 2)
     asked = layer_norm(text.pooled, (DIM,))
     for j, (tokens, mask) in enumerate(zip(audio.tokens, audio.mask, strict=True)):
@@ -150,8 +150,8 @@ def test_neither_pairs_of_vectors_nor_of_frames_are_kept() -> None:
 
 def test_options_out_of_range() -> None:
     for options, message in (
-        ({"attention_dim": 0}, "attention_dim is 0"),
-        ({"residual": True, "dropout": 1.0}, "dropout 1.0: give"),
+        ({"attention_dim": 0}, "'attention_dim': Input should be greater than or equal to 1, got 0"),
+        ({"residual": True, "dropout": 1.0}, r"'dropout': Input should be less than 1, got 1.0"),
         ({"dropout": 0.3}, "dropout is part of the residual block"),
     ):
         with pytest.raises(UserError, match=message):

@@ -35,6 +35,13 @@ def maxima_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
+def test_a_type_of_device_that_no_table_names_gets_the_sizes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in (tiles.TILE_ROWS, tiles.PART_ROWS):
+        monkeypatch.delitem(table, "cpu")
+    (tile,) = tiles.tiles_of(StoredScores(torch.zeros(2000, 3)))
+    assert tile.rows == slice(0, 2000) and len(tile.parts) == 1
+
+
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "STRIPE_COLUMNS", 7)

@@ -140,21 +140,25 @@ def test_tags_average_the_windows() -> None:
 
 
 def test_ranks_with_fewer_buckets_run_as_many_rounds() -> None:
-    encoder = build_audio_encoder("small_cnn", window_seconds=1.0)
-    rate = encoder.sample_rate
-    waveform, lengths = noise(2, 5 * rate // 2), torch.tensor([5 * rate // 2, rate // 2])
-    expected = encoder(waveform, lengths)
-    own, calls, encode = [], [], encoder.encode
+    own, calls = [], []
 
     def rounds(count: int) -> int:
         own.append(count)
         return 5
 
-    def counted(waveform_BS: Tensor) -> TokenSequence:
-        calls.append(waveform_BS.shape)
-        return encode(waveform_BS)
+    encoder = build_audio_encoder("small_cnn", window_seconds=1.0, equal_rounds=rounds)
+    plain = build_audio_encoder("small_cnn", window_seconds=1.0)
+    plain.load_state_dict(encoder.state_dict())
+    rate = encoder.sample_rate
+    waveform, lengths = noise(2, 5 * rate // 2), torch.tensor([5 * rate // 2, rate // 2])
+    expected = plain(waveform, lengths)
+    encode = encoder.encode
 
-    encoder.equal_rounds, encoder.encode = rounds, counted
+    def counted(waveform_BS: Tensor, augment_seed: int) -> TokenSequence:
+        calls.append(waveform_BS.shape)
+        return encode(waveform_BS, augment_seed)
+
+    encoder.encode = counted
     sequence = encoder(waveform, lengths)
     assert own == [2] and len(calls) == 5  # windows are one bucket, the short clip another
     assert torch.equal(sequence.tokens, expected.tokens) and torch.equal(sequence.pooled, expected.pooled)

@@ -15,7 +15,7 @@ from atr_scale.losses.temperature import Temperature
 from atr_scale.model import Projection
 from atr_scale.score_block import ModalityScores, StoredScores
 from atr_scale.scorers import build_scorer
-from atr_scale.scorers.cosine import mean
+from atr_scale.scorers.pooling import mean
 from atr_scale.training.schedule import learning_rate
 from tools.study.recipes import TEMPERATURE, WIDTH, Recipe
 

@@ -57,11 +57,11 @@ class Misfit:
 class Layout:
     """How a project writes an encoder's weights.
 
-    name: for people. container: the key under which the named tensors lie, None where the file is nothing else.
+    name: for people. container: the key under which the named tensors lie, None if the file is nothing else.
     prefix: what the entries of the encoder start with. derived, unused: regular expressions, matched from the start of
     an entry's full name, of constants that are computed here and of weights without use here; neither is ever read.
     origin: our name -> its entry, after the prefix; None for what no file in this layout holds. refusal: what to tell
-    about a file in this layout, where it is known only to be refused.
+    about a file in this layout, if it is known only to be refused.
     The `module.` that DataParallel puts before every name is no part of prefix, derived and unused.
     """
 
@@ -74,7 +74,7 @@ class Layout:
     refusal: str | None = None
 
     def entries(self, contents: dict[str, Any]) -> dict[str, Tensor] | None:
-        """The named tensors of a file in this layout, None where it is in another."""
+        """The named tensors of a file in this layout, None if it is in another."""
         found = contents if self.container is None else contents.get(self.container)
         if not isinstance(found, dict) or not found:
             return None
@@ -91,7 +91,7 @@ class Layout:
                 yield own, before + entry.key, entry
 
     def misfit(self, module: nn.Module, entries: dict[str, Tensor]) -> Misfit:
-        """What keeps `entries` from `module`; empty where they fit. Values are not looked at."""
+        """What keeps `entries` from `module`; empty if they fit. Values are not looked at."""
         sources = list(self.sources(module, entries))
         expected = {key for _, key, _ in sources}
         derived, unused = self.ignored(entries)

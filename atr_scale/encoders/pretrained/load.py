@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from atr_scale.encoders.audio import AudioEncoder
-from atr_scale.encoders.audio_encoders import AUDIO_ENCODERS
+from atr_scale.encoders.audio_encoders import AUDIO_ENCODERS, audio_encoder_options, construct
 from atr_scale.encoders.pretrained.layout import Layout, Loaded
 from atr_scale.encoders.pretrained.read import read_checkpoint
 from atr_scale.errors import UserError
@@ -45,7 +46,7 @@ def load_strictly(module: nn.Module, layouts: tuple[Layout, ...], name: str, pat
 
 
 def identify(path: str | Path) -> list[str]:
-    """Names of the encoders that load the checkpoint at `path`. Raises UserError where it is no checkpoint at all."""
+    """Names of the encoders that load the checkpoint at `path`. Raises UserError if it is no checkpoint at all."""
     return fitting_encoders(read_checkpoint(path))
 
 
@@ -55,13 +56,19 @@ def fitting_encoders(contents: dict[str, Any]) -> list[str]:
 
 
 @cache
-def _blueprint(name: str) -> AudioEncoder:
-    """The encoder without the memory of its weights."""
+def _blueprint(name: str) -> AudioEncoder | None:
+    """The encoder without the memory of its weights; None if it needs to be told options of its own."""
+    try:
+        options = audio_encoder_options(name)()
+    except ValidationError:
+        return None
     with torch.device("meta"):
-        return AUDIO_ENCODERS[name]()
+        return construct(name, options)
 
 
-def _fits(encoder: AudioEncoder, contents: dict[str, Any]) -> bool:
+def _fits(encoder: AudioEncoder | None, contents: dict[str, Any]) -> bool:
+    if encoder is None:
+        return False
     entries = ((layout, layout.entries(contents)) for layout in encoder.layouts if layout.refusal is None)
     return any(found is not None and not layout.misfit(encoder, found) for layout, found in entries)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from atr_scale.errors import UserError
 
@@ -70,9 +71,9 @@ def safe_types() -> Iterator[None]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What torch.save wrote to `path`, or the weights of a transformers folder; UserError where it is neither.
+    """What torch.save wrote to `path`, or the weights of a transformers folder; UserError if it is neither.
 
-    Tensors stay on disk until they are used, where the file's format allows.
+    Tensors stay on disk until they are used, if the file's format allows.
     """
     path = Path(path)
     if path.is_dir():
@@ -100,8 +101,6 @@ def _read_file(path: Path) -> Any:
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: check the path")
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
         return load_file(path)
     # Files of torch before 1.6 are no archives and cannot be mapped.
     mapped = zipfile.is_zipfile(path)

@@ -51,7 +51,8 @@ class Tile(Part):
 
 def tiles_of(block: ScoreBlock, whole_columns: bool = False) -> list[Tile]:
     """All of a block, stripe by stripe; whole_columns: every tile is a stripe."""
-    tile_rows, part_rows = (sizes[block.device.type] for sizes in (TILE_ROWS, PART_ROWS))
+    kind = block.device.type
+    tile_rows, part_rows = (sizes[kind if kind in sizes else "cuda"] for sizes in (TILE_ROWS, PART_ROWS))
     tiles: list[Tile] = []
     count = itertools.count()
     for columns in block.stripes():

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
-from atr_scale.errors import UserError
 from atr_scale.score_block import EmbeddingScores, ScoreBlock, at_least_fp32
 from atr_scale.scorers.scorer import Scorer, without_autocast
+from atr_scale.sections import Count, Section
 
 
 def pooled(audio: TokenSequence) -> Tensor:
@@ -24,13 +25,13 @@ def pooled(audio: TokenSequence) -> Tensor:
 
 
 def mean(audio: TokenSequence) -> Tensor:
-    """Mean over real frames, [b, D]; zero where there are none."""
+    """Mean over real frames, [b, D]; zero if there are none."""
     weight = audio.mask.to(audio.tokens.dtype).unsqueeze(-1)
     return (audio.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def maximum(audio: TokenSequence) -> Tensor:
-    """Largest value over real frames, [b, D]; zero where there are none."""
+    """Largest value over real frames, [b, D]; zero if there are none."""
     largest = audio.tokens.masked_fill(~audio.mask.unsqueeze(-1), -torch.inf).amax(1)
     return largest.masked_fill(~audio.mask.any(1, keepdim=True), 0)
 
@@ -41,19 +42,14 @@ def mean_plus_max(audio: TokenSequence) -> Tensor:
 
 
 class AttentionPooling(nn.Module):
-    """sum_f w_f c_f with w = softmax_f(MLP(c_f)), the MLP of one hidden layer (AttFlat of MCAN, arXiv 1906.10770).
+    """sum_f w_f c_f with w = softmax_f(MLP(c_f)), the MLP of one hidden layer (AttFlat of MCAN, arXiv 1906.10770)."""
 
-    Raises UserError for a hidden_dim below 1.
-    """
-
-    def __init__(self, dim: int, hidden_dim: int = 512) -> None:
+    def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        if hidden_dim < 1:
-            raise UserError(f"attention: hidden_dim is {hidden_dim}: give 1 or more")
         self.weigh = nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1))
 
     def forward(self, audio: TokenSequence) -> Tensor:
-        """[b, D]; zero where there are no real frames."""
+        """[b, D]; zero if there are no real frames."""
         tokens, mask = at_least_fp32(audio.tokens), audio.mask.unsqueeze(-1)
         logits = self.weigh(tokens)
         weight = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(1) * mask
@@ -64,19 +60,16 @@ class NetRVLAD(nn.Module):
     """Sums of frames softly assigned to clusters, without the residuals of NetVLAD (Miech et al., arXiv 1706.06905).
 
     v_c = sum_f softmax_c(c_f W + bias) c_f; every v_c to unit length, their concatenation too, and a linear map back to
-    D. The bias stands for the batch normalisation of the original, which would tie a clip to its batch. The default of
-    num_clusters is no paper's. Raises UserError for a num_clusters below 1.
+    D. The bias stands for the batch normalisation of the original, which would tie a clip to its batch.
     """
 
-    def __init__(self, dim: int, num_clusters: int = 16) -> None:
+    def __init__(self, dim: int, num_clusters: int) -> None:
         super().__init__()
-        if num_clusters < 1:
-            raise UserError(f"netrvlad: num_clusters is {num_clusters}: give 1 or more")
         self.assign = nn.Linear(dim, num_clusters)
         self.project = nn.Linear(num_clusters * dim, dim, bias=False)
 
     def forward(self, audio: TokenSequence) -> Tensor:
-        """[b, D]; zero where there are no real frames."""
+        """[b, D]; zero if there are no real frames."""
         tokens = at_least_fp32(audio.tokens)
         weight = self.assign(tokens).softmax(-1) * audio.mask.unsqueeze(-1)
         clusters = normalize(weight.mT @ tokens, dim=-1)  # [b, C, D]
@@ -84,11 +77,11 @@ class NetRVLAD(nn.Module):
 
 
 class CosineScorer(Scorer):
-    """Cosine between the caption's pooled vector and the clip's frames pooled by `pool`."""
+    """Cosine between the caption's pooled vector and the clip's frames pooled by `pool`, at any width."""
 
     factorised = True
 
-    def __init__(self, pool: Callable[[TokenSequence], Tensor]) -> None:
+    def __init__(self, dim: int, pool: Callable[[TokenSequence], Tensor]) -> None:
         super().__init__()
         self.pool = pool
         self.reads_frames = pool is not pooled
@@ -109,3 +102,29 @@ class CosineScorer(Scorer):
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
         with without_autocast(audio.tokens):
             return self.embed_text(text) @ self.embed_audio(audio).T
+
+
+class NetRVLADOptions(Section):
+    num_clusters: Count = Field(16, description="clusters that frames are assigned to; the default is no paper's")
+
+
+class NetRVLADScorer(CosineScorer):
+    """Cosine with `NetRVLAD` of the frames."""
+
+    Options = NetRVLADOptions
+
+    def __init__(self, dim: int, num_clusters: int) -> None:
+        super().__init__(dim, NetRVLAD(dim, num_clusters))
+
+
+class AttentionOptions(Section):
+    hidden_dim: Count = Field(512, description="width of the hidden layer that weighs the frames")
+
+
+class AttentionScorer(CosineScorer):
+    """Cosine with `AttentionPooling` of the frames."""
+
+    Options = AttentionOptions
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__(dim, AttentionPooling(dim, hidden_dim))

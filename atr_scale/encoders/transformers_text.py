@@ -1,0 +1,210 @@
+"""Text encoders of the BERT and RoBERTa families, through transformers.
+
+Shape suffixes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atr_scale.batch import TokenSequence
+from atr_scale.compat import enable_gradient_checkpointing
+from atr_scale.encoders.hub import must_use_cache
+from atr_scale.encoders.text import TextEncoder, TextEncoderOptions
+from atr_scale.errors import UserError, one_line
+
+# Not the unknown token: it stands for a real word.
+SPECIAL_TOKENS = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+# Settings of dropout inside the encoder, over the families.
+DROPOUTS = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout",
+    "mlp_dropout",
+)  # fmt: skip
+
+
+class TransformersTextEncoder(TextEncoder):
+    """An encoder model of transformers with its tokenizer.
+
+    tokens: the last hidden states of ALL tokens; mask: those of the caption, without special ones. pooled: as
+    options.pooling says, `first` (the first token) or `mean` (over all attended tokens, special ones included, as
+    sentence encoders do).
+
+    transformer: without a pooling layer. tokenizer: None for a model that is only measured; then no token is special.
+    """
+
+    tokenizer: Any
+    special_ids: Tensor
+    common_options = frozenset(TextEncoderOptions.model_fields)
+
+    def __init__(self, transformer: Any, tokenizer: Any, options: TextEncoderOptions) -> None:
+        super().__init__()
+        self.transformer, self.tokenizer = transformer, tokenizer
+        self.dim = transformer.config.hidden_size
+        self.options = options
+        special_ids = {getattr(tokenizer, name, None) for name in SPECIAL_TOKENS} - {None}
+        self.register_buffer("special_ids", torch.tensor(sorted(special_ids)), persistent=False)
+
+    @classmethod
+    def build(cls, name: str, options: TextEncoderOptions) -> TransformersTextEncoder:
+        """The trained encoder in fp32: a folder with model and tokenizer, or a name on a model hub."""
+        # Seconds to import, and audio encoders do without it.
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+        if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+            raise UserError(f"no text encoder at '{name}': give a folder that exists, or a model's name on a hub")
+        source: dict[str, Any] = {"trust_remote_code": False, "local_files_only": must_use_cache(name)}
+        try:
+            with quiet_transformers():
+                config = AutoConfig.from_pretrained(name, **source)
+                transformer, report = _without_pooling(
+                    AutoModel.from_pretrained,
+                    name,
+                    config=_with_dropout(config, options),
+                    output_loading_info=True,
+                    **_settings(options),
+                    **source,
+                )
+                tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        except Exception as error:
+            raise UserError(
+                f"cannot load a text encoder from '{name}' ({one_line(error)}): give a folder with config.json, weights"
+                " and tokenizer files, or a model's name where a hub can be reached"
+            ) from None
+        _check_is_encoder(transformer.config, name)
+        if report["missing_keys"]:
+            raise UserError(
+                f"the weights in '{name}' lack '{min(report['missing_keys'])}' of a {transformer.config.model_type}"
+                " model: give the folder the whole model was saved to"
+            )
+        return cls(transformer, tokenizer, options)
+
+    def save_files(self, folder: Path) -> None:
+        """config.json and the tokenizer's files."""
+        self.transformer.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def load(cls, folder: Path, options: TextEncoderOptions) -> TransformersTextEncoder:
+        from transformers import AutoConfig, AutoTokenizer
+
+        source: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        try:
+            with quiet_transformers():
+                config = AutoConfig.from_pretrained(folder, **source)
+                transformer = untrained(config, options)
+                tokenizer = AutoTokenizer.from_pretrained(folder, **source)
+        except Exception as error:
+            raise UserError(
+                f"{folder} does not hold a text encoder's config.json and tokenizer files ({one_line(error)}): "
+                "give a folder that `save_files` wrote"
+            ) from None
+        _check_is_encoder(config, str(folder))
+        return cls(transformer, tokenizer, options)
+
+    def configure(self, options: TextEncoderOptions, name: str) -> None:
+        super().configure(options, name)
+        if options.activation_checkpointing:
+            if not self.transformer.supports_gradient_checkpointing:
+                family = self.transformer.config.model_type
+                raise UserError(f"a {family} model has no activation_checkpointing: leave it at false")
+            enable_gradient_checkpointing(self.transformer)
+            # It would carry the backward pass through frozen layers too.
+            self.transformer.disable_input_require_grads()
+        if options.compile:
+            # Each layer by itself: they share their code.
+            place = self._stack()
+            for layer in self.transformer.get_submodule(place) if place else [self.transformer]:
+                layer.compile()
+
+    @property
+    def layers(self) -> list[tuple[str, ...]]:
+        """The embeddings, then each layer. What lies outside of both goes to the embeddings (MPNet's shared position
+        biases), a norm after the layers to the last of them. A model whose layers share their weights (ALBERT) counts
+        as one."""
+        place = self._stack()
+        if place is None:
+            return [("transformer.",)]
+        start = f"transformer.{place}."
+        layers = [[f"{start}{i}."] for i in range(len(self.transformer.get_submodule(place)))]
+        embeddings, passed = [], False
+        for name, _ in self.named_parameters():
+            if name.startswith(start):
+                passed = True
+            elif passed and "norm" in name.lower():
+                layers[-1].append(name)
+            else:
+                embeddings.append(name)
+        return [tuple(embeddings), *map(tuple, layers)]
+
+    def _stack(self) -> str | None:
+        """The place of the list of layers in the transformer."""
+        for name, module in self.transformer.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.transformer.config.num_hidden_layers:
+                return name
+        return None
+
+    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> TokenSequence:
+        hidden_BTD = self.transformer(input_ids=input_ids_BT, attention_mask=attention_mask_BT).last_hidden_state
+        attended_BT = attention_mask_BT.bool()
+        if self.options.pooling == "first":
+            pooled_BD = hidden_BTD[:, 0]
+        else:
+            weights_BT1 = attended_BT.unsqueeze(-1).to(hidden_BTD.dtype)
+            pooled_BD = (hidden_BTD * weights_BT1).sum(1) / weights_BT1.sum(1)
+        return TokenSequence(hidden_BTD, attended_BT & ~torch.isin(input_ids_BT, self.special_ids), pooled_BD)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bar and no table of unused weights: the weights that matter are checked here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def untrained(config: Any, options: TextEncoderOptions) -> Any:
+    """The model of a transformers configuration, without pooling layer, with random weights in fp32."""
+    from transformers import AutoModel
+
+    settings = _settings(options)
+    return _without_pooling(AutoModel.from_config, _with_dropout(config, options), trust_remote_code=False, **settings)
+
+
+def _without_pooling(build: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    try:
+        return build(*arguments, add_pooling_layer=False, **settings)
+    except TypeError:
+        # Families without a pooling layer (DistilBERT) do not know the argument.
+        return build(*arguments, **settings)
+
+
+def _with_dropout(config: Any, options: TextEncoderOptions) -> Any:
+    for name in DROPOUTS:
+        if options.dropout is not None and hasattr(config, name):
+            setattr(config, name, options.dropout)
+    return config
+
+
+def _settings(options: TextEncoderOptions) -> dict[str, Any]:
+    # Fused attention is what transformers itself takes if a family has it.
+    attention = {"attn_implementation": "eager"} if options.attention == "eager" else {}
+    return {"dtype": torch.float32, **attention}
+
+
+def _check_is_encoder(config: Any, place: str) -> None:
+    if config.is_encoder_decoder or not hasattr(config, "hidden_size"):
+        raise UserError(f"'{place}' is a {config.model_type} model: give an encoder such as BERT or RoBERTa")
