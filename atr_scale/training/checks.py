@@ -14,6 +14,7 @@ from atr_scale.data.stream import TrainingStream
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
+from atr_scale.model import Retriever
 from atr_scale.teachers.tables import Correspondences
 
 # What may differ when a run is resumed; everything else would make it another run.
@@ -58,6 +59,13 @@ def check_run_folder(folder: Path) -> None:
         raise UserError(f"the run folder {folder} cannot be made ({error.strerror}): give another run.dir") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"the run folder {folder} is not writable: give another run.dir")
+
+
+def new_model(config: RunConfig, world: World) -> Retriever:
+    """The model of a run as its updates need it, before any checkpoint."""
+    # ZeRO 3 gathers parameters inside every forward: all ranks must make equally many.
+    rounds = world.max_int if config.train.zero_stage == 3 else None
+    return Retriever(config.model, config.objective, precision=config.train.precision, equal_rounds=rounds)
 
 
 def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate: int, world: World) -> TrainingStream:

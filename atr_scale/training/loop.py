@@ -30,11 +30,12 @@ from atr_scale.distributed.start import distributed
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
-from atr_scale.model import Retriever, count_parameters, load_weights, read_weights
+from atr_scale.model import StepContext, count_parameters, load_weights, read_weights
 from atr_scale.training.checks import (
     check_batch_size,
     check_run_folder,
     differences,
+    new_model,
     num_steps,
     read_teacher,
     training_stream,
@@ -85,13 +86,15 @@ class Training:
         self.tokenizer = caption_tokenizer(config)
         self.validation = open_shards(config.data.validation) if config.data.validation else None
         torch.manual_seed(config.run.seed)  # the same new weights on every rank
-        model = Retriever(config.model, config.objective)
+        model = new_model(config, world)
         resume_from = self._find_checkpoint()
-        if resume_from is None and config.train.initial_checkpoint:
-            load_weights(model, read_weights(config.train.initial_checkpoint), config.train.initial_checkpoint)
+        if resume_from is not None:
+            self._check_resume(resume_from)
+        if start := resume_from or config.train.initial_checkpoint:
+            load_weights(model, read_weights(start), str(start))
         freeze(model, config.train)
         self.stream = training_stream(config, self.tokenizer, model.sample_rate, world)
-        model.teacher = read_teacher(config, self.stream.sources)
+        self.teacher = read_teacher(config, self.stream.sources)
         self.steps, self.warmup_steps = num_steps(config, self.stream)
         self.epoch_steps = max(1, math.ceil(self.stream.plan.epoch_batches / config.train.accum_steps))
         self.engine = Engine(model, config.train, world, device)
@@ -128,9 +131,9 @@ class Training:
         while self.progress.step < self.steps:
             step = self.progress.step
             taken = self._take(batches)
-            self.engine.model.step = step
+            context = StepContext(step, teacher=self.teacher.block if self.teacher else None)
             drawn = seeds(self.config.run.seed, step, losses, self.world.rank)
-            result = self.engine.update(taken, self._learning_rates(step), drawn)
+            result = self.engine.update(taken, self._learning_rates(step), drawn, context)
             self.progress.step += 1
             self.progress.samples_seen += losses * train.global_batch_size
             self._judge(result, taken)
@@ -311,8 +314,9 @@ class Training:
             raise found
         return found
 
-    def _resume(self, folder: Path) -> None:
-        saved = load_config(folder / "config.resolved.yaml")
+    def _check_resume(self, folder: Path) -> None:
+        """UserError if the checkpoint is of another run than this configuration's."""
+        saved = load_config(folder / "config.resolved.yaml", plugins=self.config.plugins, trusted=False)
         drift = differences(saved.model_dump(mode="json"), self.config.model_dump(mode="json"))
         if drift:
             raise UserError(
@@ -326,6 +330,9 @@ class Training:
                 f"{self.world.size}: start as many ranks, or give another run.dir with "
                 f"train.initial_checkpoint={folder}"
             )
+
+    def _resume(self, folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text())
         self.engine.load(folder)
         self.progress = Progress(**{key: value for key, value in state.items() if key != "world_size"})
         self._logged_step = self.progress.step

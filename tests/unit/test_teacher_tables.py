@@ -20,7 +20,7 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.metrics import retrieval_metrics
 from atr_scale.losses import dense
-from atr_scale.model import Retriever
+from atr_scale.model import Retriever, StepContext
 from atr_scale.score_block import EmbeddingScores, StoredScores
 from atr_scale.teachers.estimate import compare
 from atr_scale.teachers.tables import Correspondences, Table, shards_checksum
@@ -217,8 +217,7 @@ def test_a_student_that_is_its_teacher_learns_nothing(inputs: TinyInputs, tmp_pa
     norms = []
     for teacher in (table, shifted):
         model.zero_grad()
-        model.teacher = Correspondences([teacher])
-        terms = model(batch)
+        terms = model(batch, StepContext(teacher=Correspondences([teacher]).block))
         terms["loss"].backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norms.append(max(float(gradient.abs().max()) for gradient in gradients))
