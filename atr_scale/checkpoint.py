@@ -25,14 +25,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atr_scale.config import RunConfig, load_config
 from atr_scale.distributed.world import World
-from atr_scale.encoders.text import load_text_encoder
+from atr_scale.encoders.text_encoders import build_text_encoder, load_text_encoder
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 
@@ -90,27 +89,17 @@ def build_retriever(config: RunConfig, folder: Path, **options: Any) -> Retrieve
     """
     config = config.model_copy(deep=True)
     config.model.audio.checkpoint = None
+    name, settings = config.model.text.name, config.model.text.model_dump(exclude={"name"})
     place = folder / TEXT_ENCODER
-    settings = config.model.text.model_dump(exclude={"name"})
-    source = str(place) if place.is_dir() else config.model.text.name
-    text_encoder = load_text_encoder(source, name=config.model.text.name, **settings)
+    if not place.is_dir() and Path(name).is_dir():
+        place = Path(name)
+    # Version 0.1 stored no files of the text encoder: one of a hub has to come from there.
+    text_encoder = (
+        load_text_encoder(place, name, **settings) if place.is_dir() else build_text_encoder(name, **settings)
+    )
     model = Retriever(config.model, config.objective, text_encoder=text_encoder, **options)
     load_weights(model, read_weights(folder), str(folder))
     return model
-
-
-def first_retriever(config: RunConfig, resume_from: Path | None = None, **options: Any) -> Retriever:
-    """The model that a run starts with: that of the checkpoint it goes on from, else that of train.initial_checkpoint,
-    else one of pretrained encoders and new heads. The configuration is the run's own in every case.
-
-    options: of `Retriever`. Raises UserError as `build_retriever` and the encoders do.
-    """
-    start = resume_from
-    if start is None and config.train.initial_checkpoint:
-        start = find_checkpoint(config.train.initial_checkpoint)
-    if start is None:
-        return Retriever(config.model, config.objective, **options)
-    return build_retriever(config, start, **options)
 
 
 def load_retriever(location: str | Path, plugins: Sequence[str] = ()) -> tuple[Retriever, RunConfig, Path]:
@@ -129,18 +118,7 @@ def read_config(folder: Path, plugins: Sequence[str] = ()) -> RunConfig:
     plugins: the modules that may be imported for it. A checkpoint may come from anywhere, so none is imported because
     the checkpoint names it: UserError names those that are missing here.
     """
-    path = folder / CONFIG
-    try:
-        named = yaml.safe_load(path.read_text(encoding="utf-8")).get("plugins") or []
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}): give another checkpoint") from None
-    missing = [name for name in named if name not in plugins]
-    if missing:
-        raise UserError(
-            f"{folder} was trained with the plug-ins {', '.join(missing)}: if you trust them, give plugins={missing}, "
-            f"on the command line {' '.join(f'--plugins {name}' for name in missing)}"
-        )
-    return load_config(path, plugins=plugins)
+    return load_config(folder / CONFIG, plugins=plugins, trusted=False)
 
 
 def find_checkpoint(location: str | Path) -> Path:

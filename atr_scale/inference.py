@@ -23,7 +23,7 @@ from atr_scale.config import RunConfig
 from atr_scale.data.decode import Crop, check_waveform, decode, probe
 from atr_scale.data.sample import BadSample
 from atr_scale.data.stream import pad
-from atr_scale.data.tokenizer import CaptionTokenizer
+from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import as_read, load_ahead
@@ -63,7 +63,7 @@ class TrainedModel:
 
     def __init__(self, module: Retriever, config: RunConfig, device: torch.device) -> None:
         self.module, self.config, self.device = module, config, device
-        self.tokenizer = CaptionTokenizer(module.text_encoder.tokenizer, config.data.captions)
+        self.tokenizer = caption_tokenizer(module.text_encoder.tokenizer, config.data.captions)
 
     @property
     def sample_rate(self) -> int:

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from atr_scale.data.decode import decode
 from atr_scale.data.shard_reader import open_shards
-from atr_scale.data.tokenizer import CaptionTokenizer, load_tokenizer
+from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.encoders import build_audio_encoder, build_text_encoder
 from atr_scale.evaluation.metrics import retrieval_metrics
 
@@ -29,7 +29,8 @@ def floor(shards: str, checkpoint: str, labels: Path, text: str, audio_name: str
     """Retrieval metrics of the tagger on a set of shards."""
     names = [row["display_name"].lower() for row in csv.DictReader(labels.open(newline=""))]
     tagger = build_audio_encoder(audio_name, checkpoint)
-    encoder, tokenizer = build_text_encoder(text, pooling="mean"), CaptionTokenizer(load_tokenizer(text))
+    encoder = build_text_encoder(text, pooling="mean")
+    tokenizer = CaptionTokenizer(encoder.tokenizer)
 
     def embed(texts: list[str]) -> torch.Tensor:
         return normalize(encoder(*tokenizer(texts)).pooled, dim=-1)

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from atr_scale.data.options import CaptionSection
-from atr_scale.errors import UserError
 
 _WAVCAPS = str.maketrans(dict.fromkeys('(,.!?;:|*")', " "))
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -54,17 +53,6 @@ class CaptionTokenizer:
         return out["input_ids"], out["attention_mask"]
 
 
-def load_tokenizer(name: str) -> Callable[..., Any]:
-    """The tokenizer of a transformers model, by its name or folder. Raises UserError if there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no tokenizer at {name!r}: give a transformers model name or folder ({reason})") from None
-
-
-def caption_tokenizer(name: str, captions: CaptionSection) -> CaptionTokenizer:
-    """What makes tokens of captions for the text encoder `name`. Raises UserError if it has no tokenizer."""
-    return CaptionTokenizer(load_tokenizer(name), captions.cleaning, captions.max_tokens)
+def caption_tokenizer(tokenizer: Callable[..., Any], captions: CaptionSection) -> CaptionTokenizer:
+    """What makes token ids of captions as a run's `data.captions` says; tokenizer: the text encoder's own."""
+    return CaptionTokenizer(tokenizer, captions.cleaning, captions.max_tokens)

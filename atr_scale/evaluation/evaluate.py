@@ -208,7 +208,7 @@ def evaluate_run(
         step=json.loads((folder / STATE).read_text())["step"],
         world=world,
         device=device,
-        tokenizer=caption_tokenizer(config.model.text.name, config.data.captions),
+        tokenizer=caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
         relevance=relevance,
         first_stage=first_stage,
     )
@@ -240,7 +240,7 @@ def _first_stage(
     embedded = embed(
         model.to(device),
         shards,
-        caption_tokenizer(config.model.text.name, config.data.captions),
+        caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
         seconds=seconds,
         **options,
     )

@@ -41,7 +41,8 @@ def build_without_weights(config: RunConfig) -> Retriever:
     section.audio.checkpoint = None
     section.audio.compile = section.text.compile = False
     section.audio.spec_augment = None  # its draws read the waveform
-    model = Retriever(section, config.objective, text_encoder=_text_encoder(config))
+    text_encoder = _text_encoder(config)
+    model = Retriever(section, config.objective, precision=config.train.precision, text_encoder=text_encoder)
     freeze(model, config.train)
     return model.train()
 

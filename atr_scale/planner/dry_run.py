@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from atr_scale.checkpoint import first_retriever
 from atr_scale.config import RunConfig
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.model import count_parameters
 from atr_scale.planner.zero_memory import Parameters
-from atr_scale.training.checks import check_batch_size, num_steps, read_teacher, training_stream
+from atr_scale.training.checks import check_batch_size, new_model, num_steps, read_teacher, training_stream
 from atr_scale.training.param_groups import describe_layers, freeze
 
 
@@ -17,10 +16,10 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     """Model size, memory for states, steps and shards, as lines of text. Raises UserError as the run itself would:
     all that it starts from is read, the weights of train.initial_checkpoint and the distillation tables too."""
     check_batch_size(config, world_size)
-    model = first_retriever(config)
-    stream = training_stream(
-        config, caption_tokenizer(config.model.text.name, config.data.captions), model.sample_rate, World(0, world_size)
-    )
+    world = World(0, world_size)
+    model = new_model(config, world)
+    tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
+    stream = training_stream(config, tokenizer, model.sample_rate, world)
     read_teacher(config, stream.sources)
     steps, warmup = num_steps(config, stream)
     train = config.train

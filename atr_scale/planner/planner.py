@@ -9,11 +9,12 @@ from safetensors import SafetensorError, safe_open
 
 from atr_scale.config import RunConfig
 from atr_scale.errors import UserError
+from atr_scale.losses import build_objective
 from atr_scale.model import Retriever, count_parameters
 from atr_scale.planner.architecture import build_without_weights
 from atr_scale.planner.estimate import Cluster, Costs, StepEstimate, estimate_step, fitting_micro_batch, largest_share
 from atr_scale.planner.gpus import GPU
-from atr_scale.planner.measure import measure_encoders, measure_heads
+from atr_scale.planner.measure import ALWAYS_DENSE, NEVER_DENSE, measure_encoders, measure_heads
 from atr_scale.planner.zero_memory import Parameters
 
 WAVCAPS_CLIPS = 403_050  # 7,568 h
@@ -111,15 +112,18 @@ def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = Tr
     from atr_scale.training.engine import optimizer_groups
 
     model = build_without_weights(config)
-    model.precision = config.train.precision
     groups = [[p.numel() for p in group["params"]] for group in optimizer_groups(model, config.train)]
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     sizes = {name: count_parameters(p for _, p in members) for name, members in model.parameter_groups().items()}
     encoders = measure_encoders(model, seconds, tokens, gpu)
-    heads = measure_heads(model, encoders.outputs, _teachers(config, model))
+    teachers = _teachers(config, model)
+    tiled, dense = (
+        measure_heads(model, build_objective(config.objective.terms, budget), encoders.outputs, teachers)
+        for budget in (NEVER_DENSE, ALWAYS_DENSE)
+    )
     scorer = model.scorer
     tile = getattr(scorer, "pairs_per_tile", None)
-    costs = Costs(config, encoders, heads, Parameters(groups, frozen), not scorer.factorised, tile)
+    costs = Costs(config, encoders, tiled, dense, Parameters(groups, frozen), not scorer.factorised, tile)
     return costs, {**sizes, "frozen": sum(frozen)}
 
 

@@ -134,7 +134,7 @@ def _table(
     embedded = embed(
         model,
         shards,
-        caption_tokenizer(config.model.text.name, config.data.captions),
+        caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
         batch_size=batch_size,
         seconds=config.data.evaluation_seconds,
         world=world,

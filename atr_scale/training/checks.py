@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atr_scale.checkpoint import build_retriever, find_checkpoint
 from atr_scale.config import RunConfig
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.data.stream import TrainingStream
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
+from atr_scale.model import Retriever
 from atr_scale.teachers.tables import TeacherEnsemble
 
 # What may differ when a run is resumed; everything else would make it another run.
@@ -58,6 +60,20 @@ def check_run_folder(folder: Path) -> None:
         raise UserError(f"the run folder {folder} cannot be made ({error.strerror}): give another run.dir") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"the run folder {folder} is not writable: give another run.dir")
+
+
+def new_model(config: RunConfig, world: World, resume_from: Path | None = None) -> Retriever:
+    """The model of a run as its updates need it, with its first weights: those of the checkpoint it goes on from, else
+    those of train.initial_checkpoint, else pretrained and new ones. Raises UserError if they are another model's."""
+    start = resume_from
+    if start is None and config.train.initial_checkpoint:
+        start = find_checkpoint(config.train.initial_checkpoint)
+    # ZeRO 3 gathers parameters inside every forward: all ranks must make equally many.
+    rounds = world.max_int if config.train.zero_stage == 3 else None
+    options: dict[str, Any] = {"precision": config.train.precision, "equal_rounds": rounds}
+    if start is None:
+        return Retriever(config.model, config.objective, **options)
+    return build_retriever(config, start, **options)
 
 
 def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate: int, world: World) -> TrainingStream:

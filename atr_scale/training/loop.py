@@ -31,11 +31,12 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
 from atr_scale.evaluation.selection import check_selection, selection_score
-from atr_scale.model import count_parameters
+from atr_scale.model import StepContext, count_parameters
 from atr_scale.training.checks import (
     check_batch_size,
     check_run_folder,
     differences,
+    new_model,
     num_steps,
     read_teacher,
     training_stream,
@@ -82,17 +83,17 @@ class Training:
         check_batch_size(config, world.size)
         check_run_folder(self.run_dir)
         self.stop = PreemptionFlag()
-        self.tokenizer = caption_tokenizer(config.model.text.name, config.data.captions)
         self.validation = {name: open_shards(place) for name, place in config.data.validation_sets.items()}
         check_selection(config.evaluation.select, list(self.validation))
         resume_from = self._find_checkpoint()
         if resume_from is not None:
-            self._check_configuration(resume_from)
+            self._check_resume(resume_from)
         torch.manual_seed(config.run.seed)  # the same new weights on every rank
-        model = checkpoint.first_retriever(config, resume_from)
+        model = new_model(config, world, resume_from)
+        self.tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
         freeze(model, config.train)
         self.stream = training_stream(config, self.tokenizer, model.sample_rate, world)
-        model.teacher = read_teacher(config, self.stream.sources)
+        self.teacher = read_teacher(config, self.stream.sources)
         self.steps, self.warmup_steps = num_steps(config, self.stream)
         self.epoch_steps = max(1, math.ceil(self.stream.order.epoch_batches / config.train.accum_steps))
         self.engine = Engine(model, config.train, world, device)
@@ -129,9 +130,9 @@ class Training:
         while self.progress.step < self.steps:
             step = self.progress.step
             taken = self._take(batches)
-            self.engine.model.step = step
+            context = StepContext(step, teacher=self.teacher.block if self.teacher else None)
             drawn = seeds(self.config.run.seed, step, losses, self.world.rank)
-            result = self.engine.update(taken, self._learning_rates(step), drawn)
+            result = self.engine.update(taken, self._learning_rates(step), drawn, context)
             self.progress.step += 1
             self.progress.samples_seen += losses * train.global_batch_size
             self._judge(result, taken)
@@ -318,8 +319,8 @@ class Training:
             raise found
         return found
 
-    def _check_configuration(self, folder: Path) -> None:
-        """UserError if the checkpoint was trained with another configuration, as far as that matters."""
+    def _check_resume(self, folder: Path) -> None:
+        """UserError if the checkpoint is of another run than this one: of another configuration or number of ranks."""
         saved = checkpoint.read_config(folder, self.config.plugins)
         drift = differences(saved.model_dump(mode="json"), self.config.model_dump(mode="json"))
         if drift:
@@ -328,14 +329,16 @@ class Training:
                 "restore these values, or give another run.dir"
             )
 
-    def _resume(self, folder: Path) -> None:
-        state = json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / checkpoint.STATE).read_text())
         if state["world_size"] != self.world.size and self.config.train.zero_stage > 0:
             raise UserError(
                 f"{folder} holds ZeRO {self.config.train.zero_stage} shards of {state['world_size']} ranks, not "
                 f"{self.world.size}: start as many ranks, or give another run.dir with "
                 f"train.initial_checkpoint={folder}"
             )
+
+    def _resume(self, folder: Path) -> None:
+        state = json.loads((folder / checkpoint.STATE).read_text())
         self.engine.load(folder)
         self.progress = Progress(**{key: value for key, value in state.items() if key != "world_size"})
         if self.progress.best_metric != self.config.evaluation.select:

@@ -102,7 +102,7 @@ def run(config: RunConfig, split: str, batch_size: int, lockstep: bool, scorer: 
         step=7,
         world=World.current(),
         device=torch.device("cpu"),
-        tokenizer=caption_tokenizer(config.model.text.name, config.data.captions),
+        tokenizer=caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
         lockstep=lockstep,
     )
     assert model.training, "the model is left as it was"

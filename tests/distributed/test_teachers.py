@@ -19,7 +19,7 @@ from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.losses import dense
-from atr_scale.model import Retriever
+from atr_scale.model import Retriever, StepContext
 from atr_scale.teachers.comparison import Comparison
 from atr_scale.teachers.estimate import write_teacher_tables
 from atr_scale.teachers.tables import TeacherEnsemble, TeacherTable
@@ -79,8 +79,8 @@ def distilled(config: RunConfig) -> dict[str, Any]:
     world, found = World.current(), {}
     for kind in KINDS:
         model = student(config)
-        model.teacher = TeacherEnsemble(tables(kind))
-        loss = model(part_of(global_batch()[0], world))["loss"]
+        context = StepContext(teacher=TeacherEnsemble(tables(kind)).block)
+        loss = model(part_of(global_batch()[0], world), context)["loss"]
         (world.size * loss).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         for gradient in gradients.values():

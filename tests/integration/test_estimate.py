@@ -82,7 +82,7 @@ def test_tables_hold_what_the_models_say(place: Path) -> None:
         embedded = embed(
             model,
             shards,
-            caption_tokenizer(config.model.text.name, config.data.captions),
+            caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
             batch_size=4,
             seconds=30.0,
             world=World(),

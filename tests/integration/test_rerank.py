@@ -42,7 +42,7 @@ def matrix(place: Path, name: str) -> np.ndarray:
     embedded = embed(
         model.eval(),
         open_shards(str(place / "inputs" / "validation" / "shards")),
-        caption_tokenizer(config.model.text.name, config.data.captions),
+        caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
         batch_size=4,
         seconds=config.data.evaluation_seconds,
         world=World(),

@@ -15,11 +15,12 @@ from torch import nn
 from atr_scale import cli
 from atr_scale.config import RunConfig
 from atr_scale.errors import UserError
+from atr_scale.losses import build_objective
 from atr_scale.planner import measure as measuring
 from atr_scale.planner import zero_memory
 from atr_scale.planner.architecture import build_without_weights
 from atr_scale.planner.dry_run import dry_run
-from atr_scale.planner.estimate import Cluster, Costs, estimate_step, fitting_micro_batch, largest_share
+from atr_scale.planner.estimate import Cluster, Costs, estimate_step, fitting_micro_batch, largest_share, transfers
 from atr_scale.planner.gpus import find_gpu
 from atr_scale.planner.ops import Recorder
 from atr_scale.planner.planner import measure_costs
@@ -129,14 +130,31 @@ def test_activation_checkpointing_keeps_less(config: RunConfig) -> None:
     assert kept[1] < 0.5 * kept[0]
 
 
-def test_heads_at_other_sizes(config: RunConfig, costs: Costs) -> None:
-    """FLOPs are bilinear; collectives of a rank follow from its rows and from all."""
-    model, outputs = build_without_weights(config), costs.encoders.outputs
-    values, collectives, _ = measuring._run_heads(model, outputs, [], 3, 4)
-    assert costs.heads.at("flops", 12, 3) == pytest.approx(values["flops"], rel=1e-9)
-    for (name, dtype, (constant, slope)), one in zip(costs.heads.collectives, collectives, strict=True):
+@pytest.mark.parametrize("way", ["tiled", "dense"])
+def test_heads_at_other_sizes(config: RunConfig, way: str) -> None:
+    """FLOPs and collectives of a rank follow from its rows, from all, and from the pairs of both; with every term that
+    needs no teacher."""
+    config = config.model_copy(deep=True)
+    for name in ("pmr", "cmsc", "intra_modal"):
+        config.objective.terms[name].weight = 0.5
+    budget = {"tiled": measuring.NEVER_DENSE, "dense": measuring.ALWAYS_DENSE}[way]
+    model, objective = build_without_weights(config), build_objective(config.objective.terms, budget)
+    outputs = measuring.measure_encoders(build_without_weights(config), SECONDS, TOKENS, gpu=False).outputs
+    heads = measuring.measure_heads(model, objective, outputs, [])
+    values, collectives, _ = measuring._run_heads(model, objective, outputs, [], 5, 7)
+    assert heads.at("flops", 35, 5) == pytest.approx(values["flops"], rel=1e-9)
+    assert heads.at("kept", 35, 5) == pytest.approx(values["kept"], rel=1e-9)
+    assert heads.terms["peak"][4] == (0 if way == "tiled" else pytest.approx(2 * heads.terms["kept"][4]))
+    for (name, dtype, coefficients), one in zip(heads.collectives, collectives, strict=True):
         assert (name, dtype) == (one.name, one.dtype)
-        assert constant + slope * (3 if name.startswith("allgather") else 12) == one.nbytes
+        assert coefficients @ measuring.features(35, 5) == pytest.approx(one.nbytes, rel=1e-9)
+
+
+def test_losses_of_small_batches_are_planned_dense(costs: Costs) -> None:
+    """Up to 1,024 pairs scores travel, above statistics do."""
+    small, large = ({t.kind for t in transfers(costs, 2, batch, batch // 2)} for batch in (1024, 1026))
+    assert small - large == {"scores", "gradients of scores"} and large - small == {"statistics"}
+    assert costs.pairs_at_once(1024, 1024) == 1024**2 and costs.pairs_at_once(1026, 1026) == 1026 * 512
 
 
 def test_what_each_stage_keeps() -> None:

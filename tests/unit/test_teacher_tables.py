@@ -20,7 +20,7 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.metrics import retrieval_metrics
 from atr_scale.losses import dense
-from atr_scale.model import Retriever
+from atr_scale.model import Retriever, StepContext
 from atr_scale.score_block import EmbeddingScores, StoredScores
 from atr_scale.teachers.comparison import compare_teachers
 from atr_scale.teachers.tables import TeacherEnsemble, TeacherTable, shards_checksum
@@ -198,7 +198,7 @@ def tiny_without(inputs: TinyInputs, folder: Path) -> RunConfig:
 def converted(model: Retriever, config: RunConfig, count: int) -> tuple[Retriever, Batch]:
     """The model and a batch of its run in float64."""
     stream = training_stream(
-        config, caption_tokenizer(config.model.text.name, config.data.captions), model.sample_rate, World()
+        config, caption_tokenizer(model.text_encoder.tokenizer, config.data.captions), model.sample_rate, World()
     )
     (batch,) = read_batches(stream.between(0, 1), 0)
     assert isinstance(batch, Batch)
@@ -219,8 +219,7 @@ def test_a_student_that_is_its_teacher_learns_nothing(inputs: TinyInputs, tmp_pa
     norms = []
     for teacher in (table, shifted):
         model.zero_grad()
-        model.teacher = TeacherEnsemble([teacher])
-        terms = model(batch)
+        terms = model(batch, StepContext(teacher=TeacherEnsemble([teacher]).block))
         terms["loss"].backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norms.append(max(float(gradient.abs().max()) for gradient in gradients))

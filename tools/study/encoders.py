@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from atr_scale.batch import TokenSequence
-from atr_scale.data.tokenizer import CaptionTokenizer, load_tokenizer
+from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.encoders import build_text_encoder
 from atr_scale.encoders.audio import AudioEncoderOptions
 from atr_scale.encoders.small_cnn import SmallCNN
@@ -72,7 +72,7 @@ def train_encoders(split: Split, text_folder: Path, resized: bool, seed: int, st
     rng = np.random.default_rng([seed, 1])
     audio = ResizedCNN() if resized else SmallCNN()
     text = build_text_encoder(text_folder, pooling="mean")
-    tokenizer = CaptionTokenizer(load_tokenizer(str(text_folder)))
+    tokenizer = CaptionTokenizer(text.tokenizer)
     heads = nn.ModuleList(Head(audio.dim, text.dim, recipe) for recipe in (BASELINE, TAP, LGMM))
     everything = nn.ModuleList([audio, text, heads]).train()
     optimiser = Optimiser(list(everything.parameters()), LR, steps)
@@ -117,7 +117,7 @@ def tokens_of_demo(demo: Demo, encoders: str, seed: int, steps: int) -> dict[str
     resized = encoders == "resized"
     split = demo.of((encoders,) if encoders in TRAINING else tuple(TRAINING))
     audio, text = train_encoders(split, text_folder, resized, seed, steps)
-    tokenizer = CaptionTokenizer(load_tokenizer(str(text_folder)))
+    tokenizer = CaptionTokenizer(text.tokenizer)
 
     def captions(part: Split) -> Tokens:
         return read(text, tokenizer, [caption.text for caption in part.captions])

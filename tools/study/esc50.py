@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from atr_scale.data.decode import decode
-from atr_scale.data.tokenizer import CaptionTokenizer, load_tokenizer
+from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.encoders import build_audio_encoder, build_text_encoder
 from tools.esc50_corpus import CAPTION
 from tools.study.encoders import hear, read, save_tokens
@@ -19,7 +19,8 @@ TEST_FOLD = 5
 def write_tokens(esc50: Path, weights: Path, sentences: Path, out: Path) -> None:
     """Tokens "train/audio", "train/text", "test/audio" to `out`, and beside it the labels of both parts."""
     audio = build_audio_encoder("mn04", weights).eval()
-    text, tokenizer = build_text_encoder(sentences, pooling="mean"), CaptionTokenizer(load_tokenizer(str(sentences)))
+    text = build_text_encoder(sentences, pooling="mean")
+    tokenizer = CaptionTokenizer(text.tokenizer)
     files = {path.stem: path for path in (esc50 / "audio").iterdir()}
     rows = list(csv.DictReader((esc50 / "esc50.csv").open(newline="")))
     names = sorted({row["category"] for row in rows})
