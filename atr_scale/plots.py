@@ -124,7 +124,7 @@ def speed(train: Sequence[Line]) -> Figure:
     return figure
 
 
-def ranks(t2a: NDArray[np.int64], a2t: NDArray[np.int64], num_clips: int, num_texts: int) -> Figure:
+def recall_and_ranks(t2a: NDArray[np.int64], a2t: NDArray[np.int64], num_clips: int, num_texts: int) -> Figure:
     """Recall at every k, and how the ranks are distributed. a2t: rank of the best caption of each clip."""
     figure, (left, right) = _figures(1, 2, (9.6, 3.8))
     _dress(left, "recall at k", "k (length of the list)", "queries whose match is in the list")

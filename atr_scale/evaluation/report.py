@@ -85,7 +85,7 @@ def _split(result: EvaluationResult, pictures: _Pictures) -> Iterator[str]:
         title, columns = f"similarity, {result.split}", "clips of the class (mean)"
     else:
         yield _retrieval_table(result)
-        figure = plots.ranks(result.ranks.t2a, result.ranks.best_a2t(), result.num_clips, result.num_texts)
+        figure = plots.recall_and_ranks(result.ranks.t2a, result.ranks.best_a2t(), result.num_clips, result.num_texts)
         yield pictures(f"ranks-{result.split}", figure, "recall at k and ranks")
         title, columns = f"similarity, {result.split}: pairs on the diagonal", "clip of the caption in that row"
     figure = plots.heatmap(result.excerpt, title, "", columns, result.excerpt_names)

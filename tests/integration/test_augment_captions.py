@@ -359,10 +359,8 @@ def test_training_reads_what_was_stored(call, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", tmp_path / "out")
     call("--threshold", -1, shards=tmp_path / "run" / "train" / "shards")
     config.data.augmented_captions = 1.0
-    stream = training_stream(
-        config, caption_tokenizer(model.text_encoder.tokenizer, config.data.captions), 16_000, World()
-    )
-    tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
+    tokenizer = caption_tokenizer(AutoTokenizer.from_pretrained(config.model.text.name), config.data.captions)
+    stream = training_stream(config, tokenizer, 16_000, World())
     paraphrases = Paraphrases(config.data.train[0].shards)
     opened = stream.sources[0]
     samples = [opened.read(i) for i in range(40)]

@@ -196,7 +196,7 @@ def test_smoothing_keeps_the_mean_level() -> None:
 def test_rank_bins_cover_every_rank_once(candidates: int) -> None:
     edges = plots._rank_bins(candidates)
     assert edges[0] == 1 and edges[-1] == candidates + 1 and edges == sorted(set(edges))
-    plots.ranks(np.arange(1, candidates + 1), np.array([1]), candidates, candidates)
+    plots.recall_and_ranks(np.arange(1, candidates + 1), np.array([1]), candidates, candidates)
 
 
 def test_the_saved_ranks_give_the_metrics(tmp_path: Path) -> None:
