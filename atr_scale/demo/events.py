@@ -57,37 +57,37 @@ class EventClass:
 # --- animals
 
 
-def dog(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _dog(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     f = 330 * pitch * (1.25 - 0.9 * (t / t[-1] - 0.25) ** 2)
     voiced = harmonic(f, t, formants(330 * pitch, 14, 750 * pitch**0.5, 1500 * pitch**0.5))
     return (voiced + 0.25 * shaped_noise(rng, len(t), rate, band(1200, 0.8))) * swell(t, 0.7)
 
 
-def cat(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _cat(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     x = t / t[-1]
     f = 620 * pitch * (0.75 + 0.5 * np.sin(np.pi * x**0.7))
     return harmonic(f, t, [0.5, 0.3, 1.0, 0.6, 0.35, 0.2]) * swell(t, 0.6)
 
 
-def bird(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _bird(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     x = (t / t[-1] * 2) % 1.0
     return sine(2900 * pitch * (1 + 0.35 * x), t) * np.sin(np.pi * x).astype(np.float32)
 
 
-def frog(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _frog(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     return harmonic(900 * pitch, t, [1.0, 0.25]) * pulses(t, 38, 0.35) * swell(t, 0.5)
 
 
-def owl(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _owl(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     return harmonic(390 * pitch * (1 - 0.08 * t / t[-1]), t, [1.0, 0.06]) * swell(t, 1.0)
 
 
-def cricket(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _cricket(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     chirp = pulses(t, rng.uniform(2.6, 3.2), 0.45) * pulses(t, 32, 0.5)
     return sine(4300 * pitch**0.6, t) * chirp
 
 
-def bee(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _bee(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     f = 210 * pitch * (1 + 0.07 * wander(rng, t, 3.0))
     return harmonic(f, t, formants(210 * pitch, 12, 600 * pitch, 1400 * pitch, width=0.45)) * (
         1 + 0.4 * wander(rng, t, 2.0)
@@ -97,122 +97,122 @@ def bee(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
 # --- struck, plucked and broken things
 
 
-def bell(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _bell(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     partials = zip((0.5, 1.0, 1.19, 1.56, 2.0, 2.66), (0.5, 1.0, 0.7, 0.5, 0.6, 0.35), strict=True)
     return sum(g * sine(1100 * pitch * r, t) * decay(t, 0.55 / r**0.7) for r, g in partials)
 
 
-def drum(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _drum(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     body = sine(85 * pitch * (1 + 0.9 * np.exp(-t / 0.03)), t) * decay(t, 0.12)
     return body + 0.15 * shaped_noise(rng, len(t), rate, band(400, 1.0)) * decay(t, 0.015)
 
 
-def knock(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _knock(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     wood = sine(430 * pitch, t) + 0.7 * sine(690 * pitch, t) + 0.3 * sine(1020 * pitch, t)
     return wood * decay(t, 0.022)
 
 
-def hammer(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _hammer(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     ring = sine(2350 * pitch, t) + 0.8 * sine(3710 * pitch, t) + 0.5 * sine(5230 * pitch**0.5, t)
     return ring * decay(t, 0.09) + 0.8 * shaped_noise(rng, len(t), rate, band(2500, 1.2)) * decay(t, 0.008)
 
 
-def guitar(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _guitar(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     f = 220 * pitch
     return sum(sine(f * k, t) * decay(t, 0.5 / k**0.6) * np.float32(1 / k) for k in (1, 2, 3, 4, 5, 7))
 
 
-def glass(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _glass(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     crash = shaped_noise(rng, len(t), rate, band(5200 * pitch**0.4, 0.5)) * decay(t, 0.07)
     shards = sum(sine(f, t) * decay(t, 0.14) for f in 4300 * pitch**0.5 * rng.uniform(0.8, 1.5, 5))
     tinkle = clicks(rng, t, 30, sine(4800 * pitch**0.4, t[: rate // 60]) * decay(t[: rate // 60], 0.004))
     return crash + 0.25 * shards + 0.5 * tinkle * decay(t, 0.35)
 
 
-def clap(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _clap(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     return shaped_noise(rng, len(t), rate, band(1500 * pitch, 0.75)) * (decay(t, 0.012) + 0.15 * decay(t, 0.06))
 
 
-def footstep(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _footstep(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     thud = shaped_noise(rng, len(t), rate, band(150 * pitch, 0.6)) * decay(t, 0.03)
     gravel = shaped_noise(rng, len(t), rate, band(3400 * pitch**0.5, 0.5)) * swell(t, 1.5)
     return thud + 0.35 * gravel
 
 
-def drop(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _drop(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     return sine(620 * pitch * (1 + 2.2 * (t / t[-1]) ** 1.5), t) * decay(t, 0.05)
 
 
 # --- signals
 
 
-def horn(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _horn(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     weights = [1.0, 0.9, 0.8, 0.6, 0.5, 0.35, 0.25, 0.2]
     chord = harmonic(415 * pitch, t, weights) + harmonic(525 * pitch, t, weights)
     return chord * np.minimum(1.0, np.minimum(t, t[-1] - t) / 0.02).astype(np.float32)
 
 
-def whistle(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _whistle(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     trill = 0.5 + 0.5 * np.sin(2 * np.pi * 26 * t)
     breath = 0.12 * shaped_noise(rng, len(t), rate, band(2300 * pitch, 0.2))
     return (sine(2250 * pitch * (1 + 0.05 * trill), t) + breath) * (0.35 + 0.65 * trill) * swell(t, 0.3)
 
 
-def beep(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _beep(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     gate = np.minimum(1.0, np.minimum(t, t[-1] - t) / 0.004)
     return harmonic(1000 * pitch, t, [1.0, 0.0, 0.33, 0.0, 0.2, 0.0, 0.14]) * gate.astype(np.float32)
 
 
-def telephone(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _telephone(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     hammered = pulses(t, 21, 0.45)
     ring = sine(1320 * pitch, t) + 0.8 * sine(1690 * pitch, t) + 0.5 * sine(2960 * pitch, t)
     return ring * hammered * np.minimum(1.0, (t[-1] - t) / 0.05).astype(np.float32)
 
 
-def siren(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _siren(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     sweep = 0.5 - 0.5 * np.cos(2 * np.pi * (0.75 * t + rng.uniform()))
     return harmonic(560 * pitch * (1 + 0.9 * sweep), t, [1.0, 0.5, 0.3, 0.12])
 
 
-def zap(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _zap(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     return harmonic(3600 * pitch * np.exp(-t / t[-1] * 2.6), t, [1.0, 0.4]) * swell(t, 0.3)
 
 
 # --- weather, water and fire
 
 
-def thunder(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _thunder(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     rumble = shaped_noise(rng, len(t), rate, band(75 * pitch, 1.1))
     crack = shaped_noise(rng, len(t), rate, slope(900 * pitch, 1.0)) * decay(t, 0.12)
     return (rumble * (1 + 0.7 * wander(rng, t, 7)) + 0.9 * crack) * decay(t, 0.7)
 
 
-def rain(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _rain(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     hiss = shaped_noise(rng, len(t), rate, band(5000 * pitch**0.5, 1.0))
     grain = decay(timeline(0.004, rate), 0.001) * shaped_noise(rng, rate // 250, rate, slope(3000, -1.0))
     return hiss + 0.6 * clicks(rng, t, 60, grain)
 
 
-def wind(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _wind(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     gust = wander(rng, t, 0.8)
     low = shaped_noise(rng, len(t), rate, band(320 * pitch, 0.3))
     high = shaped_noise(rng, len(t), rate, band(560 * pitch, 0.2))
     return low * (0.6 - 0.4 * gust) + high * (0.5 + 0.5 * gust)
 
 
-def waves(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _waves(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     surge = pulses(t, 0.45, 0.45, rng.uniform()) + 0.12
     return shaped_noise(rng, len(t), rate, band(1100 * pitch, 1.3)) * surge
 
 
-def stream(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _stream(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     short = timeline(0.045, rate)
     bubbles = (sine(f * (1 + 6 * short), short) * swell(short, 1.0) for f in 850 * pitch * np.array([1.0, 1.35, 1.8]))
     bubbling = sum(clicks(rng, t, 14, bubble) for bubble in bubbles)
     return bubbling + 0.25 * shaped_noise(rng, len(t), rate, band(1300 * pitch, 0.6))
 
 
-def fire(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _fire(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     snap = shaped_noise(rng, rate // 120, rate, band(2600 * pitch, 0.9)) * decay(
         timeline(1 / 120, rate)[: rate // 120], 0.0015
     )
@@ -222,41 +222,41 @@ def fire(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
 # --- machines and people
 
 
-def engine(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _engine(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     f = 58 * pitch * (1 + 0.03 * wander(rng, t, 1.5))
     firing = 0.65 + 0.35 * sine(f / 2, t)
     return harmonic(f, t, [1.0, 0.9, 0.7, 0.6, 0.35, 0.3, 0.2, 0.15, 0.1, 0.08]) * firing
 
 
-def helicopter(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _helicopter(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     chop = pulses(t, 11 * pitch**0.4, 0.3)
     return shaped_noise(rng, len(t), rate, slope(220 * pitch, 1.2)) * (0.08 + chop)
 
 
-def train(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _train(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     steam = shaped_noise(rng, len(t), rate, band(750 * pitch, 0.45)) * pulses(t, 4.2, 0.35)
     clack = shaped_noise(rng, len(t), rate, band(2200 * pitch, 0.3)) * pulses(t, 2.1, 0.06, 0.3)
     return steam + 1.2 * clack
 
 
-def saw(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _saw(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     stroke = pulses(t, 2.6, 0.5)
     teeth = 0.6 + 0.4 * np.sin(2 * np.pi * 130 * t).astype(np.float32)
     return shaped_noise(rng, len(t), rate, band(3300 * pitch**0.7, 0.35)) * stroke * teeth
 
 
-def vacuum(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _vacuum(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     whine = harmonic(245 * pitch, t, [0.8, 0.5, 0.6, 0.3, 0.25, 0.2, 0.15, 0.1])
     return whine + 0.8 * shaped_noise(rng, len(t), rate, band(1500 * pitch**0.5, 1.2))
 
 
-def keyboard(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _keyboard(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     short = timeline(0.03, rate)
     key = shaped_noise(rng, len(short), rate, band(1900 * pitch, 0.35)) * decay(short, 0.005)
     return clicks(rng, t, 7, key + 0.5 * sine(780 * pitch, short) * decay(short, 0.006), regular=0.6)
 
 
-def clock(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
+def _clock(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     ticking = (sine(2900 * pitch**0.8, t[: rate // 25]) + 0.6 * sine(4700 * pitch**0.5, t[: rate // 25])) * decay(
         t[: rate // 25], 0.006
     )
@@ -264,41 +264,41 @@ def clock(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
 
 
 EVENTS: dict[str, EventClass] = {
-    "dog": EventClass(dog, 0.26, 0.5, 5),
-    "cat": EventClass(cat, 0.7, 1.0, 3),
-    "bird": EventClass(bird, 0.24, 0.42, 5),
-    "frog": EventClass(frog, 0.34, 0.6, 5),
-    "owl": EventClass(owl, 0.5, 0.8, 4),
-    "bell": EventClass(bell, 1.1, 0.95, 3),
-    "drum": EventClass(drum, 0.4, 0.45, 5),
-    "knock": EventClass(knock, 0.15, 0.34, 5),
-    "hammer": EventClass(hammer, 0.35, 0.55, 5),
-    "guitar": EventClass(guitar, 0.9, 0.7, 4),
-    "glass": EventClass(glass, 0.6, 1.0, 2),
-    "clap": EventClass(clap, 0.2, 0.4, 5),
-    "footstep": EventClass(footstep, 0.16, 0.5, 5),
-    "drop": EventClass(drop, 0.16, 0.45, 5),
-    "horn": EventClass(horn, 0.6, 0.85, 3),
-    "whistle": EventClass(whistle, 0.6, 0.85, 3),
-    "beep": EventClass(beep, 0.2, 0.42, 5),
-    "telephone": EventClass(telephone, 0.8, 1.1, 3),
-    "zap": EventClass(zap, 0.35, 0.55, 5),
-    "thunder": EventClass(thunder, 1.6, 1.5, 2),
-    "cricket": EventClass(cricket),
-    "bee": EventClass(bee),
-    "siren": EventClass(siren),
-    "rain": EventClass(rain),
-    "wind": EventClass(wind),
-    "waves": EventClass(waves),
-    "stream": EventClass(stream),
-    "fire": EventClass(fire),
-    "engine": EventClass(engine),
-    "helicopter": EventClass(helicopter),
-    "train": EventClass(train),
-    "saw": EventClass(saw),
-    "vacuum": EventClass(vacuum),
-    "keyboard": EventClass(keyboard),
-    "clock": EventClass(clock),
+    "dog": EventClass(_dog, 0.26, 0.5, 5),
+    "cat": EventClass(_cat, 0.7, 1.0, 3),
+    "bird": EventClass(_bird, 0.24, 0.42, 5),
+    "frog": EventClass(_frog, 0.34, 0.6, 5),
+    "owl": EventClass(_owl, 0.5, 0.8, 4),
+    "bell": EventClass(_bell, 1.1, 0.95, 3),
+    "drum": EventClass(_drum, 0.4, 0.45, 5),
+    "knock": EventClass(_knock, 0.15, 0.34, 5),
+    "hammer": EventClass(_hammer, 0.35, 0.55, 5),
+    "guitar": EventClass(_guitar, 0.9, 0.7, 4),
+    "glass": EventClass(_glass, 0.6, 1.0, 2),
+    "clap": EventClass(_clap, 0.2, 0.4, 5),
+    "footstep": EventClass(_footstep, 0.16, 0.5, 5),
+    "drop": EventClass(_drop, 0.16, 0.45, 5),
+    "horn": EventClass(_horn, 0.6, 0.85, 3),
+    "whistle": EventClass(_whistle, 0.6, 0.85, 3),
+    "beep": EventClass(_beep, 0.2, 0.42, 5),
+    "telephone": EventClass(_telephone, 0.8, 1.1, 3),
+    "zap": EventClass(_zap, 0.35, 0.55, 5),
+    "thunder": EventClass(_thunder, 1.6, 1.5, 2),
+    "cricket": EventClass(_cricket),
+    "bee": EventClass(_bee),
+    "siren": EventClass(_siren),
+    "rain": EventClass(_rain),
+    "wind": EventClass(_wind),
+    "waves": EventClass(_waves),
+    "stream": EventClass(_stream),
+    "fire": EventClass(_fire),
+    "engine": EventClass(_engine),
+    "helicopter": EventClass(_helicopter),
+    "train": EventClass(_train),
+    "saw": EventClass(_saw),
+    "vacuum": EventClass(_vacuum),
+    "keyboard": EventClass(_keyboard),
+    "clock": EventClass(_clock),
 }
 BACKGROUNDS = ("rain", "wind", "waves", "stream", "cricket", "fire")
 
