@@ -40,11 +40,11 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
 
 
 def _collect(queue: Any, processes: list[Any]) -> dict[int, Any]:
-    """What every rank put; TimeoutError where one died without a word, or hangs."""
+    """What every rank put; TimeoutError if one ended without a word, or hangs."""
     found: dict[int, Any] = {}
     end = time.monotonic() + TIMEOUT_S
     while len(found) < len(processes):
-        died = [n for n, p in enumerate(processes) if p.exitcode not in (None, 0) and n not in found]
+        died = [n for n, p in enumerate(processes) if p.exitcode is not None and n not in found]
         try:
             rank, result = queue.get(timeout=1)
             found[rank] = result
