@@ -1,14 +1,16 @@
-"""Checkpoints: written whole or not at all, verified before they are read.
+"""Checkpoints: written whole or not at all, verified before they are read, complete in themselves.
 
     RUN/checkpoints/step-N/
         model.safetensors       the full fp32 weights
         config.resolved.yaml    what they belong to
+        text_encoder/           its configuration and tokenizer, no weights
         deepspeed/              moments and shards, one file a rank
         state.json              step and samples seen
         manifest.json           size and sha256 of every file above
     RUN/latest, RUN/best        links to one of them
 
-A checkpoint is built in a temporary folder, synced, renamed, and only then linked.
+A checkpoint is built in a temporary folder, synced, renamed, and only then linked. To load a model nothing else is
+needed: neither the text encoder nor the audio checkpoint that training started from, nor a network.
 """
 
 from __future__ import annotations
@@ -19,22 +21,40 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from atr_scale.config import RunConfig, load_config
 from atr_scale.distributed.world import World
+from atr_scale.encoders.text_encoders import build_text_encoder, load_text_encoder
 from atr_scale.errors import UserError
-from atr_scale.model import WEIGHTS
-from atr_scale.training.engine import Engine
+from atr_scale.model import Retriever
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+WEIGHTS, CONFIG, TEXT_ENCODER, STATE, MANIFEST = (
+    "model.safetensors", "config.resolved.yaml", "text_encoder", "state.json", "manifest.json",
+)  # fmt: skip
 
 
-def save(run: Path, engine: Engine, world: World, config_yaml: str, state: dict[str, Any]) -> Path:
+class Trained(Protocol):
+    """What a checkpoint is written from: a model under training, on all ranks."""
+
+    model: Retriever
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """Writes what a resume needs beside the weights, every rank its own files."""
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The weights on the main rank, {} elsewhere."""
+
+
+def save(run: Path, trained: Trained, world: World, config_yaml: str, state: dict[str, Any]) -> Path:
     """Write checkpoint step-`state["step"]` and link it as latest. All ranks call this; returns its folder."""
     final = run / "checkpoints" / f"step-{state['step']}"
     temporary = final.with_name(f".{final.name}.partial")
@@ -42,12 +62,14 @@ def save(run: Path, engine: Engine, world: World, config_yaml: str, state: dict[
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     world.barrier()
-    engine.save(temporary, state)
-    weights = engine.full_weights()
+    trained.save(temporary, state)
+    weights = trained.full_weights()
     if world.is_main:
         save_file(weights, temporary / WEIGHTS)
-        (temporary / "config.resolved.yaml").write_text(config_yaml)
-        (temporary / "state.json").write_text(json.dumps(state))
+        (temporary / CONFIG).write_text(config_yaml)
+        (temporary / TEXT_ENCODER).mkdir()
+        trained.model.text_encoder.save_files(temporary / TEXT_ENCODER)
+        (temporary / STATE).write_text(json.dumps(state))
     world.barrier()  # every rank's files are there
     if world.is_main:
         _seal(temporary)
@@ -59,6 +81,83 @@ def save(run: Path, engine: Engine, world: World, config_yaml: str, state: dict[
     return final
 
 
+def build_retriever(config: RunConfig, folder: Path, **options: Any) -> Retriever:
+    """The model of `config` with the weights of the checkpoint in `folder`; no pretrained weights are read for it.
+
+    options: of `Retriever`. Raises UserError if the weights are another model's, or if a checkpoint of version 0.1,
+    which holds no text encoder files, names a text encoder that is not there.
+    """
+    config = config.model_copy(deep=True)
+    config.model.audio.checkpoint = None
+    name, settings = config.model.text.name, config.model.text.model_dump(exclude={"name"})
+    place = folder / TEXT_ENCODER
+    if not place.is_dir() and Path(name).is_dir():
+        place = Path(name)
+    # Version 0.1 stored no files of the text encoder: one of a hub has to come from there.
+    text_encoder = (
+        load_text_encoder(place, name, **settings) if place.is_dir() else build_text_encoder(name, **settings)
+    )
+    model = Retriever(config.model, config.objective, text_encoder=text_encoder, **options)
+    load_weights(model, read_weights(folder), str(folder))
+    return model
+
+
+def load_retriever(location: str | Path, plugins: Sequence[str] = ()) -> tuple[Retriever, RunConfig, Path]:
+    """A trained model with its configuration and the folder it came from.
+
+    plugins: as for `read_config`. Raises UserError if it cannot be loaded.
+    """
+    folder = find_checkpoint(location)
+    config = read_config(folder, plugins)
+    return build_retriever(config, folder), config, folder
+
+
+def read_config(folder: Path, plugins: Sequence[str] = ()) -> RunConfig:
+    """The configuration of the checkpoint in `folder`.
+
+    plugins: the modules that may be imported for it. A checkpoint may come from anywhere, so none is imported because
+    the checkpoint names it: UserError names those that are missing here.
+    """
+    return load_config(folder / CONFIG, plugins=plugins, trusted=False)
+
+
+def find_checkpoint(location: str | Path) -> Path:
+    """The folder that holds the weights of a run (best, else latest, else newest) or of a checkpoint."""
+    location = Path(location)
+    for folder in (location, location / "best", location / "latest", *newest_first(location)):
+        if (folder / WEIGHTS).is_file():
+            return folder.resolve()
+    raise UserError(f"no checkpoint at {location}: give a run folder or one of its checkpoints/step-N")
+
+
+def read_weights(location: str | Path) -> dict[str, Tensor]:
+    """The weights of a run folder (its best checkpoint, else its latest) or of one checkpoint folder."""
+    path = find_checkpoint(location) / WEIGHTS
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): give another checkpoint") from None
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str) -> None:
+    """Load `weights` strictly. Raises UserError naming the first keys that do not fit."""
+    own = model.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in weights]
+    wrong += [f"unexpected {k}" for k in weights if k not in own]
+    wrong += [
+        f"{k} is {list(weights[k].shape)}, this model has {list(own[k].shape)}"
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"{place} is a checkpoint of another model ({'; '.join(wrong[:3])}{more}): "
+            "use the configuration it was trained with"
+        )
+    model.load_state_dict(weights)
+
+
 def link(run: Path, name: str, checkpoint: Path) -> None:
     """Point RUN/`name` at a checkpoint, in one step."""
     temporary = run / f".{name}.partial"
@@ -68,7 +167,7 @@ def link(run: Path, name: str, checkpoint: Path) -> None:
     _sync(run)
 
 
-def find(run: Path) -> Path | None:
+def newest_sound(run: Path) -> Path | None:
     """The newest checkpoint of a run whose checksums hold; None where the run has none at all.
 
     Raises UserError where there are checkpoints and all of them are broken: a run never starts over silently.

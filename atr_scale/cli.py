@@ -1,32 +1,80 @@
-"""The verbs of `atr-scale`. Each imports what it needs when it is called, so that --help is instant."""
+"""The verbs of `atr-scale`. Each imports what it needs when it is called, so that --help is instant.
+
+A verb's function is called after it, `<verb>_command` if the plain name belongs to what does the work.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from atr_scale.errors import UserError
+from atr_scale.version import __version__
 
 app = typer.Typer(
     name="atr-scale",
-    help="Distributed large-scale pretraining for audio-text retrieval.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"atr-scale {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Distributed large-scale pretraining for audio-text retrieval."""
+
+
 shards_app = typer.Typer(help="Build and check WebDataset shards.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(shards_app, name="shards")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key.sub=value", help="values in the place of the file's")
+]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODULE", help="module to import first, for its encoders, scorers, losses; repeatable"),
+]
+
+
+class TakesOverrides(TyperCommand):
+    """A verb with overrides: to who writes one like an option it says how it is written."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        for argument in args:
+            key, _, value = argument.removeprefix("--").partition("=")
+            if argument.startswith("--") and "." in key:
+                raise UserError(
+                    f"no option --{key}: an override has no dashes before it, write {key}={value or 'VALUE'}"
+                )
+        return super().parse_args(ctx, args)  # type: ignore[arg-type]
 
 
 @shards_app.command("build")
 def shards_build(
-    corpus: Annotated[str, typer.Argument(help="audiocaps, clotho, wavcaps or folder (audio/ and captions.csv)")],
+    corpus: Annotated[
+        str, typer.Argument(help="audiocaps, clotho, wavcaps, folder (audio/ and captions.csv), or a plug-in's")
+    ],
     root: Annotated[str, typer.Option(help="folder of the corpus as it was downloaded")],
     out: Annotated[str, typer.Option(help="folder or s3://bucket/prefix for the shards of this split")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="what the corpus's reader can be told")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="train, val or test, or the corpus's own name of a split")] = None,
     shard_size: Annotated[int, typer.Option(help="clips a shard")] = 1000,
     encoding: Annotated[str, typer.Option(help="flac, pcm16, or keep (the original bytes)")] = "flac",
@@ -35,14 +83,19 @@ def shards_build(
     exclude: Annotated[
         list[str] | None, typer.Option(help="list of overlapping clips to leave out; repeatable")
     ] = None,
+    plugins: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE", help="module that adds a corpus to CORPORA; repeatable")
+    ] = None,
 ) -> None:
     """Build the shards of one split of a corpus, with a manifest. An interrupted build goes on where it stopped.
 
     Example: atr-scale shards build clotho --root ~/clotho --split development --out shards/clotho/train
     """
-    from atr_scale.data.shard_builder import build
+    from atr_scale.data.shard_builder import build_shards
+    from atr_scale.plugins import import_plugins
 
-    manifest = build(
+    import_plugins(plugins or [])
+    manifest = build_shards(
         corpus,
         root,
         out,
@@ -52,10 +105,19 @@ def shards_build(
         sample_rate=sample_rate or None,
         workers=workers,
         exclude=exclude or [],
+        options=_key_values(options or []),
     )
     hours, dropped = manifest["seconds"] / 3600, manifest["dropped"] or "none"
     counts = f"{manifest['num_samples']} clips, {manifest['num_captions']} captions, {hours:.2f} h"
     print(f"{out}: {counts} in {len(manifest['shards'])} shards; left out: {dropped}")
+
+
+def _key_values(arguments: list[str]) -> dict[str, str]:
+    pairs = [argument.partition("=") for argument in arguments]
+    wrong = [key for key, equals, _ in pairs if not equals]
+    if wrong:
+        raise UserError(f"unexpected argument {wrong[0]!r}: give options of the corpus as key=value")
+    return {key: value for key, _, value in pairs}
 
 
 @shards_app.command("check")
@@ -67,9 +129,9 @@ def shards_check(
 
     Example: atr-scale shards check shards/clotho/train
     """
-    from atr_scale.data.shard_check import check
+    from atr_scale.data.shard_check import check_shards
 
-    problems = check(location, deep=deep)
+    problems = check_shards(location, deep=deep)
     for problem in problems:
         print(problem)
     if problems:
@@ -85,12 +147,12 @@ def demo_data(
     sample_rate: Annotated[int, typer.Option(help="Hz")] = 16_000,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: one a core")] = None,
 ) -> None:
-    """Make synthetic corpora in the formats of AudioCaps, Clotho and WavCaps, their true correspondences, and a small
-    text encoder. What is there already is kept.
+    """Make synthetic corpora in the formats of AudioCaps, Clotho and WavCaps, how true each caption is of each clip,
+    and a small text encoder. What is there already is kept.
 
     Example: atr-scale demo-data --out demo --clips-scale 0.1
     """
-    from atr_scale.demo.cast import Sizes
+    from atr_scale.demo.clips import Sizes
     from atr_scale.demo.corpora import training_captions, write_demo_corpora
 
     write_demo_corpora(out, seed=seed, sample_rate=sample_rate, workers=workers, sizes=Sizes().scaled(clips_scale))
@@ -98,7 +160,7 @@ def demo_data(
         from atr_scale.demo.text_encoder import build_demo_text_encoder
 
         build_demo_text_encoder(training_captions(out), out / "text_encoder", seed=seed)
-    print(f"{out}: audiocaps/, clotho/, wavcaps/, text_encoder/ and correspondences; README.txt says what each file is")
+    print(f"{out}: audiocaps/, clotho/, wavcaps/, text_encoder/ and relevance/; README.txt says what each file is")
 
 
 @app.command("augment-captions")
@@ -128,28 +190,28 @@ def augment_captions(
     Example: atr-scale augment-captions shards/clotho/train --model gpt-4o-mini --limit 20
     """
     try:
-        from atr_scale.data.paraphrases import endpoint as chat
-        from atr_scale.data.paraphrases import generate as augment
+        from atr_scale.data.paraphrases.ask import Prices, ask_for_paraphrases, describe_cost, unasked_captions
+        from atr_scale.data.paraphrases.endpoint import Endpoint
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'atr-scale[augment]'") from None
     from atr_scale.encoders.sentence import SentenceEncoder
 
-    server = chat.Endpoint(model, endpoint, count=paraphrases, requests_per_minute=requests_per_minute)
-    captions, before = augment.open_captions(shards, limit)
+    server = Endpoint(model, endpoint, count=paraphrases, requests_per_minute=requests_per_minute)
+    captions, before = unasked_captions(shards, limit)
     if not captions:
         print(f"{shards}: all {before} captions were asked before, nothing to do")
         return
     embed = SentenceEncoder(text_encoder)
     prices = None
     if price_per_million_input is not None and price_per_million_output is not None:
-        prices = augment.Prices(price_per_million_input, price_per_million_output)
-    print(f"{server.url}, {model}: {augment.estimate(captions, paraphrases, prices)} ({before} asked before)")
+        prices = Prices(price_per_million_input, price_per_million_output)
+    print(f"{server.url}, {model}: {describe_cost(captions, paraphrases, prices)} ({before} asked before)")
     if not yes:
         if not sys.stdin.isatty():
             raise UserError("nobody is there to confirm the cost: add --yes")
         if not typer.confirm("Ask them?"):
             return
-    summary = augment.augment(
+    summary = ask_for_paraphrases(
         shards,
         captions,
         server,
@@ -164,21 +226,44 @@ def augment_captions(
         print(f"cost: {prices.cost(summary.input_tokens, summary.output_tokens):.2f}")
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)
-def train(context: typer.Context) -> None:
-    """Train a retriever in one process; several start with `accelerate launch -m atr_scale.train` or torchrun.
+@app.command("train", cls=TakesOverrides)
+def train_command(
+    config: Annotated[str, typer.Argument(help="YAML file")],
+    overrides: Overrides = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="print model size, memory, steps and shards; train nothing")
+    ] = False,
+    world_size: Annotated[int, typer.Option(help="ranks to plan for with --dry-run")] = 1,
+    plugins: Plugins = None,
+) -> None:
+    """Train a retriever; a run folder that holds a checkpoint is continued. This is one process: several start with
+    `accelerate launch -m atr_scale.train` or torchrun and the same arguments.
 
     Example: atr-scale train configs/quickstart/pretrain.yaml train.lr=1e-4
     """
-    from atr_scale.train import run
+    if world_size < 1:
+        raise UserError(f"--world-size {world_size}: give at least 1")
+    from atr_scale.config import load_config
 
-    run(context.args)
+    resolved = load_config(config, overrides or (), plugins or ())
+    if dry:
+        from atr_scale.planner.dry_run import dry_run
+
+        print(dry_run(resolved, world_size))
+        return
+    from atr_scale.training.loop import train
+
+    try:
+        train(resolved)
+    except BrokenPipeError as error:
+        # typer takes it for a reader that has gone and ends without a word; here a worker or a store has gone.
+        raise RuntimeError("a pipe or connection of training broke") from error
 
 
-@app.command()
-def plan(
+@app.command("plan", cls=TakesOverrides)
+def plan_command(
     config: Annotated[str, typer.Argument(help="YAML file of a run")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value]...")] = None,
+    overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="H200, H100, A100-80, A100-40, L40S, A10, L4, V100 or RTX4090")] = "H100",
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
@@ -191,6 +276,7 @@ def plan(
         float, typer.Option(min=0, help="of one core for 10 s of audio: 4.5 for flac, 0.11 for pcm16")
     ] = 4.5,
     out: Annotated[Path | None, typer.Option(help="folder for plan.json and plan.png")] = None,
+    plugins: Plugins = None,
 ) -> None:
     """Say what a run will take before it starts: memory, network, time and cost, for this cluster and for 1 to 1024
     GPUs. Neither data nor weights nor a GPU are needed.
@@ -199,11 +285,11 @@ def plan(
     """
     from atr_scale.config import load_config
     from atr_scale.planner.gpus import find_gpu
-    from atr_scale.planner.planner import make_plan
-    from atr_scale.planner.report import text, write
+    from atr_scale.planner.planner import plan_run
+    from atr_scale.planner.report import describe_plan, write_plan
 
-    planned = make_plan(
-        load_config(config, overrides or ()),
+    plan = plan_run(
+        load_config(config, overrides or (), plugins or ()),
         find_gpu(gpu).with_price(price),
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -211,8 +297,8 @@ def plan(
         tokens=tokens,
         decode_s=decode_ms / 1e4,
     )
-    print(text(planned))
-    for path in write(planned, out) if out else ():
+    print(describe_plan(plan))
+    for path in write_plan(plan, out) if out else ():
         print(path)
 
 
@@ -226,7 +312,7 @@ def evaluate(
         str | None, typer.Option(help="caption of a class for labelled sets, with {label} in it")
     ] = None,
     relevance: Annotated[
-        Path | None, typer.Option(help="which clips fit which caption: DCASE's CSV, or the demo's correspondences.npz")
+        Path | None, typer.Option(help="which clips fit which caption: DCASE's CSV, or an npz file of grades")
     ] = None,
     rerank: Annotated[
         int | None, typer.Option(min=1, help="score only so many candidates a query, for scorers of pairs")
@@ -235,6 +321,7 @@ def evaluate(
     precision: Annotated[
         str | None, typer.Option(help="fp32 or bf16, of the products that rank; the ranks are exact with either")
     ] = None,
+    plugins: Annotated[list[str] | None, typer.Option(help="module that the model needs; repeatable")] = None,
 ) -> None:
     """Measure a trained model on a split: retrieval both ways, for labelled sets also zero-shot classification.
 
@@ -255,6 +342,7 @@ def evaluate(
             rerank_top=rerank,
             candidates=candidates,
             precision=precision,
+            plugins=plugins or (),
             world=world,
             device=device,
         )
@@ -263,34 +351,36 @@ def evaluate(
                 print(f"{name:<20} {value:.4f}")
 
 
-@app.command()
-def estimate(
+@app.command("estimate")
+def estimate_command(
     runs: Annotated[list[str], typer.Argument(help="run folders (their best checkpoints) or checkpoints/step-N")],
     shards: Annotated[str, typer.Option(help="shards of the split that a second stage trains on")],
     out: Annotated[Path, typer.Option(help="folder for the tables, estimate.json and report.md")],
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="clips embedded at once; default: the run's own evaluation.batch_size")
     ] = None,
+    plugins: Plugins = None,
 ) -> None:
-    """Write what trained models say of every caption and clip of a split, the teachers of a second stage of training,
-    and compare them. A table that is there already is kept.
+    """Write the teacher scores of a second stage of training: one table a model, of every caption and clip of a split,
+    and a comparison of the models. A table that is there already is kept.
 
     Example: atr-scale estimate runs/one runs/other --shards shards/clotho/train --out correspondences
+
     Several ranks: torchrun --nproc-per-node 2 -m atr_scale.cli estimate ...
     """
     from atr_scale.distributed.start import distributed
-    from atr_scale.teachers.estimate import estimate as estimate_correspondences
+    from atr_scale.teachers.estimate import write_teacher_tables
 
     with distributed() as (world, device):
-        comparison = estimate_correspondences(
-            runs, shards=shards, out=out, batch_size=batch_size, world=world, device=device
+        comparison = write_teacher_tables(
+            runs, shards=shards, out=out, batch_size=batch_size, plugins=plugins or (), world=world, device=device
         )
     if comparison is not None:
         print(comparison.table())
 
 
-@app.command()
-def doctor(
+@app.command("doctor")
+def doctor_command(
     encoder: Annotated[str | None, typer.Option(help="name of an audio encoder; default: the checkpoint's")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="original file, or transformers folder, to load")] = None,
     audio: Annotated[Path | None, typer.Option(help="recording to tag with the checkpoint's classifier")] = None,
@@ -306,22 +396,25 @@ def doctor(
 
     Example: atr-scale doctor --checkpoint mn04_as_mAP_432.pt --audio dog.wav --labels class_labels_indices.csv
     """
-    from atr_scale.doctor import diagnose, table, write_json
+    from atr_scale.doctor import describe_facts, diagnose, write_facts
 
     facts = diagnose(
         encoder, checkpoint, audio=audio, labels=labels, seconds=seconds, batch_size=batch_size, repeats=repeats
     )
-    for name, text in table(facts):
+    for name, text in describe_facts(facts):
         print(f"{name:<20} {text}".rstrip())
     if json is not None:
-        write_json(facts, json)
+        write_facts(facts, json)
 
 
-def main() -> None:
-    """Entry of the console script. Exit codes: 0 done, 2 the user's mistake (one line), 1 a failure of ours."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry of the console script. Exit codes: 0 done, 2 the user's mistake (one line), 1 a failure of ours.
+
+    arguments: default, those of the command line.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app()
+        app(arguments, prog_name="atr-scale")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,12 +1,20 @@
-"""What the supported versions of other libraries call by different names: one function each."""
+"""What the supported versions of other libraries call by different names."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+
+# torch renamed both and warns of the old names: [size * b, ...] of all ranks from [b, ...] of each, and its adjoint.
+if hasattr(dist, "all_gather_single"):
+    all_gather_single, reduce_scatter_single = dist.all_gather_single, dist.reduce_scatter_single
+else:
+    all_gather_single, reduce_scatter_single = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+
 
 def enable_gradient_checkpointing(transformer: Any) -> None:
-    """Has layers of a transformers model recomputed in the backward pass (newer versions: activation checkpointing)."""
+    """Recompute a transformers model's layers in the backward pass; newer versions call it activation checkpointing."""
     if hasattr(transformer, "activation_checkpointing_enable"):
         transformer.activation_checkpointing_enable({"use_reentrant": False})
     else:

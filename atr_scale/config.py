@@ -31,6 +31,9 @@ from atr_scale.encoders.audio_encoders import AUDIO_ENCODERS, audio_encoder_opti
 from atr_scale.encoders.text import TextEncoderOptions
 from atr_scale.encoders.text_encoders import text_encoder_options
 from atr_scale.errors import UserError
+from atr_scale.losses import LOSS_TERMS, TermSection
+from atr_scale.losses.terms import CMSCSection, DistillationSection, IntraModalSection, NTXentSection, PMRSection
+from atr_scale.plugins import import_plugins
 from atr_scale.scorers import SCORERS, scorer_options
 from atr_scale.sections import Count, NonNegative, Positive, Section, Share, explain
 
@@ -138,46 +141,6 @@ class TemperatureSection(Section):
         return self
 
 
-class TermSection(Section):
-    """A loss term; the loss is the weighted sum of those with a positive weight."""
-
-    weight: NonNegative = 0.0
-
-
-class NTXentSection(TermSection):
-    weight: NonNegative = 1.0
-
-
-class PMRSection(TermSection):
-    omega: Positive = Field(5.0, description="scale of the prior's softmax")
-    detach_prior: bool = Field(False, description="no gradient through the prior")
-    scale_by_batch: bool = Field(False, description="prior times the number of candidates (CAMoE, with omega 0.1)")
-
-
-class CMSCSection(TermSection):
-    beta: Share = Field(0.2, description="share of the intra-modal similarities in the targets")
-    beta_warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="beta rises from 0 over these updates")
-    target_temperature: Positive | None = Field(None, description="of the similarities; default: the model's")
-    mode: Literal["each", "add"] = Field(
-        "each", description="texts guide t2a and audios a2t, or the mean of both guides both"
-    )
-
-
-class IntraModalSection(TermSection):
-    """Contrast of texts with texts and of audios with audios; the weight is the paper's gamma."""
-
-
-class DistillationSection(TermSection):
-    tables: list[str] = Field([], description="teachers' embeddings, as `atr-scale estimate` writes them")
-    temperature: Positive | None = Field(None, description="of student and teachers in this term; default: the model's")
-
-    @model_validator(mode="after")
-    def has_teachers(self) -> DistillationSection:
-        if self.weight > 0 and not self.tables:
-            raise ValueError("distillation needs teachers: give tables that `atr-scale estimate` has written")
-        return self
-
-
 class ObjectiveSection(Section):
     nt_xent: NTXentSection = NTXentSection()
     pmr: PMRSection = PMRSection()
@@ -188,7 +151,7 @@ class ObjectiveSection(Section):
 
     @property
     def terms(self) -> dict[str, TermSection]:
-        """The loss terms by name."""
+        """The loss terms by name, those of plug-ins too."""
         return {name: value for name, value in self if isinstance(value, TermSection)}
 
     @model_validator(mode="after")
@@ -243,6 +206,11 @@ class EvaluationSection(Section):
     batch_size: Count = 32
     class_prompt: str = Field("the sound of {label}", description="caption of a class, for labelled sets")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of products; ranks and lists are exact with either")
+    select: str | None = Field(
+        None,
+        description="metric that makes a checkpoint the best, SET/METRIC if data.validation names several sets; "
+        "default: t2a/mAP@10 of the first set, class/mAP@10 if it is labelled",
+    )
 
     @model_validator(mode="after")
     def prompt_names_label(self) -> EvaluationSection:
@@ -260,13 +228,16 @@ class RunConfig(Section):
     objective: ObjectiveSection = ObjectiveSection()
     train: TrainSection
     evaluation: EvaluationSection = EvaluationSection()
+    plugins: list[str] = Field([], description="modules that add losses and more; imported before anything is checked")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in `path` with dotted `overrides` such as "train.lr=1e-4" applied.
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str] = (), trusted: bool = True
+) -> RunConfig:
+    """The configuration in `path` with dotted `overrides` such as "train.lr=1e-4" applied; otherwise `parse_config`.
 
     Raises UserError: missing file, YAML that does not parse, an unknown key (with a suggestion), a wrong value.
     """
@@ -283,7 +254,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         values = OmegaConf.to_container(loaded, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{path} does not resolve with its overrides: {_one_line(error)}") from None
-    return parse_config(values, str(path))
+    return parse_config(values, str(path), plugins, trusted)
 
 
 def _apply(loaded: Any, override: str) -> None:
@@ -302,11 +273,40 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def parse_config(values: Any, place: str) -> RunConfig:
-    """`values` (nested dicts) as a checked configuration; `place` is named in errors."""
+def parse_config(values: Any, place: str, plugins: Sequence[str] = (), trusted: bool = True) -> RunConfig:
+    """`values` (nested dicts) as a checked configuration; `place` is named in errors.
+
+    plugins: modules that are imported first, beside those that the configuration names. trusted: whether the latter may
+    be imported; otherwise one that is not among `plugins` is a UserError.
+    """
     if not isinstance(values, dict):
         raise UserError(f"{place} holds no configuration: expected the sections {', '.join(RunConfig.model_fields)}")
+    named = values.get("plugins")
+    named = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []  # else refused below
+    missing = [name for name in named if name not in plugins]
+    if missing and not trusted:
+        raise UserError(
+            f"{place} needs the plug-ins {', '.join(missing)}: if you trust them, give plugins={missing}, "
+            f"on the command line {' '.join(f'--plugins {name}' for name in missing)}"
+        )
+    import_plugins([*plugins, *missing])
+    kind = _with_added_terms()
     try:
-        return RunConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{place}: {explain(error, RunConfig, values)}") from None
+        raise UserError(f"{place}: {explain(error, kind, values)}") from None
+
+
+def _with_added_terms() -> type[RunConfig]:
+    """RunConfig, its objective with a section for every loss term that plug-ins have added or replaced."""
+    fields = ObjectiveSection.model_fields
+    added: dict[str, Any] = {}
+    for name, term in LOSS_TERMS.items():
+        if name in fields and name not in ObjectiveSection().terms:
+            raise UserError(f"a loss term cannot be called {name!r}: objective.{name} is something else")
+        if name not in fields or fields[name].annotation is not term.Section:
+            added[name] = (term.Section, term.Section())
+    if not added:
+        return RunConfig
+    objective = create_model("ObjectiveSection", __base__=ObjectiveSection, **added)
+    return create_model("RunConfig", __base__=RunConfig, objective=(objective, objective()))

@@ -43,7 +43,7 @@ class Measurement:
     training_memory: int | None
 
 
-def measure(encoder: AudioEncoder, seconds: float = 10.0, batch_size: int = 4, repeats: int = 3) -> Measurement:
+def time_encoder(encoder: AudioEncoder, seconds: float = 10.0, batch_size: int = 4, repeats: int = 3) -> Measurement:
     """Times `encoder`, where it is, on noise; the median of `repeats` after a first call that does not count.
 
     forward: in evaluation without gradients; training: forward and backward. Memory on a GPU is what tensors take; on a
@@ -83,10 +83,10 @@ def measure(encoder: AudioEncoder, seconds: float = 10.0, batch_size: int = 4, r
     )
 
 
-def measure_by_name(name: str, seconds: float, batch_size: int, repeats: int) -> Measurement:
-    """`measure` of a randomly initialised encoder, on a GPU if there is one."""
+def time_encoder_by_name(name: str, seconds: float, batch_size: int, repeats: int) -> Measurement:
+    """`time_encoder` of a randomly initialised encoder, on a GPU if there is one."""
     encoder = build_audio_encoder(name).to("cuda" if torch.cuda.is_available() else "cpu")
-    return measure(encoder, seconds, batch_size, repeats)
+    return time_encoder(encoder, seconds, batch_size, repeats)
 
 
 def _median_time(step: Callable[[], None], repeats: int, device: torch.device) -> float:
@@ -214,7 +214,7 @@ def _measure_in_fresh_process(name: str, seconds: float, batch_size: int, repeat
     """In this one, memory that was given back already would hide the growth."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         try:
-            return fresh.submit(measure_by_name, name, seconds, batch_size, repeats).result()
+            return fresh.submit(time_encoder_by_name, name, seconds, batch_size, repeats).result()
         except (BrokenProcessPool, torch.OutOfMemoryError):
             raise UserError(
                 f"timing {name} on {batch_size} clips of {seconds:g} s needs more memory than there is: "
@@ -230,7 +230,7 @@ def _only(names: list[str], checkpoint: Path) -> str:
     raise UserError(f"{checkpoint} loads into {' and '.join(names)}: choose one with --encoder")
 
 
-def table(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def describe_facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """The facts of `diagnose` for people: a name and a text in each row."""
     measured, native = facts["measured"], facts["native_seconds"]
     rows = [("encoder", facts["encoder"])]
@@ -272,7 +272,7 @@ def _cost(rate: float, memory: int | None) -> str:
     return f"{rate:.3g} clips/s, {peak}"
 
 
-def write_json(facts: dict[str, Any], path: Path) -> None:
+def write_facts(facts: dict[str, Any], path: Path) -> None:
     try:
         path.write_text(json.dumps(facts, indent=2) + "\n")
     except OSError as error:

@@ -5,14 +5,11 @@ Shape suffixes: B texts of the global batch, b rows of this rank, L word pieces,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -21,29 +18,42 @@ from atr_scale.config import (
     ModelSection,
     ObjectiveSection,
     ProjectionSection,
-    RunConfig,
     TemperatureSection,
-    load_config,
 )
 from atr_scale.distributed.world import World
 from atr_scale.encoders import TextEncoder, TokenSequence, build_audio_encoder, build_text_encoder
 from atr_scale.errors import UserError
-from atr_scale.losses import Objective, ObjectiveInputs, build_objective
+from atr_scale.losses import LossInputs, build_objective
 from atr_scale.losses.temperature import Temperature
-from atr_scale.score_block import ModalityScores, ScoreBlock, at_least_fp32
+from atr_scale.score_block import ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
 from atr_scale.scorers.pooling import mean as mean_over_frames
-from atr_scale.teachers.tables import Correspondences
+from atr_scale.scorers.scorer import gather_sequence
 
-WEIGHTS = "model.safetensors"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Encoded(NamedTuple):
-    """What the loss reads of a batch's rows. A side whose tokens the scorer does not read has none (T = 0)."""
+    """What the loss reads of a batch's rows. A side whose tokens nothing reads has none (T = 0)."""
 
     text: TokenSequence
     audio: TokenSequence
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a forward of training knows beside its batch.
+
+    step: updates made so far; terms may depend on it. augment_seed: fixes the audio encoder's draws, equal on all
+    ranks. teacher: scores [B, b] of a batch, all captions of the global batch against this rank's clips.
+    """
+
+    step: int = 0
+    augment_seed: int = 0
+    teacher: Callable[[Batch, World], ScoreBlock] | None = None
+
+
+NO_CONTEXT = StepContext()
 
 
 class Projection(nn.Module):
@@ -70,11 +80,19 @@ class Retriever(nn.Module):
     """Scores any text against any audio; in training, the loss of a global batch."""
 
     def __init__(
-        self, model: ModelSection, objective: ObjectiveSection, text_encoder: TextEncoder | None = None
+        self,
+        model: ModelSection,
+        objective: ObjectiveSection,
+        *,
+        precision: str = "fp32",
+        equal_rounds: Callable[[int], int] | None = None,
+        text_encoder: TextEncoder | None = None,
     ) -> None:
-        """text_encoder: in the place of the one that `model` names, which then is not loaded."""
+        """precision: fp32, bf16 or fp16, what the encoders compute in; parameters stay fp32. equal_rounds: see
+        `AudioEncoder`. text_encoder: in the place of the one that `model` names, which then is not loaded."""
         super().__init__()
-        self.audio_encoder = build_audio_encoder(**model.audio.model_dump())
+        self.precision = precision
+        self.audio_encoder = build_audio_encoder(**model.audio.model_dump(), equal_rounds=equal_rounds)
         self.text_encoder = text_encoder or build_text_encoder(
             model.text.name, **model.text.model_dump(exclude={"name"})
         )
@@ -87,31 +105,31 @@ class Retriever(nn.Module):
             )
         self.scorer = build_scorer(model.scorer.name, dim=self.audio_projection.dim, **model.scorer.options)
         self.temperature = _temperature(objective.temperature)
-        self.objective = _objective(objective)
-        self.step = 0  # updates made so far, set by the training loop: terms may depend on it
-        self.teacher: Correspondences | None = None  # set before training where a term needs one
-        self.augment_seed = 0  # of the audio encoder's draws, set by the engine before each loss
-        self.precision = "fp32"  # or bf16, fp16: what the encoders compute in; parameters stay fp32
+        self.objective = build_objective(objective.terms)
+        self.reads_frames = self.scorer.reads_frames or "audio_tokens" in self.objective.inputs
+        self.reads_words = self.scorer.reads_words or "text_tokens" in self.objective.inputs
 
     @property
     def sample_rate(self) -> int:
         """Rate of the waveforms that the audio encoder takes, Hz."""
         return self.audio_encoder.sample_rate
 
-    def encode_audio(self, waveform: Tensor, lengths: Tensor) -> TokenSequence:
+    def encode_audio(self, waveform: Tensor, lengths: Tensor, augment_seed: int = 0) -> TokenSequence:
         """[b, samples] float32 and [b] int64 -> tokens [b, T, D]."""
         with self._autocast(waveform):
-            return self.audio_projection(
-                self.audio_encoder(waveform, lengths, self.augment_seed), self.scorer.reads_frames
-            )
+            return self.audio_projection(self.audio_encoder(waveform, lengths, augment_seed), self.reads_frames)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TokenSequence:
         """[b, L] int64 twice -> tokens [b, L, D]."""
         with self._autocast(input_ids):
-            return self.text_projection(self.text_encoder(input_ids, attention_mask), self.scorer.reads_words)
+            return self.text_projection(self.text_encoder(input_ids, attention_mask), self.reads_words)
 
     def forward(
-        self, batch: Batch, encoded: Encoded | None = None, encode_only: bool = False
+        self,
+        batch: Batch,
+        context: StepContext = NO_CONTEXT,
+        encoded: Encoded | None = None,
+        encode_only: bool = False,
     ) -> dict[str, Tensor] | Encoded:
         """Loss terms over the global batch, each a scalar equal on all ranks, "loss" their weighted sum, "temperature".
 
@@ -121,36 +139,41 @@ class Retriever(nn.Module):
         encode_only: `encode` instead. Both are here because hooks that gather sharded parameters sit on this call.
         """
         if encode_only:
-            return self.encode(batch)
-        world = World.current()
-        text, audio = encoded or self.encode(batch)
-        inputs = ObjectiveInputs(
-            block=self.scorer.block(text, audio, world),
-            temperature=self.temperature(),
-            ids=(world.gather(batch.ids), batch.ids),
-            text_block=cache(lambda: ModalityScores(_unit(text.pooled), world)),
-            audio_block=cache(lambda: ModalityScores(_unit(self._whole_clip(audio)), world)),
-            teacher_block=lambda: self._teacher_block(batch, world),
-            step=self.step,
-        )
+            return self.encode(batch, context)
+        inputs = self.loss_inputs(batch, encoded or self.encode(batch, context), context)
         return {**self.objective(inputs), "temperature": inputs.temperature.detach().squeeze()}
 
-    def encode(self, batch: Batch) -> Encoded:
+    def encode(self, batch: Batch, context: StepContext = NO_CONTEXT) -> Encoded:
         """Both sides of some rows."""
         text = self.encode_text(batch.input_ids, batch.attention_mask)
-        audio = self.encode_audio(batch.waveform, batch.lengths)
+        audio = self.encode_audio(batch.waveform, batch.lengths, context.augment_seed)
         return Encoded(
-            text if self.scorer.reads_words else _pooled_only(text),
-            audio if self.scorer.reads_frames else _pooled_only(audio),
+            text if self.reads_words else _pooled_only(text), audio if self.reads_frames else _pooled_only(audio)
+        )
+
+    def loss_inputs(self, batch: Batch, encoded: Encoded, context: StepContext = NO_CONTEXT) -> LossInputs:
+        """What the objective is computed from; `encoded` are the rows of `batch`."""
+        world, (text, audio) = World.current(), encoded
+
+        def teacher() -> ScoreBlock:
+            assert context.teacher is not None, "a term asks for a teacher and there is none"
+            return context.teacher(batch, world)
+
+        return LossInputs(
+            block=self.scorer.block(text, audio, world),
+            temperature=self.temperature(),
+            own_ids=batch.ids,
+            text=lambda: _unit(text.pooled),
+            audio=lambda: _unit(self._whole_clip(audio)),
+            text_tokens=lambda: gather_sequence(text, world, with_tokens=True),
+            audio_tokens=lambda: gather_sequence(audio, world, with_tokens=True),
+            teacher=teacher,
+            step=context.step,
         )
 
     def _whole_clip(self, audio: TokenSequence) -> Tensor:
         """One vector a clip [b, D] at the common width, from what the scorer reads of it."""
         return mean_over_frames(audio) if self.scorer.reads_frames else audio.pooled
-
-    def _teacher_block(self, batch: Batch, world: World) -> ScoreBlock:
-        assert self.teacher is not None, "distillation without a teacher"
-        return self.teacher.block(batch, world)
 
     def train(self, mode: bool = True) -> Retriever:
         """Training mode for what is trained: frozen encoders and layers keep their dropout off."""
@@ -167,7 +190,7 @@ class Retriever(nn.Module):
         return torch.autocast(like.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters by the names "audio", "text" and "heads" (projections, scorer, temperature)."""
+        """Trainable parameters by the names "audio", "text" and "heads" (projections, scorer, temperature, loss)."""
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {"audio": [], "text": [], "heads": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -176,68 +199,12 @@ class Retriever(nn.Module):
         return groups
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str) -> None:
-    """Load `weights` strictly. Raises UserError naming the first keys that do not fit."""
-    own = model.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in weights]
-    wrong += [f"unexpected {k}" for k in weights if k not in own]
-    wrong += [
-        f"{k} is {list(weights[k].shape)}, this model has {list(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
-    ]
-    if wrong:
-        raise UserError(
-            f"{place} is a checkpoint of another model ({_some(wrong)}): use the configuration it was trained with"
-        )
-    model.load_state_dict(weights)
-
-
-def read_weights(location: str | Path) -> dict[str, Tensor]:
-    """The weights of a run folder (its best checkpoint, else its latest) or of one checkpoint folder."""
-    path = find_checkpoint(location) / WEIGHTS
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): give another checkpoint") from None
-
-
-def find_checkpoint(location: str | Path) -> Path:
-    """The folder that holds the weights of a run (best, else latest) or of a checkpoint. UserError where none does."""
-    location = Path(location)
-    for folder in (location, location / "best", location / "latest"):
-        if (folder / WEIGHTS).is_file():
-            return folder.resolve()
-    raise UserError(f"no checkpoint at {location}: give a run folder or one of its checkpoints/step-N")
-
-
-def load_retriever(location: str | Path) -> tuple[Retriever, RunConfig, Path]:
-    """A trained model with its configuration and the folder it came from. UserError where it cannot be loaded."""
-    folder = find_checkpoint(location)
-    config = load_config(folder / "config.resolved.yaml")
-    config.model.audio.checkpoint = None  # its weights are in the checkpoint
-    model = Retriever(config.model, config.objective)
-    load_weights(model, read_weights(folder), str(folder))
-    return model, config, folder
-
-
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _some(items: list[str], limit: int = 3) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return "; ".join(items[:limit]) + more
-
-
 def _temperature(section: TemperatureSection) -> Temperature:
     return Temperature(section.initial, section.minimum, section.maximum, section.learnable)
-
-
-def _objective(section: ObjectiveSection) -> Objective:
-    terms = {name: term.model_dump() for name, term in section.terms.items()}
-    terms["distillation"].pop("tables")  # read by who sets `Retriever.teacher`
-    return build_objective(**terms)
 
 
 def _pooled_only(sequence: TokenSequence) -> TokenSequence:

@@ -50,6 +50,17 @@ class ScoreBlock(ABC):
         """
 
     @abstractmethod
+    def local(self) -> Tensor:
+        """All scores [B, b] of the block, fp32 or wider, with a graph."""
+
+    def whole(self) -> Tensor:
+        """The scores [B, B] of all ranks' columns, on every rank, with a graph.
+
+        A rank's columns receive the sum of what all ranks send back.
+        """
+        return self.world.gather(self.local().T).T
+
+    @abstractmethod
     def new_gradients(self) -> tuple[Tensor, ...]:
         """Zeros to accumulate into, one for each of `tensors`."""
 
@@ -103,6 +114,9 @@ class EmbeddingScores(ScoreBlock):
         out = text.new_empty(len(text), len(audio), dtype=self.dtype) if out is None else out
         return matmul_into(out, text, audio.T, beta=0, alpha=scale)
 
+    def local(self) -> Tensor:
+        return at_least_fp32(self.text) @ at_least_fp32(self.audio).T
+
     def new_gradients(self) -> tuple[Tensor, ...]:
         return tuple(torch.zeros_like(x, dtype=self.dtype) for x in (self._text, self._audio))
 
@@ -130,6 +144,10 @@ class ModalityScores(EmbeddingScores):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.audio,)
+
+    def local(self) -> Tensor:
+        vectors = at_least_fp32(self.audio)
+        return self.world.gather(vectors) @ vectors.T
 
     def new_gradients(self) -> tuple[Tensor, ...]:
         return (torch.zeros_like(self._audio, dtype=self.dtype),)
@@ -163,6 +181,9 @@ class StoredScores(ScoreBlock):
         scores = self.scores.detach()[rows, columns]
         out = torch.empty_like(scores, dtype=self.dtype) if out is None else out
         return out.copy_(scores).mul_(scale)
+
+    def local(self) -> Tensor:
+        return at_least_fp32(self.scores)
 
     def new_gradients(self) -> tuple[Tensor, ...]:
         return (torch.zeros_like(self.scores, dtype=self.dtype),)

@@ -25,7 +25,7 @@ pretrain() {
 
 finetune() { # NAME [key.sub=value ...]
     train configs/quickstart/finetune.yaml "run.dir=$runs/$1" "${@:2}"
-    atr-scale evaluate "$runs/$1" --split test --relevance demo/corpora/correspondences.npz
+    atr-scale evaluate "$runs/$1" --split test --relevance demo/corpora/relevance/clotho-evaluation.npz
 }
 
 step "environment" launch/environment.sh
@@ -41,7 +41,7 @@ step "fine-tuning on captions alone" finetune supervised \
 step "fine-tuning on captions and estimated correspondences" finetune estimated
 echo "== before fine-tuning"
 atr-scale evaluate "$runs/meanmax" --shards demo/shards/clotho/evaluation --split clotho \
-    --relevance demo/corpora/correspondences.npz
+    --relevance demo/corpora/relevance/clotho-evaluation.npz
 cat <<END
 
 Done in $((SECONDS / 60)) min $((SECONDS % 60)) s.

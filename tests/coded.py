@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from atr_scale.batch import Batch, stable_id
-from atr_scale.data.options import DataSection, Source
-from atr_scale.data.shard_builder import build
+from atr_scale.data.options import DataSection, TrainingSource
+from atr_scale.data.shard_builder import build_shards
 from atr_scale.data.stream import TrainingStream
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.distributed.world import World
@@ -49,7 +49,7 @@ def write_corpus(root: Path, numbers: Iterable[int]) -> Path:
 def write_shards(root: Path, numbers: Iterable[int], *, shard_size: int = 7, encoding: str = "pcm16") -> str:
     """Shards of a new corpus at `root`; returns their folder."""
     out = str(root / "shards")
-    build("folder", write_corpus(root, numbers), out, shard_size=shard_size, encoding=encoding, sample_rate=RATE)
+    build_shards("folder", write_corpus(root, numbers), out, shard_size=shard_size, encoding=encoding, sample_rate=RATE)
     return out
 
 
@@ -64,9 +64,11 @@ class NumberTokenizer(CaptionTokenizer):
         return ids, torch.ones_like(ids)
 
 
-def open_stream(*shards: str | Source, world: World | None = None, batch: int = 12, seed: int = 0) -> TrainingStream:
+def open_stream(
+    *shards: str | TrainingSource, world: World | None = None, batch: int = 12, seed: int = 0
+) -> TrainingStream:
     """A stream of coded clips, crops of 1 s in steps of 0.25 s."""
-    sources = [s if isinstance(s, Source) else Source(shards=s, weight=None) for s in shards]
+    sources = [s if isinstance(s, TrainingSource) else TrainingSource(shards=s, weight=None) for s in shards]
     data = DataSection(
         train=sources, crop_seconds=CROP / RATE, crop_quantum=QUANTUM / RATE, shuffle_window=16, shuffle_block=4
     )

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from atr_scale.distributed.world import World
 from atr_scale.losses import dense, tiled
 from atr_scale.losses.targets import positives_mask
+from atr_scale.losses.tiled.tiles import LOSS_BYTES
 from atr_scale.score_block import EmbeddingScores, ModalityScores, ScoreBlock, StoredScores
 
 Pair = tuple[Tensor, Tensor]  # of texts, of audios
@@ -72,20 +73,23 @@ def tiled_loss(
     temperature: Tensor | float,
     ids: Pair | None,
     teacher: Pair,
+    kept_bytes: int = LOSS_BYTES,
 ) -> Tensor:
     """The same over ranks: all arguments are this rank's."""
     world = World.current()
     name, options = CASES[case]
+    kept = {} if name == "pmr" else {"kept_bytes": kept_bytes}
     if name == "intra_modal":
         same = (None, None) if ids is None else [(world.gather(x), x) for x in ids]
         local = case == "intra_modal_local"
         inside = [ModalityScores(x) if local else make(world.gather(x), x) for x in (text, audio)]
-        return sum(tiled.intra_modal(b, temperature, agreeing) for b, agreeing in zip(inside, same, strict=True)) / 2
+        both = zip(inside, same, strict=True)
+        return sum(tiled.intra_modal(b, temperature, agreeing, **kept) for b, agreeing in both) / 2
     block = make(world.gather(text), audio)
     if name == "distillation":
-        return tiled.distillation(block, make(world.gather(teacher[0]), teacher[1]), temperature)
+        return tiled.distillation(block, make(world.gather(teacher[0]), teacher[1]), temperature, **kept)
     positives = None if ids is None else (world.gather(ids[0]), ids[1])
     if name == "cmsc":
         inside = [ModalityScores(teacher[0]), make(world.gather(teacher[1]), teacher[1])]
-        return tiled.cmsc(block, *inside, temperature, positives=positives, **options)
-    return getattr(tiled, name)(block, temperature, positives=positives, **options)
+        return tiled.cmsc(block, *inside, temperature, positives=positives, **options, **kept)
+    return getattr(tiled, name)(block, temperature, positives=positives, **options, **kept)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from atr_scale.data.shard_builder import build
+from atr_scale.data.shard_builder import build_shards
 from atr_scale.demo.text_encoder import build_demo_text_encoder
 
 RATE = 16_000
@@ -38,7 +38,7 @@ def make_tiny_inputs(folder: Path, clips: int = 12) -> TinyInputs:
     with open(corpus / "captions.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("file_name", "caption_1"), *rows])
     shards = folder / "shards"
-    build("folder", corpus, shards, shard_size=5, sample_rate=RATE, workers=1)
+    build_shards("folder", corpus, shards, shard_size=5, sample_rate=RATE, workers=1)
     text_encoder = folder / "text_encoder"
     build_demo_text_encoder([caption for _, caption in rows], text_encoder, layers=2, dim=32, heads=2)
     settings = text_encoder / "config.json"

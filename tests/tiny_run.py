@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from atr_scale.config import RunConfig, load_config
+from atr_scale.config import RunConfig, ScorerSection, load_config
 from atr_scale.model import Retriever
 from tests.tiny import TinyInputs, make_tiny_inputs, write_tiny_config
 
@@ -35,11 +35,14 @@ def tiny_config(folder: Path, run: Path, **train: Any) -> RunConfig:
 def save_run(config: RunConfig, run: Path, seed: int, scorer: str = "meanmax") -> Path:
     """A run folder with one checkpoint, the best one, of a model that was never trained."""
     config = config.model_copy(deep=True)
-    config.model.scorer.name = scorer
+    config.model.scorer = ScorerSection(name=scorer)
     folder = run / "checkpoints" / "step-3"
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    save_file(Retriever(config.model, config.objective).state_dict(), folder / "model.safetensors")
+    model = Retriever(config.model, config.objective)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "text_encoder").mkdir(exist_ok=True)
+    model.text_encoder.save_files(folder / "text_encoder")
     (folder / "config.resolved.yaml").write_text(config.to_yaml())
     if not (run / "best").exists():
         (run / "best").symlink_to(Path("checkpoints") / folder.name)

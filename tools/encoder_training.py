@@ -22,11 +22,13 @@ import torch
 
 from atr_scale import checkpoint
 from atr_scale.batch import Batch
+from atr_scale.checkpoint import load_retriever
 from atr_scale.config import RunConfig, parse_config
 from atr_scale.demo.text_encoder import build_demo_text_encoder
 from atr_scale.distributed.world import World
 from atr_scale.encoders import AUDIO_ENCODERS
-from atr_scale.model import Retriever, count_parameters, load_retriever
+from atr_scale.model import Retriever, count_parameters
+from atr_scale.training.checks import new_model
 from atr_scale.training.engine import Engine
 from atr_scale.training.schedule import seeds
 from tools.ranks import run_ranks
@@ -73,7 +75,7 @@ def trained(config: RunConfig) -> dict[str, Any]:
     """On each rank: losses and seconds of the updates, peak memory, difference after the checkpoint."""
     world = World.current()
     torch.manual_seed(config.run.seed)
-    model = Retriever(config.model, config.objective)
+    model = new_model(config, world)
     parameters = count_parameters(model.audio_encoder.parameters())
     engine = Engine(model, config.train, world, torch.device("cpu"))
     losses, seconds = [], []

@@ -21,8 +21,7 @@ from atr_scale.config import RunConfig, load_config
 from atr_scale.data.stream import read_batches
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
-from atr_scale.model import Retriever
-from atr_scale.training.checks import training_stream
+from atr_scale.training.checks import new_model, training_stream
 from atr_scale.training.engine import Engine
 from atr_scale.training.param_groups import freeze
 from atr_scale.training.schedule import seeds
@@ -33,13 +32,15 @@ def start(config: RunConfig) -> tuple[Engine, Iterator[Batch]]:
     """A new engine on this rank, with its batches."""
     world = World.current()
     torch.manual_seed(config.run.seed)
-    model = Retriever(config.model, config.objective)
+    model = new_model(config, world)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     freeze(model, config.train)
     engine = Engine(model, config.train, world, torch.device("cpu"))
-    stream = training_stream(config, caption_tokenizer(config), model.sample_rate, world)
+    stream = training_stream(
+        config, caption_tokenizer(model.text_encoder.tokenizer, config.data.captions), model.sample_rate, world
+    )
     return engine, read_batches(stream.between(0, 1 << 30), 0)
 
 

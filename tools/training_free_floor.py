@@ -29,7 +29,8 @@ def floor(shards: str, checkpoint: str, labels: Path, text: str, audio_name: str
     """Retrieval metrics of the tagger on a set of shards."""
     names = [row["display_name"].lower() for row in csv.DictReader(labels.open(newline=""))]
     tagger = build_audio_encoder(audio_name, checkpoint)
-    encoder, tokenizer = build_text_encoder(text, pooling="mean"), CaptionTokenizer(text)
+    encoder = build_text_encoder(text, pooling="mean")
+    tokenizer = CaptionTokenizer(encoder.tokenizer)
 
     def embed(texts: list[str]) -> torch.Tensor:
         return normalize(encoder(*tokenizer(texts)).pooled, dim=-1)

@@ -87,10 +87,10 @@ def decode(
     if crop is not None:
         longest = max(1, round(crop.seconds * sample_rate))
         wanted = longest if count < frames else min(wanted, longest)
-    _check_values(mono)
+    check_waveform(mono)
     if rate != sample_rate:
         mono = soxr.resample(mono, rate, sample_rate, quality="HQ")
-        _check_values(mono)
+        check_waveform(mono)
     # soxr rounds the length its own way, by a sample; MP3 may end within its slack.
     mono = mono[:wanted] if len(mono) >= wanted or count == frames else np.pad(mono, (0, wanted - len(mono)))
     if out is None or mono.dtype != out.dtype:
@@ -171,7 +171,8 @@ def _is_silent(mono: np.ndarray) -> bool:
     return not (mono[len(mono) // 2] or mono.any())
 
 
-def _check_values(mono: np.ndarray) -> None:
+def check_waveform(mono: np.ndarray) -> None:
+    """Raises BadSample nonfinite_audio or silent_audio (all exactly zero)."""
     # The extremes are NaN where a sample is, and need no array of truth values.
     if mono.dtype != np.int16 and not (np.isfinite(mono.min()) and np.isfinite(mono.max())):
         raise BadSample("nonfinite_audio", "NaN or infinite samples")

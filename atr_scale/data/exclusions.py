@@ -1,19 +1,14 @@
-"""Overlap lists: clips that must not be trained on because an evaluation set holds them.
-
-Two formats: WavCaps' blacklists (JSON with keys AudioSet: file names `Y<youtube id>.wav`, and FreeSound: ids) and
-DCASE's list (CSV with a column sound_id of Freesound ids).
-"""
+"""Overlap lists: clips that must not be trained on because an evaluation set holds them."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import io
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from atr_scale.errors import UserError
 
@@ -36,32 +31,37 @@ class ExclusionList:
         return meta.get("youtube_id") in self.youtube_ids or meta.get("sound_id") in self.sound_ids
 
 
+class ExcludedIds(NamedTuple):
+    """What the text of a list says: YouTube and Freesound ids."""
+
+    youtube: Iterable[str]
+    sound: Iterable[str]
+
+
+def _read_sound_ids(text: str) -> ExcludedIds | None:
+    """The column sound_id of a CSV file, as DCASE's list has it."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error:
+        return None
+    return ExcludedIds([], [row["sound_id"].strip() for row in rows]) if rows and "sound_id" in rows[0] else None
+
+
+# What a list may be -> its reader, which gives None for the text of anything else. A corpus adds its own format.
+EXCLUSION_FORMATS: dict[str, Callable[[str], ExcludedIds | None]] = {
+    "DCASE's list (CSV with a column sound_id)": _read_sound_ids,
+}
+
+
 def read_exclusions(path: Path) -> ExclusionList:
-    """Read a list of either format. UserError where it is neither."""
+    """Read a list of any known format. UserError if it is of none."""
     try:
         payload = path.read_bytes()
         text = payload.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the exclusion list {path}: {error}") from None
-    if path.suffix.lower() == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        if not rows or "sound_id" not in rows[0]:
-            raise UserError(f"{path} has no column sound_id: give DCASE's CSV or a WavCaps blacklist (JSON)")
-        youtube: list[str] = []
-        sound = [row["sound_id"].strip() for row in rows]
-    else:
-        try:
-            lists = json.loads(text)
-            youtube = [youtube_id(name) for name in lists.get("AudioSet", [])]
-            sound = [str(name) for name in lists.get("FreeSound", [])]
-        except (ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"{path} is no WavCaps blacklist ({error}): expected keys AudioSet and FreeSound") from None
-        if not youtube and not sound:
-            raise UserError(f"{path} lists nothing under AudioSet or FreeSound: is it a WavCaps blacklist?")
-    ids = frozenset(youtube), frozenset(sound)
-    return ExclusionList(path.name, hashlib.sha256(payload).hexdigest(), len(ids[0]) + len(ids[1]), *ids)
-
-
-def youtube_id(name: str) -> str:
-    """The YouTube id in an AudioSet file name: `Yr1nicOVtvkQ.wav` -> `r1nicOVtvkQ`."""
-    return name.rsplit(".", 1)[0].removeprefix("Y") if "." in name else name.removeprefix("Y")
+    found = next((ids for read in EXCLUSION_FORMATS.values() if (ids := read(text)) is not None), None)
+    if found is None:
+        raise UserError(f"{path} is no exclusion list: give {', or '.join(EXCLUSION_FORMATS)}")
+    youtube, sound = frozenset(found.youtube), frozenset(found.sound)
+    return ExclusionList(path.name, hashlib.sha256(payload).hexdigest(), len(youtube) + len(sound), youtube, sound)

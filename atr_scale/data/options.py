@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from atr_scale.sections import Count, Positive, Section
 
 
-class Source(Section):
+class TrainingSource(Section):
     shards: str = Field(description="folder or s3:// prefix of one corpus split")
     weight: Positive | None = Field(None, description="share in the mixture; default: the corpus' sample count")
 
@@ -20,8 +21,10 @@ class CaptionSection(Section):
 
 
 class DataSection(Section):
-    train: list[Source] = Field(min_length=1)
-    validation: str | None = None
+    train: list[TrainingSource] = Field(min_length=1)
+    validation: str | dict[str, str] | None = Field(
+        None, description="shards that training is measured on: one place, or several by name"
+    )
     test: str | None = None
     crop_seconds: Positive = Field(10.0, description="training crop; longer clips are cut at a seeded place")
     crop_quantum: Positive = Field(
@@ -36,3 +39,20 @@ class DataSection(Section):
     augmented_captions: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of training visits that take a paraphrase of the drawn caption, where it has any"
     )
+
+    @field_validator("validation")
+    @classmethod
+    def names_of_validation(cls, value: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        for name in value if isinstance(value, dict) else ():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in ("train", "test"):
+                raise ValueError(
+                    f"{name!r} cannot name a validation set: use letters, digits, _ and -, and neither train nor test"
+                )
+        return value
+
+    @property
+    def validation_sets(self) -> dict[str, str]:
+        """Shards by the name of the validation set; a single place is called `validation`."""
+        if isinstance(self.validation, dict):
+            return self.validation
+        return {"validation": self.validation} if self.validation else {}

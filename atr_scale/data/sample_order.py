@@ -28,7 +28,7 @@ class Rows:
         return Rows(self.source[rows], self.index[rows], self.position[rows])
 
 
-class Plan:
+class SampleOrder:
     """The seeded order in which the corpora of a mixture are visited.
 
     sizes: samples of each corpus. weights: relative shares, default the sizes. window and block: neighbouring samples

@@ -14,10 +14,10 @@ import logging
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,14 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from atr_scale import __version__
 from atr_scale.data import storage
-from atr_scale.data.corpora import CORPORA, Clip
+from atr_scale.data.corpora import Clip, Corpus, open_corpus
 from atr_scale.data.decode import MAX_RATE, MIN_RATE, decode, probe
 from atr_scale.data.exclusions import ExclusionList, read_exclusions
 from atr_scale.data.sample import BadSample
-from atr_scale.data.shard_check import check
 from atr_scale.data.shard_reader import FORMAT, MANIFEST, read_manifest, scan_shard
 from atr_scale.errors import UserError
-
-__all__ = ["ENCODINGS", "build", "check"]
+from atr_scale.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +45,13 @@ MIN_CLIPS_PER_WORKER = 200
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildPlan:
     """What to build: clips with audio in their final order, and what was left out on the way."""
 
     corpus: str
     split: str
     licence: str
+    options: dict[str, Any]
     clips: list[Clip]
     dropped: Counter[str]
     exclusions: list[dict[str, Any]]
@@ -72,7 +70,7 @@ class Task:
     clips: list[Clip]
 
 
-def build(
+def build_shards(
     corpus: str,
     root: str | Path,
     out: str | Path,
@@ -82,16 +80,17 @@ def build(
     sample_rate: int | None = SAMPLE_RATE,
     workers: int | None = None,
     exclude: Sequence[str | Path] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build the shards of one split of a corpus into the folder or s3:// prefix `out`; returns the manifest.
 
     `encoding`: flac (16 bit), pcm16 (headerless little-endian int16), or keep (the original bytes, at their own rate).
     `sample_rate` in Hz, None for the original one; flac and pcm16 are mono. `exclude`: overlap lists beside the
-    corpus's own. Bad audio is left out and counted by reason. Finished shards of an interrupted build are kept.
-    UserError for anything the user can mend, a build with other settings in the same place included.
+    corpus's own. `options`: what the corpus's reader can be told. Bad audio is left out and counted by reason. Finished
+    shards of an interrupted build are kept. UserError for anything the user can mend, a build with other settings in
+    the same place included.
     """
-    if corpus not in CORPORA:
-        raise UserError(f"unknown corpus '{corpus}': choose one of {', '.join(CORPORA)}")
+    reader = open_corpus(corpus, root, options)
     if encoding not in ENCODINGS:
         raise UserError(f"unknown encoding '{encoding}': choose one of {', '.join(ENCODINGS)}")
     if shard_size < 1:
@@ -101,7 +100,7 @@ def build(
     location = str(out)
     storage.is_remote(location)
     sample_rate = None if encoding == "keep" else sample_rate
-    plan = make_plan(corpus, Path(root), split, [Path(path) for path in exclude])
+    plan = plan_build(reader, split, [Path(path) for path in exclude])
     settings = {
         "corpus": plan.corpus,
         "split": plan.split,
@@ -109,7 +108,8 @@ def build(
         "sample_rate": sample_rate,
         "shard_size": shard_size,
         "exclusions": plan.exclusions,
-        "clips_sha256": _digest(plan.clips, Path(root)),
+        "options": plan.options or None,
+        "clips_sha256": _digest(plan.clips, reader.root),
     }
     storage.make_folder(location)
     finished = _finished(location, settings)
@@ -131,18 +131,17 @@ def build(
     return manifest
 
 
-def make_plan(corpus: str, root: Path, split: str | None, exclude: Sequence[Path]) -> Plan:
-    """Read the metadata, apply the exclusion lists, find the audio. UserError where nothing is left."""
-    reader = CORPORA[corpus]
-    split = reader.choose_split(root, split)
-    rows = reader.read_rows(root, split)
+def plan_build(corpus: Corpus, split: str | None, exclude: Sequence[Path]) -> BuildPlan:
+    """Read the metadata, apply the exclusion lists, find the audio. UserError if nothing is left."""
+    name, root, split = corpus.name, corpus.root, corpus.choose_split(split)
+    rows = corpus.read_clips(split)
     dropped: Counter[str] = Counter()
-    lists = [*reader.own_exclusions(root), *(read_exclusions(path) for path in exclude)]
+    lists = [*corpus.own_exclusions(), *(read_exclusions(path) for path in exclude)]
     exclusions = [_applied(entry, rows) for entry in lists]
     kept = [clip for clip in rows if not any(entry.covers(clip.meta) for entry in lists)]
     if not kept:
-        raise UserError(f"the exclusion lists leave none of the {len(rows)} clips of {corpus} {split}: drop --exclude")
-    paths = reader.locate(root, split, kept)
+        raise UserError(f"the exclusion lists leave none of the {len(rows)} clips of {name} {split}: drop --exclude")
+    paths = corpus.find_audio(split, kept)
     if not any(paths):
         wanted = kept[0].clip_id
         raise UserError(f"no audio for any of the {len(kept)} clips in {root} (e.g. {wanted}): is it downloaded there?")
@@ -152,17 +151,17 @@ def make_plan(corpus: str, root: Path, split: str | None, exclude: Sequence[Path
         if reason:
             dropped[reason] += 1
         else:
-            clips.append(Clip(**{**clip.__dict__, "path": path}))
+            clips.append(replace(clip, path=path))
     if dropped:
         logger.warning(
-            "%s %s: %d of %d clips left out: %s", corpus, split, len(kept) - len(clips), len(kept), dict(dropped)
+            "%s %s: %d of %d clips left out: %s", name, split, len(kept) - len(clips), len(kept), dict(dropped)
         )
     clips.sort(key=lambda clip: hashlib.blake2b(clip.clip_id.encode(), digest_size=8).digest())
-    name = root.resolve().name if corpus == "folder" else corpus
-    return Plan(name, split, reader.licence, clips, dropped, exclusions)
+    options = corpus.options.model_dump(mode="json", exclude_defaults=True)
+    return BuildPlan(name, split, corpus.licence, options, clips, dropped, exclusions)
 
 
-def build_shard(task: Task) -> dict[str, Any]:
+def write_shard(task: Task) -> dict[str, Any]:
     """Encode the clips of one shard, write it, and return (and store) its record."""
     from webdataset.writer import TarWriter
 
@@ -302,10 +301,10 @@ def _run(tasks: list[Task], location: str, workers: int) -> list[dict[str, Any]]
 
 def _results(tasks: list[Task], workers: int) -> Iterator[tuple[Task, dict[str, Any]]]:
     if workers <= 1:
-        yield from ((task, build_shard(task)) for task in tasks)
+        yield from ((task, write_shard(task)) for task in tasks)
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(build_shard, task): task for task in tasks}
+        futures = {pool.submit(write_shard, task): task for task in tasks}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -317,7 +316,7 @@ def _results(tasks: list[Task], workers: int) -> Iterator[tuple[Task, dict[str, 
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _manifest(plan: Plan, settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(plan: BuildPlan, settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     dropped = Counter(plan.dropped)
     for record in records:
         dropped.update(record["dropped"])
@@ -334,6 +333,7 @@ def _manifest(plan: Plan, settings: dict[str, Any], records: list[dict[str, Any]
         "encoding": settings["encoding"],
         "sample_rate": settings["sample_rate"],
         "exclusions": plan.exclusions,
+        **({"options": plan.options} if plan.options else {}),
         "num_samples": num_samples,
         "num_captions": sum(record["captions"] for record in records),
         "seconds": round(sum(record["seconds"] for record in records), 3),

@@ -16,7 +16,7 @@ from atr_scale.data.tar import BrokenTar, split_key, walk
 from atr_scale.errors import UserError
 
 
-def check(location: str, deep: bool = False) -> list[str]:
+def check_shards(location: str, deep: bool = False) -> list[str]:
     """Every problem of the shards in a folder or under an s3:// prefix, one line each; empty: all is well.
 
     Against the manifest: missing and extra shards, bytes, sha256, sample count, keys and offsets. With or without one:

@@ -1,8 +1,8 @@
 """Memory for the waveforms of batches on their way to training, used again and again.
 
 The system gives fresh memory page by page and zeroed, which costs several times what reading and converting 16-bit
-samples costs. So a batch is decoded straight into a slot, the slot's number travels between processes instead of the
-samples, and the slot is free again when the last tensor on it is gone.
+samples costs. So a batch is decoded straight into a buffer, the number of the buffer travels between processes instead
+of the samples, and the buffer is free again when the last tensor on it is gone.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ CACHE_LINE = 64  # bytes
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Memory float32 [size] to write a batch into; number None: fresh memory, for no slot was free."""
+class Buffer:
+    """Memory float32 [size] to write a batch into; number None: fresh memory, for no buffer was free."""
 
     number: int | None
     memory: np.ndarray
 
 
-class Slots:
-    """`each` slots of `size` float32 for every writer: `workers` processes, or this one alone where that is 0.
+class SharedBuffers:
+    """`each` buffers of `size` float32 for every writer: `workers` processes, or this one alone where that is 0.
 
-    A slot is taken by its writer only and freed by the reader only, so one byte a slot is all they need to agree on.
+    A buffer is taken by its writer only and freed by the reader only: to agree, they need one byte a buffer.
     """
 
     def __init__(self, size: int, each: int, workers: int = 0) -> None:
@@ -48,17 +48,17 @@ class Slots:
         else:
             self._memory = [torch.from_numpy(_aligned(size)) for _ in range(total)]
 
-    def take(self, writer: int = 0) -> Slot:
-        """A free slot of a writer."""
+    def take(self, writer: int = 0) -> Buffer:
+        """A free buffer of a writer."""
         first = writer * self.each
         for number in range(first, first + self.each):
             if not self._busy[number]:
                 self._busy[number] = 1
-                return Slot(number, self._memory[number].numpy())
-        return Slot(None, _aligned(self.size))
+                return Buffer(number, self._memory[number].numpy())
+        return Buffer(None, _aligned(self.size))
 
     def tensor(self, number: int, shape: tuple[int, int], dtype: np.dtype) -> Tensor:
-        """The beginning of a taken slot; the slot is free again when no tensor shares this memory any more."""
+        """The beginning of a taken buffer; the buffer is free again when no tensor shares this memory any more."""
         # A tensor's storage keeps the array it was made from, whichever views of the tensor there are.
         array = self._memory[number].numpy().view(dtype)[: shape[0] * shape[1]]
         weakref.finalize(array, self._busy.numpy().__setitem__, number, 0).atexit = False
@@ -73,8 +73,8 @@ def _aligned(size: int) -> np.ndarray:
 
 
 class WaveformRows:
-    """The waveforms of a batch in a slot's memory: `array` [b, width] is float32, or with `int16` of that type until a
-    clip comes that is not."""
+    """The waveforms of a batch in the memory of a buffer: `array` [b, width] is float32, or with `int16` of that type
+    until a clip comes that is not."""
 
     def __init__(self, memory: np.ndarray, width: int, int16: bool) -> None:
         self._wide = memory.reshape(-1, width)
@@ -90,10 +90,10 @@ class WaveformRows:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A batch between two processes: its waveform [b, samples] lies in a slot, or comes along where none was free; the
+    """A batch between two processes: its waveform [b, samples] lies in a buffer, or comes along if none was free; the
     other tensors are arrays, for each small tensor would travel through a file of its own."""
 
-    slot: int | None
+    buffer: int | None
     shape: tuple[int, int]
     dtype: np.dtype
     waveform: Tensor | None
@@ -102,17 +102,17 @@ class Parcel:
     dropped: Counter[str]
 
     @staticmethod
-    def pack(batch: Batch, slot: int | None) -> Parcel:
-        """slot: the number of the one in which the waveform lies."""
+    def pack(batch: Batch, buffer: int | None) -> Parcel:
+        """buffer: the number of the one in which the waveform lies."""
         tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("keys", "dropped")}
         waveform = tensors.pop("waveform")
         arrays = {name: value.numpy() for name, value in tensors.items()}
-        dtype, alone = waveform.numpy().dtype, waveform if slot is None else None
-        return Parcel(slot, waveform.shape, dtype, alone, arrays, batch.keys, batch.dropped)
+        dtype, alone = waveform.numpy().dtype, waveform if buffer is None else None
+        return Parcel(buffer, waveform.shape, dtype, alone, arrays, batch.keys, batch.dropped)
 
-    def open(self, slots: Slots) -> Batch:
+    def open(self, buffers: SharedBuffers) -> Batch:
         """The batch again, in the process that reads."""
-        waveform = self.waveform if self.slot is None else slots.tensor(self.slot, self.shape, self.dtype)
+        waveform = self.waveform if self.buffer is None else buffers.tensor(self.buffer, self.shape, self.dtype)
         assert waveform is not None
         tensors = {name: torch.from_numpy(value) for name, value in self.arrays.items()}
         return Batch(waveform=waveform, **tensors, keys=self.keys, dropped=self.dropped)

@@ -1,6 +1,6 @@
-"""Shards to batches, by plan.
+"""Shards to batches.
 
-    plan (which samples) -> open (headers and captions) -> decode the crop into its row -> fill holes -> Batch
+    sample order (which samples) -> open (headers and captions) -> decode the crop into its row -> fill holes -> Batch
 
 Rank r takes rows [r b, (r + 1) b) of every global batch, worker w of n the batches w, w + n, ... of its rank; every
 random choice hangs on the seed and the sample's position in the stream. So ranks are disjoint, their union is the
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,13 +24,14 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from atr_scale.batch import Batch, caption_id, stable_id
+from atr_scale.data.corpora import CORPORA
 from atr_scale.data.decode import Crop, decode
 from atr_scale.data.options import DataSection
 from atr_scale.data.paraphrases.stored import FILE, Paraphrases, refuse_evaluation_split
 from atr_scale.data.sample import BadSample, RawSample
-from atr_scale.data.sample_order import Plan, Rows
+from atr_scale.data.sample_order import Rows, SampleOrder
 from atr_scale.data.shard_reader import ShardSet, open_shards
-from atr_scale.data.shared_buffers import Parcel, Slots, WaveformRows
+from atr_scale.data.shared_buffers import Parcel, SharedBuffers, WaveformRows
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
@@ -42,7 +44,7 @@ PREFETCH = 4  # batches that a worker reads ahead
 HELD = 2  # batches that a training step holds, and the next one; read ahead, also the one after that
 
 
-class Clip(NamedTuple):
+class DecodedClip(NamedTuple):
     """One decoded sample: how many samples it has in its row of the batch, its caption of this visit and which one that
     is, who it is, and where it lies."""
 
@@ -80,7 +82,7 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
                 _check_exclusions(shards)
         given = [source.weight for source in data.train]
         weights = [float(len(s)) if w is None else w for w, s in zip(given, self.sources, strict=True)]
-        self.plan = Plan(
+        self.order = SampleOrder(
             [len(s) for s in self.sources],
             global_batch_size,
             weights=weights,
@@ -95,7 +97,7 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         share = global_batch_size // world.size
         self.rows = slice(world.rank * share, (world.rank + 1) * share)
         self.width = max(1, round(data.crop_seconds * sample_rate))
-        self.slots, self.keep_int16 = Slots(0, 0), False
+        self.buffers, self.keep_int16 = SharedBuffers(0, 0), False
         self.first, self.last = 0, 0
 
     def between(self, first: int, last: int) -> TrainingStream:
@@ -110,19 +112,19 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         with ThreadPoolExecutor(READ_THREADS) as pool:
             read = partial(pool.map, self._read) if remote else partial(_in_groups, self._open)
             for number in range(self.first + start, self.last, step):
-                rows = self.plan.batch(number)[self.rows]
-                slot = self.slots.take(start)
+                rows = self.order.batch(number)[self.rows]
+                buffer = self.buffers.take(start)
                 try:
-                    batch = self._load(rows, read(rows.source.tolist(), rows.index.tolist()), slot.memory)
+                    batch = self._load(rows, read(rows.source.tolist(), rows.index.tolist()), buffer.memory)
                 except UserError as error:  # travels as a value: raised in a worker it would arrive as a traceback
                     yield error
                     return
-                yield Parcel.pack(batch, slot.number)
+                yield Parcel.pack(batch, buffer.number)
 
     def _load(self, rows: Rows, raw: Iterable[RawSample | BadSample], memory: np.ndarray) -> Batch:
         """The batch of samples as they lie there; its waveform is in `memory`."""
         waveforms = WaveformRows(memory, self.width, self.keep_int16)
-        clips: list[Clip | None] = []
+        clips: list[DecodedClip | None] = []
         dropped: Counter[str] = Counter()
         sources = rows.source.tolist()
         draws = _draws(self.seed, int(rows.position[0]), len(sources))
@@ -171,7 +173,7 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         place: str,
         waveforms: WaveformRows,
         number: int,
-    ) -> Clip:
+    ) -> DecodedClip:
         """Draw caption and crop, write the samples to row `number`. Raises BadSample."""
         if isinstance(sample, BadSample):  # raised by a thread it would end the other reads
             raise sample
@@ -194,7 +196,7 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
             row[:kept] = waveform[start : start + kept]
         elif start:
             row[:kept] = row[start : start + kept]
-        return Clip(kept, caption, drawn, sample.clip_id, place)
+        return DecodedClip(kept, caption, drawn, sample.clip_id, place)
 
 
 def _in_groups(
@@ -228,21 +230,19 @@ def _read_paraphrases(sources: Sequence[ShardSet]) -> list[Paraphrases]:
 
 
 def _check_exclusions(shards: ShardSet) -> None:
-    """Say which overlap lists WavCaps shards were built with; warn where they may hold other corpora's test clips."""
-    if shards.corpus != "wavcaps":
-        return
-    applied = [e["name"] for e in shards.manifest.get("exclusions", []) if e["name"].endswith((".json", ".csv"))]
+    """Say which overlap lists shards were built with; warn if there was none and their corpus calls for one."""
+    # Lists that came from a file carry its name; others (files that nobody can read) are about no overlap.
+    applied = [e["name"] for e in shards.manifest.get("exclusions", []) if Path(e["name"]).suffix]
+    corpus = CORPORA.get(shards.corpus)
     if applied:
         logger.info("%s was built without the clips of %s", shards.location, ", ".join(applied))
-    else:
-        logger.warning(
-            "%s was built without an overlap list and may hold test clips of AudioCaps and Clotho: build it again with "
-            "WavCaps' blacklist folder in place, or --exclude FILE",
-            shards.location,
-        )
+    elif corpus is not None and corpus.overlap_warning:
+        logger.warning("%s was built without an overlap list and %s", shards.location, corpus.overlap_warning)
 
 
-def collate(waveform: np.ndarray, clips: Sequence[Clip], tokenizer: CaptionTokenizer, dropped: Counter[str]) -> Batch:
+def collate(
+    waveform: np.ndarray, clips: Sequence[DecodedClip], tokenizer: CaptionTokenizer, dropped: Counter[str]
+) -> Batch:
     """Clips as one batch; the rows of `waveform` [b, width] begin with their samples and are joined in place."""
     longest = max(clip.length for clip in clips)
     for row, clip in zip(waveform, clips, strict=True):
@@ -295,7 +295,7 @@ def read_batches(
         context.set_forkserver_preload([__name__])  # imported once, not by every worker
     size = (stream.rows.stop - stream.rows.start) * stream.width
     stream.keep_int16 = keep_int16
-    stream.slots = slots = Slots(size, PREFETCH + HELD + 1 if workers else HELD, workers)
+    stream.buffers = buffers = SharedBuffers(size, PREFETCH + HELD + 1 if workers else HELD, workers)
     loader = DataLoader(
         stream,
         batch_size=None,
@@ -303,15 +303,15 @@ def read_batches(
         multiprocessing_context=context,
         prefetch_factor=PREFETCH if workers else None,
     )
-    batches = _opened(loader, slots)
+    batches = _opened(loader, buffers)
     yield from _one_ahead(batches, pin_memory) if workers or pin_memory else batches
 
 
-def _opened(parcels: Iterable[Parcel | UserError], slots: Slots) -> Iterator[Batch]:
+def _opened(parcels: Iterable[Parcel | UserError], buffers: SharedBuffers) -> Iterator[Batch]:
     for parcel in parcels:
         if isinstance(parcel, UserError):
             raise parcel
-        yield parcel.open(slots)
+        yield parcel.open(buffers)
 
 
 def _one_ahead(batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:

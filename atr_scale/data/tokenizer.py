@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from atr_scale.config import RunConfig
-from atr_scale.errors import UserError
+from atr_scale.data.options import CaptionSection
 
 _WAVCAPS = str.maketrans(dict.fromkeys('(,.!?;:|*")', " "))
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -36,16 +36,13 @@ CLEANING: dict[str, Callable[[str], str]] = {
 
 
 class CaptionTokenizer:
-    """Cleaned captions -> (input_ids, attention_mask), each [captions, L] int64, truncated by tokens."""
+    """Captions -> (input_ids, attention_mask), each [captions, L] int64, cleaned, then truncated to `max_tokens`.
 
-    def __init__(self, name: str, cleaning: str = "none", max_tokens: int = 64) -> None:
-        from transformers import AutoTokenizer
+    tokenizer: the text encoder's own, called as those of transformers are. cleaning: a name in CLEANING.
+    """
 
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"no tokenizer at {name!r}: give a transformers model name or folder ({reason})") from None
+    def __init__(self, tokenizer: Callable[..., Any], cleaning: str = "none", max_tokens: int = 64) -> None:
+        self._tokenizer = tokenizer
         self._clean = CLEANING[cleaning]
         self._max_tokens = max_tokens
 
@@ -56,7 +53,6 @@ class CaptionTokenizer:
         return out["input_ids"], out["attention_mask"]
 
 
-def caption_tokenizer(config: RunConfig) -> CaptionTokenizer:
-    """The tokenizer of a run. UserError where there is none for its text encoder."""
-    captions = config.data.captions
-    return CaptionTokenizer(config.model.text.name, captions.cleaning, captions.max_tokens)
+def caption_tokenizer(tokenizer: Callable[..., Any], captions: CaptionSection) -> CaptionTokenizer:
+    """What makes token ids of captions as a run's `data.captions` says; tokenizer: the text encoder's own."""
+    return CaptionTokenizer(tokenizer, captions.cleaning, captions.max_tokens)

@@ -67,23 +67,23 @@ _BACKGROUND = (
 
 
 @dataclass(frozen=True)
-class Caption:
+class DemoCaption:
     """A text and what it states: `correspondence(states, scene.content)` is 1 for the scene it was written for."""
 
     text: str
     states: Content
 
 
-def write_captions(rng: np.random.Generator, scene: Scene, count: int) -> list[Caption]:
+def write_captions(rng: np.random.Generator, scene: Scene, count: int) -> list[DemoCaption]:
     """`count` captions of `scene` with different texts."""
-    captions: dict[str, Caption] = {}
+    captions: dict[str, DemoCaption] = {}
     while len(captions) < count:
         caption = write_caption(rng, scene)
         captions.setdefault(caption.text, caption)
     return list(captions.values())
 
 
-def write_caption(rng: np.random.Generator, scene: Scene) -> Caption:
+def write_caption(rng: np.random.Generator, scene: Scene) -> DemoCaption:
     """One caption: usually all events with most of their attributes and their order."""
     kinds = {(first, second): kind for first, second, kind in scene.content.relations}
     events = [event.sound for event in scene.events]
@@ -118,7 +118,7 @@ def write_caption(rng: np.random.Generator, scene: Scene) -> Caption:
         text = text[0].upper() + text[1:]
     if rng.random() < 0.5:
         text += "."
-    return Caption(text, Content(tuple(stated), tuple(relations)))
+    return DemoCaption(text, Content(tuple(stated), tuple(relations)))
 
 
 def _state(rng: np.random.Generator, sound: Sound) -> Sound:

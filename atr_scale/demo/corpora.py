@@ -6,7 +6,8 @@
                     {development,validation,evaluation}/<file_name>, wav of 15-30 s
     OUT/wavcaps/    json_files/<source>/*_final.json, json_files/blacklist/*.json
                     Waveforms/<source>/<id>.flac
-    OUT/correspondences.{npz,json}, README.txt, demo.json (what this folder was made with)
+    OUT/relevance/  <corpus>-<split>.npz: how true every caption is of every clip
+    OUT/correspondences.json, README.txt, demo.json (what this folder was made with)
 
 Formats: https://github.com/cdjkim/audiocaps (MIT), Clotho v2.1 (Zenodo 4783391), WavCaps (arXiv 2303.17395).
 """
@@ -29,14 +30,14 @@ import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
-from atr_scale.demo.cast import Clip, Sizes, plan_clips
+from atr_scale.demo.clips import DemoClip, Sizes, plan_clips
 from atr_scale.demo.scenes import Scene, render
-from atr_scale.demo.truth import write_correspondences
+from atr_scale.demo.truth import GRADES, write_truth
 from atr_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # goes up whenever the same seed gives other files
+VERSION = 1  # goes up whenever the same seed gives other audio or captions
 WAVCAPS_JSON = {
     "AudioSet_SL": "as_final.json",
     "BBC_Sound_Effects": "bbc_final.json",
@@ -56,9 +57,10 @@ clotho/<split>/<file_name>               the clips, 15-30 s; <split>: developmen
 wavcaps/json_files/<source>/*.json       one caption a clip; AudioSet_SL, BBC_Sound_Effects, FreeSound, SoundBible
 wavcaps/json_files/blacklist/*.json      clips of AudioCaps and Clotho that must not be trained on: WavCaps has some too
 wavcaps/Waveforms/<source>/<id>.flac     the clips
-correspondences.npz                      "corpus/split" -> grades [captions, clips], float16: the share of what the
-                                         caption states that is true of the clip; 1 where all of it is
-correspondences.json                     the rows and columns of those, what each caption states and each clip holds
+relevance/<corpus>-<split>.npz           for `atr-scale evaluate --relevance`: grades [captions, clips], float16: the
+                                         share of what the caption states that is true of the clip, 1 if all of it is;
+                                         clip_ids [clips]; caption_clip and caption_index [captions]
+correspondences.json                     what each caption states and each clip holds, in the order of those
 text_encoder/                            a tokenizer for these captions and a small untrained BERT (atr-scale demo-data)
 """
 
@@ -66,11 +68,12 @@ text_encoder/                            a tokenizer for these captions and a sm
 def write_demo_corpora(
     out: Path, *, seed: int = 0, sample_rate: int = 16000, workers: int | None = None, sizes: Sizes | None = None
 ) -> None:
-    """Write the three demo corpora and their true correspondences under `out`.
+    """Write the three demo corpora and the true relevance of their captions under `out`.
 
     The same seed, sizes and sample rate (Hz) give the same bytes, whatever the number of worker processes (None: one
-    for each core). A finished folder is left as it is, an interrupted one is completed. Raises UserError where `out`
-    holds something else, or demo corpora of other settings.
+    for each core). A finished folder is left as it is. An interrupted one is completed, as is one that was made before
+    there was relevance/; audio that is there is kept. Raises UserError if `out` holds something else, or demo corpora
+    of other settings.
     """
     sizes = sizes or Sizes()
     if sample_rate < 16000:
@@ -87,7 +90,7 @@ def write_demo_corpora(
     _write_audiocaps(out / "audiocaps", [clip for clip in clips if clip.corpus == "audiocaps"])
     _write_clotho(out / "clotho", [clip for clip in clips if clip.corpus == "clotho"], sample_rate)
     _write_wavcaps(out / "wavcaps", clips)
-    write_correspondences(out, clips)
+    write_truth(out, clips)
     (out / "README.txt").write_text(_README, encoding="utf-8")
     _write_json(out / _STAMP, {**made_with, "complete": True})
 
@@ -110,14 +113,14 @@ def _finished(out: Path, made_with: dict[str, Any]) -> bool:
             raise UserError(f"{out} is not empty and holds no demo corpora: give a new folder")
         return False
     found = json.loads(stamp.read_text(encoding="utf-8"))
-    complete = found.pop("complete")
+    complete = found.pop("complete") and (out / GRADES).is_dir()
     if found != made_with:
         other = ", ".join(key for key in made_with if found.get(key) != made_with[key])
         raise UserError(f"{out} holds demo corpora made with another {other}: give a new folder, or remove this one")
     return complete
 
 
-def _write_audio(out: Path, clips: Sequence[Clip], sample_rate: int, workers: int) -> None:
+def _write_audio(out: Path, clips: Sequence[DemoClip], sample_rate: int, workers: int) -> None:
     todo = [(out / clip.path, clip.scene) for clip in clips if not (out / clip.path).exists()]
     for folder in {path.parent for path, _ in todo}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +145,7 @@ def _render_chunk(chunk: Sequence[tuple[Path, Scene]], sample_rate: int) -> int:
     return len(chunk)
 
 
-def _write_audiocaps(root: Path, clips: Sequence[Clip]) -> None:
+def _write_audiocaps(root: Path, clips: Sequence[DemoClip]) -> None:
     number = 0
     for split in ("train", "val", "test"):
         members = [clip for clip in clips if clip.split == split]
@@ -155,7 +158,7 @@ def _write_audiocaps(root: Path, clips: Sequence[Clip]) -> None:
         _write_csv(root / "dataset" / f"{split}.csv", header, rows)
 
 
-def _write_clotho(root: Path, clips: Sequence[Clip], sample_rate: int) -> None:
+def _write_clotho(root: Path, clips: Sequence[DemoClip], sample_rate: int) -> None:
     columns = ["file_name", "keywords", "sound_id", "sound_link", "start_end_samples", "manufacturer", "license"]
     for split in ("development", "validation", "evaluation"):
         members = [clip for clip in clips if clip.split == split]
@@ -172,7 +175,7 @@ def _write_clotho(root: Path, clips: Sequence[Clip], sample_rate: int) -> None:
         _write_csv(root / f"clotho_metadata_{split}.csv", columns, rows, encoding="ISO-8859-1")
 
 
-def _write_wavcaps(root: Path, clips: Sequence[Clip]) -> None:
+def _write_wavcaps(root: Path, clips: Sequence[DemoClip]) -> None:
     for source, file_name in WAVCAPS_JSON.items():
         rows = [_wavcaps_row(clip) for clip in clips if clip.source == source]
         _write_json(root / "json_files" / source / file_name, {"num_captions_per_audio": 1, "data": rows})
@@ -185,7 +188,7 @@ def _write_wavcaps(root: Path, clips: Sequence[Clip]) -> None:
         _write_json(root / "json_files" / "blacklist" / f"blacklist_exclude_{name}_ac.json", blacklist)
 
 
-def _wavcaps_row(clip: Clip) -> dict[str, Any]:
+def _wavcaps_row(clip: DemoClip) -> dict[str, Any]:
     """A row with the fields its source has in the official file."""
     title = " ".join(sound.label for sound in clip.scene.content.sounds)
     common = {

@@ -1,7 +1,7 @@
 """Where this process stands among the ranks, whichever launcher started it.
 
 torchrun, accelerate and deepspeed set RANK and friends; srun sets SLURM_*; a plain process has neither and is a world
-of one. Launchers only spawn processes: training itself is the same under all of them.
+of one. Launchers only spawn processes: what the processes do is the same under all of them.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from atr_scale.compat import all_gather_single, reduce_scatter_single
+
 
 class _Gather(torch.autograd.Function):
     """Rows of every rank, in rank order; backward sums the partial gradients and returns this rank's rows."""
@@ -22,14 +24,14 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, size: int, group: Any) -> Tensor:
         ctx.group, ctx.rows = group, local.shape[0]
         out = local.new_empty((size * local.shape[0], *local.shape[1:]))
-        dist.all_gather_single(out, local.contiguous(), group=group)
+        all_gather_single(out, local.contiguous(), group=group)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
         out = grad.new_empty((ctx.rows, *grad.shape[1:]))
-        dist.reduce_scatter_single(out, grad.contiguous(), group=ctx.group)
+        reduce_scatter_single(out, grad.contiguous(), group=ctx.group)
         return out, None, None
 
 

@@ -9,7 +9,7 @@ to the last bit, and uneven tails need no padding.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -30,6 +30,7 @@ from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.scorers.scorer import Scorer
 
+S = TypeVar("S")
 T = TypeVar("T")
 DECODE_THREADS = 2
 
@@ -97,7 +98,7 @@ def embed(
     model.eval()
     parts: list[_Part] = []
     progress = tqdm(order, desc=f"embedding {shards.corpus}", unit="batch", disable=None if world.is_main else True)
-    for number, (clips, dropped) in zip(progress, _ahead(load, order), strict=True):
+    for number, (clips, dropped) in zip(progress, load_ahead(load, order), strict=True):
         if len(parts) < len(mine):
             parts.append(_embed_batch(model, tokenizer, number, clips, dropped, device, with_surplus=lockstep))
         else:
@@ -189,12 +190,12 @@ def _join(parts: list[_Part], shards: ShardSet) -> Embedded:
     )
 
 
-def _ahead(load: Callable[[int], T], numbers: Sequence[int]) -> Iterator[T]:
-    """load(n) for every n in order, a few computed ahead by threads."""
+def load_ahead(load: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """load(item) for every item in order, a few computed ahead by threads."""
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
         waiting: deque[Future[T]] = deque()
-        for number in numbers:
-            waiting.append(pool.submit(load, number))
+        for item in items:
+            waiting.append(pool.submit(load, item))
             if len(waiting) > 2 * DECODE_THREADS:
                 yield waiting.popleft().result()
         while waiting:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from atr_scale.batch import stable_id
+from atr_scale.checkpoint import STATE, WEIGHTS, load_retriever
 from atr_scale.config import RunConfig, parse_config
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.tokenizer import CaptionTokenizer, caption_tokenizer
@@ -25,7 +27,7 @@ from atr_scale.evaluation.relevance import read_relevance
 from atr_scale.evaluation.report import write_report
 from atr_scale.evaluation.result import EvaluationResult, evaluate_labelled, evaluate_retrieval
 from atr_scale.evaluation.score import Reranked, rerank, score
-from atr_scale.model import Retriever, load_retriever
+from atr_scale.model import Retriever
 
 logger = logging.getLogger(__name__)
 
@@ -158,61 +160,76 @@ def _classes(embedded: Embedded, prompt: str) -> tuple[list[str], np.ndarray] | 
 def evaluate_run(
     location: str,
     *,
-    shards: str | None,
     split: str,
-    out: Path | None,
-    class_prompt: str | None,
     world: World,
     device: torch.device,
+    shards: str | None = None,
+    out: Path | None = None,
+    class_prompt: str | None = None,
     relevance: str | Path | None = None,
     rerank_top: int | None = None,
     candidates: str | None = None,
     precision: str | None = None,
+    plugins: Sequence[str] = (),
 ) -> Evaluation:
     """Evaluate a run's best checkpoint (or one checkpoint folder) and write results and report; all ranks call this.
 
-    shards: default the configuration's data.<split>. out: default the run folder. class_prompt, precision: default the
+    shards: default the configuration's data.<split>, or the set of data.validation with that name. out: default the run
+    folder. plugins: as for `load_retriever`. class_prompt, precision: default the
     configuration's evaluation.*. relevance: file of graded relevance.
     rerank_top: score only so many candidates of each query, those of the run `candidates`, whose scorer must have
     vectors. Raises UserError where a model or the shards are not there, or where the two do not go together.
     """
-    model, config, folder = load_retriever(location)
+    model, config, folder = load_retriever(location, plugins)
     values = config.model_dump()
     given = {"class_prompt": class_prompt, "precision": precision}
     values["evaluation"] |= {name: value for name, value in given.items() if value is not None}
     config = parse_config(values, "the command line")
-    place = shards or {"validation": config.data.validation, "test": config.data.test}.get(split)
+    places = {**config.data.validation_sets, "test": config.data.test}
+    place = shards or places.get(split)
     if place is None:
-        raise UserError(f"the configuration of {location} names no data.{split}: give --shards DIR")
+        known = ", ".join(name for name, named in places.items() if named)
+        raise UserError(
+            f"the configuration of {location} names no shards for the split {split!r}"
+            + (f" (it names {known})" if known else "")
+            + ": give --shards DIR"
+        )
     if (rerank_top is None) != (candidates is None):
         raise UserError("re-ranking needs both --rerank K and --candidates RUN, the run whose best K are re-ranked")
     opened = open_shards(place)
     first_stage = None
     if rerank_top is not None and candidates is not None:
-        first_stage = _first_stage(candidates, rerank_top, config.evaluation.precision, opened, world, device)
+        first_stage = _first_stage(candidates, rerank_top, config.evaluation.precision, opened, world, device, plugins)
     evaluation = evaluate(
         model.to(device),
         opened,
         config,
         split=split,
-        step=json.loads((folder / "state.json").read_text())["step"],
+        step=json.loads((folder / STATE).read_text())["step"],
         world=world,
         device=device,
-        tokenizer=caption_tokenizer(config),
+        tokenizer=caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
         relevance=relevance,
         first_stage=first_stage,
     )
     if world.is_main:
-        target = out or folder.parent.parent
+        # A copied run folder may have lost its links, or have folders in their place.
+        target = out or (folder.parent.parent if (Path(location) / WEIGHTS).is_file() else Path(location))
         evaluation.save(target)
         write_report(target)
     return evaluation
 
 
 def _first_stage(
-    location: str, candidates: int, precision: Precision, shards: ShardSet, world: World, device: torch.device
+    location: str,
+    candidates: int,
+    precision: Precision,
+    shards: ShardSet,
+    world: World,
+    device: torch.device,
+    plugins: Sequence[str],
 ) -> FirstStage:
-    model, config, _ = load_retriever(location)
+    model, config, _ = load_retriever(location, plugins)
     if not model.scorer.factorised:
         raise UserError(
             f"{location} scores pairs by {config.model.scorer.name} and cannot choose candidates: give --candidates a "
@@ -220,6 +237,12 @@ def _first_stage(
         )
     options: dict[str, Any] = {"batch_size": config.evaluation.batch_size, "world": world, "device": device}
     seconds = config.data.evaluation_seconds
-    embedded = embed(model.to(device), shards, caption_tokenizer(config), seconds=seconds, **options)
+    embedded = embed(
+        model.to(device),
+        shards,
+        caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
+        seconds=seconds,
+        **options,
+    )
     scores = _vector_scores(embedded, precision, device)
     return FirstStage(location, scores, candidates, embedded.captions, embedded.clip_ids)

@@ -1,4 +1,15 @@
-"""Which clips fit a caption, beyond the one it was written for.
+"""Which clips fit a caption, beyond the one it was written for. Two kinds of file say so.
+
+An npz file of grades, as numpy.savez_compressed writes it, without pickled objects; its captions and clips are those of
+a split, or more of them, in any order:
+
+    grades         float [C, N]  from 0 to 1: how much of what the caption says is true of the clip; 1: all of it
+    clip_ids       str [N]       the clips' ids, as the shards have them
+    caption_clip   str [C]       the id of the clip that a caption was written for
+    caption_index  int [C]       which of the captions of this clip it is, from 0
+
+A CSV file with a caption and the names of the audio files that fit it in each row, as DCASE 2025's `metadata_eval.csv`
+(query, audio_filenames).
 
 Shape suffixes: C captions, N clips.
 """
@@ -6,49 +17,94 @@ Shape suffixes: C captions, N clips.
 from __future__ import annotations
 
 import ast
-import csv
+import zipfile
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from atr_scale.batch import caption_id
+from atr_scale.data.corpora.files import read_table
 from atr_scale.data.shard_reader import ShardSet
-from atr_scale.demo.truth import read_correspondences
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import Embedded
 
 QUERY_COLUMNS, CLIP_COLUMNS = ("query", "caption"), ("audio_filenames", "file_names")
+# Array of an npz file: kinds of its dtype, its shape in words.
+ARRAYS = {
+    "grades": ("f", "float [captions, clips]"),
+    "clip_ids": ("U", "str [clips]"),
+    "caption_clip": ("U", "str [captions]"),
+    "caption_index": ("iu", "int [captions]"),
+}
 
 
 def read_relevance(path: str | Path, shards: ShardSet, embedded: Embedded) -> np.ndarray:
     """Grades in [0, 1] of every caption and clip, float32 [C, N]; a row without a grade is no query.
 
-    path: a CSV with a caption and a list of file names a row, as DCASE 2025's `metadata_eval.csv` (query,
-    audio_filenames), or the `correspondences.npz` of the demo corpora. Raises UserError where the file is neither or
-    names none of the captions.
+    path: an npz or a CSV file as this module describes. Raises UserError if it is neither, or knows nothing of the
+    captions.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no relevance file at {path}: give a CSV with {QUERY_COLUMNS[0]} and {CLIP_COLUMNS[0]}")
-    grades = _from_truth(path, shards, embedded) if path.suffix == ".npz" else _from_csv(path, embedded)
+        raise UserError(f"no relevance file at {path}: give an npz file of grades, or a CSV with query and file names")
+    grades = _from_npz(path, shards, embedded) if path.suffix == ".npz" else _from_csv(path, embedded)
     if not grades.any():
         raise UserError(f"{path} grades no caption and clip of {shards.location}: is it of another split?")
     return grades
 
 
-def _from_truth(path: Path, shards: ShardSet, embedded: Embedded) -> np.ndarray:
-    truth = read_correspondences(path.parent, f"{shards.corpus}/{shards.split}")
-    columns = {clip: column for column, clip in enumerate(truth.clip_ids)}
-    rows = {key: row for row, key in enumerate(truth.caption_ids)}
+class _Grades(NamedTuple):
+    """What an npz file holds: the row of each (clip id, caption index), the column of each clip id."""
+
+    grades_CN: np.ndarray
+    rows: dict[tuple[str, int], int]
+    columns: dict[str, int]
+
+
+def _from_npz(path: Path, shards: ShardSet, embedded: Embedded) -> np.ndarray:
+    known = _read_npz(path)
     index = np.arange(len(embedded.owner)) - np.searchsorted(embedded.owner, embedded.owner)
-    keys = [(embedded.clip_ids[owner], int(k)) for owner, k in zip(embedded.owner, index, strict=True)]
-    try:
-        chosen = np.ix_([rows[key] for key in keys], [columns[clip] for clip in embedded.clip_ids])
-    except KeyError as error:
+    captions = [(embedded.clip_ids[owner], int(k)) for owner, k in zip(embedded.owner, index, strict=True)]
+    unknown = [clip for clip in embedded.clip_ids if clip not in known.columns]
+    unknown += [f"caption {k} of {clip}" for clip, k in captions if (clip, k) not in known.rows]
+    if unknown:
         raise UserError(
-            f"{path} does not know {error.args[0]} of {shards.location}: build both from one demo"
+            f"{path} does not know {len(unknown)} clips and captions of {shards.location} ({unknown[0]}, for one): "
+            "is it of another split?"
+        )
+    chosen = np.ix_([known.rows[key] for key in captions], [known.columns[clip] for clip in embedded.clip_ids])
+    return known.grades_CN[chosen].astype(np.float32)
+
+
+def _read_npz(path: Path) -> _Grades:
+    needed = ", ".join(f"{name} {shape}" for name, (_, shape) in ARRAYS.items())
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no zip archive")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: np.asarray(file[name]) for name in ARRAYS if name in file}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path} is no npz file of grades ({' '.join(str(error).split())}): it needs {needed}"
         ) from None
-    return truth.grades[chosen]
+    missing = [name for name in ARRAYS if name not in arrays]
+    if missing:
+        raise UserError(f"{path} has no {', '.join(missing)}: a file of grades needs {needed}")
+    grades_CN, clip_ids, caption_clip, caption_index = (arrays[name] for name in ARRAYS)
+    shapes = (caption_clip.size, clip_ids.size), (clip_ids.size,), (caption_clip.size,), (caption_clip.size,)
+    for (name, array), shape in zip(arrays.items(), shapes, strict=True):
+        if array.dtype.kind not in ARRAYS[name][0] or array.shape != shape:
+            raise UserError(f"{path}: {name} is {array.dtype} {list(array.shape)}, but a file of grades needs {needed}")
+    if not ((grades_CN >= 0) & (grades_CN <= 1)).all():
+        raise UserError(f"{path} has grades outside of 0 to 1: scale them")
+    columns = {clip: column for column, clip in enumerate(clip_ids.tolist())}
+    keys = zip(caption_clip.tolist(), caption_index.tolist(), strict=True)
+    rows = {key: row for row, key in enumerate(keys)}
+    if (len(rows), len(columns)) != grades_CN.shape:
+        raise UserError(f"{path} names a clip or a caption twice: each needs one column, or one row")
+    return _Grades(grades_CN, rows, columns)
 
 
 def _from_csv(path: Path, embedded: Embedded) -> np.ndarray:
@@ -57,25 +113,22 @@ def _from_csv(path: Path, embedded: Embedded) -> np.ndarray:
     for row, caption in enumerate(embedded.captions):
         rows.setdefault(caption_id(caption), []).append(row)
     grades = np.zeros((len(embedded.captions), len(embedded.clip_ids)), np.float32)
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        query, names = (
-            next((name for name in known if name in (reader.fieldnames or ())), None)
-            for known in (QUERY_COLUMNS, CLIP_COLUMNS)
-        )
-        if query is None or names is None:
-            raise UserError(
-                f"{path} has the columns {reader.fieldnames}: it needs {QUERY_COLUMNS[0]} and {CLIP_COLUMNS[0]}"
-            )
-        for line in reader:
-            clips = [columns[Path(name).stem] for name in _names(line[names]) if Path(name).stem in columns]
-            for row in rows.get(caption_id(line[query]), []):
-                grades[row, clips] = 1.0
+    lines = read_table(path)
+    query, names = (next((name for name in known if name in lines[0]), None) for known in (QUERY_COLUMNS, CLIP_COLUMNS))
+    if query is None or names is None:
+        raise UserError(f"{path} has the columns {list(lines[0])}: it needs {QUERY_COLUMNS[0]} and {CLIP_COLUMNS[0]}")
+    for line in lines:
+        clips = [columns[Path(name).stem] for name in _names(path, line[names]) if Path(name).stem in columns]
+        for row in rows.get(caption_id(line[query]), []):
+            grades[row, clips] = 1.0
     return grades
 
 
-def _names(cell: str) -> list[str]:
+def _names(path: Path, cell: str) -> list[str]:
     """A list as Python or JSON writes it, or names between semicolons."""
-    if cell.lstrip().startswith("["):
+    if not cell.lstrip().startswith("["):
+        return [name.strip() for name in cell.split(";") if name.strip()]
+    try:
         return [str(name) for name in ast.literal_eval(cell.strip())]
-    return [name.strip() for name in cell.split(";") if name.strip()]
+    except (SyntaxError, ValueError):
+        raise UserError(f"{path}: {cell[:80]!r} is no list of file names; check its quotes") from None

@@ -34,14 +34,15 @@ KNOWN_TEXT_ENCODERS: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-def build(config: RunConfig) -> Retriever:
+def build_without_weights(config: RunConfig) -> Retriever:
     """The retriever as it is trained, frozen layers included: audio encoder and heads with random weights, the text
     encoder on the meta device. UserError as the run itself would raise it."""
     section = config.model.model_copy(deep=True)
     section.audio.checkpoint = None
     section.audio.compile = section.text.compile = False
     section.audio.spec_augment = None  # its draws read the waveform
-    model = Retriever(section, config.objective, text_encoder=_text_encoder(config))
+    text_encoder = _text_encoder(config)
+    model = Retriever(section, config.objective, precision=config.train.precision, text_encoder=text_encoder)
     freeze(model, config.train)
     return model.train()
 

@@ -6,20 +6,20 @@ from atr_scale.config import RunConfig
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
-from atr_scale.model import Retriever, count_parameters, load_weights, read_weights
+from atr_scale.model import count_parameters
 from atr_scale.planner.zero_memory import Parameters
-from atr_scale.training.checks import check_batch_size, num_steps, read_teacher, training_stream
+from atr_scale.training.checks import check_batch_size, new_model, num_steps, read_teacher, training_stream
 from atr_scale.training.param_groups import describe_layers, freeze
 
 
-def plan(config: RunConfig, world_size: int) -> str:
+def dry_run(config: RunConfig, world_size: int) -> str:
     """Model size, memory for states, steps and shards, as lines of text. Raises UserError as the run itself would:
     all that it starts from is read, the weights of train.initial_checkpoint and the distillation tables too."""
     check_batch_size(config, world_size)
-    model = Retriever(config.model, config.objective)
-    if config.train.initial_checkpoint:
-        load_weights(model, read_weights(config.train.initial_checkpoint), config.train.initial_checkpoint)
-    stream = training_stream(config, caption_tokenizer(config), model.sample_rate, World(0, world_size))
+    world = World(0, world_size)
+    model = new_model(config, world)
+    tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
+    stream = training_stream(config, tokenizer, model.sample_rate, world)
     read_teacher(config, stream.sources)
     steps, warmup = num_steps(config, stream)
     train = config.train
@@ -36,13 +36,13 @@ def plan(config: RunConfig, world_size: int) -> str:
         f"batch       {train.global_batch_size} pairs a loss, {train.global_batch_size // world_size} a rank, "
         f"{train.accum_steps} losses an update",
         f"steps       {steps} updates, {warmup} of them warm-up; an epoch is "
-        f"{stream.plan.epoch_batches / train.accum_steps:.1f}",
+        f"{stream.order.epoch_batches / train.accum_steps:.1f}",
         f"precision   {train.precision}",
         *describe_layers(model, train),
     ]
     for source, shards in zip(config.data.train, stream.sources, strict=True):
         lines.append(f"train       {source.shards}: {len(shards)} clips in {len(shards.names)} shards")
-    for name, place in (("validation", config.data.validation), ("test", config.data.test)):
+    for name, place in {**config.data.validation_sets, "test": config.data.test}.items():
         if place:
             shards = open_shards(place)
             lines.append(f"{name:<11} {place}: {len(shards)} clips in {len(shards.names)} shards")

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from atr_scale.config import RunConfig
-from atr_scale.losses.tiled.tiles import LOSS_BYTES
+from atr_scale.losses.terms import DEFAULT_BUDGET
 from atr_scale.planner import gpus
 from atr_scale.planner.gpus import GPU
-from atr_scale.planner.measure import EncoderCosts, HeadCosts
+from atr_scale.planner.measure import EncoderCosts, HeadCosts, features
 from atr_scale.planner.ops import OpTable
 from atr_scale.planner.zero_memory import FP32, Parameters, Transfer
 from atr_scale.score_block import STRIPE_COLUMNS
@@ -22,14 +22,28 @@ ADAM_BYTES = 7 * FP32  # a parameter's: it, its gradient and both moments are re
 
 @dataclass(frozen=True)
 class Costs:
-    """All that was measured of a configuration. pairwise: scores are stored, [B, b]; pairs_per_tile: of the scorer."""
+    """All that was measured of a configuration.
+
+    tiled_heads, dense_heads: with the losses of large and of small batches. pairwise: scores are stored, [B, b].
+    pairs_per_tile: of the scorer.
+    """
 
     config: RunConfig
     encoders: EncoderCosts
-    heads: HeadCosts
+    tiled_heads: HeadCosts
+    dense_heads: HeadCosts
     parameters: Parameters
     pairwise: bool
     pairs_per_tile: int | None
+
+    def heads(self, texts: int) -> HeadCosts:
+        """Those of so many texts in the global batch."""
+        return self.dense_heads if DEFAULT_BUDGET.allows_dense(texts) else self.tiled_heads
+
+    def pairs_at_once(self, texts: int, audios: int) -> int:
+        """Of scores that are looked at together."""
+        columns = audios if DEFAULT_BUDGET.allows_dense(texts) else min(audios, STRIPE_COLUMNS)
+        return min(texts * columns, self.pairs_per_tile or texts * columns)
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StepEstimate:
     """One update on a cluster.
 
     memory: bytes by part at the moment of the peak. transfers: with their kinds. seconds: by bound, those of the GPU
@@ -86,7 +100,7 @@ class Estimate:
         return max((name for name in self.seconds if name != "loader"), key=self.seconds.__getitem__)
 
 
-def estimate(costs: Costs, cluster: Cluster, global_batch: int, micro_batch: int | None = None) -> Estimate:
+def estimate_step(costs: Costs, cluster: Cluster, global_batch: int, micro_batch: int | None = None) -> StepEstimate:
     """micro_batch: rows of a forward; below a rank's share (the default) that is GradCache."""
     share = global_batch // cluster.world_size
     micro = micro_batch or share
@@ -98,7 +112,7 @@ def estimate(costs: Costs, cluster: Cluster, global_batch: int, micro_batch: int
     accum = costs.config.train.accum_steps
     seconds["loader"] = accum * share * cluster.clip_s / max(1, cluster.workers)
     memory = max(_moments(costs, cluster.world_size, global_batch, micro, table), key=lambda parts: sum(parts.values()))
-    return Estimate(cluster.world_size, global_batch, micro, memory, sent, seconds, accum * global_batch)
+    return StepEstimate(cluster.world_size, global_batch, micro, memory, sent, seconds, accum * global_batch)
 
 
 def peak_memory(costs: Costs, world_size: int, global_batch: int, micro: int) -> float:
@@ -139,12 +153,11 @@ def transfers(costs: Costs, world_size: int, global_batch: int, micro: int) -> l
         return []
     train, share = costs.config.train, global_batch // world_size
     found = []
-    for name, dtype, (constant, slope) in costs.heads.collectives:
-        rows = share if name.startswith("allgather") else global_batch
-        nbytes = round(constant + slope * rows)
+    for name, dtype, coefficients in costs.heads(global_batch).collectives:
+        nbytes = round(float(coefficients @ features(global_batch, share)))
         if name.startswith("reduce_scatter"):
             nbytes //= world_size
-        found.append(Transfer(*_kind(name, dtype), nbytes))
+        found.append(Transfer(*_kind(name, dtype, of_pairs=bool((coefficients[3:] > 0.5).any())), nbytes))
     found = [Transfer(t.kind, t.collective, t.nbytes * train.accum_steps, train.accum_steps) for t in found]
     chunks = share // micro
     passes = train.accum_steps * (1 if chunks == 1 else 2 * chunks - min(train.kept_chunks, chunks))
@@ -155,14 +168,16 @@ def transfers(costs: Costs, world_size: int, global_batch: int, micro: int) -> l
     return _by_kind(found)
 
 
-def _kind(name: str, dtype: torch.dtype) -> tuple[str, str]:
+def _kind(name: str, dtype: torch.dtype, of_pairs: bool) -> tuple[str, str]:
     if name.startswith("reduce_scatter"):
-        return "gradients of texts", "reduce_scatter"
+        return f"gradients of {'scores' if of_pairs else 'texts'}", "reduce_scatter"
     if name == "allreduce":
         return ("statistics" if dtype.is_floating_point else "sizes"), "all_reduce"
     if name == "allgather":
         return "sizes", "all_gather"
-    return ("texts" if dtype.is_floating_point else "ids and masks"), "all_gather"
+    if not dtype.is_floating_point:
+        return "ids and masks", "all_gather"
+    return ("scores" if of_pairs else "texts"), "all_gather"
 
 
 def _by_kind(found: list[Transfer]) -> list[Transfer]:
@@ -194,12 +209,11 @@ def _seconds(costs: Costs, cluster: Cluster, global_batch: int, micro: int, tabl
         name: float((longest * counts)[largest == number].sum())
         for number, name in enumerate(("compute", "memory", "launch"))
     }
-    heads = {name: costs.heads.at(name, global_batch, share) for name in ("flops", "nbytes")}
-    seconds["compute"] += heads["flops"] / (gpu.full * gpus.COMPUTE_SHARE)
-    seconds["memory"] += heads["nbytes"] / (gpu.bandwidth * gpus.MEMORY_SHARE)
-    pairs = global_batch * share
-    tiles = -(-pairs // min(_tile_pairs(global_batch, share), costs.pairs_per_tile or pairs))
-    seconds["launch"] += tiles * costs.heads.ops * gpus.LAUNCH_S
+    heads = costs.heads(global_batch)
+    seconds["compute"] += heads.at("flops", global_batch, share) / (gpu.full * gpus.COMPUTE_SHARE)
+    seconds["memory"] += heads.at("nbytes", global_batch, share) / (gpu.bandwidth * gpus.MEMORY_SHARE)
+    tiles = -(-global_batch * share // costs.pairs_at_once(global_batch, share))
+    seconds["launch"] += tiles * heads.ops * gpus.LAUNCH_S
     seconds = {name: train.accum_steps * value for name, value in seconds.items()}
     learned = sum(costs.parameters.trainable) / (cluster.world_size if train.zero_stage else 1)
     seconds["memory"] += ADAM_BYTES * learned / (gpu.bandwidth * gpus.MEMORY_SHARE)
@@ -261,24 +275,20 @@ def _row_bytes(encoders: EncoderCosts) -> float:
 
 def _heads_memory(costs: Costs, world_size: int, texts: int) -> tuple[float, float]:
     """Bytes at the most of gathered texts, and of scores, their gradients and tiles."""
-    audios, heads = texts // world_size, costs.heads
+    audios, heads = texts // world_size, costs.heads(texts)
     gathered = 0.0
-    for name, dtype, (constant, slope) in heads.collectives:
+    for name, dtype, coefficients in heads.collectives:
         if name == "allgather_base" and dtype.is_floating_point and world_size > 1:
-            gathered += world_size * (constant + slope * audios)
-    pairs = texts * audios
-    alive = min(pairs, _tile_pairs(texts, audios), costs.pairs_per_tile or pairs)
+            gathered += world_size * float(coefficients @ features(texts, audios))
+    pairs, alive = texts * audios, costs.pairs_at_once(texts, audios)
     stored = FP32 * pairs if costs.pairwise else 0.0
     kept, peak = heads.terms["kept"], heads.terms["peak"]
     per_pair = max(0.0, peak[3] - kept[3] - (FP32 if costs.pairwise else 0))
-    linear = float(peak[:3] @ np.array([1.0, audios, texts]))
+    linear = float(peak[:3] @ features(texts, audios)[:3])
     width = costs.encoders.outputs.text.pooled.shape[1]
     gradients = FP32 * (pairs if costs.pairwise else (texts + audios) * width)
-    tiles = min(FP32 * pairs, max(0.0, LOSS_BYTES - gradients))
-    whole = linear + max(0.0, kept[3]) * pairs + stored + per_pair * alive + tiles
+    dense = DEFAULT_BUDGET.allows_dense(texts)
+    tiles = 0.0 if dense else min(FP32 * pairs, max(0.0, DEFAULT_BUDGET.kept - gradients))
+    matrices = float(peak[4]) * texts**2
+    whole = linear + max(0.0, kept[3]) * pairs + stored + per_pair * alive + tiles + matrices
     return gathered, max(0.0, whole - gathered)
-
-
-def _tile_pairs(texts: int, audios: int) -> int:
-    """Pairs of scores that the objective looks at together."""
-    return texts * min(audios, STRIPE_COLUMNS)

@@ -2,11 +2,13 @@
 
 The encoders run on tensors without values, in batches of two sizes: what every operation costs is linear in the batch.
 Scorer and objective run for real on a few pairs, as one rank among several whose collectives are recorded: their costs
-are linear in the texts B of the global batch, in the audios b of the rank, and in the pairs B b.
+are linear in the texts B of the global batch, in the audios b of the rank, in the pairs B b, and, if terms see whole
+matrices, in B B.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,14 +25,15 @@ from torch.overrides import TorchFunctionMode
 
 from atr_scale.batch import Batch, TokenSequence
 from atr_scale.encoders.windows import window_starts
-from atr_scale.losses.tiled import tiles
-from atr_scale.model import AUTOCAST, Encoded, Retriever
+from atr_scale.losses import Budget, Objective
+from atr_scale.model import AUTOCAST, Encoded, Retriever, StepContext
 from atr_scale.planner.architecture import become_fake
 from atr_scale.planner.ops import Collective, OpTable, Recorder
-from atr_scale.teachers.tables import Correspondences, Table
+from atr_scale.teachers.tables import TeacherEnsemble, TeacherTable
 
 ROWS = (4, 8)  # of the encoders' two runs
-SHARES, RANKS = (1, 2), (2, 3)  # audios a rank and ranks of the heads' runs
+HEADS_RUNS = ((2, 2), (2, 3), (3, 2), (3, 3), (2, 4))  # (audios a rank, ranks), one run for each feature
+NEVER_DENSE, ALWAYS_DENSE = Budget(dense=0, kept=0), Budget(dense=sys.maxsize, kept=0)
 PHASES = ("text forward", "audio forward", "audio backward", "text backward")
 
 
@@ -65,17 +68,17 @@ class EncoderCosts:
 class HeadCosts:
     """Scorer and objective, forward and backward, at B texts and b audios of this rank.
 
-    terms: name -> coefficients of 1, b, B and B b. Names: flops (fp32), nbytes (of operations without FLOPs), kept
+    terms: name -> coefficients of 1, b, B, B b and B B. Names: flops (fp32), nbytes (of operations without FLOPs), kept
     (bytes alive after the scorer and the loss) and peak (at the most). ops: operations for one tile. collectives: per
-    call its name, dtype, and bytes given as coefficients of 1 and b (gathers) or of 1 and B (all others).
+    call its name, dtype, and coefficients of the bytes given.
     """
 
     terms: dict[str, NDArray[np.float64]]
     ops: int
-    collectives: list[tuple[str, torch.dtype, tuple[float, float]]]
+    collectives: list[tuple[str, torch.dtype, NDArray[np.float64]]]
 
     def at(self, name: str, texts: int, audios: int) -> float:
-        return float(self.terms[name] @ _features(texts, audios))
+        return float(self.terms[name] @ features(texts, audios))
 
 
 def measure_encoders(model: Retriever, seconds: float, tokens: int, gpu: bool = True) -> EncoderCosts:
@@ -110,13 +113,13 @@ def _run_encoders(
         handles = recorder.watch_gradients(model)
         with autocast:
             ids = torch.zeros(rows, tokens, dtype=torch.int64)
-            text = model.text_projection(model.text_encoder(ids, torch.ones_like(ids)), model.scorer.reads_words)
+            text = model.text_projection(model.text_encoder(ids, torch.ones_like(ids)), model.reads_words)
         ends = [len(recorder.rows)]
         with autocast:
             waveform = torch.zeros(rows, round(seconds * model.sample_rate))  # lives as long as the batch
-            audio = model.audio_projection(_encode_audio(model, waveform), model.scorer.reads_frames)
+            audio = model.audio_projection(_encode_audio(model, waveform), model.reads_frames)
         ends.append(len(recorder.rows))
-        for sequence, tokens_read in ((audio, model.scorer.reads_frames), (text, model.scorer.reads_words)):
+        for sequence, tokens_read in ((audio, model.reads_frames), (text, model.reads_words)):
             outputs = [x for x, read in ((sequence.tokens, tokens_read), (sequence.pooled, True)) if read]
             outputs = [x for x in outputs if x.requires_grad]
             torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
@@ -159,51 +162,48 @@ class _GPUOperations(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def measure_heads(model: Retriever, outputs: Encoded, teachers: list[int]) -> HeadCosts:
-    """Scorer and objective of `model` on what its encoders give out; teachers: widths of the distillation tables.
+def measure_heads(model: Retriever, objective: Objective, outputs: Encoded, teachers: list[int]) -> HeadCosts:
+    """The scorer of `model`, and an objective, on what its encoders give out; teachers: widths of the distillation
+    tables.
 
     Opens and closes process groups of its own: none may be open.
     """
-    rows, found = [], []
-    for share in SHARES:
-        for size in RANKS:
-            rows.append(_features(share * size, share))
-            found.append(_run_heads(model, outputs, teachers, share, size))
-    names = found[0][0]
-    values = np.array([[values[name] for name in names] for values, _, _ in found])
-    coefficients = np.linalg.solve(np.array(rows), values)
-    terms = {name: coefficients[:, number] for number, name in enumerate(names)}
-    ops = found[-1][2]
-    first, second = found[0][1], found[len(RANKS)][1]  # of one and of two audios a rank, among equally many ranks
-    return HeadCosts(terms, ops, [_line(a, b) for a, b in zip(first, second, strict=True)])
+    found = [_run_heads(model, objective, outputs, teachers, share, size) for share, size in HEADS_RUNS]
+    rows = np.array([features(share * size, share) for share, size in HEADS_RUNS])
+    measured = {name: np.array([values[name] for values, _, _ in found]) for name in found[0][0]}
+    terms = {name: np.linalg.solve(rows, values) for name, values in measured.items()}
+    # The peak of a large batch may be at another moment than that of a small one. Of whole matrices it holds at most
+    # what the forward keeps, and as much again for their gradients.
+    terms["peak"] = np.append(np.linalg.solve(rows[:4, :4], measured["peak"][:4]), 2 * terms["kept"][4])
+    collectives = []
+    for calls in zip(*(called for _, called, _ in found), strict=True):
+        kinds = {(one.name, one.dtype) for one in calls}
+        assert len(kinds) == 1, "another batch size calls other collectives"
+        collectives.append((*kinds.pop(), np.linalg.solve(rows, [one.nbytes for one in calls])))
+    return HeadCosts(terms, found[-1][2], collectives)
 
 
-def _features(texts: float, audios: float) -> NDArray[np.float64]:
-    return np.array([1.0, audios, texts, texts * audios])
-
-
-def _line(one: Collective, two: Collective) -> tuple[str, torch.dtype, tuple[float, float]]:
-    assert (one.name, one.dtype) == (two.name, two.dtype), "another batch size calls other collectives"
-    step = SHARES[1] - SHARES[0] if one.name.startswith("allgather") else RANKS[0] * (SHARES[1] - SHARES[0])
-    slope = (two.nbytes - one.nbytes) / step
-    start = SHARES[0] if one.name.startswith("allgather") else RANKS[0] * SHARES[0]
-    return one.name, one.dtype, (one.nbytes - slope * start, slope)
+def features(texts: float, audios: float) -> NDArray[np.float64]:
+    """What all costs of the heads are linear in."""
+    return np.array([1.0, audios, texts, texts * audios, texts * texts])
 
 
 def _run_heads(
-    model: Retriever, outputs: Encoded, teachers: list[int], share: int, size: int
+    model: Retriever, objective: Objective, outputs: Encoded, teachers: list[int], share: int, size: int
 ) -> tuple[dict[str, float], list[Collective], int]:
     encoded = Encoded(*(_some_rows(side, share) for side in outputs))
     ids = torch.arange(share)
     nothing = torch.zeros(share, 0, dtype=torch.int64)
     batch = Batch(torch.zeros(share, 0), torch.zeros_like(ids), nothing, nothing, ids, ids, torch.zeros_like(ids))
-    model.teacher = _teacher(teachers, share) if teachers else None
+    context = StepContext(teacher=_teacher(teachers, share).block if teachers else None)
     leaves = [x for side in encoded for x in (side.tokens, side.pooled)]
-    with _ranks(size), _nothing_kept(), Recorder([*model.parameters(), *leaves]) as recorder:
-        loss = model(batch, encoded=encoded)["loss"]
+    parameters = [*model.parameters(), *objective.parameters()]
+    with _ranks(size), Recorder([*parameters, *leaves]) as recorder:
+        loss = objective(model.loss_inputs(batch, encoded, context))["loss"]
         forward = len(recorder.rows)
         loss.backward()
-    model.zero_grad()
+    for parameter in parameters:
+        parameter.grad = None
     table = recorder.table()
     return (
         {
@@ -228,26 +228,17 @@ def _some_rows(sequence: TokenSequence, rows: int) -> TokenSequence:
     )
 
 
-def _teacher(widths: list[int], rows: int) -> Correspondences:
+def _teacher(widths: list[int], rows: int) -> TeacherEnsemble:
     ids = torch.arange(rows)
-    table = Table("planned", ids, ids, torch.zeros_like(ids), {})
+    table = TeacherTable("planned", ids, ids, torch.zeros_like(ids), {})
     values = [torch.randn(rows, width).half() for width in widths]
-    return Correspondences([Table(**{**vars(table), "values": {"text": x, "audio": x}}) for x in values])
-
-
-@contextmanager
-def _nothing_kept() -> Iterator[None]:
-    """Tiles that small batches keep for the backward pass are computed again, as those of large ones are."""
-    kept, tiles.LOSS_BYTES = tiles.LOSS_BYTES, 0
-    try:
-        yield
-    finally:
-        tiles.LOSS_BYTES = kept
+    return TeacherEnsemble([TeacherTable(**{**vars(table), "values": {"text": x, "audio": x}}) for x in values])
 
 
 @contextmanager
 def _ranks(size: int) -> Iterator[None]:
     """This process as rank 0 of `size`; collectives move nothing: gathers repeat what they are given."""
+    # torch has no public process group of a size that no processes are there for.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)

@@ -9,11 +9,12 @@ from safetensors import SafetensorError, safe_open
 
 from atr_scale.config import RunConfig
 from atr_scale.errors import UserError
+from atr_scale.losses import build_objective
 from atr_scale.model import Retriever, count_parameters
-from atr_scale.planner.architecture import build
-from atr_scale.planner.estimate import Cluster, Costs, Estimate, estimate, fitting_micro_batch, largest_share
+from atr_scale.planner.architecture import build_without_weights
+from atr_scale.planner.estimate import Cluster, Costs, StepEstimate, estimate_step, fitting_micro_batch, largest_share
 from atr_scale.planner.gpus import GPU
-from atr_scale.planner.measure import measure_encoders, measure_heads
+from atr_scale.planner.measure import ALWAYS_DENSE, NEVER_DENSE, measure_encoders, measure_heads
 from atr_scale.planner.zero_memory import Parameters
 
 WAVCAPS_CLIPS = 403_050  # 7,568 h
@@ -29,14 +30,14 @@ class Row:
     """
 
     world_size: int
-    planned: Estimate | None
+    planned: StepEstimate | None
     fits_whole: bool
     largest: int
     largest_cached: int
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What is asked and what was found. epochs: over `clips` clips; parameters: by optimizer group and frozen."""
 
     config: RunConfig
@@ -52,16 +53,16 @@ class Plan:
     chosen: Row
     rows: list[Row]
 
-    def hours(self, planned: Estimate) -> float:
+    def hours(self, planned: StepEstimate) -> float:
         """Of the whole run."""
         return self.epochs * self.clips / planned.rate / 3600
 
-    def cost(self, planned: Estimate) -> float:
+    def cost(self, planned: StepEstimate) -> float:
         """USD of the whole run."""
         return self.hours(planned) * planned.world_size * self.gpu.price
 
 
-def make_plan(
+def plan_run(
     config: RunConfig,
     gpu: GPU,
     *,
@@ -70,7 +71,7 @@ def make_plan(
     clips: int = WAVCAPS_CLIPS,
     tokens: int | None = None,
     decode_s: float = DECODE_S,
-) -> Plan:
+) -> RunPlan:
     """Measure the model of `config` and plan its run. decode_s: of one core for a second of audio.
 
     Reads no shards and needs no GPU. Raises UserError for a batch that does not divide, and where nothing fits.
@@ -83,7 +84,7 @@ def make_plan(
             f"train.global_batch_size = {train.global_batch_size} does not divide among {nodes} x {gpus_per_node} "
             f"GPUs: set it to a multiple, for example {-(-train.global_batch_size // world_size) * world_size}"
         )
-    costs, model = measure(config, data.crop_seconds, tokens)
+    costs, model = measure_costs(config, data.crop_seconds, tokens)
 
     def cluster(size: int) -> Cluster:
         return Cluster(gpu, size, gpus_per_node, decode_s * data.crop_seconds, data.workers)
@@ -100,24 +101,29 @@ def make_plan(
     else:
         epochs = train.steps * chosen.planned.samples / clips
     rows = [chosen if size == world_size else _row(costs, cluster(size)) for size in SIZES]
-    return Plan(config, gpu, nodes, gpus_per_node, clips, data.crop_seconds, tokens, epochs, model, costs, chosen, rows)
+    return RunPlan(
+        config, gpu, nodes, gpus_per_node, clips, data.crop_seconds, tokens, epochs, model, costs, chosen, rows
+    )
 
 
-def measure(config: RunConfig, seconds: float, tokens: int, gpu: bool = True) -> tuple[Costs, dict[str, int]]:
+def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = True) -> tuple[Costs, dict[str, int]]:
     """The costs of a configuration, and its numbers of parameters by group."""
     # DeepSpeed takes a second to import; --help does without.
     from atr_scale.training.engine import optimizer_groups
 
-    model = build(config)
-    model.precision = config.train.precision
+    model = build_without_weights(config)
     groups = [[p.numel() for p in group["params"]] for group in optimizer_groups(model, config.train)]
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     sizes = {name: count_parameters(p for _, p in members) for name, members in model.parameter_groups().items()}
     encoders = measure_encoders(model, seconds, tokens, gpu)
-    heads = measure_heads(model, encoders.outputs, _teachers(config, model))
+    teachers = _teachers(config, model)
+    tiled, dense = (
+        measure_heads(model, build_objective(config.objective.terms, budget), encoders.outputs, teachers)
+        for budget in (NEVER_DENSE, ALWAYS_DENSE)
+    )
     scorer = model.scorer
     tile = getattr(scorer, "pairs_per_tile", None)
-    costs = Costs(config, encoders, heads, Parameters(groups, frozen), not scorer.factorised, tile)
+    costs = Costs(config, encoders, tiled, dense, Parameters(groups, frozen), not scorer.factorised, tile)
     return costs, {**sizes, "frozen": sum(frozen)}
 
 
@@ -149,7 +155,7 @@ def _row(costs: Costs, cluster: Cluster) -> Row:
         fits = most == share
         asked = train.micro_batch_size if train.micro_batch_size and share % train.micro_batch_size == 0 else share
         micro = None if most is None else min(asked, most)
-    planned = None if micro is None else estimate(costs, cluster, batch, micro)
+    planned = None if micro is None else estimate_step(costs, cluster, batch, micro)
     largest = largest_share(costs, cluster)
     small = train.micro_batch_size or max(1, largest // 4)
     return Row(size, planned, fits, size * largest, size * largest_share(costs, cluster, small) if largest else 0)

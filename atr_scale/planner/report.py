@@ -10,27 +10,27 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from atr_scale.planner import gpus
-from atr_scale.planner.estimate import Estimate
-from atr_scale.planner.planner import Plan, Row
+from atr_scale.planner.estimate import StepEstimate
+from atr_scale.planner.planner import Row, RunPlan
 
 GIB, MIB = 2**30, 2**20
 
 
-def text(plan: Plan) -> str:
+def describe_plan(plan: RunPlan) -> str:
     """The plan of the cluster that was asked for, part by part, then the table of all sizes."""
     return "\n".join([*_head(plan), "", *_step(plan), "", *_table(plan)])
 
 
-def write(plan: Plan, folder: Path) -> list[Path]:
+def write_plan(plan: RunPlan, folder: Path) -> list[Path]:
     """plan.json and plan.png in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers, picture = folder / "plan.json", folder / "plan.png"
-    numbers.write_text(json.dumps(as_json(plan), indent=1) + "\n")
-    figure(plan).savefig(picture)
+    numbers.write_text(json.dumps(plan_as_json(plan), indent=1) + "\n")
+    plot_plan(plan).savefig(picture)
     return [numbers, picture]
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def plan_as_json(plan: RunPlan) -> dict[str, Any]:
     return {
         "gpu": asdict(plan.gpu),
         "nodes": plan.nodes,
@@ -51,7 +51,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _row_json(plan: Plan, row: Row) -> dict[str, Any]:
+def _row_json(plan: RunPlan, row: Row) -> dict[str, Any]:
     found: dict[str, Any] = {
         "gpus": row.world_size,
         "fits_in_one_forward": row.fits_whole,
@@ -74,7 +74,7 @@ def _row_json(plan: Plan, row: Row) -> dict[str, Any]:
     }
 
 
-def _head(plan: Plan) -> list[str]:
+def _head(plan: RunPlan) -> list[str]:
     train, model, e = plan.config.train, plan.model, plan.chosen.planned
     assert e is not None
     share = e.global_batch // e.world_size
@@ -103,7 +103,7 @@ def _head(plan: Plan) -> list[str]:
     ]
 
 
-def _step(plan: Plan) -> list[str]:
+def _step(plan: RunPlan) -> list[str]:
     e = plan.chosen.planned
     assert e is not None
     lines = [f"memory     {e.peak / GIB:.1f} GiB a GPU at the peak, of {plan.gpu.memory / GIB:.0f}"]
@@ -124,7 +124,7 @@ def _step(plan: Plan) -> list[str]:
     return lines
 
 
-def _table(plan: Plan) -> list[str]:
+def _table(plan: RunPlan) -> list[str]:
     names = ("GPUs", "a GPU", "forward", "GiB", "step ms", "clips/s", "effic.", "time", "USD", "bound", "largest")
     lines: list[tuple[str, ...]] = [(*names, "GradCache")]
     one = next((row.planned for row in plan.rows if row.planned), None)
@@ -153,7 +153,7 @@ def _duration(hours: float) -> str:
     return f"{hours / 24:.1f} d" if hours >= 48 else f"{hours:.1f} h"
 
 
-def figure(plan: Plan) -> Figure:
+def plot_plan(plan: RunPlan) -> Figure:
     """Speed, time by bound, and memory over the number of GPUs."""
     from atr_scale import plots
 
@@ -168,7 +168,7 @@ def figure(plan: Plan) -> Figure:
     )
 
 
-def _grouped(e: Estimate) -> dict[str, float]:
+def _grouped(e: StepEstimate) -> dict[str, float]:
     """Memory in GiB in five groups."""
     groups = {
         "states": ("parameters", "optimizer", "parameters gathered"),

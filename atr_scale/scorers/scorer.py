@@ -40,7 +40,7 @@ class Scorer(nn.Module, ABC):
     def block(self, text: TokenSequence, audio: TokenSequence, world: World | None = None) -> ScoreBlock:
         """All texts of the global batch [B, ...] against this rank's audios [b, ...]. Audio never travels."""
         world = world or World.current()
-        return StoredScores(self.scores(gather_text(text, world, self.reads_words), audio), world)
+        return StoredScores(self.scores(gather_sequence(text, world, self.reads_words), audio), world)
 
     def embed_text(self, text: TokenSequence) -> Tensor:
         """Unit vectors [B, D] of a factorised scorer. Raises UserError if a score needs both sides at once."""
@@ -56,18 +56,18 @@ class Scorer(nn.Module, ABC):
         )
 
 
-def gather_text(text: TokenSequence, world: World, words: bool) -> TokenSequence:
-    """The texts of all ranks in rank order, differentiable; without `words` the token axis comes back empty.
+def gather_sequence(own: TokenSequence, world: World, with_tokens: bool) -> TokenSequence:
+    """The rows of all ranks in rank order, differentiable; without tokens the token axis comes back empty.
 
-    Captions are padded to the longest of any rank. Pooled vectors travel in fp32 or wider, words in their own dtype.
+    Rows are padded to the longest of any rank. Pooled vectors travel in fp32 or wider, tokens in their own dtype.
     """
-    pooled = world.gather(at_least_fp32(text.pooled))
-    if not words:
-        empty = text.tokens.new_zeros(len(pooled), 0, text.tokens.shape[-1])
-        return TokenSequence(empty, text.mask.new_zeros(len(pooled), 0), pooled)
-    extra = world.max_int(text.tokens.shape[1]) - text.tokens.shape[1]
-    tokens = world.gather(pad(text.tokens, (0, 0, 0, extra)))
-    mask = world.gather(pad(text.mask, (0, extra)).byte()).bool()
+    pooled = world.gather(at_least_fp32(own.pooled))
+    if not with_tokens:
+        empty = own.tokens.new_zeros(len(pooled), 0, own.tokens.shape[-1])
+        return TokenSequence(empty, own.mask.new_zeros(len(pooled), 0), pooled)
+    extra = world.max_int(own.tokens.shape[1]) - own.tokens.shape[1]
+    tokens = world.gather(pad(own.tokens, (0, 0, 0, extra)))
+    mask = world.gather(pad(own.mask, (0, extra)).byte()).bool()
     return TokenSequence(tokens, mask, pooled)
 
 

@@ -1,0 +1,1 @@
+"""Teacher scores for distillation: their tables, how trained models write them (estimate), how models compare."""

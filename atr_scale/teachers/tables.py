@@ -1,4 +1,5 @@
-"""Estimated audio-caption correspondences (arXiv 2408.11641): what teachers say of a split, kept in tables.
+"""Teacher scores of a split, kept in tables: the soft labels of distillation (estimated audio-caption correspondences,
+arXiv 2408.11641).
 
 Shape suffixes: C captions and N clips of the split, B texts of the global batch, b rows of this rank, d width.
 
@@ -38,8 +39,8 @@ REMEDY = "run `atr-scale estimate` on the shards of data.train"
 
 
 @dataclass(frozen=True)
-class Table:
-    """What one model says of a split; on disk `<name>.safetensors`.
+class TeacherTable:
+    """The scores that one model gives the captions and clips of a split; on disk `<name>.safetensors`.
 
     clip_ids:      [N] int64, `stable_id` of every clip, each once.
     caption_clip:  [C] int64, the clip id of every caption.
@@ -88,31 +89,31 @@ class Table:
         return path
 
     @staticmethod
-    def read(path: str | Path) -> Table:
+    def read(path: str | Path) -> TeacherTable:
         """UserError where there is no file, or it is damaged, or it is no such table."""
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except OSError:
-            raise UserError(f"no table of correspondences at {path}: {REMEDY}") from None
+            raise UserError(f"no table of teacher scores at {path}: {REMEDY}") from None
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}): {REMEDY} again") from None
         if CHECKSUM not in metadata or set(tensors) not in ({*KEYS, *VECTORS}, {*KEYS, *SCORES}):
-            raise UserError(f"{path} is no table of correspondences: {REMEDY}")
+            raise UserError(f"{path} is no table of teacher scores: {REMEDY}")
         if metadata.pop(CHECKSUM) != _checksum(tensors):
             raise UserError(f"{path} is damaged (another checksum): {REMEDY} again")
         keys = {name: tensors.pop(name) for name in KEYS}
-        return Table(Path(path).name.removesuffix(".safetensors"), **keys, values=tensors, metadata=metadata)
+        return TeacherTable(Path(path).name.removesuffix(".safetensors"), **keys, values=tensors, metadata=metadata)
 
 
-class Correspondences:
+class TeacherEnsemble:
     """The mean of the scores of several tables of one split, for what lands in a batch.
 
     Raises UserError where the tables are of different splits.
     """
 
-    def __init__(self, tables: Sequence[Table]) -> None:
+    def __init__(self, tables: Sequence[TeacherTable]) -> None:
         first, *others = tables
         for other in others:
             if not all(torch.equal(getattr(first, key), getattr(other, key)) for key in KEYS):
@@ -126,8 +127,8 @@ class Correspondences:
         self._captions = {key: row for row, key in enumerate(keys)}
 
     @staticmethod
-    def read(paths: Sequence[str | Path]) -> Correspondences:
-        return Correspondences([Table.read(path) for path in paths])
+    def read(paths: Sequence[str | Path]) -> TeacherEnsemble:
+        return TeacherEnsemble([TeacherTable.read(path) for path in paths])
 
     def check(self, shards: ShardSet) -> None:
         """UserError where the tables are not about `shards`.
@@ -172,11 +173,11 @@ class Correspondences:
 
     def _unknown(self, what: str) -> UserError:
         names = ", ".join(table.name for table in self.tables)
-        return UserError(f"{what} is not in the tables of correspondences ({names}): {REMEDY}")
+        return UserError(f"{what} is not in the tables of teacher scores ({names}): {REMEDY}")
 
 
 def joined_vectors(
-    tables: Sequence[Table], captions: Tensor, clips: Tensor, device: torch.device | str = "cpu"
+    tables: Sequence[TeacherTable], captions: Tensor, clips: Tensor, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """[c, d], [n, d]: the vectors of all tables side by side, whose products are the sums of the tables' scores."""
     text = torch.cat([table.vectors("text", captions, device) for table in tables], 1)

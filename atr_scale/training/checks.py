@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atr_scale.checkpoint import build_retriever, find_checkpoint
 from atr_scale.config import RunConfig
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.data.stream import TrainingStream
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.teachers.tables import Correspondences
+from atr_scale.model import Retriever
+from atr_scale.teachers.tables import TeacherEnsemble
 
 # What may differ when a run is resumed; everything else would make it another run.
 FREE_TO_CHANGE = (
@@ -60,6 +62,20 @@ def check_run_folder(folder: Path) -> None:
         raise UserError(f"the run folder {folder} is not writable: give another run.dir")
 
 
+def new_model(config: RunConfig, world: World, resume_from: Path | None = None) -> Retriever:
+    """The model of a run as its updates need it, with its first weights: those of the checkpoint it goes on from, else
+    those of train.initial_checkpoint, else pretrained and new ones. Raises UserError if they are another model's."""
+    start = resume_from
+    if start is None and config.train.initial_checkpoint:
+        start = find_checkpoint(config.train.initial_checkpoint)
+    # ZeRO 3 gathers parameters inside every forward: all ranks must make equally many.
+    rounds = world.max_int if config.train.zero_stage == 3 else None
+    options: dict[str, Any] = {"precision": config.train.precision, "equal_rounds": rounds}
+    if start is None:
+        return Retriever(config.model, config.objective, **options)
+    return build_retriever(config, start, **options)
+
+
 def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate: int, world: World) -> TrainingStream:
     return TrainingStream(
         config.data,
@@ -71,12 +87,12 @@ def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate:
     )
 
 
-def read_teacher(config: RunConfig, sources: Sequence[ShardSet]) -> Correspondences | None:
+def read_teacher(config: RunConfig, sources: Sequence[ShardSet]) -> TeacherEnsemble | None:
     """The tables of objective.distillation where it has a weight. UserError where they are not about `sources`."""
     section = config.objective.distillation
     if section.weight == 0:
         return None
-    teacher = Correspondences.read(section.tables)
+    teacher = TeacherEnsemble.read(section.tables)
     for shards in sources:
         teacher.check(shards)
     return teacher
@@ -88,7 +104,7 @@ def num_steps(config: RunConfig, stream: TrainingStream) -> tuple[int, int]:
     steps = train.steps
     if steps is None:
         assert train.epochs is not None
-        steps = max(1, math.ceil(train.epochs * stream.plan.epoch_batches / train.accum_steps))
+        steps = max(1, math.ceil(train.epochs * stream.order.epoch_batches / train.accum_steps))
     return steps, round(0.05 * steps) if train.warmup_steps is None else train.warmup_steps
 
 

@@ -13,21 +13,21 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from atr_scale.batch import Batch
 from atr_scale.config import TrainSection
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.model import Retriever
+from atr_scale.model import NO_CONTEXT, Retriever, StepContext
 from atr_scale.training.grad_cache import GradCache
 from atr_scale.training.param_groups import rate_scales
 from atr_scale.training.schedule import Seeds
@@ -96,7 +96,6 @@ class Engine:
         self.scale, self._good_steps = (FP16_INITIAL_SCALE if train.precision == "fp16" else 1.0), 0
         self._quiet_deepspeed()
         model.to(device)
-        model.precision = train.precision
         self._probe = torch.zeros((), device=device)
         share = train.global_batch_size // world.size
         chunked = train.micro_batch_size is not None and train.micro_batch_size < share
@@ -120,14 +119,18 @@ class Engine:
             self._grad_cache = GradCache(
                 self.deepspeed, self.deepspeed.backward, device, train.micro_batch_size, train.kept_chunks
             )
-        if train.zero_stage == 3:
-            # Sharded parameters are gathered inside every forward: all ranks must make equally many.
-            model.audio_encoder.equal_rounds = world.max_int
 
-    def update(self, batches: Iterable[Batch], learning_rates: dict[str, float], seeds: Iterable[Seeds]) -> StepResult:
+    def update(
+        self,
+        batches: Iterable[Batch],
+        learning_rates: dict[str, float],
+        seeds: Iterable[Seeds],
+        context: StepContext = NO_CONTEXT,
+    ) -> StepResult:
         """One update from the losses of `batches`, one global batch each, with a seed pair for each.
 
-        learning_rates: of the groups "audio", "text" and "heads", that of their fastest layer.
+        learning_rates: of the groups "audio", "text" and "heads", that of their fastest layer. context: of all forwards
+        of the update, but for the seed of augmentation, which is each batch's own.
         """
         for group in self.deepspeed.optimizer.param_groups:
             # Groups of checkpoints from before there was layer decay have no scale.
@@ -138,8 +141,8 @@ class Engine:
         values: dict[str, Tensor] = {}
         with self._reduced_once():
             for batch, seed in zip(batches, seeds, strict=True):
-                self.model.augment_seed = seed.augmentation
-                terms = self._add_gradients(batch, seed.dropout)
+                own = replace(context, augment_seed=seed.augmentation)
+                terms = self._add_gradients(batch, seed.dropout, own)
                 for name, value in terms.items():
                     share = value.detach().float() / self.train.accum_steps
                     values[name] = values[name] + share if name in values else share
@@ -150,14 +153,14 @@ class Engine:
         norm = self._step() / self.scale
         return StepResult(values, norm, bad_ranks, self._adapt_scale(bool(bad_ranks)))
 
-    def _add_gradients(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+    def _add_gradients(self, batch: Batch, seed: int, context: StepContext) -> dict[str, Tensor]:
         """Adds the gradient of one loss to the parameters; returns its terms."""
         # Gradients are averaged over ranks, the loss is one sum over them: hence the world's size.
         factor = self.world.size * self.scale / self.train.accum_steps
         if self._grad_cache:
-            return self._grad_cache.accumulate(batch, seed, factor)
+            return self._grad_cache.accumulate(batch, seed, factor, context)
         torch.manual_seed(seed)
-        terms = self.deepspeed(batch.to(self.device))
+        terms = self.deepspeed(batch.to(self.device), context)
         self.deepspeed.backward(terms["loss"] * factor)
         return terms
 
@@ -184,13 +187,18 @@ class Engine:
         return out
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Everything a resume needs beside the weights, one file a rank; all ranks call this."""
+        """Everything a resume needs beside the frozen weights, one file a rank; all ranks call this."""
         state = {**state, "scale": self.scale, "good_steps": self._good_steps}
-        self.deepspeed.save_checkpoint(str(folder), tag="deepspeed", client_state=state, save_latest=False)
+        self.deepspeed.save_checkpoint(
+            str(folder), tag="deepspeed", client_state=state, save_latest=False, exclude_frozen_parameters=True
+        )
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """The state given to `save`. Only for files whose checksums were verified: DeepSpeed unpickles them."""
-        path, state = self.deepspeed.load_checkpoint(str(folder), tag="deepspeed")
+        """The state given to `save`; frozen weights are those that the model had when this engine was made.
+
+        Only for files whose checksums were verified: DeepSpeed unpickles them.
+        """
+        path, state = self.deepspeed.load_checkpoint(str(folder), tag="deepspeed", custom_load_fn=_load_learned)
         if path is None:
             raise UserError(f"no DeepSpeed state for {self.world.size} ranks in {folder}: start a new run folder")
         self.scale, self._good_steps = state["scale"], state["good_steps"]
@@ -240,6 +248,13 @@ class Engine:
         if self.device.type == "cpu":
             # Otherwise compiled at every start (minutes on two cores) for a reduction that gloo also does.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _load_learned(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """The state of all but frozen parameters; checkpoints of version 0.1 hold these too. Names are DeepSpeed's."""
+    found = dst.load_state_dict(src, strict=False)
+    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
+    assert not found.unexpected_keys and frozen.issuperset(found.missing_keys), found
 
 
 def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:

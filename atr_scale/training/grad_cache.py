@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from atr_scale.batch import Batch, TokenSequence
-from atr_scale.model import Encoded
+from atr_scale.model import NO_CONTEXT, Encoded, StepContext
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class GradCache:
     chunk_size: int
     kept_chunks: int = 0
 
-    def accumulate(self, batch: Batch, seed: int, factor: float) -> dict[str, Tensor]:
+    def accumulate(
+        self, batch: Batch, seed: int, factor: float, context: StepContext = NO_CONTEXT
+    ) -> dict[str, Tensor]:
         """Adds the gradient of factor * loss of `batch` to the parameters; returns the loss terms.
 
         `batch` stays where it is, chunks of it go to the device one by one. Random draws follow from `seed` and the
@@ -43,27 +45,27 @@ class GradCache:
         encoded = []
         for number, rows in enumerate(chunks):
             with torch.set_grad_enabled(number < self.kept_chunks):
-                encoded.append(self._encode(batch, rows, seed + 1 + number))
+                encoded.append(self._encode(batch, rows, seed + 1 + number, context))
         leaves = Encoded(*(_as_leaves(TokenSequence.cat(list(side))) for side in zip(*encoded, strict=True)))
         kept = encoded[: self.kept_chunks]
         del encoded
 
         torch.manual_seed(seed)
         without_audio = replace(batch, waveform=batch.waveform[:, :0])
-        terms = self.forward(without_audio.take(order).to(self.device), encoded=leaves)
+        terms = self.forward(without_audio.take(order).to(self.device), context, encoded=leaves)
         self.backward(terms["loss"] * factor)
 
         first = 0
         for number, rows in enumerate(chunks):
-            again = kept.pop(0) if kept else self._encode(batch, rows, seed + 1 + number)
+            again = kept.pop(0) if kept else self._encode(batch, rows, seed + 1 + number, context)
             self._send_back(again, leaves, first)
             del again  # frees a kept graph before the next chunk's
             first += len(rows)
         return terms
 
-    def _encode(self, batch: Batch, rows: Tensor, seed: int) -> Encoded:
+    def _encode(self, batch: Batch, rows: Tensor, seed: int, context: StepContext) -> Encoded:
         torch.manual_seed(seed)
-        return self.forward(cut(batch, rows).take(rows).to(self.device), encode_only=True)
+        return self.forward(cut(batch, rows).take(rows).to(self.device), context, encode_only=True)
 
     def _send_back(self, chunk: Encoded, leaves: Encoded, first: int) -> None:
         """The gradient of the rows from `first` on through the graph of `chunk`, which has encoded them."""

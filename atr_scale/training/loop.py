@@ -21,7 +21,7 @@ import torch
 
 from atr_scale import checkpoint
 from atr_scale.batch import Batch
-from atr_scale.config import RunConfig, load_config
+from atr_scale.config import RunConfig
 from atr_scale.data.decode import Crop, decode
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.stream import describe, read_batches
@@ -30,11 +30,13 @@ from atr_scale.distributed.start import distributed
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
-from atr_scale.model import Retriever, count_parameters, load_weights, read_weights
+from atr_scale.evaluation.selection import check_selection, selection_score
+from atr_scale.model import StepContext, count_parameters
 from atr_scale.training.checks import (
     check_batch_size,
     check_run_folder,
     differences,
+    new_model,
     num_steps,
     read_teacher,
     training_stream,
@@ -49,8 +51,6 @@ from atr_scale.training.schedule import learning_rate, seeds
 logger = logging.getLogger(__name__)
 
 DROP_GRACE = 10_000  # samples before the drop rate is judged: one bad file must not end a short run
-# The metric that makes a checkpoint the best; in a labelled set captions are shared, so classes are what is asked for.
-SELECTIONS = ("class/mAP@10", "t2a/mAP@10")
 SHOWN = ("t2a/R@1", "t2a/mAP@10", "a2t/R@1", "zero_shot/accuracy")
 PREEMPTED = "preempted"
 
@@ -62,6 +62,7 @@ class Progress:
     step: int = 0
     samples_seen: int = 0
     best: float = -math.inf
+    best_metric: str | None = None  # evaluation.select, of which `best` is the highest so far
     skipped_steps: int = 0
     fp16_overflows: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -82,18 +83,19 @@ class Training:
         check_batch_size(config, world.size)
         check_run_folder(self.run_dir)
         self.stop = PreemptionFlag()
-        self.tokenizer = caption_tokenizer(config)
-        self.validation = open_shards(config.data.validation) if config.data.validation else None
-        torch.manual_seed(config.run.seed)  # the same new weights on every rank
-        model = Retriever(config.model, config.objective)
+        self.validation = {name: open_shards(place) for name, place in config.data.validation_sets.items()}
+        check_selection(config.evaluation.select, list(self.validation))
         resume_from = self._find_checkpoint()
-        if resume_from is None and config.train.initial_checkpoint:
-            load_weights(model, read_weights(config.train.initial_checkpoint), config.train.initial_checkpoint)
+        if resume_from is not None:
+            self._check_resume(resume_from)
+        torch.manual_seed(config.run.seed)  # the same new weights on every rank
+        model = new_model(config, world, resume_from)
+        self.tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
         freeze(model, config.train)
         self.stream = training_stream(config, self.tokenizer, model.sample_rate, world)
-        model.teacher = read_teacher(config, self.stream.sources)
+        self.teacher = read_teacher(config, self.stream.sources)
         self.steps, self.warmup_steps = num_steps(config, self.stream)
-        self.epoch_steps = max(1, math.ceil(self.stream.plan.epoch_batches / config.train.accum_steps))
+        self.epoch_steps = max(1, math.ceil(self.stream.order.epoch_batches / config.train.accum_steps))
         self.engine = Engine(model, config.train, world, device)
         self.progress, self._logged_step = Progress(), 0
         if resume_from is not None:
@@ -128,9 +130,9 @@ class Training:
         while self.progress.step < self.steps:
             step = self.progress.step
             taken = self._take(batches)
-            self.engine.model.step = step
+            context = StepContext(step, teacher=self.teacher.block if self.teacher else None)
             drawn = seeds(self.config.run.seed, step, losses, self.world.rank)
-            result = self.engine.update(taken, self._learning_rates(step), drawn)
+            result = self.engine.update(taken, self._learning_rates(step), drawn, context)
             self.progress.step += 1
             self.progress.samples_seen += losses * train.global_batch_size
             self._judge(result, taken)
@@ -224,7 +226,7 @@ class Training:
             "data_wait": interval.waited / seconds,
             "memory_gb": _memory_gb(self.device),
             "samples_seen": float(seen),
-            "epoch": seen / self.config.train.global_batch_size / self.stream.plan.epoch_batches,
+            "epoch": seen / self.config.train.global_batch_size / self.stream.order.epoch_batches,
             "skipped_steps": float(self.progress.skipped_steps),
             "fp16_overflows": float(self.progress.fp16_overflows),
             **{f"dropped/{reason}": float(n) for reason, n in self.progress.dropped.items()},
@@ -243,40 +245,46 @@ class Training:
         self._since_log.dropped = Counter()
 
     def _validate(self) -> bool:
-        """Evaluate; whether this is the best step so far."""
-        if self.validation is None:
+        """Evaluate every set of data.validation; whether this is the best step so far."""
+        if not self.validation:
             return False
         start = time.perf_counter()
-        step = self.progress.step
+        found = {name: self._evaluate(name, shards) for name, shards in self.validation.items()}
+        # The speed that is logged is training's own.
+        self._since_log.start += time.perf_counter() - start
+        score = selection_score(found, self.config.evaluation.select)
+        if score <= self.progress.best:
+            return False
+        self.progress.best, self.progress.best_metric = score, self.config.evaluation.select
+        return True
+
+    def _evaluate(self, name: str, shards: ShardSet) -> dict[str, float]:
+        """Metrics of one validation set, logged under its name."""
+        start, step = time.perf_counter(), self.progress.step
         evaluation = evaluate(
             self.engine.model,
-            self.validation,
+            shards,
             self.config,
-            split="validation",
+            split=name,
             step=step,
             world=self.world,
             device=self.device,
             tokenizer=self.tokenizer,
             lockstep=self.config.train.zero_stage == 3,
         )
-        self.monitor.evaluation(step, "validation", evaluation.metrics)
+        self.monitor.evaluation(step, name, evaluation.metrics)
         for result in evaluation.results:
             self.monitor.heatmap(step, result.excerpt, result.excerpt_names, result.split)
         if evaluation.results:
-            self.monitor.retrieved(step, players(evaluation, self.validation))
+            self.monitor.retrieved(step, players(evaluation, shards), name)
             logger.info(
-                "step %d: validation %s (%.0f s)",
+                "step %d: %s %s (%.0f s)",
                 step,
-                ", ".join(f"{name} {evaluation.metrics[name]:.3f}" for name in SHOWN if name in evaluation.metrics),
+                name,
+                ", ".join(f"{key} {evaluation.metrics[key]:.3f}" for key in SHOWN if key in evaluation.metrics),
                 time.perf_counter() - start,
             )
-        # The speed that is logged is training's own.
-        self._since_log.start += time.perf_counter() - start
-        score = next(evaluation.metrics[name] for name in SELECTIONS if name in evaluation.metrics)
-        if score <= self.progress.best:
-            return False
-        self.progress.best = score
-        return True
+        return evaluation.metrics
 
     def _save(self, best: bool) -> None:
         start = time.perf_counter()
@@ -303,7 +311,7 @@ class Training:
         found: Path | UserError | None = None
         if self.world.is_main:
             try:
-                found = checkpoint.find(self.run_dir)
+                found = checkpoint.newest_sound(self.run_dir)
             except UserError as error:
                 found = error
         found = self.world.gather_objects(found)[0]
@@ -311,23 +319,30 @@ class Training:
             raise found
         return found
 
-    def _resume(self, folder: Path) -> None:
-        saved = load_config(folder / "config.resolved.yaml")
+    def _check_resume(self, folder: Path) -> None:
+        """UserError if the checkpoint is of another run than this one: of another configuration or number of ranks."""
+        saved = checkpoint.read_config(folder, self.config.plugins)
         drift = differences(saved.model_dump(mode="json"), self.config.model_dump(mode="json"))
         if drift:
             raise UserError(
                 f"{self.run_dir} was trained with another configuration ({'; '.join(drift)}): "
                 "restore these values, or give another run.dir"
             )
-        state = json.loads((folder / "state.json").read_text())
+
+        state = json.loads((folder / checkpoint.STATE).read_text())
         if state["world_size"] != self.world.size and self.config.train.zero_stage > 0:
             raise UserError(
                 f"{folder} holds ZeRO {self.config.train.zero_stage} shards of {state['world_size']} ranks, not "
                 f"{self.world.size}: start as many ranks, or give another run.dir with "
                 f"train.initial_checkpoint={folder}"
             )
+
+    def _resume(self, folder: Path) -> None:
+        state = json.loads((folder / checkpoint.STATE).read_text())
         self.engine.load(folder)
         self.progress = Progress(**{key: value for key, value in state.items() if key != "world_size"})
+        if self.progress.best_metric != self.config.evaluation.select:
+            self.progress.best = -math.inf  # it was of another metric
         self._logged_step = self.progress.step
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-import atr_scale
+from atr_scale.version import __version__
 
 PACKAGES = (
     "torch",
@@ -75,7 +75,7 @@ def describe_environment(world_size: int) -> dict[str, object]:
         "command": redact(shlex.join(sys.argv)),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "atr_scale": atr_scale.__version__,
+        "atr_scale": __version__,
         "git": _git(Path(__file__).resolve()),
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": _devices(),

@@ -13,11 +13,11 @@ import torch
 
 from atr_scale import checkpoint
 from atr_scale.batch import Batch
+from atr_scale.checkpoint import load_retriever
 from atr_scale.config import AudioEncoderSection, RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.encoders import AUDIO_ENCODERS
 from atr_scale.encoders.spec_augment import SpecAugmentSection
-from atr_scale.model import load_retriever
 from atr_scale.training import engine
 from atr_scale.training.schedule import seeds
 from tests.tiny_run import tiny_config

@@ -14,7 +14,7 @@ import torch
 
 from atr_scale.batch import TokenSequence
 from atr_scale.config import RunConfig
-from atr_scale.data.shard_builder import build
+from atr_scale.data.shard_builder import build_shards
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
@@ -66,7 +66,7 @@ def write_split(root: Path, labelled: bool) -> None:
             soundfile.write(root / "audio" / f"{n}.wav", sound, RATE)
             captions = [f"a {WORDS[(n + k) % 4]} tone {n}" if k <= n % 3 else "" for k in range(3)]
             writer.writerow([f"{n}.wav", *captions, *([LABELS[n % 3]] if labelled else [])])
-    build("folder", root, root / "shards", shard_size=3, encoding="pcm16", sample_rate=RATE)
+    build_shards("folder", root, root / "shards", shard_size=3, encoding="pcm16", sample_rate=RATE)
 
 
 def damage(shards: Path) -> None:
@@ -102,7 +102,7 @@ def run(config: RunConfig, split: str, batch_size: int, lockstep: bool, scorer: 
         step=7,
         world=World.current(),
         device=torch.device("cpu"),
-        tokenizer=caption_tokenizer(config),
+        tokenizer=caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
         lockstep=lockstep,
     )
     assert model.training, "the model is left as it was"

@@ -15,7 +15,7 @@ from atr_scale.data.stream import read_batches
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.encoders.spec_augment import SpecAugmentSection
-from atr_scale.model import Retriever
+from atr_scale.model import Retriever, StepContext
 from atr_scale.training.checks import training_stream
 from atr_scale.training.grad_cache import GradCache, cut
 from atr_scale.training.schedule import seeds
@@ -31,7 +31,9 @@ RATES = {"audio": 1e-3, "text": 1e-3, "heads": 1e-3}
 def whole(config: RunConfig) -> Batch:
     """A batch whose clips have two lengths, in no order."""
     model = Retriever(config.model, config.objective)
-    stream = training_stream(config, caption_tokenizer(config), model.sample_rate, World())
+    stream = training_stream(
+        config, caption_tokenizer(model.text_encoder.tokenizer, config.data.captions), model.sample_rate, World()
+    )
     batch = next(read_batches(stream.between(0, 1), 0))
     lengths = batch.lengths.clone()
     lengths[::3] //= 2
@@ -43,12 +45,12 @@ def gradients(config: RunConfig, batch: Batch, chunk_size: int | None = None, ke
     """In float64, of one process without DeepSpeed."""
     torch.manual_seed(0)
     model = Retriever(config.model, config.objective).double().train()
-    model.augment_seed = SEED
+    context = StepContext(augment_seed=SEED)
     if chunk_size is None:
         torch.manual_seed(SEED)
-        model(batch)["loss"].mul(3.0).backward()
+        model(batch, context)["loss"].mul(3.0).backward()
     else:
-        GradCache(model, lambda loss: loss.backward(), CPU, chunk_size, kept).accumulate(batch, SEED, 3.0)
+        GradCache(model, lambda loss: loss.backward(), CPU, chunk_size, kept).accumulate(batch, SEED, 3.0, context)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

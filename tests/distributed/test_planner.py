@@ -11,10 +11,10 @@ import pytest
 from torch.autograd.profiler import profile
 
 from atr_scale.config import RunConfig
-from atr_scale.planner.estimate import Cluster, Costs, estimate, transfers
+from atr_scale.planner.estimate import Cluster, Costs, estimate_step, transfers
 from atr_scale.planner.gpus import find_gpu
 from atr_scale.planner.ops import Collective, Recorder
-from atr_scale.planner.planner import measure
+from atr_scale.planner.planner import measure_costs
 from atr_scale.training.schedule import seeds
 from tests.tiny_run import tiny_config
 from tools.parity import start, with_train
@@ -89,7 +89,7 @@ def test_bytes_are_exact(config: RunConfig, world_size: int) -> None:
     chosen = cases(config)
     for rank in run_ranks(runs, world_size, list(chosen.values())):
         for (name, one), found in zip(chosen.items(), rank, strict=True):
-            costs, _ = measure(one, SECONDS, found["tokens"], gpu=False)
+            costs, _ = measure_costs(one, SECONDS, found["tokens"], gpu=False)
             assert sent(found["collectives"], world_size) == planned(costs, world_size), name
         break  # all ranks call the same collectives
 
@@ -98,7 +98,7 @@ def test_memory_is_within_a_tenth(config: RunConfig) -> None:
     """States, gradients, activations and buckets of a whole update, on one rank."""
     chosen = [with_train(config, zero_stage=stage, global_batch_size=40) for stage in (0, 1, 2)]
     for one, found in zip(chosen, run_ranks(runs, 1, chosen)[0], strict=True):
-        costs, _ = measure(one, SECONDS, found["tokens"], gpu=False)
+        costs, _ = measure_costs(one, SECONDS, found["tokens"], gpu=False)
         bucket = 0 if one.train.zero_stage == 0 else 4 * 500_000_000  # would hide what else there is
-        peak = estimate(costs, Cluster(find_gpu("H100"), 1, 8, 0.0, 1), 40).peak - bucket
+        peak = estimate_step(costs, Cluster(find_gpu("H100"), 1, 8, 0.0, 1), 40).peak - bucket
         assert peak == pytest.approx(found["peak"] - bucket, rel=0.1), f"ZeRO {one.train.zero_stage}"

@@ -16,7 +16,7 @@ from atr_scale.distributed.world import World
 from atr_scale.losses import dense, tiled
 from atr_scale.losses.targets import positives_mask
 from atr_scale.scorers import build_scorer, tap
-from atr_scale.scorers.scorer import gather_text
+from atr_scale.scorers.scorer import gather_sequence
 from tests.sequences import random_sequence
 from tools.ranks import run_ranks
 
@@ -105,7 +105,7 @@ def gathered_words() -> tuple[list[Any], list[Any]]:
     """Of captions whose longest is of another length on every rank: what arrives, and the gradient that returns."""
     world = World.current()
     mine = random_sequence([1, world.rank + 2], DIM, world.rank, gradient=True)
-    text = gather_text(mine, world, words=True)
+    text = gather_sequence(mine, world, with_tokens=True)
     (text.tokens * torch.arange(1, text.tokens.numel() + 1).view_as(text.tokens)).sum().backward()
     assert mine.tokens.grad is not None
     return [x.detach().numpy() for x in (text.tokens, text.mask, text.pooled)], [mine.tokens.grad.numpy()]

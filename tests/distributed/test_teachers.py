@@ -19,9 +19,10 @@ from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.losses import dense
-from atr_scale.model import Retriever
-from atr_scale.teachers.estimate import Comparison, estimate
-from atr_scale.teachers.tables import Correspondences, Table
+from atr_scale.model import Retriever, StepContext
+from atr_scale.teachers.comparison import Comparison
+from atr_scale.teachers.estimate import write_teacher_tables
+from atr_scale.teachers.tables import TeacherEnsemble, TeacherTable
 from tests.distributed.test_evaluation import write_split
 from tests.losses import unit
 from tests.tiny_run import save_run, tiny_config
@@ -31,7 +32,7 @@ B, CLIPS, EACH = 6, 4, 3  # clips of the batch are drawn twice: positives and eq
 KINDS = ("vectors", "mixed")
 
 
-def tables(kind: str) -> list[Table]:
+def tables(kind: str) -> list[TeacherTable]:
     """Two members in float64 over CLIPS clips with EACH captions."""
     ids = torch.arange(CLIPS) * 1_000_003 + 5
     keys = ids, ids.repeat_interleave(EACH), torch.arange(EACH).repeat(CLIPS)
@@ -39,7 +40,7 @@ def tables(kind: str) -> list[Table]:
     second = {"text": unit(CLIPS * EACH, 5, 13), "audio": unit(CLIPS, 5, 14)}
     if kind == "mixed":
         second = {"scores": second["text"] @ second["audio"].T}
-    return [Table("one", *keys, {"text": text, "audio": audio}), Table("two", *keys, second)]
+    return [TeacherTable("one", *keys, {"text": text, "audio": audio}), TeacherTable("two", *keys, second)]
 
 
 def global_batch() -> tuple[Batch, Tensor, Tensor]:
@@ -78,8 +79,8 @@ def distilled(config: RunConfig) -> dict[str, Any]:
     world, found = World.current(), {}
     for kind in KINDS:
         model = student(config)
-        model.teacher = Correspondences(tables(kind))
-        loss = model(part_of(global_batch()[0], world))["loss"]
+        context = StepContext(teacher=TeacherEnsemble(tables(kind)).block)
+        loss = model(part_of(global_batch()[0], world), context)["loss"]
         (world.size * loss).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         for gradient in gradients.values():
@@ -124,7 +125,7 @@ def surprised() -> str:
     if world.rank == world.size - 1:
         batch = replace(batch, caption_index=batch.caption_index + EACH)
     with pytest.raises(UserError) as error:
-        Correspondences(tables("vectors")).block(batch)
+        TeacherEnsemble(tables("vectors")).block(batch)
     return str(error.value)
 
 
@@ -144,13 +145,13 @@ def test_ranks_equal_one_process(config: RunConfig, alone: dict[str, Any], size:
     *others, last = [said for _, said in ranks]
     assert re.match(r"caption [34] of clip \d+ is not", last) and "run `atr-scale estimate`" in last
     assert {said.split(":")[0] for said in others} == {
-        "a caption of another rank is not in the tables of correspondences (one, two)"
+        "a caption of another rank is not in the tables of teacher scores (one, two)"
     }
 
 
 def written(runs: list[Path], shards: Path, out: Path) -> Comparison | None:
     blank = {"world": World.current(), "device": torch.device("cpu")}
-    return estimate([str(run) for run in runs], shards=str(shards), out=out, batch_size=4, **blank)
+    return write_teacher_tables([str(run) for run in runs], shards=str(shards), out=out, batch_size=4, **blank)
 
 
 @pytest.mark.slow
@@ -163,13 +164,13 @@ def test_tables_written_by_several_ranks_are_the_same_to_the_last_bit(config: Ru
     first, second = run_ranks(written, 2, runs, shards, tmp_path / "together")
     assert want and np.allclose(first.correlation, want.correlation, atol=1e-6) and second is None
     for name in ("mean", "tap"):
-        one, two = (Table.read(tmp_path / place / f"{name}.safetensors") for place in ("alone", "together"))
+        one, two = (TeacherTable.read(tmp_path / place / f"{name}.safetensors") for place in ("alone", "together"))
         assert one.metadata == two.metadata and one.factorised == (name == "mean")
         for key in ("clip_ids", "caption_clip", "caption_index"):
             assert torch.equal(getattr(one, key), getattr(two, key))
         assert one.values.keys() == two.values.keys()
         assert all(torch.equal(value, two.values[key]) for key, value in one.values.items())
-    table = Table.read(tmp_path / "together" / "mean.safetensors")
+    table = TeacherTable.read(tmp_path / "together" / "mean.safetensors")
     assert len(table.clip_ids) == 11 and len(table.caption_clip) == 21
     counts = [(table.caption_clip == clip).sum().item() for clip in table.clip_ids]
     assert table.caption_index.tolist() == [index for count in counts for index in range(count)]

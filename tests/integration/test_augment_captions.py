@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from atr_scale import cli
 from atr_scale.data import storage
@@ -206,7 +207,7 @@ def test_paraphrases_are_asked_chosen_stored_and_not_asked_again(call, chat: Cha
 
 
 def test_sentence_vectors_are_means_over_attended_tokens(inputs: TinyInputs) -> None:
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
     texts = ["a low and soft tone 1", "a tone", "high"]
     tokenizer = AutoTokenizer.from_pretrained(inputs.text_encoder)
@@ -339,9 +340,9 @@ def test_mistakes_before_anything_is_asked(
     assert "no shards in" in call(shards="/nowhere").mistake
     assert "no text encoder at" in call("--text-encoder", "/nowhere").mistake
     monkeypatch.setitem(sys.modules, "openai", None)
-    monkeypatch.delitem(sys.modules, "atr_scale.data.paraphrases.generate", raising=False)
+    monkeypatch.delitem(sys.modules, "atr_scale.data.paraphrases.ask", raising=False)
     monkeypatch.delitem(sys.modules, "atr_scale.data.paraphrases.endpoint")
-    monkeypatch.delattr("atr_scale.data.paraphrases.generate", raising=False)
+    monkeypatch.delattr("atr_scale.data.paraphrases.ask", raising=False)
     monkeypatch.delattr("atr_scale.data.paraphrases.endpoint")
     assert "pip install 'atr-scale[augment]'" in call().mistake
     monkeypatch.undo()
@@ -358,8 +359,10 @@ def test_training_reads_what_was_stored(call, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", tmp_path / "out")
     call("--threshold", -1, shards=tmp_path / "run" / "train" / "shards")
     config.data.augmented_captions = 1.0
-    stream = training_stream(config, caption_tokenizer(config), 16_000, World())
-    tokenizer = caption_tokenizer(config)
+    stream = training_stream(
+        config, caption_tokenizer(model.text_encoder.tokenizer, config.data.captions), 16_000, World()
+    )
+    tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
     paraphrases = Paraphrases(config.data.train[0].shards)
     opened = stream.sources[0]
     samples = [opened.read(i) for i in range(40)]

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from atr_scale import cli
+from atr_scale.checkpoint import load_retriever
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.evaluation.embed import embed
 from atr_scale.evaluation.metrics import retrieval_metrics
-from atr_scale.model import load_retriever
-from atr_scale.teachers.tables import Table
+from atr_scale.teachers.tables import TeacherTable
 from tests.distributed.test_evaluation import write_split
 from tests.tiny import read_training
 from tests.tiny_run import save_run, tiny_config
@@ -67,8 +67,8 @@ def start(place: Path, *line: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def table(place: Path, name: str) -> Table:
-    return Table.read(place / "tables" / f"{name}.safetensors")
+def table(place: Path, name: str) -> TeacherTable:
+    return TeacherTable.read(place / "tables" / f"{name}.safetensors")
 
 
 def figures(place: Path) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def test_tables_hold_what_the_models_say(place: Path) -> None:
         embedded = embed(
             model,
             shards,
-            caption_tokenizer(config),
+            caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
             batch_size=4,
             seconds=30.0,
             world=World(),
@@ -158,13 +158,13 @@ def test_mistakes_are_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, cap
         ("estimate", "runs/first", "--shards", "nowhere", "--out", "x"): "no shards in nowhere",
         ("estimate", "runs/first", "runs/first", *ESTIMATE[4:]): "would both be the table first",
         ("estimate", "runs/first", "--shards", "inputs/train/shards", "--out", "run.yaml"): "cannot create run.yaml",
-        (*distil, "objective.distillation.tables=[nowhere.safetensors]"): "no table of correspondences at nowhere",
+        (*distil, "objective.distillation.tables=[nowhere.safetensors]"): "no table of teacher scores at nowhere",
         (*distil, "objective.distillation.tables=[run.yaml]"): "run.yaml is damaged",
         (
             *distil,
             "objective.distillation.tables=[tables/first.safetensors]",
             "data.train[0].shards=sounds/shards",
-        ): "is not in the tables of correspondences (first): run `atr-scale estimate`",
+        ): "is not in the tables of teacher scores (first): run `atr-scale estimate`",
     }
     for line, words in lines.items():
         assert call(monkeypatch, place, *line) == 2, line

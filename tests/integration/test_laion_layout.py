@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from atr_scale.batch import caption_id
+from atr_scale.cli import app
 from atr_scale.data.shard_reader import open_shards
-from atr_scale.train import run
 from tests.tiny_run import tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_data]
@@ -40,7 +40,7 @@ def test_sidecars_train_as_they_are(real_data: Path, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "tiny", tmp_path / "run", steps=8)
     config.data.train[0].shards = config.data.validation = str(shards)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    run([str(tmp_path / "config.yaml")])
+    app(["train", str(tmp_path / "config.yaml")], standalone_mode=False)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert len(losses) == 8 and losses[-1] < losses[0]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from atr_scale.checkpoint import load_retriever
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
@@ -17,7 +18,6 @@ from atr_scale.evaluation.coarse import levels
 from atr_scale.evaluation.embed import embed
 from atr_scale.evaluation.metrics import retrieval_metrics
 from atr_scale.evaluation.result import EvaluationResult
-from atr_scale.model import load_retriever
 from tests.integration.test_estimate import call
 from tests.tiny_run import save_run, tiny_config
 
@@ -42,7 +42,7 @@ def matrix(place: Path, name: str) -> np.ndarray:
     embedded = embed(
         model.eval(),
         open_shards(str(place / "inputs" / "validation" / "shards")),
-        caption_tokenizer(config),
+        caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
         batch_size=4,
         seconds=config.data.evaluation_seconds,
         world=World(),

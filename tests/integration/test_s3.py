@@ -18,8 +18,8 @@ import pytest
 import soundfile
 
 from atr_scale.data import storage
-from atr_scale.data.shard_builder import build
-from atr_scale.data.shard_check import check
+from atr_scale.data.shard_builder import build_shards
+from atr_scale.data.shard_check import check_shards
 from atr_scale.data.shard_reader import BadSample, ShardSet, open_shards
 from atr_scale.errors import UserError
 
@@ -76,7 +76,7 @@ def pair(server: str, corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     local = str(tmp_path_factory.mktemp("local") / "set")
     remote = f"s3://{BUCKET}/corpora/set"
     for out, workers in ((local, 1), (remote, 2)):
-        build("folder", corpus, out, shard_size=4, sample_rate=8000, workers=workers)
+        build_shards("folder", corpus, out, shard_size=4, sample_rate=8000, workers=workers)
     return local, remote
 
 
@@ -85,14 +85,14 @@ def test_remote_equals_local(pair: tuple[str, str]) -> None:
     assert storage.list_files(pair[0]) == storage.list_files(pair[1])
     assert len(local) == len(remote) == 11
     assert [local.read(i) for i in range(11)] == [remote.read(i) for i in range(11)]
-    assert check(pair[1], deep=True) == []
+    assert check_shards(pair[1], deep=True) == []
 
 
 def test_complete_remote_build_is_not_repeated(pair: tuple[str, str], corpus: Path) -> None:
-    again = build("folder", corpus, pair[1], shard_size=4, sample_rate=8000)
+    again = build_shards("folder", corpus, pair[1], shard_size=4, sample_rate=8000)
     assert again["num_samples"] == 11
     with pytest.raises(UserError, match="shard_size differ"):
-        build("folder", corpus, pair[1], shard_size=5, sample_rate=8000)
+        build_shards("folder", corpus, pair[1], shard_size=5, sample_rate=8000)
 
 
 def test_shards_without_a_manifest_are_indexed_over_s3(pair: tuple[str, str]) -> None:
@@ -105,7 +105,7 @@ def test_shards_without_a_manifest_are_indexed_over_s3(pair: tuple[str, str]) ->
     assert shards.keys == reference.keys and np.array_equal(shards.start, reference.start)
     assert storage.exists(storage.join(bare, ".index.json")) and shards.read(3) == reference.read(3)
     storage.write_bytes(storage.join(bare, "shard-000001.tar"), Path(local, "shard-000001.tar").read_bytes()[:3000])
-    assert any("shard-000001.tar: broken tar" in problem for problem in check(bare))
+    assert any("shard-000001.tar: broken tar" in problem for problem in check_shards(bare))
     with pytest.raises(BadSample, match="cut_shard"):
         shards.read(7)
     storage.remove_file(storage.join(bare, "shard-000000.tar"))
@@ -134,7 +134,7 @@ def test_mistakes_are_one_line(server: str, corpus: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="no shards in s3://nowhere/x"):
         open_shards("s3://nowhere/x")
     with pytest.raises(UserError, match="cannot write s3://nowhere/x"):
-        build("folder", corpus, "s3://nowhere/x", workers=1)
+        build_shards("folder", corpus, "s3://nowhere/x", workers=1)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setitem(os.environ, "AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")

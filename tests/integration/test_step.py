@@ -7,21 +7,22 @@ from typing import Any
 
 import torch
 
+from atr_scale.batch import Batch
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
-from atr_scale.model import Retriever
+from atr_scale.model import Retriever, StepContext
 from atr_scale.training.loop import Training
 from tests.tiny_run import tiny_config
 from tools.ranks import run_ranks
 
 
 def steps_seen(config: RunConfig) -> list[int]:
-    """What `Retriever.step` is at each forward of a training."""
+    """The step in the context of each forward of a training."""
     seen, forward = [], Retriever.forward
 
-    def spy(self: Retriever, *args: Any) -> Any:
-        seen.append(self.step)
-        return forward(self, *args)
+    def spy(self: Retriever, batch: Batch, context: StepContext) -> Any:
+        seen.append(context.step)
+        return forward(self, batch, context)
 
     Retriever.forward = spy  # type: ignore[method-assign]
     Training(config, World.current(), torch.device("cpu")).run()

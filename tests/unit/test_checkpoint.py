@@ -21,10 +21,10 @@ def write(run: Path, step: int) -> Path:
 
 
 def test_the_newest_good_one_is_found(tmp_path: Path) -> None:
-    assert checkpoint.find(tmp_path) is None
+    assert checkpoint.newest_sound(tmp_path) is None
     for step in (3, 20, 100):  # by number, not by name
         write(tmp_path, step)
-    assert checkpoint.find(tmp_path).name == "step-100"  # type: ignore[union-attr]
+    assert checkpoint.newest_sound(tmp_path).name == "step-100"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "no manifest", "manifest cut"])
@@ -41,11 +41,11 @@ def test_a_damaged_one_is_passed_over_by_name(tmp_path: Path, damage: str, caplo
         manifest.unlink()
     else:
         manifest.write_text(manifest.read_text()[:30])
-    assert checkpoint.find(tmp_path) == good
+    assert checkpoint.newest_sound(tmp_path) == good
     assert "step-2 is broken" in caplog.text
     shutil.rmtree(good)
     with pytest.raises(UserError, match=r"all 1 checkpoints .* are broken"):
-        checkpoint.find(tmp_path)
+        checkpoint.newest_sound(tmp_path)
 
 
 def test_unfinished_folders_are_not_seen(tmp_path: Path) -> None:

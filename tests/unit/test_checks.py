@@ -12,7 +12,7 @@ import pytest
 from atr_scale.distributed.start import Place, distributed
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
-from atr_scale.planner.dry_run import plan
+from atr_scale.planner.dry_run import dry_run
 from atr_scale.training.checks import check_batch_size, differences
 from atr_scale.training.param_groups import freeze
 from atr_scale.training.schedule import learning_rate
@@ -57,12 +57,12 @@ def test_a_learning_rate_of_zero_freezes(folder: Path) -> None:
     assert not groups["text"] and groups["audio"] and groups["heads"]
     model.train()
     assert model.audio_encoder.training and not model.text_encoder.training
-    assert "text 0.00 M" in plan(config, 1)
+    assert "text 0.00 M" in dry_run(config, 1)
 
 
 def test_plan_counts_what_each_stage_splits(folder: Path) -> None:
     sizes = {
-        stage: float(plan(tiny_config(folder, folder / "run", zero_stage=stage), 4).split("memory")[1].split()[0])
+        stage: float(dry_run(tiny_config(folder, folder / "run", zero_stage=stage), 4).split("memory")[1].split()[0])
         for stage in (0, 1, 2, 3)
     }
     # Four values a parameter: parameter, gradient, two moments; 1, 2 and 3 split 2, 3 and 4 of them over 4 ranks.

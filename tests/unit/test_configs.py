@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from atr_scale.cli import app
 from atr_scale.config import RunConfig, load_config
-from atr_scale.train import main, run
+from atr_scale.train import train_rank
 from tests.tiny import TinyInputs, make_tiny_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,8 @@ def test_configuration_can_be_planned(
     path: Path, world_size: int, tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config(path)
-    run([str(path), *on_tiny_inputs(config, tiny), "--dry-run", "--world-size", str(world_size)])
+    command = ["train", str(path), *on_tiny_inputs(config, tiny), "--dry-run", "--world-size", str(world_size)]
+    app(command, standalone_mode=False)
     printed = capsys.readouterr().out
     for line in ("model ", "memory ", "batch ", "steps ", "train "):
         assert f"\n{line}" in f"\n{printed}", printed
@@ -79,7 +81,7 @@ def test_a_mistake_in_a_configuration_ends_with_2_and_one_line(
     path.write_text((ROOT / "configs/quickstart/pretrain.yaml").read_text().replace("epochs:", "epoch:"))
     monkeypatch.setattr(sys, "argv", ["train", str(path), "--dry-run"])
     with pytest.raises(SystemExit) as left:
-        main()
+        train_rank()
     assert left.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "'train.epoch'" in line and "did you mean 'epochs'" in line

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from atr_scale.data.corpora import CORPORA, Clip
+from atr_scale.data.corpora import CORPORA, Clip, open_corpus
 from atr_scale.data.exclusions import read_exclusions
-from atr_scale.data.shard_builder import build, make_plan
+from atr_scale.data.shard_builder import build_shards, plan_build
 from atr_scale.errors import UserError
 
 
@@ -31,9 +31,9 @@ def audio(*paths: Path) -> None:
 
 def found(name: str, root: Path, split: str) -> dict[str, str]:
     """clip id -> audio path relative to root."""
-    corpus = CORPORA[name]
-    clips = corpus.read_rows(root, split)
-    paths = corpus.locate(root, split, clips)
+    corpus = open_corpus(name, root)
+    clips = corpus.read_clips(split)
+    paths = corpus.find_audio(split, clips)
     return {c.clip_id: str(Path(p).relative_to(root)) if p else "" for c, p in zip(clips, paths, strict=True)}
 
 
@@ -48,7 +48,7 @@ def test_audiocaps_official_rows_become_clips(tmp_path: Path) -> None:
         ["2", "-Yx_", "0", 'A "loud"\nbang'],
         ["3", "abc", "30", "Ein Hund – wau"],
     )
-    clips = CORPORA["audiocaps"].read_rows(tmp_path, "val")
+    clips = open_corpus("audiocaps", tmp_path).read_clips("val")
     assert clips == [
         Clip(
             "audiocaps/abc_30",
@@ -77,15 +77,15 @@ def test_audiocaps_audio_is_found_under_every_usual_name(tmp_path: Path) -> None
         "audiocaps/Yddd_30": "test/YYddd.wav",
         "audiocaps/eee_30": "",
     }
-    plan = make_plan("audiocaps", tmp_path, "testing", [])
+    plan = plan_build(open_corpus("audiocaps", tmp_path), "testing", [])
     assert len(plan.clips) == 4 and plan.dropped == {"missing_audio": 1}
 
 
 def test_audiocaps_derivative(tmp_path: Path) -> None:
     table(tmp_path / "train.csv", ["file_name", "caption"], ["Yabc.wav", "one"])
     table(tmp_path / "val.csv", ["file_name", "caption_2", "caption_1"], ["YYbc.wav", "second", "first"])
-    assert CORPORA["audiocaps"].read_rows(tmp_path, "train")[0].clip_id == "audiocaps/abc"
-    val = CORPORA["audiocaps"].read_rows(tmp_path, "val")[0]
+    assert open_corpus("audiocaps", tmp_path).read_clips("train")[0].clip_id == "audiocaps/abc"
+    val = open_corpus("audiocaps", tmp_path).read_clips("val")[0]
     assert (val.clip_id, val.captions, val.meta) == ("audiocaps/Ybc", ["first", "second"], {"youtube_id": "Ybc"})
 
 
@@ -105,7 +105,7 @@ def test_clotho_layouts(tmp_path: Path, folder: str, parent: str) -> None:
         ["a b.c (1).wav", "é", "77", "CC0"],
         encoding="iso-8859-1",
     )
-    clip = CORPORA["clotho"].read_rows(tmp_path, "development")[0]
+    clip = open_corpus("clotho", tmp_path).read_clips("development")[0]
     assert clip.captions == list("vwxyz") and clip.meta == {"sound_id": "77", "license": "CC0"}
     where = f"{parent}/" if parent else ""
     assert found("clotho", tmp_path, "development") == {"clotho/a b.c (1).wav": f"{where}development/a b.c (1).wav"}
@@ -117,7 +117,7 @@ def test_clotho_notes_sounds_that_are_also_in_another_split(tmp_path: Path, capl
     table(tmp_path / "clotho_captions_evaluation.csv", CLOTHO, ["a.wav", *"vwxyz"], ["c.wav", *"vwxyz"])
     for split, name in (("development", "b.wav"), ("evaluation", "c.wav")):
         table(tmp_path / f"clotho_metadata_{split}.csv", ["file_name", "sound_id"], [name, "9"])
-    clips = CORPORA["clotho"].read_rows(tmp_path, "development")
+    clips = open_corpus("clotho", tmp_path).read_clips("development")
     assert [clip.meta.get("also_in") for clip in clips] == [["evaluation"], ["evaluation"]]
     assert "2 of 2 clips are also in another split" in caplog.text
 
@@ -156,7 +156,7 @@ def test_wavcaps_four_sources(tmp_path: Path, json_folder: str) -> None:
         "wavcaps/audioset/Yabc": "Waveforms/AudioSet_SL_flac/Yabc.flac",
         "wavcaps/audioset/YVcu0pVF1npM": "Waveforms/AudioSet_SL_flac/YVcu0pVF1npM.flac",
     }
-    metas = {clip.clip_id: clip.meta for clip in CORPORA["wavcaps"].read_rows(tmp_path, "train")}
+    metas = {clip.clip_id: clip.meta for clip in open_corpus("wavcaps", tmp_path).read_clips("train")}
     assert metas["wavcaps/audioset/Yabc"]["youtube_id"] == "abc" and metas["wavcaps/freesound/7"]["sound_id"] == "7"
     assert metas["wavcaps/soundbible/7"] == {"source": "soundbible", "title": "T", "href": "h"}
 
@@ -169,7 +169,7 @@ def test_exclusions_are_applied_and_recorded(tmp_path: Path) -> None:
     (root / "blacklist" / "blacklist_exclude_test_ac.json").write_text(json.dumps(default))
     dcase = tmp_path / "dcase.csv"
     table(dcase, ["file_name", "sound_id"], ["x", "8"], ["y", "Not found"], ["z", "123"])
-    manifest = build("wavcaps", root, tmp_path / "out", sample_rate=8000, workers=1, exclude=[dcase])
+    manifest = build_shards("wavcaps", root, tmp_path / "out", sample_rate=8000, workers=1, exclude=[dcase])
     recorded = [(e["name"], e["entries"], e["excluded"]) for e in manifest["exclusions"]]
     assert recorded == [
         ("unreadable AudioSet files", 6, 1),
@@ -185,11 +185,11 @@ def test_exclusions_match_every_corpus_that_names_its_sources(tmp_path: Path) ->
     audio(tmp_path / "audio" / "a.wav", tmp_path / "audio" / "b.wav")
     blacklist = tmp_path / "b.json"
     blacklist.write_text(json.dumps({"AudioSet": ["Yabc.wav"], "FreeSound": []}))
-    plan = make_plan("folder", tmp_path, None, [blacklist])
+    plan = plan_build(open_corpus("folder", tmp_path), None, [blacklist])
     assert [clip.captions for clip in plan.clips] == [["y"]]
     blacklist.write_text(json.dumps({"AudioSet": ["Yabc.wav", "Yd.wav"], "FreeSound": []}))
     with pytest.raises(UserError, match="leave none of the 2 clips"):
-        make_plan("folder", tmp_path, None, [blacklist])
+        plan_build(open_corpus("folder", tmp_path), None, [blacklist])
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"other": []}', '{"AudioSet": 3}'])
@@ -198,7 +198,7 @@ def test_a_list_of_another_kind_is_refused(tmp_path: Path, content: str) -> None
     with pytest.raises(UserError, match="WavCaps blacklist"):
         read_exclusions(tmp_path / "list.json")
     table(tmp_path / "list.csv", ["id"], ["1"])
-    with pytest.raises(UserError, match="no column sound_id"):
+    with pytest.raises(UserError, match="CSV with a column sound_id"):
         read_exclusions(tmp_path / "list.csv")
 
 
@@ -208,7 +208,7 @@ def test_git_lfs_pointer_is_named(tmp_path: Path) -> None:
         "version https://git-lfs.github.com/spec/v1\n"
     )
     with pytest.raises(UserError, match="git-LFS pointer"):
-        CORPORA["wavcaps"].read_rows(tmp_path, "train")
+        open_corpus("wavcaps", tmp_path).read_clips("train")
 
 
 def test_folder_splits_labels_and_meta(tmp_path: Path) -> None:
@@ -216,16 +216,16 @@ def test_folder_splits_labels_and_meta(tmp_path: Path) -> None:
     rows = [["sub/a.wav", "one", "train", "dog", "garden"], ["b.wav", "two", "test", "", ""]]
     table(tmp_path / "captions.csv", columns, *rows, ["sub/a.wav", "more", "train", "dog", "garden"])
     audio(tmp_path / "audio" / "sub" / "a.wav", tmp_path / "audio" / "b.wav", tmp_path / "b.wav")
-    corpus = CORPORA["folder"]
+    corpus = open_corpus("folder", tmp_path)
     with pytest.raises(UserError, match="has splits test, train, all: choose one with --split"):
-        corpus.choose_split(tmp_path, None)
+        corpus.choose_split(None)
     with pytest.raises(UserError, match="no split 'dev': choose one of test, train, all"):
-        corpus.choose_split(tmp_path, "dev")
-    assert corpus.choose_split(tmp_path, "evaluation") == "test"
-    clip = corpus.read_rows(tmp_path, "train")[0]
+        corpus.choose_split("dev")
+    assert corpus.choose_split("evaluation") == "test"
+    clip = corpus.read_clips("train")[0]
     prefix = tmp_path.resolve().name
     assert clip == Clip(f"{prefix}/sub/a.wav", ["one", "more"], "train", label="dog", meta={"place": "garden"})
-    assert [c.split for c in corpus.read_rows(tmp_path, "all")] == ["train", "test"]
+    assert [c.split for c in corpus.read_clips("all")] == ["train", "test"]
     assert found("folder", tmp_path, "test") == {f"{prefix}/b.wav": "audio/b.wav"}
 
 
@@ -250,7 +250,7 @@ def test_folder_never_reads_outside_its_audio(tmp_path: Path) -> None:
 def test_damaged_tables_are_named_with_their_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "captions.csv").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        CORPORA["folder"].read_rows(tmp_path, "")
+        open_corpus("folder", tmp_path).read_clips("")
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_damaged_tables_are_named_with_their_line(tmp_path: Path, content: bytes
     ],
 )
 def test_split_names(corpus: str, given: str | None, official: str, tmp_path: Path) -> None:
-    assert CORPORA[corpus].choose_split(tmp_path, given) == official
+    assert open_corpus(corpus, tmp_path).choose_split(given) == official
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_split_names(corpus: str, given: str | None, official: str, tmp_path: Pa
 )
 def test_wrong_splits_name_the_known_ones(corpus: str, given: str | None, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=", ".join(CORPORA[corpus].splits)):
-        CORPORA[corpus].choose_split(tmp_path, given)
+        open_corpus(corpus, tmp_path).choose_split(given)
 
 
 @pytest.mark.real_data
@@ -290,7 +290,7 @@ def test_wrong_splits_name_the_known_ones(corpus: str, given: str | None, tmp_pa
     ],
 )
 def test_every_row_of_audiocaps(real_data: Path, folder: str, split: str, clips: int, captions: int) -> None:
-    rows = CORPORA["audiocaps"].read_rows(real_data / "metadata" / "audiocaps" / folder, split)
+    rows = open_corpus("audiocaps", real_data / "metadata" / "audiocaps" / folder).read_clips(split)
     assert len(rows) == len({clip.clip_id for clip in rows}) == clips
     assert sum(len(clip.captions) for clip in rows) == captions
 
@@ -298,14 +298,14 @@ def test_every_row_of_audiocaps(real_data: Path, folder: str, split: str, clips:
 @pytest.mark.real_data
 @pytest.mark.parametrize(("split", "clips"), [("development", 3839), ("validation", 1045), ("evaluation", 1045)])
 def test_every_row_of_clotho(real_data: Path, split: str, clips: int) -> None:
-    rows = CORPORA["clotho"].read_rows(real_data / "metadata" / "clotho" / "official_v2.1_layout", split)
+    rows = open_corpus("clotho", real_data / "metadata" / "clotho" / "official_v2.1_layout").read_clips(split)
     assert len(rows) == len({clip.clip_id for clip in rows}) == clips
     assert {len(clip.captions) for clip in rows} == {5}
 
 
 @pytest.mark.real_data
 def test_every_row_of_soundbible(real_data: Path) -> None:
-    rows = CORPORA["wavcaps"].read_rows(real_data / "metadata" / "wavcaps", "train")
+    rows = open_corpus("wavcaps", real_data / "metadata" / "wavcaps").read_clips("train")
     assert len(rows) == 1232 and all(len(clip.captions) == 1 for clip in rows)
 
 
@@ -323,5 +323,5 @@ def test_real_blacklists(real_data: Path, name: str, youtube: int, freesound: in
     assert entries.sound_ids == set(lists["FreeSound"])  # distinct: a few are listed twice
     if name == "test_ac":  # the list is AudioCaps val and test of the derivative tables, exactly
         root = real_data / "metadata" / "audiocaps" / "wavcaps_repo_csv"
-        clips = [clip for split in ("val", "test") for clip in CORPORA["audiocaps"].read_rows(root, split)]
+        clips = [clip for split in ("val", "test") for clip in open_corpus("audiocaps", root).read_clips(split)]
         assert {clip.meta["youtube_id"] for clip in clips} == entries.youtube_ids

@@ -5,21 +5,25 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile as sf
 from typer.testing import CliRunner
 
 from atr_scale.cli import app
+from atr_scale.data.corpora import open_corpus
 from atr_scale.demo import corpora
-from atr_scale.demo.cast import Clip, Sizes, plan_clips
+from atr_scale.demo.clips import DemoClip, Sizes, plan_clips
 from atr_scale.demo.corpora import training_captions, write_demo_corpora
-from atr_scale.demo.truth import read_correspondences
 from atr_scale.errors import UserError
+from atr_scale.evaluation.relevance import read_relevance
 
 TINY = Sizes(6, 3, 4, 3, 2, 2, 14, shared=1)
 RATE = 16_000
@@ -114,36 +118,50 @@ def test_a_shared_clip_is_the_same_sound(demo: Path) -> None:
 
 
 def test_the_projects_own_readers_read_every_clip(demo: Path) -> None:
-    readers: list[tuple[Any, str, str, int]] = []
-    from atr_scale.data.corpora import audiocaps, clotho, wavcaps
-
-    readers += [(audiocaps, "audiocaps", split, n) for split, n in (("train", 6), ("val", 3), ("test", 4))]
-    readers += [(clotho, "clotho", split, n) for split, n in (("development", 3), ("validation", 2), ("evaluation", 2))]
-    readers += [(wavcaps, "wavcaps", "train", 14)]
-    for module, corpus, split, count in readers:
-        clips = module.read_rows(demo / corpus, split)
-        found = module.locate(demo / corpus, split, clips)
+    splits = [("audiocaps", split, n) for split, n in (("train", 6), ("val", 3), ("test", 4))]
+    splits += [("clotho", split, n) for split, n in (("development", 3), ("validation", 2), ("evaluation", 2))]
+    splits += [("wavcaps", "train", 14)]
+    for corpus, split, count in splits:
+        reader = open_corpus(corpus, demo / corpus)
+        clips = reader.read_clips(split)
+        found = reader.find_audio(split, clips)
         assert len(clips) == count and all(Path(path).is_file() for path in found)
-        truth = read_correspondences(demo, f"{corpus}/{split}")
-        assert sorted(clip.clip_id for clip in clips) == sorted(truth.clip_ids)
+        with np.load(demo / "relevance" / f"{corpus}-{split}.npz") as truth:
+            assert sorted(clip.clip_id for clip in clips) == sorted(truth["clip_ids"].tolist())
         texts = json.loads((demo / "correspondences.json").read_text())["splits"][f"{corpus}/{split}"]["captions"]
         stated = {(row["clip_id"], row["caption_index"]): row["text"] for row in texts}
         for clip in clips:
             assert list(clip.captions) == [stated[clip.clip_id, k] for k in range(len(clip.captions))]
 
 
-def test_correspondences_are_one_for_a_captions_own_clip(demo: Path) -> None:
-    truth = read_correspondences(demo, "audiocaps/test")
-    assert truth.grades.shape == (20, 4) and 0 <= truth.grades.min() < 0.5
-    own = [truth.grades[row, truth.clip_ids.index(clip_id)] for row, (clip_id, _) in enumerate(truth.caption_ids)]
-    assert own == [1.0] * 20
-    with pytest.raises(UserError, match="clotho/evaluation"):
-        read_correspondences(demo, "clotho/test")
+def test_relevance_is_read_by_evaluation_and_one_for_a_captions_own_clip(demo: Path) -> None:
+    clips = open_corpus("audiocaps", demo / "audiocaps").read_clips("test")
+    embedded: Any = SimpleNamespace(
+        captions=[caption for clip in clips for caption in clip.captions],
+        owner=np.repeat(np.arange(4), 5),
+        clip_ids=[clip.clip_id for clip in clips],
+    )
+    shards: Any = SimpleNamespace(location="somewhere")
+    grades = read_relevance(demo / "relevance" / "audiocaps-test.npz", shards, embedded)
+    assert grades.shape == (20, 4) and 0 <= grades.min() < 0.5
+    assert grades[np.arange(20), embedded.owner].tolist() == [1.0] * 20
+    with pytest.raises(UserError, match="is it of another split"):
+        read_relevance(demo / "relevance" / "clotho-evaluation.npz", shards, embedded)
+
+
+def test_contents_stand_in_the_order_of_the_grades(demo: Path) -> None:
+    splits = json.loads((demo / "correspondences.json").read_text())["splits"]
+    assert {name.replace("/", "-") for name in splits} == {path.stem for path in (demo / "relevance").iterdir()}
+    for name, contents in splits.items():
+        with np.load(demo / "relevance" / f"{name.replace('/', '-')}.npz") as truth:
+            assert [clip["clip_id"] for clip in contents["clips"]] == truth["clip_ids"].tolist()
+            captions = zip(truth["caption_clip"].tolist(), truth["caption_index"].tolist(), strict=True)
+            assert [(row["clip_id"], row["caption_index"]) for row in contents["captions"]] == list(captions)
 
 
 def test_no_scene_is_shared_but_for_the_blacklisted() -> None:
     clips = plan_clips(0, Sizes().scaled(0.3))
-    by_signature: dict[str, list[Clip]] = {}
+    by_signature: dict[str, list[DemoClip]] = {}
     for clip in clips:
         by_signature.setdefault(clip.scene.signature, []).append(clip)
     shared = [group for group in by_signature.values() if len(group) > 1]
@@ -187,6 +205,18 @@ def test_an_interrupted_folder_is_completed_and_a_finished_one_left(
     assert digests(out) == digests(demo)
     write()
     assert rendered == total + 1
+
+
+def test_a_folder_from_before_relevance_gets_it_and_keeps_its_audio(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+    shutil.copytree(demo, out)
+    shutil.rmtree(out / "relevance")
+    monkeypatch.setattr(corpora, "render", lambda *args: pytest.fail("made again"))
+    for _ in range(2):
+        write_demo_corpora(out, seed=3, sample_rate=RATE, workers=1, sizes=TINY)
+        assert digests(out) == digests(demo)
 
 
 def test_other_settings_and_foreign_folders_are_refused(demo: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from atr_scale import doctor
-from atr_scale.doctor import Measurement, diagnose, measure, read_audio, read_labels, table, top_tags
+from atr_scale.doctor import Measurement, describe_facts, diagnose, read_audio, read_labels, time_encoder, top_tags
 from atr_scale.encoders import build_audio_encoder
 from atr_scale.errors import UserError
 
@@ -36,7 +36,7 @@ def write_labels(path: Path, count: int = 527) -> Path:
 def test_measure_leaves_the_encoder_as_it_was() -> None:
     encoder = build_audio_encoder("small_cnn")
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    measured = measure(encoder, seconds=0.5, batch_size=3, repeats=2)
+    measured = time_encoder(encoder, seconds=0.5, batch_size=3, repeats=2)
     assert measured.forward > 0 and measured.training > 0
     assert (measured.seconds, measured.batch_size, measured.dtype) == (0.5, 3, "float32")
     assert not encoder.training and all(p.grad is None for p in encoder.parameters())
@@ -52,7 +52,7 @@ def test_memory_of_a_forward_that_keeps_much(monkeypatch: pytest.MonkeyPatch) ->
         return encode(waveform, augment_seed)
 
     monkeypatch.setattr(encoder, "encode", wasteful)
-    measured = measure(encoder, seconds=0.5, batch_size=1, repeats=1)
+    measured = time_encoder(encoder, seconds=0.5, batch_size=1, repeats=1)
     if measured.forward_memory is None:
         pytest.skip("the system does not tell the peak of memory")
     assert 0.9 * held < measured.forward_memory < 1.5 * held
@@ -110,7 +110,7 @@ def test_facts_of_a_checkpoint_that_names_its_encoder(checkpoint: Path) -> None:
     assert (facts["sample_rate"], facts["dim"], facts["native_seconds"]) == (32_000, 384, None)
     assert (facts["tokens_per_10_seconds"], facts["tokens_per_second"]) == (32, 3.2)
     assert 0 < facts["parameters_trained"] < facts["parameters"]
-    rows = dict(table(facts))
+    rows = dict(describe_facts(facts))
     assert rows["forward"] == "11.2 clips/s, 1 MiB at the peak, beyond the weights"
     assert rows["forward, backward"] == "3.5 clips/s, peak memory unknown"
     assert str(checkpoint) in rows["checkpoint"] and "tags" not in rows
@@ -120,7 +120,7 @@ def test_facts_of_a_checkpoint_that_names_its_encoder(checkpoint: Path) -> None:
 def test_facts_without_a_checkpoint() -> None:
     facts = diagnose("tiny_atst")
     assert "layout" not in facts and facts["native_seconds"] == 10
-    rows = dict(table(facts))
+    rows = dict(describe_facts(facts))
     assert rows["native length"] == "10 s, longer clips in windows" and "checkpoint" not in rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,95 @@ def test_the_list_of_dcase(tmp_path: Path) -> None:
         read_relevance(path, shards, embedded)
     with pytest.raises(UserError, match="no relevance file"):
         read_relevance(tmp_path / "nowhere.csv", shards, embedded)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('query,audio_filenames\na,"[\'b.wav"\n', "no list of file names; check its quotes"),
+        ("query,audio_filenames\na\n", "line 2: fewer fields than the header"),
+    ],
+)
+def test_a_damaged_list_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "list.csv").write_text(content)
+    embedded: Any = SimpleNamespace(captions=["a"], clip_ids=["x/b.wav"])
+    with pytest.raises(UserError, match=message):
+        read_relevance(tmp_path / "list.csv", SimpleNamespace(location="here"), embedded)  # type: ignore[arg-type]
+
+
+def graded_split() -> tuple[Any, Any, dict[str, np.ndarray]]:
+    """Three clips with two, one and two captions, and grades of their split: in another order, with a fourth clip."""
+    owner = np.array([0, 0, 1, 2, 2])
+    embedded = SimpleNamespace(captions=list("vwxyz"), clip_ids=["c/0", "c/1", "c/2"], owner=owner)
+    captions = [("c/2", 1), ("c/0", 0), ("c/3", 0), ("c/1", 0), ("c/0", 1), ("c/2", 0)]
+    arrays = {
+        "grades": (np.arange(24).reshape(6, 4) / 24).astype(np.float16),
+        "clip_ids": np.array(["c/3", "c/1", "c/0", "c/2"]),
+        "caption_clip": np.array([clip for clip, _ in captions]),
+        "caption_index": np.array([k for _, k in captions]),
+    }
+    return SimpleNamespace(location="shards/c/test"), embedded, arrays
+
+
+def test_grades_are_found_by_clip_and_caption(tmp_path: Path) -> None:
+    shards, embedded, arrays = graded_split()
+    np.savez_compressed(tmp_path / "grades.npz", **arrays)  # type: ignore[arg-type]
+    found = read_relevance(tmp_path / "grades.npz", shards, embedded)
+    expected = arrays["grades"][[1, 4, 3, 5, 0]][:, [2, 1, 3]]
+    assert found.dtype == np.float32 and np.array_equal(found, expected)
+
+
+def changed(**arrays: np.ndarray | None) -> dict[str, np.ndarray]:
+    everything = {**graded_split()[2], **arrays}
+    return {name: array for name, array in everything.items() if array is not None}
+
+
+NEEDS = (
+    "grades needs grades float .captions, clips., clip_ids str .clips., caption_clip str .captions., caption_index int"
+)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (changed(clip_ids=None, caption_index=None), f"has no clip_ids, caption_index: a file of {NEEDS}"),
+        (changed(grades=np.ones((4, 6), np.float32)), rf"grades is float32 \[4, 6\], but a file of {NEEDS}"),
+        (changed(grades=np.ones((6, 4), np.int64)), rf"grades is int64 \[6, 4\], but a file of {NEEDS}"),
+        (changed(clip_ids=np.arange(4)), r"clip_ids is int64 \[4\]"),
+        (changed(caption_index=np.zeros(5, np.int64)), r"caption_index is int64 \[5\]"),
+        (changed(caption_clip=np.array(["c/0"] * 6).reshape(2, 3)), r"caption_clip is <U3 \[2, 3\]"),
+        (changed(clip_ids=np.array(["c/0", "c/1", "c/2", None])), "is no npz file of grades .*allow_pickle=False"),
+        (changed(grades=np.full((6, 4), np.nan)), "grades outside of 0 to 1"),
+        (changed(grades=np.full((6, 4), 1.5)), "grades outside of 0 to 1"),
+        (changed(caption_index=np.zeros(6, np.int64)), "names a clip or a caption twice"),
+        (changed(clip_ids=np.array(["c/3", "c/1", "c/0", "c/0"])), "names a clip or a caption twice"),
+        (changed(clip_ids=np.array(["c/3", "c/4", "c/0", "c/2"])), r"not know 1 clips .*test \(c/1, for one\)"),
+        (changed(caption_index=np.array([1, 0, 0, 7, 1, 0])), r"not know 1 .*\(caption 0 of c/1, for one\)"),
+        (changed(grades=np.zeros((6, 4))), "grades no caption and clip of shards/c/test"),
+    ],
+)
+def test_a_wrong_file_of_grades_is_one_line(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    np.savez_compressed(tmp_path / "grades.npz", **arrays)  # type: ignore[arg-type]
+    shards, embedded, _ = graded_split()
+    with pytest.raises(UserError, match=message) as caught:
+        read_relevance(tmp_path / "grades.npz", shards, embedded)
+    assert "\n" not in str(caught.value) and str(tmp_path / "grades.npz") in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["text", "pickle", "array", "cut", "changed"])
+def test_what_is_no_npz_file(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "grades.npz"
+    np.savez_compressed(path, **graded_split()[2])  # type: ignore[arg-type]
+    if damage == "array":
+        np.save(tmp_path / "one.npy", np.ones(3))
+        (tmp_path / "one.npy").rename(path)
+    else:
+        whole = path.read_bytes()
+        changed_bytes = whole[:100] + bytes(20) + whole[120:]
+        damaged = {"text": b"grades", "pickle": pickle.dumps([1]), "cut": whole[:300], "changed": changed_bytes}
+        path.write_bytes(damaged[damage])
+    with pytest.raises(UserError, match="is no npz file of grades"):
+        read_relevance(path, *graded_split()[:2])
 
 
 def sequences(texts: int, audios: int) -> tuple[TokenSequence, TokenSequence]:

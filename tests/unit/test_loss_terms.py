@@ -8,18 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import create_model
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from atr_scale.batch import Batch, caption_id
-from atr_scale.config import RunConfig
+from atr_scale.batch import Batch, TokenSequence, caption_id
+from atr_scale.config import ObjectiveSection, RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.losses import TERMS, ObjectiveInputs, build_objective, dense, tiled
+from atr_scale.losses import LOSS_TERMS, Budget, LossInputs, LossTerm, TermSection, build_objective, dense, tiled
+from atr_scale.losses.inputs import INPUTS
 from atr_scale.losses.targets import positives_mask
-from atr_scale.model import Retriever
-from atr_scale.score_block import EmbeddingScores, ModalityScores, ScoreBlock
+from atr_scale.losses.terms import PMR, PMRSection
+from atr_scale.model import Retriever, StepContext
+from atr_scale.score_block import EmbeddingScores
 from tests.losses import unit
+from tests.sequences import random_sequence
 from tests.tiny_run import tiny_config
 
 N = 6
@@ -30,28 +34,33 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pmr": {"omega": 3.0, "detach_prior": False, "scale_by_batch": False},
     "cmsc": {"beta": 0.3, "beta_warmup_steps": 0, "target_temperature": None, "mode": "each"},
     "intra_modal": {},
-    "distillation": {"temperature": None},
+    "distillation": {"temperature": None, "tables": ["given by the test"]},
 }
 
 
-def refuse() -> ScoreBlock:
-    raise AssertionError("a block was made that no term needs")
+WAYS = {"dense": Budget(dense=4 * N**2), "tiled": Budget(dense=4 * N**2 - 1)}
 
 
-def inputs(**changed: Any) -> ObjectiveInputs:
-    """Scores of fixed vectors; the optional blocks refuse to be made unless given."""
-    plain = ObjectiveInputs(
-        EmbeddingScores(unit(N, 5, 0), unit(N, 5, 1)), TAU, (IDS, IDS), refuse, refuse, teacher_block=refuse
-    )
-    return replace(plain, **changed)
+def refuse() -> Any:
+    raise AssertionError("an input was made that no term needs")
 
 
-def all_blocks() -> dict[str, Callable[[], ScoreBlock]]:
+def inputs(**changed: Any) -> LossInputs:
+    """Scores of fixed vectors; the optional inputs refuse to be made unless given."""
+    block = EmbeddingScores(unit(N, 5, 0), unit(N, 5, 1))
+    return replace(LossInputs(block, TAU, IDS, refuse, refuse, refuse, refuse, refuse), **changed)
+
+
+def all_inputs() -> dict[str, Callable[[], Any]]:
     return {
-        "text_block": lambda: ModalityScores(unit(N, 5, 2)),
-        "audio_block": lambda: ModalityScores(unit(N, 5, 3)),
-        "teacher_block": lambda: EmbeddingScores(unit(N, 5, 4), unit(N, 5, 5)),
+        "text": lambda: unit(N, 5, 2),
+        "audio": lambda: unit(N, 5, 3),
+        "teacher": lambda: EmbeddingScores(unit(N, 5, 4), unit(N, 5, 5)),
     }
+
+
+def sections(**terms: dict[str, Any]) -> dict[str, TermSection]:
+    return {name: LOSS_TERMS[name].Section(**options) for name, options in terms.items()}
 
 
 def expected() -> dict[str, Tensor]:
@@ -68,11 +77,12 @@ def expected() -> dict[str, Tensor]:
     }
 
 
-def test_terms_are_named_and_the_loss_is_their_weighted_sum() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_terms_are_named_and_the_loss_is_their_weighted_sum(way: str) -> None:
     weights = {name: 2.0**-n for n, name in enumerate(OPTIONS)}
-    objective = build_objective(**{name: {"weight": weights[name], **options} for name, options in OPTIONS.items()})
-    found = objective(inputs(**all_blocks()))
-    assert list(found) == [*TERMS, "loss"]
+    terms = {name: {"weight": weights[name], **options} for name, options in OPTIONS.items()}
+    found = build_objective(sections(**terms), WAYS[way])(inputs(**all_inputs()))
+    assert list(found) == [*LOSS_TERMS, "loss"]
     want = expected()
     for name, value in want.items():
         assert abs(found[name] - value) < 1e-12, name
@@ -80,49 +90,172 @@ def test_terms_are_named_and_the_loss_is_their_weighted_sum() -> None:
     assert found["loss"].shape == ()
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["nt_xent", "pmr"])
-def test_terms_of_weight_zero_are_not_computed(name: str) -> None:
-    """Nor is what only they need: no other block is made."""
+def test_terms_of_weight_zero_are_not_computed(name: str, way: str) -> None:
+    """Nor is what only they need: nothing else is made."""
     weights = dict.fromkeys(OPTIONS, 0.0) | {name: 1.0}
-    objective = build_objective(**{key: {"weight": weights[key], **options} for key, options in OPTIONS.items()})
-    found = objective(inputs())
+    terms = {key: {"weight": weights[key], **options} for key, options in OPTIONS.items()}
+    found = build_objective(sections(**terms), WAYS[way])(inputs())
     assert list(found) == [name, "loss"] and found["loss"] == found[name]
 
 
-def test_beta_rises_from_zero() -> None:
-    options = {"weight": 1.0, "beta": 0.4, "beta_warmup_steps": 10}
-    blocks = all_blocks()
-    objective = build_objective(cmsc=options)
+@pytest.mark.parametrize("way", WAYS)
+def test_beta_rises_from_zero(way: str) -> None:
+    given = inputs(**all_inputs())
+    objective = build_objective(sections(cmsc={"weight": 1.0, "beta": 0.4, "beta_warmup_steps": 10}), WAYS[way])
     for step, beta in ((0, 0.0), (5, 0.2), (10, 0.4), (1000, 0.4)):
-        value = tiled.cmsc(inputs().block, blocks["text_block"](), blocks["audio_block"](), TAU, beta, TAU, (IDS, IDS))
-        assert abs(objective(inputs(step=step, **blocks))["loss"] - value) < 1e-13, step
+        value = tiled.cmsc(given.block, given.text_block, given.audio_block, TAU, beta, TAU, given.ids)
+        assert abs(objective(replace(given, step=step))["loss"] - value) < 1e-13, step
 
 
-def test_options_reach_their_terms() -> None:
-    blocks = all_blocks()
-
+@pytest.mark.parametrize("way", WAYS)
+def test_options_reach_their_terms(way: str) -> None:
     def loss(**term: dict[str, Any]) -> Tensor:
-        return build_objective(**term)(inputs(**blocks))["loss"]
+        return build_objective(sections(**term), WAYS[way])(inputs(**all_inputs()))["loss"]
 
     pmr = {"weight": 1.0, "omega": 3.0}
     cmsc = {"weight": 1.0, "beta": 0.3}
+    distillation = {"weight": 1.0, "tables": ["given by the test"]}
     values = [
         loss(pmr=pmr),
         loss(pmr={**pmr, "scale_by_batch": True}),
         loss(cmsc=cmsc),
         loss(cmsc={**cmsc, "mode": "add"}),
         loss(cmsc={**cmsc, "target_temperature": 0.5}),
-        loss(distillation={"weight": 1.0}),
-        loss(distillation={"weight": 1.0, "temperature": 0.5}),
+        loss(distillation=distillation),
+        loss(distillation={**distillation, "temperature": 0.5}),
     ]
     assert len({round(float(value), 6) for value in values}) == len(values)
 
 
+def test_a_detached_prior_has_another_gradient() -> None:
+    """The loss is the same."""
+    for budget in WAYS.values():
+        found = []
+        for detach in (False, True):
+            audio = unit(N, 5, 1).requires_grad_()
+            term = PMR(PMRSection(weight=1.0, detach_prior=detach))
+            term(inputs(block=EmbeddingScores(unit(N, 5, 0), audio)), budget).backward()
+            found.append(audio.grad)
+        assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+class Asking(LossTerm):
+    """Takes one of everything, and has no tiled form."""
+
+    def dense(
+        self,
+        scores: Tensor,
+        temperature: Tensor,
+        positives: Tensor,
+        text_scores: Tensor,
+        audio_scores: Tensor,
+        teacher_scores: Tensor,
+        clip_ids: Tensor,
+        caption_ids: Tensor,
+        text_embeddings: Tensor,
+        audio_embeddings: Tensor,
+        text_tokens: TokenSequence,
+        audio_tokens: TokenSequence,
+        step: int,
+    ) -> Tensor:
+        self.seen = dict(locals())
+        return scores.sum()
+
+
+def test_inputs_by_name() -> None:
+    tokens = random_sequence([2, 1, 3, 1, 1, 2], 5, 7), random_sequence([4] * N, 5, 8)
+    given = all_inputs() | {"text_tokens": lambda: tokens[0], "audio_tokens": lambda: tokens[1], "step": 9}
+    term = Asking(TermSection(weight=1.0))
+    assert set(term.inputs) == set(INPUTS)
+    for budget in WAYS.values():
+        term(inputs(**given), budget)
+        seen = term.seen
+        text, audio = unit(N, 5, 2), unit(N, 5, 3)
+        for name, want in (
+            ("scores", unit(N, 5, 0) @ unit(N, 5, 1).T),
+            ("positives", positives_mask(IDS, IDS)),
+            ("text_scores", text @ text.T),
+            ("audio_scores", audio @ audio.T),
+            ("teacher_scores", unit(N, 5, 4) @ unit(N, 5, 5).T),
+            ("clip_ids", IDS[:, 0]),
+            ("caption_ids", IDS[:, 1]),
+            ("text_embeddings", text),
+            ("audio_embeddings", audio),
+        ):
+            assert torch.equal(seen[name], want), name
+        assert seen["temperature"] is TAU and seen["step"] == 9
+        assert seen["text_tokens"] is tokens[0] and seen["audio_tokens"] is tokens[1]
+
+
+def test_an_unknown_input_is_refused_when_the_class_is_made() -> None:
+    with pytest.raises(UserError, match=r"Wrong\.dense asks for 'logits': known inputs are scores, temperature, "):
+
+        class Wrong(LossTerm):
+            def dense(self, scores: Tensor, logits: Tensor) -> Tensor:
+                return logits.sum()
+
+
+def term_both_ways(name: str, batch: int, width: int, dtype: torch.dtype, *budgets: Budget) -> list[list[Tensor]]:
+    """Loss and gradients of everything, with ids that agree here and there."""
+    options = {**OPTIONS[name], "weight": 1.0}
+    ids = torch.stack([torch.arange(batch) % (batch - 2), torch.arange(batch) // 2 + 100], 1)
+    found = []
+    for budget in budgets:
+        text, audio, *inside = (unit(batch, width, seed).to(dtype).requires_grad_() for seed in range(4))
+        tau = TAU.to(dtype).requires_grad_()
+        given = LossInputs(
+            EmbeddingScores(text, audio),
+            tau,
+            ids,
+            lambda inside=inside: inside[0],
+            lambda inside=inside: inside[1],
+            refuse,
+            refuse,
+            lambda: EmbeddingScores(unit(batch, width, 4).to(dtype), unit(batch, width, 5).to(dtype)),
+        )
+        loss = build_objective(sections(**{name: options}), budget)(given)["loss"]
+        gradients = torch.autograd.grad(loss, (text, audio, *inside, tau), allow_unused=True)
+        found.append([loss.detach(), *(x for x in gradients if x is not None)])
+    return found
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_dense_and_tiled_agree(name: str) -> None:
+    one, other = term_both_ways(name, N, 5, torch.float64, *WAYS.values())
+    assert len(one) == len(other) >= 3
+    for x, y in zip(one, other, strict=True):
+        assert (x - y).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("batch", [1024, 1025])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_both_ways_at_the_threshold(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32, as training does: the way that is taken, and its results against the other's."""
+    taken = []
+    term = LOSS_TERMS[name]
+    whole = term.dense
+
+    def spy(self: LossTerm, *args: Any, **kwargs: Any) -> Tensor:
+        taken.append("dense")
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(term, "dense", spy)
+    other = Budget(dense=0 if batch == 1024 else 2**40)
+    one, two = term_both_ways(name, batch, 8, torch.float32, Budget(), other)
+    assert taken == ["dense"], "of the two ways, one is dense"
+    term_both_ways(name, batch, 8, torch.float32, Budget())
+    assert len(taken) == (2 if batch == 1024 else 1)
+    for x, y in zip(one, two, strict=True):
+        assert (x - y).abs().max() <= 2e-5 * y.abs().max()
+
+
 def test_mistakes() -> None:
     with pytest.raises(UserError, match="unknown loss term 'clip': known are nt_xent, pmr, cmsc"):
-        build_objective(clip={"weight": 1.0})
+        build_objective({"clip": TermSection(weight=1.0)})
     with pytest.raises(UserError, match="no loss term has a positive weight"):
-        build_objective(nt_xent={"weight": 0.0})
+        build_objective(sections(nt_xent={"weight": 0.0}))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +284,7 @@ def retriever(config: RunConfig, scorer: str, **weights: float) -> Retriever:
     config.model.scorer.name = scorer
     config.objective.nt_xent.weight = 0.0
     for name, weight in weights.items():
-        getattr(config.objective, name).weight = weight
+        config.objective.terms[name].weight = weight
     torch.manual_seed(0)
     return Retriever(config.model, config.objective).eval()
 
@@ -182,13 +315,11 @@ def test_the_model_asks_its_teacher_about_the_batch(config: RunConfig) -> None:
     data = batch()
     asked: list[Batch] = []
 
-    class Teacher:
-        def block(self, rows: Batch, world: World) -> EmbeddingScores:
-            asked.append(rows)
-            return EmbeddingScores(unit(5, 4, 0).float(), unit(5, 4, 1).float(), world)
+    def teacher(rows: Batch, world: World) -> EmbeddingScores:
+        asked.append(rows)
+        return EmbeddingScores(unit(5, 4, 0).float(), unit(5, 4, 1).float(), world)
 
-    model.teacher = Teacher()
-    found = model(data)
+    found = model(data, StepContext(teacher=teacher))
     scores = model.scorer.scores(
         model.encode_text(data.input_ids, data.attention_mask), model.encode_audio(data.waveform, data.lengths)
     )
@@ -200,7 +331,29 @@ def test_the_step_reaches_the_terms(config: RunConfig) -> None:
     config = config.model_copy(deep=True)
     config.objective.cmsc.beta_warmup_steps = 4
     model = retriever(config, "pooled", cmsc=1.0)
-    losses = []
-    for model.step in (0, 2, 4, 8):
-        losses.append(model(batch())["loss"].item())
+    losses = [model(batch(), StepContext(step))["loss"].item() for step in (0, 2, 4, 8)]
     assert losses[2] == losses[3] and len({*losses[:3]}) == 3
+
+
+class Tokens(LossTerm):
+    """Reads what the scorer does not."""
+
+    def dense(self, text_tokens: TokenSequence, audio_tokens: TokenSequence) -> Tensor:
+        words, frames = (x.tokens[x.mask] for x in (text_tokens, audio_tokens))
+        return words.square().mean() + frames.square().mean()
+
+
+def test_tokens_that_only_a_term_reads_are_projected_and_kept(config: RunConfig) -> None:
+    plain, data = retriever(config, "pooled", nt_xent=1.0), batch()
+    assert [x.tokens.shape[1] for x in plain.encode(data)] == [0, 0]
+    terms = create_model("Terms", __base__=ObjectiveSection, tokens=(TermSection, TermSection(weight=1.0)))
+    LOSS_TERMS["tokens"] = Tokens
+    try:
+        torch.manual_seed(0)
+        model = Retriever(config.model, terms()).eval()
+    finally:
+        del LOSS_TERMS["tokens"]
+    text, audio = model.encode(data)
+    assert text.tokens.shape[2] == audio.tokens.shape[2] == 16
+    want = text.tokens[text.mask].square().mean() + audio.tokens[audio.mask].square().mean()
+    assert model(data)["tokens"].item() == pytest.approx(want.item(), rel=1e-6)

@@ -11,7 +11,7 @@ from atr_scale.config import RunConfig
 from atr_scale.encoders import AUDIO_ENCODERS
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
-from atr_scale.planner.dry_run import plan
+from atr_scale.planner.dry_run import dry_run
 from atr_scale.training.engine import optimizer_groups
 from atr_scale.training.param_groups import freeze, layer_of, rate_scales
 from atr_scale.training.schedule import seeds
@@ -107,8 +107,8 @@ def test_more_frozen_layers_than_there_are(folder: Path) -> None:
 
 
 def test_the_plan_tells_what_is_frozen_and_decayed(folder: Path) -> None:
-    assert "frozen" not in plan(tiny_config(folder, folder / "run"), 1)
-    lines = plan(
+    assert "frozen" not in dry_run(tiny_config(folder, folder / "run"), 1)
+    lines = dry_run(
         tiny_config(folder, folder / "run", frozen_layers_audio=1, layer_decay_audio=0.5, lr_text=0.0), 1
     ).splitlines()
     assert [line for line in lines if line.startswith(("frozen", "layer decay"))] == [

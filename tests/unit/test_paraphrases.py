@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atr_scale.batch import Batch, caption_id
 from atr_scale.config import parse_config
-from atr_scale.data.options import DataSection, Source
+from atr_scale.data.options import DataSection, TrainingSource
 from atr_scale.data.paraphrases.choose import choose
 from atr_scale.data.paraphrases.endpoint import Unanswered, parse_answer
 from atr_scale.data.paraphrases.stored import FILE, Appender, Paraphrases, make_record
@@ -171,7 +171,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def open_stream(*shards: str, share: float, world: World | None = None) -> TrainingStream:
     data = DataSection(
-        train=[Source(shards=place) for place in shards],
+        train=[TrainingSource(shards=place) for place in shards],
         crop_seconds=CROP / RATE,
         crop_quantum=QUANTUM / RATE,
         augmented_captions=share,

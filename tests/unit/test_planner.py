@@ -15,14 +15,15 @@ from torch import nn
 from atr_scale import cli
 from atr_scale.config import RunConfig
 from atr_scale.errors import UserError
+from atr_scale.losses import build_objective
 from atr_scale.planner import measure as measuring
 from atr_scale.planner import zero_memory
-from atr_scale.planner.architecture import build
-from atr_scale.planner.dry_run import plan as dry_run
-from atr_scale.planner.estimate import Cluster, Costs, estimate, fitting_micro_batch, largest_share
+from atr_scale.planner.architecture import build_without_weights
+from atr_scale.planner.dry_run import dry_run
+from atr_scale.planner.estimate import Cluster, Costs, estimate_step, fitting_micro_batch, largest_share, transfers
 from atr_scale.planner.gpus import find_gpu
 from atr_scale.planner.ops import Recorder
-from atr_scale.planner.planner import measure
+from atr_scale.planner.planner import measure_costs
 from atr_scale.planner.zero_memory import Parameters, Transfer
 from tests.tiny_run import tiny_config
 from tools.bench.measure import peak_mib
@@ -38,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def costs(config: RunConfig) -> Costs:
-    return measure(config, SECONDS, TOKENS, gpu=False)[0]
+    return measure_costs(config, SECONDS, TOKENS, gpu=False)[0]
 
 
 def cluster(size: int, gpu: str = "H100") -> Cluster:
@@ -78,7 +79,7 @@ def test_live_bytes_are_those_of_the_allocator() -> None:
 
 def test_costs_are_linear_in_the_rows(config: RunConfig, costs: Costs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "ROWS", (13, 14))
-    direct = measuring.measure_encoders(build(config), SECONDS, TOKENS, gpu=False).at(13)
+    direct = measuring.measure_encoders(build_without_weights(config), SECONDS, TOKENS, gpu=False).at(13)
     planned = costs.encoders.at(13)
     assert planned.names == direct.names
     for column in ("flops", "nbytes", "gradients"):
@@ -124,19 +125,36 @@ def test_activation_checkpointing_keeps_less(config: RunConfig) -> None:
     checkpointed = config.model_copy(update={"model": config.model.model_copy(update={"text": section})})
     kept = []
     for one in (config, checkpointed):
-        costs = measuring.measure_encoders(build(one), SECONDS, 64)
+        costs = measuring.measure_encoders(build_without_weights(one), SECONDS, 64)
         kept.append(costs.at(64).live[costs.ends[0] - 1])
     assert kept[1] < 0.5 * kept[0]
 
 
-def test_heads_at_other_sizes(config: RunConfig, costs: Costs) -> None:
-    """FLOPs are bilinear; collectives of a rank follow from its rows and from all."""
-    model, outputs = build(config), costs.encoders.outputs
-    values, collectives, _ = measuring._run_heads(model, outputs, [], 3, 4)
-    assert costs.heads.at("flops", 12, 3) == pytest.approx(values["flops"], rel=1e-9)
-    for (name, dtype, (constant, slope)), one in zip(costs.heads.collectives, collectives, strict=True):
+@pytest.mark.parametrize("way", ["tiled", "dense"])
+def test_heads_at_other_sizes(config: RunConfig, way: str) -> None:
+    """FLOPs and collectives of a rank follow from its rows, from all, and from the pairs of both; with every term that
+    needs no teacher."""
+    config = config.model_copy(deep=True)
+    for name in ("pmr", "cmsc", "intra_modal"):
+        config.objective.terms[name].weight = 0.5
+    budget = {"tiled": measuring.NEVER_DENSE, "dense": measuring.ALWAYS_DENSE}[way]
+    model, objective = build_without_weights(config), build_objective(config.objective.terms, budget)
+    outputs = measuring.measure_encoders(build_without_weights(config), SECONDS, TOKENS, gpu=False).outputs
+    heads = measuring.measure_heads(model, objective, outputs, [])
+    values, collectives, _ = measuring._run_heads(model, objective, outputs, [], 5, 7)
+    assert heads.at("flops", 35, 5) == pytest.approx(values["flops"], rel=1e-9)
+    assert heads.at("kept", 35, 5) == pytest.approx(values["kept"], rel=1e-9)
+    assert heads.terms["peak"][4] == (0 if way == "tiled" else pytest.approx(2 * heads.terms["kept"][4]))
+    for (name, dtype, coefficients), one in zip(heads.collectives, collectives, strict=True):
         assert (name, dtype) == (one.name, one.dtype)
-        assert constant + slope * (3 if name.startswith("allgather") else 12) == one.nbytes
+        assert coefficients @ measuring.features(35, 5) == pytest.approx(one.nbytes, rel=1e-9)
+
+
+def test_losses_of_small_batches_are_planned_dense(costs: Costs) -> None:
+    """Up to 1,024 pairs scores travel, above statistics do."""
+    small, large = ({t.kind for t in transfers(costs, 2, batch, batch // 2)} for batch in (1024, 1026))
+    assert small - large == {"scores", "gradients of scores"} and large - small == {"statistics"}
+    assert costs.pairs_at_once(1024, 1024) == 1024**2 and costs.pairs_at_once(1026, 1026) == 1026 * 512
 
 
 def test_what_each_stage_keeps() -> None:
@@ -170,9 +188,9 @@ def test_bytes_of_a_ring() -> None:
 
 def test_more_gpus_and_smaller_forwards_need_less(costs: Costs) -> None:
     batch = 2**15  # activations outweigh DeepSpeed's bucket
-    whole, halves = (estimate(costs, cluster(4), batch, micro) for micro in (None, 32))
+    whole, halves = (estimate_step(costs, cluster(4), batch, micro) for micro in (None, 32))
     assert halves.peak < whole.peak and halves.step > whole.step
-    assert estimate(costs, cluster(8), batch).peak < whole.peak
+    assert estimate_step(costs, cluster(8), batch).peak < whole.peak
     assert {t.kind: t.nbytes for t in halves.transfers} == {t.kind: t.nbytes for t in whole.transfers}
 
 
@@ -183,8 +201,8 @@ def test_the_largest_batch_just_fits(costs: Costs) -> None:
         most = largest_share(costs, tight, micro)
         room = 0.94 * tight.gpu.memory
         step = micro or 1
-        assert estimate(costs, tight, 2 * most, micro).peak <= room
-        assert estimate(costs, tight, 2 * (most + step), micro).peak > room
+        assert estimate_step(costs, tight, 2 * most, micro).peak <= room
+        assert estimate_step(costs, tight, 2 * (most + step), micro).peak > room
     share = 2 * largest_share(costs, tight)
     assert fitting_micro_batch(costs, tight, 2 * share) in range(1, share)
     assert fitting_micro_batch(costs, replace(tight, gpu=replace(tight.gpu, memory=1e6)), 2) is None
@@ -235,5 +253,5 @@ def test_a_dry_run_reads_what_the_job_starts_from(config: RunConfig) -> None:
         dry_run(config.model_copy(update={"train": train}), 1)
     objective = config.objective.model_copy(deep=True)
     objective.distillation.weight, objective.distillation.tables = 1.0, ["missing.safetensors"]
-    with pytest.raises(UserError, match="no table of correspondences at missing"):
+    with pytest.raises(UserError, match="no table of teacher scores at missing"):
         dry_run(config.model_copy(update={"objective": objective}), 1)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atr_scale.data.sample_order import Plan, Rows
+from atr_scale.data.sample_order import Rows, SampleOrder
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=4)
 batch_sizes = st.integers(1, 40)
@@ -17,7 +17,7 @@ seeds = st.integers(0, 2**32)
 shuffles = st.fixed_dictionaries({"window": st.integers(1, 50), "block": st.integers(1, 20)})
 
 
-def stream(plan: Plan, batches: int) -> Rows:
+def stream(plan: SampleOrder, batches: int) -> Rows:
     """The first `batches` batches, joined."""
     rows = [plan.batch(k) for k in range(batches)]
     return Rows(*(np.concatenate([getattr(r, name) for r in rows]) for name in ("source", "index", "position")))
@@ -31,7 +31,7 @@ def same(a: Rows, b: Rows) -> bool:
 @given(sizes=sizes, batch_size=batch_sizes, seed=seeds, shuffle=shuffles)
 def test_every_corpus_gives_exact_epochs(sizes: list[int], batch_size: int, seed: int, shuffle: dict[str, int]) -> None:
     """Visits [k n, (k + 1) n) of a corpus of n samples are a permutation, whatever the batches and the mixture."""
-    plan = Plan(sizes, batch_size, seed=seed, window=shuffle["window"], block=shuffle["block"])
+    plan = SampleOrder(sizes, batch_size, seed=seed, window=shuffle["window"], block=shuffle["block"])
     rows = stream(plan, 1 + 3 * sum(sizes) // batch_size)
     assert np.array_equal(rows.position, np.arange(len(rows.position)))
     for source, size in enumerate(sizes):
@@ -46,41 +46,42 @@ def test_every_corpus_gives_exact_epochs(sizes: list[int], batch_size: int, seed
 def test_any_batch_is_found_at_once(sizes: list[int], batch_size: int, seed: int, numbers: list[int]) -> None:
     """In any order, backwards too, from a new plan and from one that has been elsewhere."""
     weights = [1.0 + k for k in range(len(sizes))]
-    iterated = Plan(sizes, batch_size, weights=weights, seed=seed, window=7, block=3)
+    iterated = SampleOrder(sizes, batch_size, weights=weights, seed=seed, window=7, block=3)
     expected = [iterated.batch(k) for k in range(61)]
-    wandering = Plan(sizes, batch_size, weights=weights, seed=seed, window=7, block=3)
+    wandering = SampleOrder(sizes, batch_size, weights=weights, seed=seed, window=7, block=3)
     for number in numbers:
         assert same(wandering.batch(number), expected[number])
         assert same(
-            Plan(sizes, batch_size, weights=weights, seed=seed, window=7, block=3).batch(number), expected[number]
+            SampleOrder(sizes, batch_size, weights=weights, seed=seed, window=7, block=3).batch(number),
+            expected[number],
         )
 
 
 @given(sizes=sizes, seed=seeds)
 @settings(max_examples=30, deadline=None)
 def test_the_stream_does_not_depend_on_the_batch_size(sizes: list[int], seed: int) -> None:
-    assert same(stream(Plan(sizes, 12, seed=seed), 10), stream(Plan(sizes, 5, seed=seed), 24))
+    assert same(stream(SampleOrder(sizes, 12, seed=seed), 10), stream(SampleOrder(sizes, 5, seed=seed), 24))
 
 
 def test_nothing_but_the_seed_decides() -> None:
-    before = stream(Plan([50, 30], 8, seed=5), 20)
+    before = stream(SampleOrder([50, 30], 8, seed=5), 20)
     np.random.seed(99)
     np.random.random(17)
-    assert same(stream(Plan([50, 30], 8, seed=5), 20), before)
-    assert not same(stream(Plan([50, 30], 8, seed=6), 20), before)
+    assert same(stream(SampleOrder([50, 30], 8, seed=5), 20), before)
+    assert not same(stream(SampleOrder([50, 30], 8, seed=6), 20), before)
 
 
 def test_epochs_differ_and_a_tail_opens_the_next() -> None:
-    rows = stream(Plan([10], 4, seed=0), 10)
+    rows = stream(SampleOrder([10], 4, seed=0), 10)
     epochs = rows.index.reshape(4, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    third = Plan([10], 4, seed=0).batch(2)
+    third = SampleOrder([10], 4, seed=0).batch(2)
     assert set(third.index[:2]).isdisjoint(rows.index[:8]), "the third batch opens with the first epoch's tail"
 
 
 def test_corpora_of_one_size_are_shuffled_apart() -> None:
-    rows = stream(Plan([40, 40], 8, seed=3), 20)
+    rows = stream(SampleOrder([40, 40], 8, seed=3), 20)
     first, second = (rows.index[rows.source == s][:40] for s in (0, 1))
     assert not np.array_equal(first, second)
 
@@ -93,7 +94,7 @@ def test_corpora_of_one_size_are_shuffled_apart() -> None:
 )
 def test_shares_follow_the_weights(weights: list[float], batch_size: int, seed: int) -> None:
     """Every batch and every prefix of the stream, not only the long run."""
-    plan = Plan([1000] * len(weights), batch_size, weights=weights, seed=seed)
+    plan = SampleOrder([1000] * len(weights), batch_size, weights=weights, seed=seed)
     share = np.asarray(weights) / sum(weights)
     counts = np.array([np.bincount(plan.batch(k).source, minlength=len(weights)) for k in range(40)])
     slack = 2 + np.log2(batch_size)  # discrepancy of a golden-ratio sequence grows with the logarithm
@@ -104,14 +105,14 @@ def test_shares_follow_the_weights(weights: list[float], batch_size: int, seed: 
 
 
 def test_by_default_a_corpus_weighs_what_it_holds() -> None:
-    rows = stream(Plan([900, 100], 50, seed=1), 200)
+    rows = stream(SampleOrder([900, 100], 50, seed=1), 200)
     assert np.bincount(rows.source) == pytest.approx([9000, 1000], abs=15)
-    assert Plan([900, 100], 50).epoch_batches == 20
+    assert SampleOrder([900, 100], 50).epoch_batches == 20
 
 
 def test_shuffling_keeps_neighbours_near_and_mixes_the_whole() -> None:
     size, window, block = 10_000, 512, 64
-    order = stream(Plan([size], 500, seed=0, window=window, block=block), 20).index
+    order = stream(SampleOrder([size], 500, seed=0, window=window, block=block), 20).index
     for start in range(0, size, window):
         part = order[start : start + window]
         # A window of 512 positions touches no more than its own 8 blocks and one cut at each end.
@@ -126,15 +127,15 @@ def test_shuffling_keeps_neighbours_near_and_mixes_the_whole() -> None:
 
 def test_far_batches_are_found() -> None:
     """Batch 100,000 of a mixture, and of a single corpus far beyond."""
-    mixture = Plan([1000, 3000], 64, seed=2)
+    mixture = SampleOrder([1000, 3000], 64, seed=2)
     late = mixture.batch(100_000)
     assert abs(np.count_nonzero(late.source == 0) - 16) <= 4
-    single = Plan([1000], 64, seed=2).batch(10**9)
+    single = SampleOrder([1000], 64, seed=2).batch(10**9)
     assert single.position[0] == 64 * 10**9 and len(single.index) == 64
 
 
 def test_slices_of_a_batch_are_disjoint_and_complete() -> None:
-    rows = Plan([30, 20], 12, seed=4).batch(3)
+    rows = SampleOrder([30, 20], 12, seed=4).batch(3)
     parts = [rows[slice(r * 4, (r + 1) * 4)] for r in range(3)]
     assert same(Rows(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("source", "index", "position"))), rows)
     assert all(a.position[-1] + 1 == b.position[0] for a, b in pairwise(parts))

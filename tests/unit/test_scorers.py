@@ -12,7 +12,7 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.score_block import EmbeddingScores, StoredScores
 from atr_scale.scorers import SCORERS, build_scorer, local_global, tap
-from atr_scale.scorers.scorer import Scorer, gather_text
+from atr_scale.scorers.scorer import Scorer, gather_sequence
 from atr_scale.scorers.tiles import for_device
 from tests.sequences import random_sequence
 
@@ -154,8 +154,8 @@ def test_pairwise_scorers_store_their_block_and_embed_nothing() -> None:
 
 def test_words_travel_only_where_they_are_read() -> None:
     text = random_sequence(WORDS, DIM, 1)
-    assert gather_text(text, World(), words=False).tokens.shape == (len(WORDS), 0, DIM)
-    gathered = gather_text(text, World(), words=True)
+    assert gather_sequence(text, World(), with_tokens=False).tokens.shape == (len(WORDS), 0, DIM)
+    gathered = gather_sequence(text, World(), with_tokens=True)
     assert torch.equal(gathered.tokens, text.tokens) and torch.equal(gathered.mask, text.mask)
 
 

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from atr_scale.cli import app
 from atr_scale.data import shard_builder
 from atr_scale.data.decode import decode
-from atr_scale.data.shard_builder import build
-from atr_scale.data.shard_check import check
+from atr_scale.data.shard_builder import build_shards
+from atr_scale.data.shard_check import check_shards
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.errors import UserError
 
@@ -54,7 +54,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards built without interruption by one process."""
     out = tmp_path_factory.mktemp("reference") / "out"
-    build("folder", corpus, out, **BUILD)
+    build_shards("folder", corpus, out, **BUILD)
     return out
 
 
@@ -77,7 +77,7 @@ def test_manifest_and_samples(corpus: Path, reference: Path) -> None:
         np.testing.assert_array_equal(decode(sample.audio, sample.extension, RATE), original)
     assert shards.keys == sorted(shards.keys)
     assert [int(shards.read(i).captions[0][5:-4]) for i in range(14)] != list(range(14))
-    assert check(str(reference), deep=True) == []
+    assert check_shards(str(reference), deep=True) == []
 
 
 def test_webdataset_reads_the_shards(reference: Path) -> None:
@@ -92,7 +92,7 @@ def test_rebuild_is_byte_identical_with_more_processes(
     corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_builder, "MIN_CLIPS_PER_WORKER", 1)
-    build("folder", corpus, tmp_path / "out", **{**BUILD, "workers": 2})
+    build_shards("folder", corpus, tmp_path / "out", **{**BUILD, "workers": 2})
     assert contents(tmp_path / "out") == contents(reference)
 
 
@@ -108,40 +108,40 @@ def test_a_killed_build_goes_on_where_it_stopped(corpus: Path, reference: Path, 
                 os.kill(os.getpid(), signal.SIGKILL)
             return encode(*arguments)
         shard_builder.encode = deadly
-        shard_builder.build("folder", {str(corpus)!r}, {str(out)!r}, **{BUILD!r})
+        shard_builder.build_shards("folder", {str(corpus)!r}, {str(out)!r}, **{BUILD!r})
     """
     died = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, timeout=120)
     assert died.returncode == -signal.SIGKILL
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
     assert sorted(kept) == ["shard-000000.tar", "shard-000001.tar"] and list(out.glob(".*.tmp"))
-    assert any("not finished" in problem for problem in check(str(out)))
+    assert any("not finished" in problem for problem in check_shards(str(out)))
     with pytest.raises(UserError, match="encoding differ"):
-        build("folder", corpus, out, **{**BUILD, "encoding": "pcm16"})
-    build("folder", corpus, out, **BUILD)
+        build_shards("folder", corpus, out, **{**BUILD, "encoding": "pcm16"})
+    build_shards("folder", corpus, out, **BUILD)
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
-    assert contents(out) == contents(reference) and check(str(out)) == []
+    assert contents(out) == contents(reference) and check_shards(str(out)) == []
 
 
 def test_a_complete_build_is_not_repeated(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = build("folder", corpus, tmp_path / "out", **BUILD)
-    monkeypatch.setattr(shard_builder, "build_shard", lambda task: pytest.fail("built again"))
-    assert build("folder", corpus, tmp_path / "out", **BUILD) == first
+    first = build_shards("folder", corpus, tmp_path / "out", **BUILD)
+    monkeypatch.setattr(shard_builder, "write_shard", lambda task: pytest.fail("built again"))
+    assert build_shards("folder", corpus, tmp_path / "out", **BUILD) == first
     for changed in ({"sample_rate": 16_000}, {"shard_size": 5}):
         with pytest.raises(UserError, match=f"{next(iter(changed))} differ.*another --out"):
-            build("folder", corpus, tmp_path / "out", **{**BUILD, **changed})
+            build_shards("folder", corpus, tmp_path / "out", **{**BUILD, **changed})
 
 
 def test_changed_captions_are_another_build(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "tiny", 3)
-    build("folder", root, tmp_path / "out", **BUILD)
+    build_shards("folder", root, tmp_path / "out", **BUILD)
     (root / "captions.csv").write_text((root / "captions.csv").read_text().replace("again", "changed"))
     with pytest.raises(UserError, match="clips differ"):
-        build("folder", root, tmp_path / "out", **BUILD)
+        build_shards("folder", root, tmp_path / "out", **BUILD)
 
 
 @pytest.mark.parametrize(("encoding", "extension"), [("pcm16", "pcm"), ("keep", "wav")])
 def test_encodings(encoding: str, extension: str, corpus: Path, tmp_path: Path) -> None:
-    build("folder", corpus, tmp_path, **{**BUILD, "encoding": encoding})
+    build_shards("folder", corpus, tmp_path, **{**BUILD, "encoding": encoding})
     shards = open_shards(str(tmp_path))
     for i in range(len(shards)):
         sample = shards.read(i)
@@ -151,11 +151,11 @@ def test_encodings(encoding: str, extension: str, corpus: Path, tmp_path: Path) 
             assert sample.audio == original.read_bytes()
         waveform = decode(sample.audio, sample.extension, RATE, pcm_rate=sample.sample_rate)
         np.testing.assert_array_equal(waveform, soundfile.read(original, dtype="float32")[0])
-    assert check(str(tmp_path), deep=True) == []
+    assert check_shards(str(tmp_path), deep=True) == []
 
 
 def test_resampled_to_the_asked_rate(corpus: Path, tmp_path: Path) -> None:
-    manifest = build("folder", corpus, tmp_path, **{**BUILD, "sample_rate": 12_000})
+    manifest = build_shards("folder", corpus, tmp_path, **{**BUILD, "sample_rate": 12_000})
     sample = open_shards(str(tmp_path)).read(0)
     assert manifest["sample_rate"] == sample.sample_rate == 12_000
     assert len(decode(sample.audio, "flac", 12_000)) == 3000
@@ -169,10 +169,10 @@ def test_bad_audio_is_left_out_and_counted(tmp_path: Path) -> None:
     soundfile.write(audio / "clip 2.wav", np.zeros(100, np.int16), RATE)
     soundfile.write(audio / "clip 3.wav", np.array([0.1, np.nan]), RATE, subtype="FLOAT")
     (audio / "clip 4.wav").unlink()
-    manifest = build("folder", root, tmp_path / "out", **BUILD)
+    manifest = build_shards("folder", root, tmp_path / "out", **BUILD)
     reasons = ("empty_audio", "missing_audio", "nonfinite_audio", "silent_audio", "undecodable_audio")
     assert manifest["dropped"] == dict.fromkeys(reasons, 1)
-    assert manifest["num_samples"] == 4 and check(str(tmp_path / "out")) == []
+    assert manifest["num_samples"] == 4 and check_shards(str(tmp_path / "out")) == []
 
 
 def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
@@ -180,10 +180,10 @@ def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
     for path in (root / "audio").iterdir():
         path.write_bytes(b"junk")
     with pytest.raises(UserError, match=r"none of the 2 clips of tiny can be used.*undecodable_audio"):
-        build("folder", root, tmp_path / "out", **BUILD)
+        build_shards("folder", root, tmp_path / "out", **BUILD)
     shutil.rmtree(root / "audio")
     with pytest.raises(UserError, match="no audio for any of the 2 clips"):
-        build("folder", root, tmp_path / "out2", **BUILD)
+        build_shards("folder", root, tmp_path / "out2", **BUILD)
 
 
 def test_user_mistakes_are_one_line(corpus: Path, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_user_mistakes_are_one_line(corpus: Path, tmp_path: Path) -> None:
         (("folder", corpus, tmp_path / "foreign"), "choose an empty --out"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
-            build(*arguments, **BUILD)
+            build_shards(*arguments, **BUILD)
         assert "\n" not in str(caught.value)
 
 
@@ -207,7 +207,7 @@ def test_check_names_what_is_wrong(reference: Path, tmp_path: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(reference, folder)
         damage(folder)
-        return "\n".join(check(str(folder)))
+        return "\n".join(check_shards(str(folder)))
 
     def cut_at(path: Path, offset: int) -> None:
         path.write_bytes(path.read_bytes()[:offset])
@@ -240,14 +240,14 @@ def test_check_names_what_is_wrong(reference: Path, tmp_path: Path) -> None:
 
 
 def test_deep_check_decodes(corpus: Path, tmp_path: Path) -> None:
-    build("folder", corpus, tmp_path, **BUILD)
+    build_shards("folder", corpus, tmp_path, **BUILD)
     shards = open_shards(str(tmp_path))
     raw = bytearray((tmp_path / "shard-000000.tar").read_bytes())
     raw[600 : 600 + 400] = b"\xff" * 400
     (tmp_path / "shard-000000.tar").write_bytes(raw)
     (tmp_path / "manifest.json").unlink()
-    assert check(str(tmp_path)) == []
-    problems = check(str(tmp_path), deep=True)
+    assert check_shards(str(tmp_path)) == []
+    problems = check_shards(str(tmp_path), deep=True)
     assert len(problems) == 1 and f"sample {shards.keys[0]}: undecodable_audio" in problems[0]
 
 
@@ -282,9 +282,9 @@ def test_verbs(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.real_data
 @pytest.mark.parametrize(("name", "clips"), [("audiocaps_clips", 43), ("clotho_clips", 9)])
 def test_real_clips(real_data: Path, tmp_path: Path, name: str, clips: int) -> None:
-    manifest = build("folder", real_data / name, tmp_path, split="all" if clips == 9 else "val", shard_size=10)
+    manifest = build_shards("folder", real_data / name, tmp_path, split="all" if clips == 9 else "val", shard_size=10)
     assert (manifest["num_samples"], manifest["num_captions"], manifest["dropped"]) == (clips, 5 * clips, {})
-    assert check(str(tmp_path), deep=True) == []
+    assert check_shards(str(tmp_path), deep=True) == []
 
 
 @pytest.mark.real_data
@@ -300,7 +300,7 @@ def test_real_esc50(real_data: Path, tmp_path: Path) -> None:
         for row in rows:
             words = row["category"].replace("_", " ")
             table.writerow([row["filename"], f"The sound of {words}", words, "test"])
-    manifest = build("folder", root, tmp_path / "out", encoding="keep", workers=1)
+    manifest = build_shards("folder", root, tmp_path / "out", encoding="keep", workers=1)
     assert (manifest["num_samples"], manifest["split"], manifest["dropped"]) == (50, "test", {})
     shards = open_shards(str(tmp_path / "out"))
     assert all((s := shards.read(i)).captions == [f"The sound of {s.label}"] for i in range(50))

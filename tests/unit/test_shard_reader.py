@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from atr_scale.data.shard_check import check
+from atr_scale.data.shard_check import check_shards
 from atr_scale.data.shard_reader import BadSample, ShardSet, open_shards
 from atr_scale.data.tar import BrokenTar, Member, walk
 from atr_scale.errors import UserError
@@ -210,7 +210,7 @@ def test_names_that_leave_the_archive_links_and_devices_are_never_used(tmp_path:
     shards = open_shards(str(folder))
     assert shards.keys == ["000"] and read_all(shards) == (["x/000"], Counter())
     assert shards.dropped["missing_audio"] + shards.dropped["duplicate_key"] == 6
-    problems = "\n".join(check(str(folder)))
+    problems = "\n".join(check_shards(str(folder)))
     for name in ("../up/evil.flac", "/abs/evil.flac", "a/../../up/evil.flac", "link.flac", "dev.flac"):
         assert repr(name) in problems
 
@@ -232,7 +232,7 @@ def test_duplicate_and_dotted_keys_are_rejected_by_the_validator(tmp_path: Path)
     entries = [*members("x", ["000", "001", "000"]), ("a.b.flac", b"x"), ("a.b.json", b"{}")]
     write_tar(tmp_path / "x.tar", entries)
     assert open_shards(str(tmp_path)).keys == ["000", "001"]
-    problems = check(str(tmp_path))
+    problems = check_shards(str(tmp_path))
     assert any("duplicate key" in p for p in problems)
     assert sum("dotted key" in p for p in problems) == 2
 
@@ -353,7 +353,7 @@ def test_laion_sidecars_read_as_they_are(real_data: Path, tmp_path: Path) -> Non
             for path in files[n * 400 : (n + 1) * 400]:
                 tar.add(path, arcname=path.name)
     shards = open_shards(str(folder))
-    assert len(shards) == 400 and not shards.dropped and check(str(folder)) == []
+    assert len(shards) == 400 and not shards.dropped and check_shards(str(folder)) == []
     for i in range(0, 400, 7):
         sample = shards.read(i)
         sidecar = json.loads((real_data / "esc50_fold1_hq" / "audio" / f"{sample.key}.json").read_text())

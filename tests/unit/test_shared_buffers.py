@@ -1,4 +1,4 @@
-"""Slots of memory: never handed out while a tensor still reads them, used again afterwards."""
+"""SharedBuffers of memory: never handed out while a tensor still reads them, used again afterwards."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import pytest
 import torch
 
 from atr_scale.batch import Batch
-from atr_scale.data.shared_buffers import CACHE_LINE, Parcel, Slots, WaveformRows
+from atr_scale.data.shared_buffers import CACHE_LINE, Parcel, SharedBuffers, WaveformRows
 from atr_scale.data.stream import _one_ahead
 
 
 def test_a_slot_is_free_when_its_last_tensor_is_gone() -> None:
-    slots = Slots(size=6, each=2)
-    first, second, third = slots.take(), slots.take(), slots.take()
-    assert (first.number, second.number, third.number) == (0, 1, None), "of two slots the third is fresh memory"
+    buffers = SharedBuffers(size=6, each=2)
+    first, second, third = buffers.take(), buffers.take(), buffers.take()
+    assert (first.number, second.number, third.number) == (0, 1, None), "of two buffers the third is fresh memory"
     first.memory[:] = range(6)
-    whole = slots.tensor(0, (2, 3), np.dtype(np.float32))
+    whole = buffers.tensor(0, (2, 3), np.dtype(np.float32))
     view = whole[1, 1:]
     del first, whole
     gc.collect()
-    assert slots.take().number is None and view.tolist() == [4, 5], "a view holds the slot as well"
+    assert buffers.take().number is None and view.tolist() == [4, 5], "a view holds the buffer as well"
     del view
-    assert slots.take().number == 0
+    assert buffers.take().number == 0
 
 
 def test_memory_begins_with_a_cache_line() -> None:
-    slots = Slots(size=1001, each=3)
-    taken = [slots.take().memory for _ in range(4)]
+    buffers = SharedBuffers(size=1001, each=3)
+    taken = [buffers.take().memory for _ in range(4)]
     assert all(memory.ctypes.data % CACHE_LINE == 0 and memory.shape == (1001,) for memory in taken)
 
 
@@ -56,20 +56,20 @@ def test_a_batch_on_the_device_is_float32() -> None:
 
 
 def test_writers_have_slots_of_their_own() -> None:
-    slots = Slots(size=4, each=1, workers=2)
-    assert slots.take(1).number == 1 and slots.take(0).number == 0 and slots.take(0).number is None
+    buffers = SharedBuffers(size=4, each=1, workers=2)
+    assert buffers.take(1).number == 1 and buffers.take(0).number == 0 and buffers.take(0).number is None
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int16])
-@pytest.mark.parametrize("slot", [0, None])
-def test_a_parcel_holds_the_batch(slot: int | None, dtype: type) -> None:
-    slots = Slots(size=20, each=1)
-    memory = slots.take().memory.view(dtype)[:20]
+@pytest.mark.parametrize("buffer", [0, None])
+def test_a_parcel_holds_the_batch(buffer: int | None, dtype: type) -> None:
+    buffers = SharedBuffers(size=20, each=1)
+    memory = buffers.take().memory.view(dtype)[:20]
     memory[:] = range(20)
     ids = torch.arange(3)
     waveform = torch.from_numpy(memory[:12].reshape(3, 4))
     batch = Batch(waveform, ids, ids[:, None], ids[:, None], ids, ids, ids, ["a", "b", "c"], Counter(bad=1))
-    opened = Parcel.pack(batch, slot).open(slots)
+    opened = Parcel.pack(batch, buffer).open(buffers)
     assert opened.waveform.dtype == waveform.dtype and torch.equal(opened.waveform, waveform)
     assert torch.equal(opened.ids, batch.ids)
     assert (opened.keys, opened.dropped) == (batch.keys, batch.dropped)

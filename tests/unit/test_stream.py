@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atr_scale.batch import Batch, caption_id, stable_id
-from atr_scale.data.options import Source
+from atr_scale.data.options import TrainingSource
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.stream import TrainingStream, _check_exclusions, _draws, describe, read_batches
 from atr_scale.distributed.world import World
@@ -143,7 +143,7 @@ def test_the_seed_decides(left: str) -> None:
 
 
 def test_a_mixture_of_encodings_follows_its_weights(left: str, right: str) -> None:
-    stream = open_stream(Source(shards=left, weight=1), Source(shards=right, weight=3))
+    stream = open_stream(TrainingSource(shards=left, weight=1), TrainingSource(shards=right, weight=3))
     batches = read(stream, 0, 20)
     counts = np.array([sum(key.startswith("left/") for key in batch.keys) for batch in batches])
     assert np.abs(counts - 3).max() <= 1 and abs(counts.mean() - 3) < 0.2

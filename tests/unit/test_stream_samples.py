@@ -11,7 +11,7 @@ import torch
 
 from atr_scale.data import storage
 from atr_scale.data.decode import Crop, decode
-from atr_scale.data.options import Source
+from atr_scale.data.options import TrainingSource
 from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_reader import HEAD_BYTES, open_shards
 from tests.coded import CROP, RATE, duration, open_stream, rows_of, write_shards
@@ -81,7 +81,7 @@ def test_16_bit_samples_travel_as_they_are(left: str, right: str, tmp_path: Path
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_with_another_clip_among_16_bit_ones_is_float32(left: str, tmp_path: Path, workers: int) -> None:  # noqa: F811
     other = write_laion(tmp_path / "deep", {"0": list(range(40, 60))}, subtype="PCM_24")
-    sources = (Source(shards=left, weight=9), Source(shards=other, weight=1))
+    sources = (TrainingSource(shards=left, weight=9), TrainingSource(shards=other, weight=1))
     converted = read(open_stream(*sources), 0, 20)
     kept = read(open_stream(*sources), 0, 20, workers, keep_int16=True)
     assert all(equal(a.to(torch.device("cpu")), b) for a, b in zip(kept, converted, strict=True))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from atr_scale.batch import TokenSequence
-from atr_scale.demo.cast import Sizes, plan_clips
+from atr_scale.demo.clips import Sizes, plan_clips
 from atr_scale.demo.corpora import training_captions, write_demo_corpora
 from atr_scale.demo.text_encoder import build_demo_text_encoder
 from atr_scale.errors import UserError
@@ -153,13 +153,13 @@ def test_a_report_replaces_its_own_lines_alone(tmp_path: Path) -> None:
     results.write_text("# Results\n\nbefore\n")
     given = settings(tmp_path / "out")
     with pytest.raises(UserError, match="no finished runs"):
-        report.write(given, results)
+        report.write_results(given, results)
     given.out.mkdir()
     line = {"name": name_of("demo", BASELINE, 0), "kind": "demo", "seed": 0, "metrics": {"audiocaps/t2a/R@1": 0.25}}
     given.runs.write_text(json.dumps(line) + "\n" + '{"name": "cut sho')
-    report.write(given, results)
+    report.write_results(given, results)
     results.write_text(results.read_text() + "\nby hand\n")
-    report.write(given, results)
+    report.write_results(given, results)
     text = results.read_text()
     assert text.startswith("# Results\n\nbefore\n\n## Study\n") and text.count("### a) Pooling") == 1
     assert "| meanmax | 25.0 |" in text and "- a) meanmax: 1 of 2 seeds" in text

@@ -12,6 +12,7 @@ from torch import Tensor
 from atr_scale import score_block as blocks
 from atr_scale.losses import dense, tiled
 from atr_scale.losses.tiled import soft_cross_entropy, tiles
+from atr_scale.losses.tiled.tiles import LOSS_BYTES
 from atr_scale.score_block import EmbeddingScores, StoredScores
 from tests.losses import BLOCKS, CASES, dense_loss, tiled_loss, unit
 from tools.bench.measure import peak_mib
@@ -49,7 +50,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "PART_ROWS", {"cpu": 4})
 
 
-def both(case: str, batch: int, temperature: float, dtype: torch.dtype, kind: str = "embedding") -> list[list[Tensor]]:
+def both(
+    case: str, batch: int, temperature: float, dtype: torch.dtype, kind: str = "embedding", kept_bytes: int = LOSS_BYTES
+) -> list[list[Tensor]]:
     """[loss, gradients of texts and audios] of the tiled loss, and of the dense one in float64."""
     teacher = unit(batch, TEACHER_WIDTH, 3), unit(batch, TEACHER_WIDTH, 4)
     found = []
@@ -59,7 +62,7 @@ def both(case: str, batch: int, temperature: float, dtype: torch.dtype, kind: st
         if make is None:
             loss = dense_loss(case, text, audio, temperature, None, given)
         else:
-            loss = tiled_loss(case, make, text, audio, temperature, None, given)
+            loss = tiled_loss(case, make, text, audio, temperature, None, given, kept_bytes)
         found.append([loss.detach(), *torch.autograd.grad(loss, (text, audio))])
     return found
 
@@ -119,9 +122,8 @@ def test_kept_tiles_change_nothing_but_the_work(case: str, monkeypatch: pytest.M
     results, work = list[list[Tensor]](), list[int]()
     gradients = 8 * 6 * (20 + (0 if "intra" in case else 20))
     for budget in (0, gradients + 6 * 7 * 8 * 5, 2**30):  # none, a few, all
-        monkeypatch.setattr(tiles, "LOSS_BYTES", budget)
         made.clear()
-        results.append(both(case, 20, 0.1, torch.float64)[0])
+        results.append(both(case, 20, 0.1, torch.float64, kept_bytes=budget)[0])
         work.append(len(made))
     for other in results[1:]:
         assert all((a - b).abs().max() <= 1e-12 for a, b in zip(results[0], other, strict=True))
@@ -143,12 +145,11 @@ def test_no_matrix_of_all_pairs_is_alive(case: str, monkeypatch: pytest.MonkeyPa
     batch = 1024
     monkeypatch.setattr(blocks, "STRIPE_COLUMNS", 64)
     monkeypatch.setattr(tiles, "TILE_ROWS", {"cpu": 128})
-    monkeypatch.setattr(tiles, "LOSS_BYTES", 0)
     text, audio = (unit(batch, 6, seed).float().requires_grad_() for seed in (1, 2))
     teacher = unit(batch, TEACHER_WIDTH, 3).float(), unit(batch, TEACHER_WIDTH, 4).float()
 
     def step() -> None:
-        loss = tiled_loss(case, EmbeddingScores, text, audio, 0.1, None, teacher)
+        loss = tiled_loss(case, EmbeddingScores, text, audio, 0.1, None, teacher, kept_bytes=0)
         torch.autograd.grad(loss, (text, audio))
 
     matrix = batch * batch * 4 / 2**20

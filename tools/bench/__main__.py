@@ -43,10 +43,10 @@ def main() -> None:
         command = [sys.executable, "-m", f"tools.bench.{name}", "--json", str(given.out / f"{name}.json")]
         subprocess.run(command, check=True)
     results = {name: json.loads(path.read_text()) for name in NAMES if (path := given.out / f"{name}.json").exists()}
-    write(results, PAGE)
+    write_page(results, PAGE)
 
 
-def write(results: Results, page: Path) -> None:
+def write_page(results: Results, page: Path) -> None:
     """Replaces what lies between the markers of `page`, and the picture beside it."""
     picture = page.parent / PICTURE
     picture.parent.mkdir(parents=True, exist_ok=True)

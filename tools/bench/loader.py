@@ -26,8 +26,8 @@ import torch
 import webdataset
 from torch import Tensor
 
-from atr_scale.data.options import DataSection, Source
-from atr_scale.data.shard_builder import build
+from atr_scale.data.options import DataSection, TrainingSource
+from atr_scale.data.shard_builder import build_shards
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.stream import TrainingStream, read_batches
 from atr_scale.data.tokenizer import CaptionTokenizer
@@ -51,7 +51,7 @@ def rows() -> Iterator[Row]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder) / "corpus")
-        shards = {encoding: build_shards(Path(folder), encoding) for encoding in ("pcm16", "flac")}
+        shards = {encoding: write_shards(Path(folder), encoding) for encoding in ("pcm16", "flac")}
         pcm = shards["pcm16"]
         ours, bare = cpu_ms(our_batches(pcm, keep_int16=True), bare_reads(pcm))
         yield Row("pcm16 to int16, one process", ours, PCM_MS, "the figure to reach", "CPU ms a clip", 1.0)
@@ -84,11 +84,11 @@ def write_corpus(root: Path) -> None:
     (root / "captions.csv").write_text("\n".join(lines))
 
 
-def build_shards(folder: Path, encoding: str) -> str:
+def write_shards(folder: Path, encoding: str) -> str:
     """Shards that were read from the disk, as a run's are: what was just written lies in smaller pieces in the page
     cache, and takes longer to copy."""
     out = folder / encoding
-    build("folder", folder / "corpus", str(out), shard_size=80, encoding=encoding, sample_rate=RATE, workers=1)
+    build_shards("folder", folder / "corpus", str(out), shard_size=80, encoding=encoding, sample_rate=RATE, workers=1)
     for path in out.glob("*.tar"):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -109,7 +109,7 @@ class NoTokenizer(CaptionTokenizer):
 
 def our_batches(shards: str, workers: int = 0, batches: int = ENDLESS, *, keep_int16: bool = False) -> Iterator[Tensor]:
     stream = TrainingStream(
-        DataSection(train=[Source(shards=shards, weight=None)], crop_seconds=SECONDS),
+        DataSection(train=[TrainingSource(shards=shards, weight=None)], crop_seconds=SECONDS),
         tokenizer=NoTokenizer(),
         sample_rate=RATE,
         global_batch_size=BATCH,

@@ -17,10 +17,10 @@ from typing import Any
 
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
-from atr_scale.planner.estimate import Cluster, estimate, transfers
+from atr_scale.planner.estimate import Cluster, StepEstimate, estimate_step, transfers
 from atr_scale.planner.gpus import GPU
 from atr_scale.planner.ops import Recorder
-from atr_scale.planner.planner import measure
+from atr_scale.planner.planner import measure_costs
 from atr_scale.planner.zero_memory import BUCKET, FP32
 from tools.bench import updates
 from tools.bench.measure import peak_mib
@@ -68,14 +68,14 @@ def efficiency(config: RunConfig) -> Iterator[Row]:
 def planned(name: str, config: RunConfig, seconds: float) -> Iterator[Row]:
     """Bytes and memory of rank 0 of 2; DeepSpeed's bucket, which would hide all else, is left out of both sides."""
     found = run_ranks(measured, 2, config, seconds)[0]
-    costs, _ = measure(config, seconds, updates.NUM_WORDS, gpu=False)
+    costs, _ = measure_costs(config, seconds, updates.NUM_WORDS, gpu=False)
     pairs = config.train.global_batch_size
     given = sum(
         t.nbytes * (2 if t.collective == "reduce_scatter" else 1) for t in transfers(costs, 2, pairs, pairs // 2)
     )
     yield error(f"bytes to collectives, {name}", given / 2**20, found.given / 2**20, "counted", 0.0)
     bucket = BUCKET_MIB if config.train.zero_stage else 0.0
-    peak = plan(config, world_size=2, seconds=seconds).peak / 2**20
+    peak = planned_step(config, world_size=2, seconds=seconds).peak / 2**20
     yield error(f"peak memory, {name}", peak - bucket, found.peak - bucket, "measured", 0.1)
 
 
@@ -89,15 +89,15 @@ def ratios(config: RunConfig, lgmm: RunConfig) -> Iterator[Row]:
     base, short, pairs = (
         run_ranks(measured, 1, *given)[0].seconds for given in ((config,), (config, SHORTER), (lgmm,))
     )
-    step = plan(config).step
-    by_length = step / plan(config, seconds=SHORTER).step
+    step = planned_step(config).step
+    by_length = step / planned_step(config, seconds=SHORTER).step
     yield Row(f"time, clips of {SECONDS:g} s over {SHORTER:g} s", by_length, base / short, "measured", "x")
-    yield Row("time, lgmm over mean", plan(lgmm).step / step, pairs / base, "measured", "x")
+    yield Row("time, lgmm over mean", planned_step(lgmm).step / step, pairs / base, "measured", "x")
 
 
-def plan(config: RunConfig, world_size: int = 1, seconds: float = SECONDS) -> Any:
-    costs, _ = measure(config, seconds, updates.NUM_WORDS, gpu=False)
-    return estimate(costs, Cluster(CORE, world_size, 8, 0.0, 1), config.train.global_batch_size)
+def planned_step(config: RunConfig, world_size: int = 1, seconds: float = SECONDS) -> StepEstimate:
+    costs, _ = measure_costs(config, seconds, updates.NUM_WORDS, gpu=False)
+    return estimate_step(costs, Cluster(CORE, world_size, 8, 0.0, 1), config.train.global_batch_size)
 
 
 def measured(config: RunConfig, seconds: float = SECONDS) -> Found:

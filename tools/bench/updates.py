@@ -11,7 +11,7 @@ from atr_scale.batch import Batch
 from atr_scale.config import RunConfig, parse_config
 from atr_scale.demo.text_encoder import build_demo_text_encoder
 from atr_scale.distributed.world import World
-from atr_scale.model import Retriever
+from atr_scale.training.checks import new_model
 from atr_scale.training.engine import Engine, StepResult
 from atr_scale.training.schedule import seeds
 
@@ -43,7 +43,8 @@ def device() -> torch.device:
 
 def start(config: RunConfig) -> Engine:
     torch.manual_seed(0)
-    return Engine(Retriever(config.model, config.objective), config.train, World.current(), device())
+    world = World.current()
+    return Engine(new_model(config, world), config.train, world, device())
 
 
 def noise(size: int, seconds: float, sample_rate: int, world: World) -> Batch:

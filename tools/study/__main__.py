@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"no experiment {unknown[0]!r}: --only takes {', '.join(EXPERIMENTS)}")
         settings = _settings(given)
         succeeded = given.report or run(settings, chosen, given.workers, given.minutes)
-        report.write(settings, given.results)
+        report.write_results(settings, given.results)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

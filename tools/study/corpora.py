@@ -12,8 +12,8 @@ import soundfile
 import torch
 from torch import Tensor
 
-from atr_scale.demo.captions import Caption, write_captions
-from atr_scale.demo.cast import Clip, Sizes, plan_clips
+from atr_scale.demo.captions import DemoCaption, write_captions
+from atr_scale.demo.clips import DemoClip, Sizes, plan_clips
 from atr_scale.demo.scenes import correspondence_matrix
 from atr_scale.errors import UserError
 
@@ -28,10 +28,10 @@ class Split:
     """Clips of demo corpora in `folder`, each with at least one caption."""
 
     folder: Path
-    clips: tuple[Clip, ...]
+    clips: tuple[DemoClip, ...]
 
     @cached_property
-    def captions(self) -> list[Caption]:
+    def captions(self) -> list[DemoCaption]:
         """All captions, those of a clip together."""
         return [caption for clip in self.clips for caption in clip.captions]
 
@@ -58,7 +58,7 @@ class Split:
     def with_more_captions(self, count: int, seed: int = 0) -> Split:
         """Every clip with `count` further captions of its scene."""
 
-        def more(number: int, clip: Clip) -> Clip:
+        def more(number: int, clip: DemoClip) -> DemoClip:
             rng = np.random.default_rng([seed, number])
             written = write_captions(rng, clip.scene, len(clip.captions) + count)
             known = {caption.text for caption in clip.captions}

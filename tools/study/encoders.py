@@ -72,7 +72,7 @@ def train_encoders(split: Split, text_folder: Path, resized: bool, seed: int, st
     rng = np.random.default_rng([seed, 1])
     audio = ResizedCNN() if resized else SmallCNN()
     text = build_text_encoder(text_folder, pooling="mean")
-    tokenizer = CaptionTokenizer(str(text_folder))
+    tokenizer = CaptionTokenizer(text.tokenizer)
     heads = nn.ModuleList(Head(audio.dim, text.dim, recipe) for recipe in (BASELINE, TAP, LGMM))
     everything = nn.ModuleList([audio, text, heads]).train()
     optimiser = Optimiser(list(everything.parameters()), LR, steps)
@@ -117,7 +117,7 @@ def tokens_of_demo(demo: Demo, encoders: str, seed: int, steps: int) -> dict[str
     resized = encoders == "resized"
     split = demo.of((encoders,) if encoders in TRAINING else tuple(TRAINING))
     audio, text = train_encoders(split, text_folder, resized, seed, steps)
-    tokenizer = CaptionTokenizer(str(text_folder))
+    tokenizer = CaptionTokenizer(text.tokenizer)
 
     def captions(part: Split) -> Tokens:
         return read(text, tokenizer, [caption.text for caption in part.captions])
@@ -145,7 +145,7 @@ def _middle(split: Split, clip: int) -> Tensor:
     return split.waveform(clip, int(room / 2 * SAMPLE_RATE), round(SECONDS * SAMPLE_RATE))
 
 
-def save(tokens: dict[str, Tokens], path: Path) -> None:
+def save_tokens(tokens: dict[str, Tokens], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save({name: part.state() for name, part in tokens.items()}, partial)

@@ -11,7 +11,7 @@ from atr_scale.data.decode import decode
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.encoders import build_audio_encoder, build_text_encoder
 from tools.esc50_corpus import CAPTION
-from tools.study.encoders import hear, read, save
+from tools.study.encoders import hear, read, save_tokens
 
 TEST_FOLD = 5
 
@@ -19,7 +19,8 @@ TEST_FOLD = 5
 def write_tokens(esc50: Path, weights: Path, sentences: Path, out: Path) -> None:
     """Tokens "train/audio", "train/text", "test/audio" to `out`, and beside it the labels of both parts."""
     audio = build_audio_encoder("mn04", weights).eval()
-    text, tokenizer = build_text_encoder(sentences, pooling="mean"), CaptionTokenizer(str(sentences))
+    text = build_text_encoder(sentences, pooling="mean")
+    tokenizer = CaptionTokenizer(text.tokenizer)
     files = {path.stem: path for path in (esc50 / "audio").iterdir()}
     rows = list(csv.DictReader((esc50 / "esc50.csv").open(newline="")))
     names = sorted({row["category"] for row in rows})
@@ -37,4 +38,4 @@ def write_tokens(esc50: Path, weights: Path, sentences: Path, out: Path) -> None
     labels = {name: torch.tensor([names.index(row["category"]) for row in part]) for name, part in parts.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(labels, out.with_suffix(".labels.pt"))
-    save(tokens, out)
+    save_tokens(tokens, out)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from atr_scale.batch import TokenSequence
 from atr_scale.config import ProjectionSection
-from atr_scale.losses import ObjectiveInputs, build_objective, dense
+from atr_scale.losses import LOSS_TERMS, LossInputs, build_objective, dense
 from atr_scale.losses.temperature import Temperature
 from atr_scale.model import Projection
-from atr_scale.score_block import ModalityScores, StoredScores
+from atr_scale.score_block import StoredScores
 from atr_scale.scorers import build_scorer
 from atr_scale.scorers.pooling import mean
 from atr_scale.training.schedule import learning_rate
@@ -34,8 +32,9 @@ class Head(nn.Module):
         fixed = recipe.teacher is not None
         initial = DISTILLATION_TEMPERATURE if fixed else TEMPERATURE
         self.temperature = Temperature(initial, 0.01, 1.0, learnable=not fixed)
-        supervised = any(term["weight"] > 0 for term in recipe.objective.values())
-        self.objective = build_objective(**recipe.objective) if supervised else None
+        terms = {name: LOSS_TERMS[name].Section(**options) for name, options in recipe.objective.items()}
+        supervised = any(term.weight > 0 for term in terms.values())
+        self.objective = build_objective(terms) if supervised else None
         self.distillation = recipe.distillation
 
     def project(self, text: TokenSequence, audio: TokenSequence) -> tuple[TokenSequence, TokenSequence]:
@@ -50,13 +49,15 @@ class Head(nn.Module):
         loss = scores.new_zeros(())
         if self.objective is not None:
             clips = mean(audio) if self.scorer.reads_frames else audio.pooled
-            inputs = ObjectiveInputs(
+            inputs = LossInputs(
                 block=StoredScores(scores),
                 temperature=self.temperature(),
-                ids=(ids, ids),
-                text_block=cache(lambda: ModalityScores(normalize(text.pooled, dim=-1))),
-                audio_block=cache(lambda: ModalityScores(normalize(clips, dim=-1))),
-                teacher_block=lambda: StoredScores(teachers[0]),
+                own_ids=ids,
+                text=lambda: normalize(text.pooled, dim=-1),
+                audio=lambda: normalize(clips, dim=-1),
+                text_tokens=lambda: text,
+                audio_tokens=lambda: audio,
+                teacher=lambda: StoredScores(teachers[0]),
                 step=step,
             )
             loss = loss + self.objective(inputs)["loss"]

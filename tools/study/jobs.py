@@ -85,7 +85,7 @@ def perform(job: Job, settings: Settings, rates: dict[str, float]) -> Line:
             esc50.write_tokens(*settings.esc50, path)
         else:
             demo = runs.demo_of(settings.demo)
-            encoders.save(encoders.tokens_of_demo(demo, job.encoders, job.seed, settings.encoder_steps), path)
+            encoders.save_tokens(encoders.tokens_of_demo(demo, job.encoders, job.seed, settings.encoder_steps), path)
         return {}
     if job.kind == "teachers":
         return teachers.statistics(runs.demo_of(settings.demo).training, settings)

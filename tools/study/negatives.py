@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from atr_scale.demo.captions import Caption
+from atr_scale.demo.captions import DemoCaption
 from atr_scale.demo.lexicon import (
     LOUDNESS_ADJECTIVES,
     LOUDNESS_ADVERBS,
@@ -48,7 +48,7 @@ def hard_negatives(split: Split) -> Negatives:
     return Negatives(list(texts), list(kinds), list(sources))
 
 
-def _changed(caption: Caption, kind: str) -> str | None:
+def _changed(caption: DemoCaption, kind: str) -> str | None:
     """The caption with a fact of this kind made false; None where it states none that can be changed so."""
     if kind == "order":
         return _other_order(caption)
@@ -81,7 +81,7 @@ _PHRASES = {
 }
 
 
-def _other_order(caption: Caption) -> str | None:
+def _other_order(caption: DemoCaption) -> str | None:
     """The two events of "one, then the other" in each other's place; captions of more or fewer are left."""
     kinds = [kind for _, _, kind in caption.states.relations]
     if len(caption.states.sounds) != 2 or kinds != ["before"]:

@@ -17,7 +17,7 @@ NT_XENT: dict[str, dict[str, Any]] = {"nt_xent": {"weight": 1.0}}
 
 @dataclass(frozen=True)
 class Recipe:
-    """scorer, options: see build_scorer. objective: terms as build_objective takes them.
+    """scorer, options: see build_scorer. objective: options of loss terms by name.
 
     encoders: what they were trained on: "all", one of the corpora, or "resized" (all, long clips resized).
     long_clips: how the test's long clips are heard: "whole", "windows", "crop", "resize".

@@ -19,7 +19,7 @@ METRICS = {"t2a/R@1": "R@1", "t2a/mAP@10": "mAP@10", "t2a/nDCG@16": "nDCG@16", "
 REAL = {"zero_shot/accuracy": "accuracy", "class/mAP": "class mAP"}
 
 
-def write(settings: Settings, results: Path) -> None:
+def write_results(settings: Settings, results: Path) -> None:
     """Replaces what lies between the two markers, or appends a section with room for the reasons."""
     found = Found(settings)
     if not found.lines:

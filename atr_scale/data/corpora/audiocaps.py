@@ -7,61 +7,51 @@ normal.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from atr_scale.data.corpora.rows import (
-    CANONICAL_SPLITS,
-    Clip,
-    Corpus,
+from atr_scale.data.corpora.corpus import CANONICAL_SPLITS, Clip, Corpus, canonical_split
+from atr_scale.data.corpora.files import (
     by_stem,
-    canonical_split,
     first_file,
     group_captions,
     need_columns,
     read_table,
     walk_audio,
+    youtube_id,
 )
-from atr_scale.data.exclusions import youtube_id
 
 
-def read_rows(root: Path, split: str) -> list[Clip]:
-    """Every clip of train, val or test; clip ids `audiocaps/<youtube id>_<start>` (no start in the derivative)."""
-    names = [f"{folder}{name}.csv" for folder in ("", "dataset/", "metadata/") for name in _names(split)]
-    path = first_file(root, names, "AudioCaps CSV")
-    rows = read_table(path)
-    official = "youtube_id" in rows[0]
-    need_columns(path, rows[0], *(["start_time"] if official else ["file_name"]))
-    clips = []
-    groups = group_captions(
-        path, rows, lambda r: f"{r['youtube_id']}_{r['start_time']}" if official else r["file_name"]
-    )
-    for key, (row, captions) in groups.items():
-        video = row["youtube_id"] if official else youtube_id(key)
-        meta = {"youtube_id": video, **({"start_time": row["start_time"]} if official else {})}
-        clips.append(Clip(f"audiocaps/{key if official else video}", captions, split, meta=meta))
-    return clips
+class AudioCaps(Corpus):
+    """train, val or test; clip ids `audiocaps/<youtube id>_<start>` (no start in the derivative)."""
 
+    licence = "captions: MIT; audio: YouTube, research use only"
+    splits = ("train", "val", "test")
 
-def locate(root: Path, split: str, clips: list[Clip]) -> list[str]:
-    """`Y<id>`, `<id>` or `<id>_<start>` with any audio extension, anywhere below audio/ or the split's folder."""
-    files = by_stem(walk_audio(root / name for name in ("audio", *_names(split))))
+    def read_clips(self, split: str) -> list[Clip]:
+        names = [f"{folder}{name}.csv" for folder in ("", "dataset/", "metadata/") for name in _names(split)]
+        path = first_file(self.root, names, "AudioCaps CSV")
+        rows = read_table(path)
+        official = "youtube_id" in rows[0]
+        need_columns(path, rows[0], *(["start_time"] if official else ["file_name"]))
+        clips = []
+        groups = group_captions(
+            path, rows, lambda r: f"{r['youtube_id']}_{r['start_time']}" if official else r["file_name"]
+        )
+        for key, (row, captions) in groups.items():
+            video = row["youtube_id"] if official else youtube_id(key)
+            meta = {"youtube_id": video, **({"start_time": row["start_time"]} if official else {})}
+            clips.append(Clip(f"audiocaps/{key if official else video}", captions, split, meta=meta))
+        return clips
 
-    def find(meta: dict[str, str]) -> str:
-        video, start = meta["youtube_id"], meta.get("start_time", "")
-        stems = (f"Y{video}", video, f"{video}_{start}", f"Y{video}_{start}")
-        return next((files[stem] for stem in stems if stem in files), "")
+    def find_audio(self, split: str, clips: list[Clip]) -> list[str]:
+        """`Y<id>`, `<id>` or `<id>_<start>` with any audio extension, anywhere below audio/ or the split's folder."""
+        files = by_stem(walk_audio(self.root / name for name in ("audio", *_names(split))))
 
-    return [find(clip.meta) for clip in clips]
+        def find(meta: dict[str, str]) -> str:
+            video, start = meta["youtube_id"], meta.get("start_time", "")
+            stems = (f"Y{video}", video, f"{video}_{start}", f"Y{video}_{start}")
+            return next((files[stem] for stem in stems if stem in files), "")
+
+        return [find(clip.meta) for clip in clips]
 
 
 def _names(split: str) -> list[str]:
     return [split, *(n for n, canonical in CANONICAL_SPLITS.items() if canonical == canonical_split(split) != n)]
-
-
-CORPUS = Corpus(
-    name="audiocaps",
-    licence="captions: MIT; audio: YouTube, research use only",
-    splits=("train", "val", "test"),
-    read_rows=read_rows,
-    locate=locate,
-)

@@ -10,9 +10,8 @@ import logging
 import os
 from pathlib import Path
 
-from atr_scale.data.corpora.rows import (
-    Clip,
-    Corpus,
+from atr_scale.data.corpora.corpus import Clip, Corpus
+from atr_scale.data.corpora.files import (
     by_stem,
     first_file,
     group_captions,
@@ -25,38 +24,46 @@ from atr_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("development", "validation", "evaluation")
 CSV_FOLDERS = ("", "metadata/", "csv/", "clotho_csv_files/", "captions/")
 
 
-def read_rows(root: Path, split: str) -> list[Clip]:
-    """Every clip of development, validation or evaluation; clip ids `clotho/<file name>`.
+class Clotho(Corpus):
+    """development, validation or evaluation; clip ids `clotho/<file name>`.
 
     A clip whose file name or Freesound id also occurs in another split (v2.1 has a few) carries `also_in` in its meta.
     """
-    path = first_file(root, [f"{folder}clotho_captions_{split}.csv" for folder in CSV_FOLDERS], "Clotho captions")
-    rows = read_table(path)
-    need_columns(path, rows[0], "file_name")
-    details = _metadata(root, split)
-    elsewhere = {other: _identities(root, other) for other in SPLITS if other != split}
-    clips = []
-    for name, (_, captions) in group_captions(path, rows, lambda row: row["file_name"]).items():
-        meta: dict[str, object] = {k: v for k, v in details.get(name, {}).items() if k in ("sound_id", "license") and v}
-        also_in = [other for other, known in elsewhere.items() if {name, meta.get("sound_id")} & known]
-        if also_in:
-            meta["also_in"] = also_in
-        clips.append(Clip(f"clotho/{name}", captions, split, meta=meta))
-    shared = sum("also_in" in clip.meta for clip in clips)
-    if shared:
-        logger.warning("clotho %s: %d of %d clips are also in another split", split, shared, len(clips))
-    return clips
+
+    licence = "captions: Tampere University, non-commercial; audio: Freesound, a licence for each clip"
+    splits = ("development", "validation", "evaluation")
+
+    def read_clips(self, split: str) -> list[Clip]:
+        path = _captions_file(self.root, split)
+        rows = read_table(path)
+        need_columns(path, rows[0], "file_name")
+        details = _metadata(self.root, split)
+        elsewhere = {other: _identities(self.root, other) for other in self.splits if other != split}
+        clips = []
+        for name, (_, captions) in group_captions(path, rows, lambda row: row["file_name"]).items():
+            known = details.get(name, {})
+            meta: dict[str, object] = {k: v for k, v in known.items() if k in ("sound_id", "license") and v}
+            also_in = [other for other, ids in elsewhere.items() if {name, meta.get("sound_id")} & ids]
+            if also_in:
+                meta["also_in"] = also_in
+            clips.append(Clip(f"clotho/{name}", captions, split, meta=meta))
+        shared = sum("also_in" in clip.meta for clip in clips)
+        if shared:
+            logger.warning("clotho %s: %d of %d clips are also in another split", split, shared, len(clips))
+        return clips
+
+    def find_audio(self, split: str, clips: list[Clip]) -> list[str]:
+        """The file name, with any audio extension, below <split>/, clotho_audio_files/<split>/ or audio/<split>/."""
+        parents = ("", "clotho_audio_files", "audio")
+        files = by_stem(walk_audio(self.root / parent / split for parent in parents))
+        return [files.get(normal_name(os.path.splitext(clip.clip_id.split("/", 1)[1])[0]), "") for clip in clips]
 
 
-def locate(root: Path, split: str, clips: list[Clip]) -> list[str]:
-    """The file name, with any audio extension, below <split>/, clotho_audio_files/<split>/ or audio/<split>/."""
-    parents = ("", "clotho_audio_files", "audio")
-    files = by_stem(walk_audio(root / parent / split for parent in parents))
-    return [files.get(normal_name(os.path.splitext(clip.clip_id.split("/", 1)[1])[0]), "") for clip in clips]
+def _captions_file(root: Path, split: str) -> Path:
+    return first_file(root, [f"{folder}clotho_captions_{split}.csv" for folder in CSV_FOLDERS], "Clotho captions")
 
 
 def _metadata(root: Path, split: str) -> dict[str, dict[str, str]]:
@@ -74,16 +81,7 @@ def _identities(root: Path, split: str) -> set[object]:
     details = _metadata(root, split)
     known: set[object] = {row["sound_id"] for row in details.values() if row["sound_id"].isdigit()}
     try:
-        path = first_file(root, [f"{folder}clotho_captions_{split}.csv" for folder in CSV_FOLDERS], "")
+        path = _captions_file(root, split)
     except UserError:
         return known | set(details)
     return known | set(details) | {row.get("file_name") for row in read_table(path)}
-
-
-CORPUS = Corpus(
-    name="clotho",
-    licence="captions: Tampere University, non-commercial; audio: Freesound, a licence for each clip",
-    splits=SPLITS,
-    read_rows=read_rows,
-    locate=locate,
-)

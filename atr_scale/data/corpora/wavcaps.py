@@ -2,7 +2,7 @@
 
 Reads the JSON files of any of the four sources, below json_files/<Source>/ or <Source>/, and audio below any folder
 named after the source (Waveforms/FreeSound_flac, AudioSet_SL_flac, ...). Clips of other corpora's test sets are left
-out by blacklist_exclude_test_ac.json where the blacklist/ folder is there.
+out by blacklist_exclude_test_ac.json if the blacklist/ folder is there.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from atr_scale.data.corpora.rows import SOURCE_EXTENSIONS, Clip, Corpus, by_stem, walk_audio
-from atr_scale.data.exclusions import ExclusionList, read_exclusions, youtube_id
+from atr_scale.data.corpora.corpus import Clip, Corpus
+from atr_scale.data.corpora.files import SOURCE_EXTENSIONS, by_stem, walk_audio, youtube_id
+from atr_scale.data.exclusions import EXCLUSION_FORMATS, ExcludedIds, ExclusionList, read_exclusions
 from atr_scale.data.sample import clean_captions
 from atr_scale.errors import UserError
 
@@ -32,50 +33,58 @@ DEFAULT_BLACKLIST = "blacklist_exclude_test_ac.json"
 UNREADABLE = ("Vcu0pVF1npM", "06-g5jz-OGc", "3sSblRfEG2o", "WudGD6ZHRoY", "Fli8wjBFV2M", "mW3S0u8bj58")
 
 
-def read_rows(root: Path, split: str) -> list[Clip]:
-    """Every clip of the sources that are there; clip ids `wavcaps/<source>/<id>`."""
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}: give WavCaps' folder with --root")
-    clips: dict[str, Clip] = {}
-    counts = {}
-    for source in SOURCES:
-        before = len(clips)
-        for path in _json_files(root, source):
-            for row in _read_json(path):
-                clip = _clip(path, source, row, split)
-                clips.setdefault(clip.clip_id, clip)
-        counts[source] = len(clips) - before
-    if not clips:
-        raise UserError(f"no WavCaps JSON in {root}: expected json_files/<Source>/*.json or <Source>/*.json")
-    logger.info("wavcaps: %s", ", ".join(f"{source} {count}" for source, count in counts.items()))
-    return list(clips.values())
+class WavCaps(Corpus):
+    """One split, train; clip ids `wavcaps/<source>/<id>`."""
 
-
-def locate(root: Path, split: str, clips: list[Clip]) -> list[str]:
-    """`<id>` with any audio extension, below any folder named after the clip's source."""
-    files = {source: by_stem(walk_audio(folders)) for source, folders in _audio_folders(root).items()}
-
-    def find(clip: Clip) -> str:
-        _, source, name = clip.clip_id.split("/", 2)
-        return files[source].get(name, "")
-
-    return [find(clip) for clip in clips]
-
-
-def own_exclusions(root: Path) -> list[ExclusionList]:
-    """The known unreadable files, and the blacklist against the test sets of AudioCaps and Clotho if it is there."""
-    unreadable = frozenset(UNREADABLE)
-    digest = hashlib.sha256("\n".join(UNREADABLE).encode()).hexdigest()
-    lists = [ExclusionList("unreadable AudioSet files", digest, len(unreadable), unreadable, frozenset())]
-    for folder in ("blacklist", "json_files/blacklist"):
-        path = root / folder / DEFAULT_BLACKLIST
-        if path.is_file():
-            logger.info("applying %s: no clip of the AudioCaps and Clotho test sets goes in", path)
-            return [*lists, read_exclusions(path)]
-    logger.warning(
-        "no blacklist/%s in %s: clips of the AudioCaps and Clotho test sets may go in", DEFAULT_BLACKLIST, root
+    licence = "academic use only"
+    splits = ("train",)
+    overlap_warning = (
+        "may hold test clips of AudioCaps and Clotho: build it again with WavCaps' blacklist folder in place, or "
+        "--exclude FILE"
     )
-    return lists
+
+    def read_clips(self, split: str) -> list[Clip]:
+        """Every clip of the sources that are there."""
+        if not self.root.is_dir():
+            raise UserError(f"there is no folder {self.root}: give WavCaps' folder with --root")
+        clips: dict[str, Clip] = {}
+        counts = {}
+        for source in SOURCES:
+            before = len(clips)
+            for path in _json_files(self.root, source):
+                for row in _read_json(path):
+                    clip = _clip(path, source, row, split)
+                    clips.setdefault(clip.clip_id, clip)
+            counts[source] = len(clips) - before
+        if not clips:
+            raise UserError(f"no WavCaps JSON in {self.root}: expected json_files/<Source>/*.json or <Source>/*.json")
+        logger.info("wavcaps: %s", ", ".join(f"{source} {count}" for source, count in counts.items()))
+        return list(clips.values())
+
+    def find_audio(self, split: str, clips: list[Clip]) -> list[str]:
+        """`<id>` with any audio extension, below any folder named after the clip's source."""
+        files = {source: by_stem(walk_audio(folders)) for source, folders in _audio_folders(self.root).items()}
+
+        def find(clip: Clip) -> str:
+            _, source, name = clip.clip_id.split("/", 2)
+            return files[source].get(name, "")
+
+        return [find(clip) for clip in clips]
+
+    def own_exclusions(self) -> list[ExclusionList]:
+        """The known unreadable files, and the blacklist against the AudioCaps and Clotho test sets if there is one."""
+        unreadable = frozenset(UNREADABLE)
+        digest = hashlib.sha256("\n".join(UNREADABLE).encode()).hexdigest()
+        lists = [ExclusionList("unreadable AudioSet files", digest, len(unreadable), unreadable, frozenset())]
+        for folder in ("blacklist", "json_files/blacklist"):
+            path = self.root / folder / DEFAULT_BLACKLIST
+            if path.is_file():
+                logger.info("applying %s: no clip of the AudioCaps and Clotho test sets goes in", path)
+                return [*lists, read_exclusions(path)]
+        logger.warning(
+            "no blacklist/%s in %s: clips of the AudioCaps and Clotho test sets may go in", DEFAULT_BLACKLIST, self.root
+        )
+        return lists
 
 
 def _source_of(folder: str) -> str | None:
@@ -129,11 +138,15 @@ def _clip(path: Path, source: str, row: dict[str, Any], split: str) -> Clip:
     return Clip(f"wavcaps/{source}/{native}", clean_captions([caption]), split, meta=meta)
 
 
-CORPUS = Corpus(
-    name="wavcaps",
-    licence="academic use only",
-    splits=("train",),
-    read_rows=read_rows,
-    locate=locate,
-    own_exclusions=own_exclusions,
-)
+def _read_blacklist(text: str) -> ExcludedIds | None:
+    """Keys AudioSet (file names `Y<youtube id>.wav`) and FreeSound (ids)."""
+    try:
+        lists = json.loads(text)
+        youtube = [youtube_id(name) for name in lists.get("AudioSet", [])]
+        sound = [str(name) for name in lists.get("FreeSound", [])]
+    except (ValueError, AttributeError, TypeError):
+        return None
+    return ExcludedIds(youtube, sound) if youtube or sound else None
+
+
+EXCLUSION_FORMATS["a WavCaps blacklist (JSON with lists AudioSet and FreeSound)"] = _read_blacklist

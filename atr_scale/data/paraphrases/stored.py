@@ -17,7 +17,7 @@ import numpy as np
 
 from atr_scale.batch import stable_id
 from atr_scale.data import storage
-from atr_scale.data.corpora.rows import canonical_split
+from atr_scale.data.corpora.corpus import canonical_split
 from atr_scale.data.sample import clean_captions
 from atr_scale.errors import UserError
 

@@ -12,18 +12,24 @@ from torch import Tensor
 from atr_scale.errors import UserError
 from atr_scale.losses.targets import Ids, Pairs, Positives
 from atr_scale.losses.tiled.soft_cross_entropy import Logits, Targets, soft_cross_entropy
+from atr_scale.losses.tiled.tiles import LOSS_BYTES
 from atr_scale.score_block import ScoreBlock
 
 
-def nt_xent(block: ScoreBlock, temperature: float | Tensor, positives: Ids | None = None) -> Tensor:
+def nt_xent(
+    block: ScoreBlock, temperature: float | Tensor, positives: Ids | None = None, kept_bytes: int = LOSS_BYTES
+) -> Tensor:
     """`dense.nt_xent` on a score block.
 
     positives: (text ids [B, k], audio ids [b, k]) int64; a pair is positive where any column agrees.
+    kept_bytes, here and below: see `tiles.LOSS_BYTES`.
     """
-    return soft_cross_entropy(block, temperature, Targets(Positives.of(block, positives)))
+    return soft_cross_entropy(block, temperature, Targets(Positives.of(block, positives)), kept_bytes)
 
 
-def distillation(block: ScoreBlock, teacher_block: ScoreBlock, temperature: float | Tensor) -> Tensor:
+def distillation(
+    block: ScoreBlock, teacher_block: ScoreBlock, temperature: float | Tensor, kept_bytes: int = LOSS_BYTES
+) -> Tensor:
     """`dense.distillation` on a score block and its teacher's block of the same shape, constant (no gradient).
 
     An ensemble's mean cosine is one `EmbeddingScores`: its members' unit vectors, each times the root of its weight,
@@ -31,7 +37,8 @@ def distillation(block: ScoreBlock, teacher_block: ScoreBlock, temperature: floa
     """
     _same_shape(block, "teacher_block", teacher_block)
     teacher = (Logits.of(temperature, teacher_block),)
-    return soft_cross_entropy(block, temperature, Targets(Positives.none(block), beta=1.0, teacher=teacher))
+    targets = Targets(Positives.none(block), beta=1.0, teacher=teacher)
+    return soft_cross_entropy(block, temperature, targets, kept_bytes)
 
 
 def cmsc(
@@ -43,6 +50,7 @@ def cmsc(
     target_temperature: float | Tensor,
     positives: Ids | None = None,
     mode: Literal["each", "add"] = "each",
+    kept_bytes: int = LOSS_BYTES,
 ) -> Tensor:
     """`dense.cmsc` on score blocks; text_block: all texts x this rank's, audio_block: all audios x this rank's."""
     if block.shape[0] != block.num_columns:
@@ -54,10 +62,12 @@ def cmsc(
     else:
         teacher = (Logits.of(target_temperature, text_block), Logits.of(target_temperature, audio_block))
     targets = Targets(Positives.of(block, positives), beta=beta, teacher=teacher, divergence=True)
-    return soft_cross_entropy(block, temperature, targets)
+    return soft_cross_entropy(block, temperature, targets, kept_bytes)
 
 
-def intra_modal(block: ScoreBlock, temperature: float | Tensor, same: Ids | None = None) -> Tensor:
+def intra_modal(
+    block: ScoreBlock, temperature: float | Tensor, same: Ids | None = None, kept_bytes: int = LOSS_BYTES
+) -> Tensor:
     """`dense.intra_modal` on a block of one modality's samples: all of the global batch x this rank's.
 
     same: (ids [B, k] of all samples, ids [b, k] of this rank's) int64; pairs that agree in any column are left out of
@@ -66,7 +76,7 @@ def intra_modal(block: ScoreBlock, temperature: float | Tensor, same: Ids | None
     if block.shape[0] != block.num_columns:
         raise UserError(f"intra_modal needs samples against themselves, got {[block.shape[0], block.num_columns]}")
     excluded = None if same is None else Pairs.agreeing(block, same).beside_itself(block)
-    return soft_cross_entropy(block, temperature, Targets(Positives.of(block), excluded=excluded))
+    return soft_cross_entropy(block, temperature, Targets(Positives.of(block), excluded=excluded), kept_bytes)
 
 
 def _same_shape(block: ScoreBlock, name: str, other: ScoreBlock) -> None:

@@ -81,12 +81,12 @@ class Targets:
     excluded: Pairs | None = None
 
 
-def soft_cross_entropy(block: ScoreBlock, temperature: float | Tensor, targets: Targets) -> Tensor:
+def soft_cross_entropy(block: ScoreBlock, temperature: float | Tensor, targets: Targets, kept_bytes: int) -> Tensor:
     """1/2 [mean_i (m_i lse_j u_ij - sum_j Y_ij u_ij) + mean_j (m'_j lse_i u_ij - sum_i Y'_ij u_ij)], u = s / tau,
 
-    m the sum of a query's targets Y: 1, or less where it has no positive.
+    m the sum of a query's targets Y: 1, or less where it has no positive. kept_bytes: see `tiles.LOSS_BYTES`.
     """
-    return _SoftCrossEntropy.apply(block, targets, as_tensor(temperature, block), *block.tensors)
+    return _SoftCrossEntropy.apply(block, targets, kept_bytes, as_tensor(temperature, block), *block.tensors)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -96,9 +96,11 @@ class _SoftCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, block: ScoreBlock, targets: Targets, temperature: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, block: ScoreBlock, targets: Targets, kept_bytes: int, temperature: Tensor, *tensors: Tensor
+    ) -> Tensor:
         sweeps = _Sweeps(block, targets, 1 / temperature.item())
-        loss = sweeps.loss(keep=any(ctx.needs_input_grad))
+        loss = sweeps.loss(kept_bytes if any(ctx.needs_input_grad) else 0)
         ctx.sweeps = sweeps
         ctx.save_for_backward(temperature, *tensors)
         return loss.to(loss_dtype(block, temperature))
@@ -109,7 +111,12 @@ class _SoftCrossEntropy(torch.autograd.Function):
         sweeps: _Sweeps = ctx.sweeps
         gradients = sweeps.gradients()
         by_scale = sweeps.block.inner_product(gradients)
-        return None, None, *outputs(grads[0], temperature, by_scale, sweeps.block, gradients, sweeps.student.scale)
+        return (
+            None,
+            None,
+            None,
+            *outputs(grads[0], temperature, by_scale, sweeps.block, gradients, sweeps.student.scale),
+        )
 
 
 class _Sums:
@@ -147,20 +154,20 @@ class _Sweeps:
         self.column_share = targets.pairs.column_weight[self.pairs.columns]
         self.pair_weight = hard / 2 * (self.row_share / block.shape[0] + self.column_share / block.num_columns)
 
-    def loss(self, keep: bool) -> Tensor:
+    def loss(self, kept_bytes: int) -> Tensor:
         """The loss of all ranks, float64, after as many sweeps as the spread of the logits asks for."""
         logits = (self.student, *self.targets.teacher)
         bounds = largest_of_ranks(self.block, [each.bound() for each in logits])
-        self._sweep([Shift.constant(bound, self.block.dtype) for bound in bounds], keep)
+        self._sweep([Shift.constant(bound, self.block.dtype) for bound in bounds], kept_bytes)
         if not all_in_range(self.block, *(x for sums in self.sums for x in (sums.rows, sums.columns))):
-            self._sweep([maxima(self.block, self.tiles, each.tile) for each in logits], keep=False)
+            self._sweep([maxima(self.block, self.tiles, each.tile) for each in logits], kept_bytes=0)
         return self._loss()
 
-    def _sweep(self, shifts: Sequence[Shift], keep: bool) -> None:
+    def _sweep(self, shifts: Sequence[Shift], kept_bytes: int) -> None:
         """Sums and positives' logits under these shifts: the student's, then the teacher's."""
         block, teacher = self.block, self.targets.teacher
         self.shifts, self.sums = shifts, [_Sums(block) for _ in shifts[:2]]
-        self.work, self.kept = Workspace(block), KeptTiles(block, keep)
+        self.work, self.kept = Workspace(block), KeptTiles(block, kept_bytes)
         self.positives = torch.zeros(1 + len(teacher), len(self.pairs.rows), dtype=torch.float64, device=block.device)
         for tile in self.tiles:
             kept = self.kept.reserve(tile, len(shifts))

@@ -110,12 +110,12 @@ class Workspace:
 
 
 class KeptTiles:
-    """Tensors of as many tiles as fit in LOSS_BYTES beside the gradients; of none where nothing is to be kept."""
+    """Tensors of as many tiles as fit in `budget` bytes beside the gradients."""
 
-    def __init__(self, block: ScoreBlock, keep: bool = True) -> None:
+    def __init__(self, block: ScoreBlock, budget: int) -> None:
         self._like = torch.empty(0, dtype=block.dtype, device=block.device)
         gradients = sum(tensor.numel() for tensor in block.tensors) * self._like.element_size()
-        self._left = LOSS_BYTES - gradients if keep else 0
+        self._left = budget - gradients
         self._kept: dict[int, tuple[Tensor, ...]] = {}
 
     def reserve(self, tile: Tile, count: int) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from atr_scale.demo.captions import Caption, write_captions
+from atr_scale.demo.captions import DemoCaption, write_captions
 from atr_scale.demo.scenes import Scene, draw_scene
 
 WAVCAPS_SOURCES = {
@@ -40,7 +40,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Clip:
+class DemoClip:
     """One clip. `native_id` is the corpus's own: YouTube id, Clotho file name, WavCaps id; `path` is below the root."""
 
     corpus: str
@@ -49,7 +49,7 @@ class Clip:
     native_id: str
     path: PurePosixPath
     scene: Scene
-    captions: tuple[Caption, ...]
+    captions: tuple[DemoCaption, ...]
     start_time: int = 0  # AudioCaps: seconds into the video
     sound_id: str = ""  # Clotho: the Freesound id
     source: str = ""  # WavCaps: the source's folder
@@ -60,7 +60,7 @@ class Clip:
         return f"{self.corpus}/{self.split}"
 
 
-def plan_clips(seed: int, sizes: Sizes) -> list[Clip]:
+def plan_clips(seed: int, sizes: Sizes) -> list[DemoClip]:
     """All clips of the three corpora. No two have the same content, but for the `shared` ones of WavCaps."""
     planner = _Planner(seed)
     clips = [
@@ -81,7 +81,7 @@ def plan_clips(seed: int, sizes: Sizes) -> list[Clip]:
         )
         for i in range(count)
     ]
-    twins: dict[str, list[Clip]] = {"AudioSet_SL": [], "FreeSound": []}
+    twins: dict[str, list[DemoClip]] = {"AudioSet_SL": [], "FreeSound": []}
     for name in dict.fromkeys(clip.name for clip in clips):
         members = [clip for clip in clips if clip.name == name][: sizes.shared]
         twins["AudioSet_SL" if name.startswith("audiocaps") else "FreeSound"] += members
@@ -100,12 +100,12 @@ class _Planner:
         self.signatures: set[str] = set()
         self.ids: set[str] = set()
 
-    def audiocaps(self, split: str, i: int, num_captions: int) -> Clip:
+    def audiocaps(self, split: str, i: int, num_captions: int) -> DemoClip:
         rng = self._rng("audiocaps", split, i)
         youtube_id = self._fresh(lambda: "".join(_ALPHABET[k] for k in rng.integers(len(_ALPHABET), size=11)))
         scene = self._scene(rng, 10.0)
         start = 10 * int(rng.integers(30))
-        return Clip(
+        return DemoClip(
             "audiocaps",
             split,
             f"audiocaps/{youtube_id}_{start}",
@@ -116,12 +116,12 @@ class _Planner:
             start_time=start,
         )
 
-    def clotho(self, split: str, i: int) -> Clip:
+    def clotho(self, split: str, i: int) -> DemoClip:
         rng = self._rng("clotho", split, i)
         sound_id = self._fresh(lambda: str(rng.integers(1000, 700_000)))
         scene = self._scene(rng, float(rng.integers(150, 301)) / 10)
         file_name = f"field recording {split[:3]}.{i + 1:04d}.wav"
-        return Clip(
+        return DemoClip(
             "clotho",
             split,
             f"clotho/{file_name}",
@@ -132,7 +132,7 @@ class _Planner:
             sound_id=sound_id,
         )
 
-    def wavcaps(self, source: str, i: int, twin: Clip | None) -> Clip:
+    def wavcaps(self, source: str, i: int, twin: DemoClip | None) -> DemoClip:
         rng = self._rng("wavcaps", source, i)
         name, _, shortest, longest = WAVCAPS_SOURCES[source]
         if twin is not None:
@@ -148,7 +148,7 @@ class _Planner:
             else:
                 native_id = self._fresh(lambda: str(rng.integers(1000, 700_000)))
         stem = native_id.removesuffix(".wav")
-        return Clip(
+        return DemoClip(
             "wavcaps",
             "train",
             f"wavcaps/{name}/{stem}",

@@ -1,4 +1,4 @@
-"""What the corpus readers share: the row type, caption tables, split names and the search for audio files."""
+"""What the corpus readers share: tables of captions, and the search for audio files."""
 
 from __future__ import annotations
 
@@ -6,73 +6,15 @@ import csv
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-from atr_scale.data.exclusions import ExclusionList
 from atr_scale.data.sample import clean_captions
 from atr_scale.errors import UserError
 
-# Best first, where a clip is there twice. m4a cannot be decoded; it is listed so that it is reported as such.
+# Best first, if a clip is there twice. m4a cannot be decoded; it is listed so that it is reported as such.
 SOURCE_EXTENSIONS = (".flac", ".wav", ".ogg", ".mp3", ".opus", ".m4a")
-CANONICAL_SPLITS = {
-    "train": "train", "training": "train", "development": "train",
-    "val": "val", "valid": "val", "validation": "val",
-    "test": "test", "testing": "test", "evaluation": "test", "eval": "test",
-}  # fmt: skip
 MAX_FIELD = 1 << 20
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One audio clip of a corpus with its captions. `path` is empty until the audio is located, or where it is missing.
-
-    `meta` goes into the shard as it is; `youtube_id` and `sound_id` (Freesound) in it are what exclusion lists match.
-    """
-
-    clip_id: str
-    captions: list[str]
-    split: str
-    path: str = ""
-    label: str | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """How to read one corpus.
-
-    `read_rows(root, split)` reads every row of the metadata (one Clip a clip, captions in order) without touching
-    audio; `locate(root, split, clips)` gives the path of each clip's audio, "" where it is missing.
-    `splits` are the official names; empty: `find_splits(root)` asks the metadata.
-    """
-
-    name: str
-    licence: str
-    read_rows: Callable[[Path, str], list[Clip]]
-    locate: Callable[[Path, str, list[Clip]], list[str]]
-    splits: Sequence[str] = ()
-    find_splits: Callable[[Path], list[str]] | None = None
-    own_exclusions: Callable[[Path], list[ExclusionList]] = lambda root: []
-
-    def choose_split(self, root: Path, split: str | None) -> str:
-        """The corpus's own name of `split`; a corpus with one split needs none. UserError with the known names."""
-        known = list(self.splits) or (self.find_splits(root) if self.find_splits else [])
-        if split is None:
-            if len(known) > 1:
-                raise UserError(f"{self.name} at {root} has splits {', '.join(known)}: choose one with --split")
-            return known[0] if known else ""
-        for name in known:
-            if split == name or canonical_split(split) == canonical_split(name):
-                return name
-        raise UserError(f"{self.name} at {root} has no split '{split}': choose one of {', '.join(known) or '(none)'}")
-
-
-def canonical_split(name: str) -> str:
-    """train, val or test for the common synonyms; any other name as it is."""
-    return CANONICAL_SPLITS.get(name.lower(), name)
 
 
 def read_table(path: Path, encoding: str = "utf-8-sig") -> list[dict[str, str]]:
@@ -164,3 +106,8 @@ def by_stem(files: Iterable[tuple[str, str]]) -> dict[str, str]:
 def normal_name(name: str) -> str:
     """A file name as it is compared: NFC (file systems differ), without white space at its ends."""
     return unicodedata.normalize("NFC", name).strip()
+
+
+def youtube_id(name: str) -> str:
+    """The YouTube id in an AudioSet file name: `Yr1nicOVtvkQ.wav` -> `r1nicOVtvkQ`."""
+    return name.rsplit(".", 1)[0].removeprefix("Y") if "." in name else name.removeprefix("Y")

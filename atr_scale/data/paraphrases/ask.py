@@ -1,4 +1,4 @@
-"""Paraphrases of all captions of a training split: find those not asked yet, ask, choose, store."""
+"""Ask for paraphrases of the captions of a training split: find those not asked yet, ask, choose, store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GIVE_UP_AFTER = 5  # captions in a row without an answer
 
 
 @dataclass(frozen=True)
-class Caption:
+class ClipCaption:
     """Caption number `index` of a clip."""
 
     clip_id: str
@@ -66,7 +66,7 @@ class Summary:
         )
 
 
-def open_captions(location: str, limit: int | None = None) -> tuple[list[Caption], int]:
+def unasked_captions(location: str, limit: int | None = None) -> tuple[list[ClipCaption], int]:
     """(captions of the shards at `location` that were not asked yet, at most `limit`; how many were asked before).
 
     UserError where the shards, or any clip in them, belong to a validation or test split.
@@ -74,7 +74,7 @@ def open_captions(location: str, limit: int | None = None) -> tuple[list[Caption
     shards = open_shards(location)
     refuse_evaluation_split(location, shards.split)
     asked = {key for key, _ in read_records(location)}
-    captions: list[Caption] = []
+    captions: list[ClipCaption] = []
     unreadable: Counter[str] = Counter()
     before = 0
 
@@ -94,7 +94,9 @@ def open_captions(location: str, limit: int | None = None) -> tuple[list[Caption
             clip_id, texts, split = clip
             refuse_evaluation_split(f"{location} (clip {clip_id})", split)
             new = [
-                Caption(clip_id, k, text) for k, text in enumerate(texts) if caption_key(clip_id, k, text) not in asked
+                ClipCaption(clip_id, k, text)
+                for k, text in enumerate(texts)
+                if caption_key(clip_id, k, text) not in asked
             ]
             captions += new
             before += len(texts) - len(new)
@@ -103,7 +105,7 @@ def open_captions(location: str, limit: int | None = None) -> tuple[list[Caption
     return captions[:limit], before
 
 
-def estimate(captions: Sequence[Caption], count: int, prices: Prices | None) -> str:
+def describe_cost(captions: Sequence[ClipCaption], count: int, prices: Prices | None) -> str:
     """What asking for `captions` will take, in one line."""
     tokens = [estimate_tokens(caption.text, count) for caption in captions]
     total = sum(t[0] for t in tokens), sum(t[1] for t in tokens)
@@ -111,9 +113,9 @@ def estimate(captions: Sequence[Caption], count: int, prices: Prices | None) -> 
     return f"{len(captions)} captions to ask: about {total[0]} tokens in, {total[1]} out; {cost}"
 
 
-def augment(
+def ask_for_paraphrases(
     location: str,
-    captions: Sequence[Caption],
+    captions: Sequence[ClipCaption],
     endpoint: Endpoint,
     embed: Embed,
     *,
@@ -158,12 +160,12 @@ def augment(
 
 
 def _answers(
-    endpoint: Endpoint, captions: Sequence[Caption], concurrency: int
-) -> Iterator[tuple[Caption, Future[Answer]]]:
+    endpoint: Endpoint, captions: Sequence[ClipCaption], concurrency: int
+) -> Iterator[tuple[ClipCaption, Future[Answer]]]:
     """Each caption with its answer, as they come."""
     pool = ThreadPoolExecutor(concurrency)
     queue = iter(captions)
-    running: dict[Future[Answer], Caption] = {}
+    running: dict[Future[Answer], ClipCaption] = {}
     try:
         while True:
             # A second request waits behind each running one, so that no thread idles while answers are looked at.

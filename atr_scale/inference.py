@@ -1,0 +1,227 @@
+"""A trained model as a library: sentences and sounds in, vectors and scores out.
+
+Shape suffixes: n sentences or clips, d width of the vectors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import soxr
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from atr_scale.batch import FULL_SCALE, TokenSequence
+from atr_scale.checkpoint import load_retriever
+from atr_scale.config import RunConfig
+from atr_scale.data.decode import Crop, check_waveform, decode, probe
+from atr_scale.data.sample import BadSample
+from atr_scale.data.stream import pad
+from atr_scale.data.tokenizer import caption_tokenizer
+from atr_scale.distributed.world import World
+from atr_scale.errors import UserError
+from atr_scale.evaluation.embed import as_read, load_ahead
+from atr_scale.evaluation.score import score
+from atr_scale.model import Retriever
+
+logger = logging.getLogger(__name__)
+
+Waveform = NDArray[Any] | Tensor
+Audio = str | Path | Waveform
+T = TypeVar("T")
+BAR_AFTER = 2.0  # seconds of work after which a progress bar appears
+
+
+def load_trained(
+    run_or_checkpoint: str | Path, device: str | torch.device | None = None, plugins: Sequence[str] = ()
+) -> TrainedModel:
+    """See `atr_scale.load`."""
+    module, config, _ = load_retriever(run_or_checkpoint, plugins)
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        module.to(chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device {str(device)!r} cannot be used ({reason}): give 'cpu', or 'cuda' if there is one"
+        ) from None
+    return TrainedModel(module.eval(), config, chosen)
+
+
+class TrainedModel:
+    """What `atr_scale.load` returns.
+
+    module: the Retriever, a torch module in evaluation mode. config: the configuration of its run. device: where it is.
+    tokenizer: sentences -> token ids, cleaned as in training.
+    """
+
+    def __init__(self, module: Retriever, config: RunConfig, device: torch.device) -> None:
+        self.module, self.config, self.device = module, config, device
+        self.tokenizer = caption_tokenizer(module.text_encoder.tokenizer, config.data.captions)
+
+    @property
+    def sample_rate(self) -> int:
+        """Rate that the audio encoder takes, Hz; other rates are resampled."""
+        return self.module.sample_rate
+
+    def embed_text(self, texts: Sequence[str], batch_size: int | None = None) -> NDArray[np.float32]:
+        """Unit vectors [n, d] of sentences.
+
+        batch_size: sentences encoded at once, default evaluation.batch_size of the run. Raises UserError if the model's
+        scorer has no vectors (use `similarity`), or if `texts` is no list of strings.
+        """
+        self._need_vectors("embed_text")
+        return self._encode_text(texts, batch_size).pooled.numpy()
+
+    def embed_audio(
+        self,
+        audio: Sequence[Audio],
+        sample_rate: int | None = None,
+        batch_size: int | None = None,
+        seconds: float | None = None,
+    ) -> NDArray[np.float32]:
+        """Unit vectors [n, d] of clips.
+
+        audio: paths of sound files, or mono waveforms [samples] (numpy or torch, floats or int16) of `sample_rate` Hz.
+        seconds: how much of a clip's start is read, default data.evaluation_seconds of the run. batch_size: clips
+        encoded at once, default evaluation.batch_size. Raises UserError if the model's scorer has no vectors (use
+        `similarity`), or if a clip cannot be used; it names the clip and the reason.
+        """
+        self._need_vectors("embed_audio")
+        return self._encode_audio(audio, sample_rate, batch_size, seconds).pooled.numpy()
+
+    def similarity(
+        self,
+        texts: Sequence[str],
+        audio: Sequence[Audio],
+        sample_rate: int | None = None,
+        batch_size: int | None = None,
+        seconds: float | None = None,
+    ) -> NDArray[np.float32]:
+        """Scores [texts, audios] of every sentence with every clip; higher is more alike, for every scorer.
+
+        Arguments as for `embed_text` and `embed_audio`.
+        """
+        text = self._encode_text(texts, batch_size)
+        clips = self._encode_audio(audio, sample_rate, batch_size, seconds)
+        size = batch_size or self.config.evaluation.batch_size
+        return score(self.module.scorer, text, clips, batch_size=size, world=World(), device=self.device).numpy()
+
+    @torch.no_grad()
+    def _encode_text(self, texts: Sequence[str], batch_size: int | None) -> TokenSequence:
+        texts = _as_list(texts, "texts", str)
+        for number, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"texts[{number}] is {text!r}: give a sentence")
+        parts = []
+        for group in self._groups(texts, batch_size, "embedding texts"):
+            ids, mask = self.tokenizer(group)
+            encoded = self.module.encode_text(ids.to(self.device), mask.to(self.device))
+            parts.append(as_read(self.module.scorer, encoded, "text"))
+        return TokenSequence.cat(parts)
+
+    @torch.no_grad()
+    def _encode_audio(
+        self, audio: Sequence[Audio], sample_rate: int | None, batch_size: int | None, seconds: float | None
+    ) -> TokenSequence:
+        clips = _as_list(audio, "audio", str, Path)
+        limit = self.config.data.evaluation_seconds if seconds is None else seconds
+        if limit <= 0:
+            raise UserError(f"seconds = {seconds}: give how much of a clip's start is read, above 0")
+
+        cut: list[str] = []
+
+        def read(numbers: Sequence[int]) -> list[NDArray[np.float32]]:
+            return [self._read(clips[n], f"audio[{n}]", sample_rate, limit, cut) for n in numbers]
+
+        parts = []
+        groups = self._groups(range(len(clips)), batch_size, "embedding audio")
+        for waveforms in load_ahead(read, groups):
+            waveform, lengths = pad(waveforms)
+            encoded = self.module.encode_audio(waveform.to(self.device), lengths)
+            parts.append(as_read(self.module.scorer, encoded, "audio"))
+        if cut:
+            logger.warning(
+                "only the first %g s were read of %d clips that are longer, %s the first; seconds=... reads more",
+                limit, len(cut), cut[0],
+            )  # fmt: skip
+        return TokenSequence.cat(parts)
+
+    def _groups(self, items: Sequence[T], batch_size: int | None, name: str) -> Iterator[Sequence[T]]:
+        size = self.config.evaluation.batch_size if batch_size is None else batch_size
+        if size < 1:
+            raise UserError(f"batch_size = {size}: give at least 1")
+        starts = range(0, len(items), size)
+        for start in tqdm(starts, desc=name, unit="batch", disable=None, delay=BAR_AFTER):
+            yield items[start : start + size]
+
+    def _read(
+        self, clip: Audio, place: str, sample_rate: int | None, seconds: float, cut: list[str]
+    ) -> NDArray[np.float32]:
+        """One clip as mono float32 at the model's rate; its place goes to `cut` if it is longer than `seconds`."""
+        try:
+            if not isinstance(clip, str | Path):
+                return self._resample(_mono(clip, place), place, sample_rate, seconds, cut)
+            place = f"{place}, {clip},"
+            contents, extension = Path(clip).read_bytes(), Path(clip).suffix[1:].lower()
+            frames, rate = probe(contents, extension)
+            if frames > seconds * rate:
+                cut.append(place.rstrip(","))
+            return decode(contents, extension, self.sample_rate, crop=Crop(0.0, seconds))
+        except OSError as error:
+            raise UserError(f"{place} cannot be read: {error.strerror or error}") from None
+        except BadSample as error:
+            raise UserError(f"{place} cannot be used: {error}") from None
+
+    def _resample(
+        self, waveform: NDArray[np.float32], place: str, sample_rate: int | None, seconds: float, cut: list[str]
+    ) -> NDArray[np.float32]:
+        if sample_rate is None or sample_rate <= 0:
+            raise UserError(f"{place} is a waveform: give its sample_rate in Hz")
+        if not len(waveform):
+            raise BadSample("empty_audio", "no samples")
+        if len(waveform) > seconds * sample_rate:
+            cut.append(place)
+            waveform = waveform[: max(1, round(seconds * sample_rate))]
+        check_waveform(waveform)
+        if sample_rate == self.sample_rate:
+            return waveform
+        wanted = max(1, round(len(waveform) * self.sample_rate / sample_rate))
+        return soxr.resample(waveform, sample_rate, self.sample_rate, quality="HQ")[:wanted]
+
+    def _need_vectors(self, method: str) -> None:
+        if not self.module.scorer.factorised:
+            raise UserError(
+                f"{method}: the scorer {self.config.model.scorer.name} of this model compares a sentence and a clip "
+                "directly and has no vectors: use similarity(texts, audio)"
+            )
+
+
+def _as_list(items: Sequence[Any], name: str, *single: type) -> list[Any]:
+    """UserError if `items` is one item, or nothing, in the place of a list."""
+    if isinstance(items, single):
+        raise UserError(f"{name} is one item, {str(items)!r}: give a list, [{str(items)!r}]")
+    try:
+        found = list(items)
+    except TypeError:
+        raise UserError(f"{name} is {type(items).__name__}, not a list") from None
+    if not found:
+        raise UserError(f"{name} is empty: give at least one item")
+    return found
+
+
+def _mono(waveform: Waveform, place: str) -> NDArray[np.float32]:
+    values = waveform.detach().cpu().numpy() if isinstance(waveform, Tensor) else np.asarray(waveform)
+    if values.ndim != 1:
+        raise UserError(f"{place} has the shape {list(values.shape)}: give a path, or a mono waveform [samples]")
+    if values.dtype == np.int16:
+        return values.astype(np.float32) * np.float32(FULL_SCALE)
+    if values.dtype.kind != "f":
+        raise UserError(f"{place} holds {values.dtype}: give floats in [-1, 1], or int16")
+    return np.ascontiguousarray(values, np.float32)

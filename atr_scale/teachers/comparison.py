@@ -1,0 +1,159 @@
+"""How the teachers of an ensemble do on a split, and how much they agree.
+
+Shape suffixes: C captions, N clips, M models, P pairs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from atr_scale import plots
+from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
+from atr_scale.teachers.tables import TeacherTable, joined_vectors
+
+NUM_CLIPS = 4096  # clips that retrieval is measured on, drawn where the split has more
+NUM_PAIRS = 250_000  # pairs that scores are correlated over: a standard error of 0.002
+SEED = 0
+SHOWN = ("t2a/R@1", "t2a/R@5", "t2a/R@10", "t2a/mAP@10", "a2t/R@1", "a2t/R@10")
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the models of an ensemble do on a split, and how much they agree.
+
+    models, ensemble, without: retrieval of each model, of all together, and of all but the one named (of two or more).
+    correlation: Pearson, [M, M] in the models' order, over a sample of pairs; unmatched: without the captions' own
+    clips.
+    """
+
+    split: str
+    num_clips: int
+    measured_clips: int
+    models: dict[str, Metrics]
+    ensemble: Metrics
+    without: dict[str, Metrics]
+    correlation: list[list[float]]
+    unmatched: list[list[float]]
+    num_pairs: int
+
+    def table(self) -> str:
+        """Figures of all models and ensembles, in Markdown."""
+        rows = [(name, metrics) for name, metrics in self.models.items()]
+        if self.without:
+            rows.append(("**all**", self.ensemble))
+            rows += [(f"all but {name}", metrics) for name, metrics in self.without.items()]
+        width = max(len(name) for name, _ in rows)
+        rule = "|".join("-" * len(key) + "-:" for key in SHOWN)
+        lines = [f"| {'scores of':<{width}} | {' | '.join(SHOWN)} |", f"|:-{'-' * width}|{rule}|"]
+        for name, metrics in rows:
+            cells = (f"{100 * metrics[key]:.2f} %".rjust(len(key)) for key in SHOWN)
+            lines.append(f"| {name:<{width}} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write estimate.json (with `about` in it) and report.md with its picture."""
+        text = json.dumps({**about, **asdict(self)}, indent=2, ensure_ascii=False)
+        (folder / "estimate.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "report.md").write_text("\n\n".join(self._report(folder)) + "\n", encoding="utf-8")
+
+    def _report(self, folder: Path) -> list[str]:
+        drawn = "" if self.measured_clips == self.num_clips else f"{self.measured_clips} of "
+        parts = [
+            f"# Teacher scores of {self.split}",
+            self.table(),
+            f"Retrieval inside the split ({drawn}{self.num_clips} clips), on which the models may have been trained: "
+            "it says how sharp the targets are, not how good the models are on anything new. The score of several is "
+            "the mean of their scores.",
+        ]
+        if not self.without:
+            return parts
+        rows = [
+            f"| {name} | {100 * (self.ensemble['t2a/mAP@10'] - metrics['t2a/mAP@10']):+.2f} "
+            f"| {100 * (self.ensemble['a2t/R@1'] - metrics['a2t/R@1']):+.2f} |"
+            for name, metrics in self.without.items()
+        ]
+        head = ["| model | t2a/mAP@10 | a2t/R@1 |", "|:-|-:|-:|"]
+        parts += ["## What each model adds to the others, percentage points", "\n".join([*head, *rows])]
+        names = list(self.models)
+        values = np.array(self.unmatched, dtype=np.float32)
+        (folder / "figures").mkdir(exist_ok=True)
+        figure = plots.heatmap(values, "correlation of scores, without matched pairs", "", "model", names)
+        figure.savefig(folder / "figures" / "correlation.png")
+        rows = [
+            f"| {one} | {other} | {self.correlation[i][j]:.4f} | {self.unmatched[i][j]:.4f} |"
+            for i, one in enumerate(names)
+            for j, other in enumerate(names)
+            if i < j
+        ]
+        head = ["| model | model | all pairs | without matched pairs |", "|:-|:-|-:|-:|"]
+        return [
+            *parts,
+            f"## Correlation of scores over {self.num_pairs} pairs",
+            "\n".join([*head, *rows]),
+            "![correlation of scores](figures/correlation.png)",
+        ]
+
+
+def compare_teachers(tables: Sequence[TeacherTable], split: str) -> Comparison:
+    """Retrieval of each table, of their mean and of what is left without each; correlation of their scores.
+
+    Draws are seeded. Vectors are ranked without a score matrix; where a table holds scores, in memory: two matrices of
+    NUM_CLIPS clips and their captions.
+    """
+    first, rng = tables[0], np.random.default_rng(SEED)
+    num_clips, num_captions = len(first.clip_ids), len(first.caption_clip)
+    drawn = np.sort(rng.permutation(num_clips)[:NUM_CLIPS])
+    clips = torch.from_numpy(drawn)
+    captions = torch.isin(first.caption_clip, first.clip_ids[clips]).nonzero().squeeze(1)
+
+    def retrieval(members: Sequence[TeacherTable]) -> Metrics:
+        """Of the sum of the members' scores, which ranks as their mean."""
+        scores: VectorScores | MatrixScores
+        if all(table.factorised for table in members):
+            scores = VectorScores(*joined_vectors(members, captions, clips))
+        else:
+            total = members[0].scores(captions, clips)
+            for table in members[1:]:
+                total += table.scores(captions, clips)
+            scores = MatrixScores(total)
+        return scores.ranks(first.caption_clip[captions], first.clip_ids[clips]).metrics()
+
+    models = {
+        table.name: retrieval([table]) for table in tqdm(tables, desc="comparing models", unit="model", disable=None)
+    }
+    several = len(tables) > 1
+    without = {
+        table.name: retrieval([other for other in tables if other is not table])
+        for table in tqdm(tables if several else [], desc="leaving one out", unit="model", disable=None)
+    }
+    count = num_captions * num_clips
+    pairs = np.arange(count) if count <= NUM_PAIRS else rng.integers(0, count, NUM_PAIRS)
+    rows, columns = torch.from_numpy(pairs // num_clips), torch.from_numpy(pairs % num_clips)
+    values = np.stack([_pairs(table, rows, columns) for table in tables])
+    matched = (first.caption_clip[rows] == first.clip_ids[columns]).numpy()
+    return Comparison(
+        split=split,
+        num_clips=num_clips,
+        measured_clips=len(clips),
+        models=models,
+        ensemble=retrieval(tables) if several else models[first.name],
+        without=without,
+        correlation=np.atleast_2d(np.corrcoef(values)).tolist(),
+        unmatched=np.atleast_2d(np.corrcoef(values[:, ~matched])).tolist(),
+        num_pairs=len(pairs),
+    )
+
+
+def _pairs(table: TeacherTable, rows: Tensor, columns: Tensor) -> np.ndarray:
+    parts = zip(rows.split(8192), columns.split(8192), strict=True)
+    return torch.cat([table.pairs(*part) for part in parts]).double().numpy()
