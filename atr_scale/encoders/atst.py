@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
-from atr_scale.encoders.audio import AudioEncoder
+from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder
 from atr_scale.encoders.front_ends import MinMaxMel
 from atr_scale.encoders.pretrained.layout import Entry, Layout
 from atr_scale.encoders.vit import EPSILON, Block, embedding, initialise
@@ -24,7 +24,6 @@ SAMPLE_RATE = 16_000
 HOP = 160
 NUM_MELS = 64
 PATCH_FRAMES = 4
-NUM_CLASSES = 527
 
 
 def fine_tuned(name: str) -> Entry:
@@ -71,7 +70,7 @@ class Classifier(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(dim, affine=False)
-        self.linear = nn.Linear(dim, NUM_CLASSES)
+        self.linear = nn.Linear(dim, AUDIOSET_CLASSES)
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, pooled_BD: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from atr_scale.encoders.windows import cut_into_windows, join_windows, window_st
 from atr_scale.errors import UserError
 from atr_scale.sections import Positive, Section
 
+AUDIOSET_CLASSES = 527
 # Options that only some encoders can honour; the others all have.
 SPECIAL_OPTIONS = frozenset(
     {"long_clips", "s_patchout_t", "s_patchout_f", "fmin_aug_range", "fmax_aug_range", "attention"}

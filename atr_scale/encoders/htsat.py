@@ -18,26 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
-from atr_scale.encoders.audio import AudioEncoder, AudioEncoderOptions
+from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, AudioEncoderOptions
 from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm
 from atr_scale.encoders.pretrained.layout import Entry, Layout
 from atr_scale.errors import UserError
 
-NUM_CLASSES = 527
 NUM_FRAMES = 1024  # of the spectrogram that becomes the image
 NUM_CHUNKS = 4  # of time, one above the other in the image
 MEL: dict[str, Any] = {"n_fft": 1024, "window_length": 1024, "num_mels": 64, "fmin": 50.0, "fmax": 14_000.0}
 
 # Constants that are computed here; only the first is part of our state.
-INDEX = "relative_position_index"
-DERIVED = (rf".*\.{INDEX}$", r".*\.attn_mask$", r"\w+\.(spectrogram|logmel)_extractor\.")
+POSITION_INDEX = "relative_position_index"
+DERIVED = (rf".*\.{POSITION_INDEX}$", r".*\.attn_mask$", r"\w+\.(spectrogram|logmel)_extractor\.")
 FUSION = "is a CLAP with feature fusion, which is another network: give one without (enable_fusion false)"
 PARTS = {"query": 0, "key": 1, "value": 2}
 
 
 def original_entry(name: str) -> Entry | None:
     """Our name -> the entry of HTS-AT's own code, where query, key and value are thirds of one matrix."""
-    if name.endswith(INDEX):
+    if name.endswith(POSITION_INDEX):
         return None
     part = re.search(r"attention\.self\.(query|key|value)\.", name)
     for ours, theirs in (
@@ -57,7 +56,7 @@ def original_entry(name: str) -> Entry | None:
 
 def transformers_entry(name: str) -> Entry | None:
     """Our name -> the entry of a saved `ClapAudioModel`, which holds the network alone."""
-    if name.endswith(INDEX) or not name.startswith("swin."):
+    if name.endswith(POSITION_INDEX) or not name.startswith("swin."):
         return None
     return Entry(name.removeprefix("swin."))
 
@@ -75,7 +74,7 @@ class FusedWindowAttention(nn.Module):
         self.num_heads = eager.num_attention_heads
         self.query, self.key, self.value, self.dropout = eager.query, eager.key, eager.value, eager.dropout
         self.relative_position_bias_table = eager.relative_position_bias_table
-        self.register_buffer(INDEX, eager.relative_position_index)
+        self.register_buffer(POSITION_INDEX, eager.relative_position_index)
 
     def forward(self, x_NLD: Tensor, mask_WLL: Tensor | None = None, _: bool | None = None) -> tuple[Tensor]:
         length = x_NLD.shape[1]
@@ -210,7 +209,7 @@ class HTSAT(SwinEncoder):
 
     def __init__(self, **network: Any) -> None:
         super().__init__(DecibelMel(sample_rate=self.sample_rate, hop=320, **MEL), **network)
-        self.tscam_conv = nn.Conv2d(self.dim, NUM_CLASSES, (2, 3), padding=(0, 1)).requires_grad_(False)
+        self.tscam_conv = nn.Conv2d(self.dim, AUDIOSET_CLASSES, (2, 3), padding=(0, 1)).requires_grad_(False)
         for parameter in self.tscam_conv.parameters():
             nn.init.zeros_(parameter)  # until a classifier is loaded
 

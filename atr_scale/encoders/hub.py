@@ -6,7 +6,7 @@ from pathlib import Path
 
 from atr_scale.errors import UserError, one_line
 
-TIMEOUT = 5.0  # seconds, for the first answer
+HUB_TIMEOUT = 5.0  # seconds, for the first answer
 
 
 def must_use_cache(place: str) -> bool:
@@ -29,7 +29,7 @@ def must_use_cache(place: str) -> bool:
 
     hub = constants.ENDPOINT
     try:
-        get_hf_file_metadata(hf_hub_url(place, "config.json"), timeout=TIMEOUT)
+        get_hf_file_metadata(hf_hub_url(place, "config.json"), timeout=HUB_TIMEOUT)
     except HFValidationError:
         raise UserError(f"'{place}' is neither a folder nor a model's name on a hub: give one of the two") from None
     except GatedRepoError:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
-from atr_scale.encoders.audio import AudioEncoder
+from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder
 from atr_scale.encoders.front_ends import KaldiLogMel
 
 SAMPLE_RATE = 32_000
-NUM_CLASSES = 527
 
 # kernel, expanded channels, output channels, squeeze-excitation, activation, stride
 BLOCKS: tuple[tuple[int, int, int, bool, type[nn.Module], int], ...] = (
@@ -147,7 +146,9 @@ class MobileNet(AudioEncoder):
         self.features = nn.Sequential(*features)
         hidden = round_to_eight(1280 * width)
         self.classifier = nn.Sequential(
-            OrderedDict({"2": nn.Linear(self.dim, hidden), "3": nn.Hardswish(), "5": nn.Linear(hidden, NUM_CLASSES)})
+            OrderedDict(
+                {"2": nn.Linear(self.dim, hidden), "3": nn.Hardswish(), "5": nn.Linear(hidden, AUDIOSET_CLASSES)}
+            )
         ).requires_grad_(False)
         for layer in self.features.modules():
             if isinstance(layer, nn.Conv2d):

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
-from atr_scale.encoders.audio import AudioEncoder
+from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder
 from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm
 from atr_scale.encoders.pretrained.layout import Layout
 
 SAMPLE_RATE = 32_000
 HOP = 320
 NUM_MELS = 64
-NUM_CLASSES = 527
 FRAMES_PER_TOKEN = 32
 
 RESNET_DEPTHS = (3, 4, 6, 3)
@@ -101,7 +100,7 @@ class Panns(AudioEncoder):
         )
         self.bn0 = DecibelNorm(NUM_MELS)
         self.fc1 = nn.Linear(dim, dim).requires_grad_(False)
-        self.fc_audioset = nn.Linear(dim, NUM_CLASSES).requires_grad_(False)
+        self.fc_audioset = nn.Linear(dim, AUDIOSET_CLASSES).requires_grad_(False)
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
-from atr_scale.encoders.audio import AudioEncoder, AudioEncoderOptions
+from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, AudioEncoderOptions
 from atr_scale.encoders.front_ends import KaldiLogMel
 from atr_scale.encoders.pretrained.layout import Layout
 from atr_scale.encoders.spec_augment import for_the_batch
@@ -28,7 +28,6 @@ SAMPLE_RATE = 32_000
 HOP = 320
 NUM_MELS = 128
 PATCH = 16
-NUM_CLASSES = 527
 
 
 class PaSST(AudioEncoder):
@@ -73,7 +72,7 @@ class PaSST(AudioEncoder):
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(1, dim, PATCH, stride)))
         self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, EPSILON)
-        self.head = nn.Sequential(nn.LayerNorm(dim, 1e-5), nn.Linear(dim, NUM_CLASSES)).requires_grad_(False)
+        self.head = nn.Sequential(nn.LayerNorm(dim, 1e-5), nn.Linear(dim, AUDIOSET_CLASSES)).requires_grad_(False)
         initialise(self)
 
     def configure(self, options: AudioEncoderOptions, name: str) -> None:

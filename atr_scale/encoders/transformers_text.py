@@ -20,7 +20,7 @@ from atr_scale.encoders.text import TextEncoder, TextEncoderOptions
 from atr_scale.errors import UserError, one_line
 
 # Not the unknown token: it stands for a real word.
-SPECIAL_TOKENS = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL_TOKEN_IDS = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 # Settings of dropout inside the encoder, over the families.
 DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout",
@@ -47,7 +47,7 @@ class TransformersTextEncoder(TextEncoder):
         self.transformer, self.tokenizer = transformer, tokenizer
         self.dim = transformer.config.hidden_size
         self.options = options
-        special_ids = {getattr(tokenizer, name, None) for name in SPECIAL_TOKENS} - {None}
+        special_ids = {getattr(tokenizer, name, None) for name in SPECIAL_TOKEN_IDS} - {None}
         self.register_buffer("special_ids", torch.tensor(sorted(special_ids)), persistent=False)
 
     @classmethod

@@ -28,7 +28,7 @@ Statistics = tuple[Tensor, Tensor, Tensor]  # a product, quadratic forms and lin
 FORMS = 3  # linear forms of w, besides the quadratic ones
 
 
-class Metrics(NamedTuple):
+class PoolingMetrics(NamedTuple):
     """What the parameters behind the attention amount to. `matching` and `offsets` are for captions' unit vectors."""
 
     matching: Tensor  # [K, D]
@@ -38,7 +38,7 @@ class Metrics(NamedTuple):
     constants: Tensor  # [4]
 
 
-def metrics_of(out: Tensor, scale: Tensor, shift: Tensor, *block: Tensor) -> Metrics:
+def metrics_of(out: Tensor, scale: Tensor, shift: Tensor, *block: Tensor) -> PoolingMetrics:
     """W_O [K, D]; scale and shift [D] of the last LayerNorm; of a residual block those of its LayerNorm, its Linear's
     weight and its bias.
 
@@ -55,7 +55,7 @@ def metrics_of(out: Tensor, scale: Tensor, shift: Tensor, *block: Tensor) -> Met
     quadratic = [a @ a.T, scaled_a @ scaled_a.T] + ([out @ out.T] if block else [])
     forms = torch.stack([a @ u, scaled_a @ scaled_u, scaled_a @ shift])
     constants = torch.stack([u @ u, scaled_u @ scaled_u, scaled_u @ shift, shift @ shift])
-    return Metrics(scaled_a, torch.stack([scaled_u, shift]), torch.cat(quadratic, 1), forms, constants)
+    return PoolingMetrics(scaled_a, torch.stack([scaled_u, shift]), torch.cat(quadratic, 1), forms, constants)
 
 
 class GramScores(torch.autograd.Function):
@@ -64,7 +64,7 @@ class GramScores(torch.autograd.Function):
     query, matched, offsets: [i, K], [i, K], [i, 2], captions as the attention, the values and the last shift see them.
     tokens, mask: frames [j, f, D] of any floating dtype, normalised here to mean 0 and variance 1, and [j, f].
     projection, bias: [2K, D] and [2K], keys over values of normalised frames.
-    quadratic, forms, constants: of Metrics; dim: D.
+    quadratic, forms, constants: of PoolingMetrics; dim: D.
 
     Kept for the backward pass: keys, values, Gram matrices. Normalised frames and tiles are computed again. With `few`
     texts, fewer than a frame's value has numbers, it pays to keep tiles and to spare keys: `projection` and `bias` are

@@ -23,7 +23,7 @@ from atr_scale.scorers.tiles import Tensors, for_device, recomputed, split
 from atr_scale.sections import Count, Section
 
 Linear = tuple[Tensor, Tensor]  # weight and bias
-TILE_ROWS = 1024
+TEXTS_PER_TILE = 1024
 # Numbers in a tile's largest tensor: what a processor's caches hold, or enough to keep a GPU busy.
 TILE_NUMBERS = {"cpu": 2**19, "cuda": 2**24}
 
@@ -163,5 +163,5 @@ def _stacked(key: Linear, value: Linear) -> Linear:
 
 def _tile_size(texts: int, numbers_per_pair: int, device: torch.device) -> tuple[int, int]:
     """(texts, audios) of a tile."""
-    rows = min(texts, TILE_ROWS)
+    rows = min(texts, TEXTS_PER_TILE)
     return rows, max(1, for_device(TILE_NUMBERS, device) // (rows * numbers_per_pair))

@@ -71,12 +71,12 @@ def data(frames: list[int] = FRAMES) -> tuple[TokenSequence, TokenSequence, Tens
 @pytest.fixture(autouse=True)
 def own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts back what a rank sets for itself, where this process is that rank."""
-    for module, name in ((blocks, "STRIPE_COLUMNS"), (tap, "TILE_ROWS")):
+    for module, name in ((blocks, "STRIPE_COLUMNS"), (tap, "TEXTS_PER_TILE")):
         monkeypatch.setattr(module, name, getattr(module, name))
 
 
 def loss_of_ranks(scorer: str, objective: str) -> tuple[float, list[np.ndarray]]:
-    blocks.STRIPE_COLUMNS, tap.TILE_ROWS = 3, 5
+    blocks.STRIPE_COLUMNS, tap.TEXTS_PER_TILE = 3, 5
     world, model = World.current(), Model(*SCORERS[scorer])
     text, audio, ids = data()
     mine = rows_of(world)

@@ -47,9 +47,9 @@ def test_memory_of_a_forward_that_keeps_much(monkeypatch: pytest.MonkeyPatch) ->
     encoder = build_audio_encoder("small_cnn")
     encode, held = encoder.encode, 256 * 2**20
 
-    def wasteful(waveform: torch.Tensor) -> object:
+    def wasteful(waveform: torch.Tensor, augment_seed: int) -> object:
         torch.ones(held // 4).sum()
-        return encode(waveform)
+        return encode(waveform, augment_seed)
 
     monkeypatch.setattr(encoder, "encode", wasteful)
     measured = time_encoder(encoder, seconds=0.5, batch_size=1, repeats=1)

@@ -77,7 +77,7 @@ def test_scores_and_gradients_equal_the_formula(
     residual: bool, kind: str, spread: float, words: list[int], tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parameters of 1e-3 leave variances far below LayerNorm's epsilon, which must then be in the right places."""
-    monkeypatch.setattr(tap, "TILE_ROWS", tile[0])
+    monkeypatch.setattr(tap, "TEXTS_PER_TILE", tile[0])
     monkeypatch.setitem(tap.TILE_NUMBERS, "cpu", tile[1])
     scorer = build(residual, spread)
     text, audio = random_sequence(words, DIM, 1), random_sequence(FRAMES[kind], DIM, 2, extra=1, gradient=True)
