@@ -73,7 +73,7 @@ def shards_build(
     root: Annotated[str, typer.Option(help="folder of the corpus as it was downloaded")],
     out: Annotated[str, typer.Option(help="folder or s3://bucket/prefix for the shards of this split")],
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="what the corpus's reader can be told")
+        list[str] | None, typer.Argument(metavar="key=value", help="what the corpus's reader can be told")
     ] = None,
     split: Annotated[str | None, typer.Option(help="train, val or test, or the corpus's own name of a split")] = None,
     shard_size: Annotated[int, typer.Option(help="clips a shard")] = 1000,

@@ -125,4 +125,4 @@ def test_an_unknown_corpus_points_to_plugins(root: Path) -> None:
 def test_the_projects_own_corpora_have_no_options(root: Path) -> None:
     command = ["shards", "build", "folder", "--root", str(root), "--out", str(root / "out"), "depth=2"]
     mistake = CliRunner().invoke(app, command).exception
-    assert str(mistake) == "the corpus folder has no option depth: its options are none"
+    assert str(mistake) == "the corpus folder has no option depth: it has none"

@@ -35,6 +35,10 @@ def open_corpus(name: str, root: str | Path, options: Mapping[str, Any] | None =
     reader, given = CORPORA[name], dict(options or {})
     unknown = sorted(given.keys() - reader.Options.model_fields.keys())
     if unknown:
-        known = ", ".join(reader.Options.model_fields) or "none"
-        raise UserError(f"the corpus {name} has no option {', '.join(unknown)}: its options are {known}")
+        known = (
+            f"its options are {', '.join(reader.Options.model_fields)}"
+            if reader.Options.model_fields
+            else "it has none"
+        )
+        raise UserError(f"the corpus {name} has no option {', '.join(unknown)}: {known}")
     return reader(name, Path(root), check_options(reader.Options, given, f"the corpus {name}"))
