@@ -18,10 +18,12 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from atr_scale.batch import Batch
 from atr_scale.config import RunConfig, load_config
+from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.stream import read_batches
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
-from atr_scale.training.checks import new_model, training_stream
+from atr_scale.model import StepContext
+from atr_scale.training.checks import new_model, read_teacher, training_stream
 from atr_scale.training.engine import Engine
 from atr_scale.training.param_groups import freeze
 from atr_scale.training.schedule import seeds
@@ -47,6 +49,7 @@ def start(config: RunConfig) -> tuple[Engine, Iterator[Batch]]:
 def curve(config: RunConfig, updates: int) -> dict[str, Any]:
     """Losses and norms of some updates, the full gradients of the first, the parameters after the last."""
     engine, batches = start(config)
+    teacher = read_teacher(config, [open_shards(source.shards) for source in config.data.train])
     found: dict[str, Any] = {"loss": [], "norm": []}
 
     def keep_gradients() -> None:
@@ -63,7 +66,8 @@ def curve(config: RunConfig, updates: int) -> dict[str, Any]:
     }
     for number in range(updates):
         taken = [next(batches) for _ in range(train.accum_steps)]
-        result = engine.update(taken, rates, seeds(config.run.seed, number, len(taken), engine.world.rank))
+        drawn = seeds(config.run.seed, number, len(taken), engine.world.rank)
+        result = engine.update(taken, rates, drawn, StepContext(number, teacher=teacher.block if teacher else None))
         assert result.applied
         found["loss"].append(result.terms["loss"])
         found["norm"].append(result.gradient_norm)

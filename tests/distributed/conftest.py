@@ -15,3 +15,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     tiny_config(folder, folder / "run")
     return folder
+
+
+@pytest.fixture(scope="session")
+def example() -> str:
+    """The folder of the plug-in with a loss."""
+    return str(Path(__file__).parents[2] / "examples" / "sigmoid_loss")

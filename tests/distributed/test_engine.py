@@ -13,8 +13,10 @@ import torch
 from atr_scale.batch import Batch
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
-from atr_scale.model import Retriever
+from atr_scale.model import Retriever, load_weights
+from atr_scale.training.checks import new_model
 from atr_scale.training.engine import Engine
+from atr_scale.training.param_groups import freeze
 from atr_scale.training.schedule import seeds
 from tests.tiny_run import tiny_config
 from tools.parity import curves, parameters, start, with_train
@@ -128,3 +130,62 @@ def overflow_once(config: RunConfig) -> tuple[float, float, bool]:
     engine.scale = 1e38
     result = engine.update([next(batches)], RATES, seeds(0, 0, 1, 0))
     return 1e38, engine.scale, result.overflow
+
+
+def frozen_and_restored(configs: list[RunConfig], folder: Path) -> list[dict[str, Any]]:
+    """An update, a checkpoint, another update; the same after a restart from that checkpoint, and from one as version
+    0.1 wrote it."""
+    found = []
+    for config in configs:
+        place = folder / f"stage-{config.train.zero_stage}"
+        engine, batches = start(config)
+        world = engine.world
+        batch, later = next(batches), next(batches)
+        engine.update([batch], RATES, seeds(0, 0, 1, world.rank))
+        engine.save(place, {"step": 1})
+        engine.deepspeed.save_checkpoint(str(place / "old"), tag="deepspeed", client_state=STATE, save_latest=False)
+        weights = world.gather_objects(engine.full_weights())[0]
+        outcomes = [outcome(engine, later)]
+        for source in (place, place / "old"):
+            torch.manual_seed(7)  # other weights than those of the run
+            model = new_model(config, world)
+            load_weights(model, weights, "the checkpoint")
+            freeze(model, config.train)
+            again = Engine(model, config.train, world, torch.device("cpu"))
+            again.load(source)
+            outcomes.append(outcome(again, later))
+        states = [
+            torch.load(path, weights_only=False) for path in sorted((place / "deepspeed").glob("*model_states.pt"))
+        ]
+        frozen = {name for name, parameter in engine.model.named_parameters() if not parameter.requires_grad}
+        found.append(
+            {
+                "outcomes": outcomes,
+                "frozen": len(frozen),
+                "stored": [sorted(frozen & set(state["module"])) for state in states],
+                "fragments": [state.get("frozen_param_fragments") for state in states],
+            }
+        )
+    return found
+
+
+STATE = {"step": 1, "scale": 1.0, "good_steps": 1}
+
+
+def outcome(engine: Engine, batch: Batch) -> list[float]:
+    """Of one update, and of the model after it."""
+    result = engine.update([batch], RATES, seeds(0, 1, 1, engine.world.rank))
+    weights = [float(np.abs(value).sum()) for value in parameters(engine).values()]
+    return [result.terms["loss"], result.gradient_norm, *weights]
+
+
+@pytest.mark.slow
+def test_frozen_weights_are_stored_once(folder: Path, tmp_path: Path) -> None:
+    """DeepSpeed's part of a checkpoint is without them; a restart goes on as if there had been none, at every stage."""
+    config = with_train(tiny_config(folder, folder / "run"), lr_text=0.0, frozen_layers_audio=1)
+    configs = [with_train(config, zero_stage=stage) for stage in (0, 1, 2, 3)]
+    for rank in run_ranks(frozen_and_restored, 2, configs, tmp_path):
+        for stage, found in enumerate(rank):
+            going_on, restarted, from_old = found["outcomes"]
+            assert going_on == restarted == from_old, stage
+            assert found["frozen"] > 10 and not any(found["stored"]) and not any(found["fragments"]), stage

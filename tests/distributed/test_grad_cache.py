@@ -9,16 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from atr_scale.batch import Batch
+from atr_scale.batch import Batch, stable_id
 from atr_scale.config import RunConfig
+from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.stream import read_batches
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.encoders.spec_augment import SpecAugmentSection
 from atr_scale.model import Retriever, StepContext
+from atr_scale.teachers.tables import Table
 from atr_scale.training.checks import training_stream
 from atr_scale.training.grad_cache import GradCache, cut
 from atr_scale.training.schedule import seeds
+from tests.losses import unit
 from tests.tiny_run import tiny_config
 from tools.parity import curves, start, with_train
 from tools.ranks import run_ranks
@@ -98,10 +101,22 @@ def test_a_chunk_is_cut_to_its_longest_rows(folder: Path) -> None:
     assert cut(batch, short.reshape(1)).waveform.shape[1] < batch.waveform.shape[1]
 
 
+def write_teacher(config: RunConfig, folder: Path) -> Path:
+    """A table of random vectors for every caption and clip of the training shards."""
+    shards = open_shards(config.data.train[0].shards)
+    ids = torch.tensor([stable_id(shards.read_text(row)[0]) for row in range(len(shards))])
+    values = {"text": unit(len(ids), 5, 1).half(), "audio": unit(len(ids), 5, 2).half()}
+    return Table("teacher", ids, ids.clone(), torch.zeros_like(ids), values).save(folder)
+
+
 @pytest.mark.slow
-def test_ranks_and_zero_stages_agree_in_chunks(folder: Path) -> None:
-    """One process without ZeRO and without chunks against two with both: gradients, losses, norms."""
+def test_ranks_and_zero_stages_agree_in_chunks(folder: Path, tmp_path: Path) -> None:
+    """One process without ZeRO and without chunks against two with both: gradients, losses, norms, with all terms."""
     config = with_train(tiny_config(folder, folder / "run"), accum_steps=2)
+    config.objective.distillation.tables = [str(write_teacher(config, tmp_path))]
+    config.objective.cmsc.beta_warmup_steps = 2
+    for term in config.objective.terms.values():
+        term.weight = 0.5
     ((expected,),) = run_ranks(curves, 1, [with_train(config, zero_stage=0)], 2)
     cases = [(stage, kept) for stage in (0, 1, 2, 3) for kept in (0, 1)]
     configs = [with_train(config, zero_stage=stage, micro_batch_size=2, kept_chunks=kept) for stage, kept in cases]

@@ -153,9 +153,7 @@ def test_what_cannot_be_loaded_is_one_line(run: Callable[[str], Path], tmp_path:
         atr_scale.load(damaged)
     settings = damaged / "best" / "config.resolved.yaml"
     settings.write_text(settings.read_text().replace("plugins: []", "plugins: [unheard_of]"))
-    with pytest.raises(
-        UserError, match="needs the plug-ins unheard_of: if you trust them, give plugins="
-    ):
+    with pytest.raises(UserError, match="needs the plug-ins unheard_of: if you trust them, give plugins="):
         atr_scale.load(damaged)
     with pytest.raises(UserError, match="unheard_of"):
         atr_scale.load(damaged, plugins=["unheard_of"])

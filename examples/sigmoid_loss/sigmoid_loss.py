@@ -1,0 +1,39 @@
+"""A loss outside the package: the sigmoid loss of SigLIP (Zhai et al. 2023, arXiv 2303.15343, algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from atr_scale.losses import LOSS_TERMS, LossTerm, TermSection
+from atr_scale.sections import Positive
+
+
+class SigmoidSection(TermSection):
+    """What `objective.sigmoid` of a configuration can say, beside `weight`."""
+
+    initial_scale: Positive = Field(10.0, description="of the scores; its logarithm is learned")
+    initial_bias: float = Field(-10.0, description="of the logits; far below 0, for most pairs are negatives")
+
+
+class SigmoidLoss(LossTerm):
+    """Every pair is a question of its own, is it a match or not: no softmax, and no temperature of the model's."""
+
+    Section = SigmoidSection
+
+    def __init__(self, section: SigmoidSection) -> None:
+        super().__init__(section)
+        self.log_scale = nn.Parameter(torch.tensor([math.log(section.initial_scale)]))
+        self.bias = nn.Parameter(torch.tensor([section.initial_bias]))
+
+    def dense(self, scores: Tensor, positives: Tensor) -> Tensor:
+        logits = self.log_scale.exp() * scores + self.bias
+        sign = torch.where(positives, 1.0, -1.0)
+        return -logsigmoid(sign * logits).sum() / len(scores)
+
+
+LOSS_TERMS["sigmoid"] = SigmoidLoss
