@@ -107,7 +107,7 @@ def test_mistakes_are_one_line(tmp_path: Path, module: str, override: str, messa
 def test_modules_that_a_stranger_names_are_not_imported(tmp_path: Path, module: str) -> None:
     """A checkpoint's configuration may name code; whoever loads it says whether it may run."""
     path = write(tmp_path, plugins=[module])
-    with pytest.raises(UserError, match="needs the plug-in my_losses, code that is yours to allow"):
+    with pytest.raises(UserError, match="needs the plug-ins my_losses: if you trust them"):
         load_config(path, trusted=False)
     assert module not in sys.modules
     assert "mine" in load_config(path, plugins=[module], trusted=False).objective.terms
