@@ -25,7 +25,7 @@ def python(*arguments: str, cwd: Path, network: bool = True) -> str:
     """Runs Python in `cwd`; without network in a namespace that has no interface but loopback, if one may be made."""
     command = [sys.executable, *arguments]
     if not network:
-        alone = ["unshare", "--net", "--map-root-user"]
+        alone = ["unshare", "--net", "--map-root-user", "sh", "-c", 'ip link set lo up && exec "$0" "$@"']
         if shutil.which("unshare") and subprocess.run([*alone, "true"], capture_output=True).returncode == 0:
             command = [*alone, *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
