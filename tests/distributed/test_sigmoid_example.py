@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from atr_scale.config import load_config
 from atr_scale.distributed.world import World
 from atr_scale.training.schedule import seeds
+from tests.tiny import read_training
 from tests.tiny_run import tiny_config
 from tools.parity import curve, parameters, start
 from tools.ranks import run_ranks
@@ -20,6 +23,7 @@ RATES = {"audio": 1e-3, "text": 1e-3, "heads": 1e-3}
 OVERRIDES = ("plugins=[sigmoid_loss]", "objective.nt_xent.weight=0", "objective.sigmoid.weight=1", "train.lr=0.01")
 CHUNKS = ("train.micro_batch_size=2", "train.kept_chunks=1", "train.accum_steps=2")
 UPDATES = 3
+CAPTURED: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 240}
 
 
 def curves_of(example: str, path: Path, runs: list[tuple[str, ...]]) -> list[dict[str, Any]]:
@@ -75,6 +79,30 @@ def test_two_ranks_equal_one_process(folder: Path, tmp_path: Path, example: str)
                 )
             for name in own:
                 np.testing.assert_allclose(found["parameters"][name], expected["parameters"][name], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_its_configuration_trains_with_the_command_of_its_readme(folder: Path, tmp_path: Path, example: str) -> None:
+    """On small inputs: two ranks with ZeRO 1 and GradCache, and one process without either, log the same losses."""
+    inputs = folder / "train"
+    changes = [
+        f"data.train=[{{shards: {inputs / 'shards'}}}]",
+        "data.validation=null", "data.test=null", "data.crop_seconds=0.5", "data.workers=0",
+        f"model.text.name={inputs / 'text_encoder'}", "model.projection.dim=16",
+        "train.epochs=null", "train.steps=3", "train.log_every=1", "train.global_batch_size=12", "train.precision=fp32",
+    ]  # fmt: skip
+    losses = []
+    for ranks, more in ((2, ["train.micro_batch_size=3"]), (1, ["train.micro_batch_size=null", "train.zero_stage=0"])):
+        run = tmp_path / f"run-{ranks}"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [*launcher, "-m", "atr_scale.train", f"{example}/config.yaml", *changes, *more, f"run.dir={run}"]
+        path = os.pathsep.join([example, os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, **CAPTURED)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (run / "latest" / "config.resolved.yaml").read_text().count("sigmoid_loss") == 1
+        losses.append([line["loss/sigmoid"] for line in read_training(run)])
+        assert losses[-1] == [line["loss"] for line in read_training(run)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 @pytest.mark.slow
