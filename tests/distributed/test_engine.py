@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from atr_scale.batch import Batch
+from atr_scale.checkpoint import load_weights
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
-from atr_scale.model import Retriever, load_weights
+from atr_scale.model import Retriever
 from atr_scale.training.checks import new_model
 from atr_scale.training.engine import Engine
 from atr_scale.training.param_groups import freeze

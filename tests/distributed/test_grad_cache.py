@@ -17,7 +17,7 @@ from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.encoders.spec_augment import SpecAugmentSection
 from atr_scale.model import Retriever, StepContext
-from atr_scale.teachers.tables import Table
+from atr_scale.teachers.tables import TeacherTable
 from atr_scale.training.checks import training_stream
 from atr_scale.training.grad_cache import GradCache, cut
 from atr_scale.training.schedule import seeds
@@ -106,7 +106,7 @@ def write_teacher(config: RunConfig, folder: Path) -> Path:
     shards = open_shards(config.data.train[0].shards)
     ids = torch.tensor([stable_id(shards.read_text(row)[0]) for row in range(len(shards))])
     values = {"text": unit(len(ids), 5, 1).half(), "audio": unit(len(ids), 5, 2).half()}
-    return Table("teacher", ids, ids.clone(), torch.zeros_like(ids), values).save(folder)
+    return TeacherTable("teacher", ids, ids.clone(), torch.zeros_like(ids), values).save(folder)
 
 
 @pytest.mark.slow
