@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from atr_scale import score_block
+from atr_scale.losses.tiled import tiles
+from atr_scale.scorers import tap
 from tests.tiny_run import tiny_config
+
+SIZES = ((score_block, "STRIPE_COLUMNS"), (tiles, "TILE_ROWS"), (tiles, "PART_ROWS"), (tap, "TEXTS_PER_TILE"))
+
+
+@pytest.fixture(autouse=True)
+def own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts back the sizes that a rank sets for itself, if this process is that rank."""
+    for module, name in SIZES:
+        monkeypatch.setattr(module, name, getattr(module, name))
 
 
 @pytest.fixture(scope="session")

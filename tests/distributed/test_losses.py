@@ -64,13 +64,6 @@ def averaged(model: nn.Module, size: int) -> list[np.ndarray]:
     return gradients(model)
 
 
-@pytest.fixture(autouse=True)
-def own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts back what a rank sets for itself, where this process is that rank."""
-    for module, name in ((blocks, "STRIPE_COLUMNS"), (tiles, "TILE_ROWS"), (tiles, "PART_ROWS")):
-        monkeypatch.setattr(module, name, getattr(module, name))
-
-
 def global_loss(case: str, kind: str, with_ids: bool) -> tuple[float, list[np.ndarray]]:
     """One rank's part of the recipe: texts gathered, audio kept, world size times the global mean loss."""
     blocks.STRIPE_COLUMNS = 3  # several stripes, the last one not full

@@ -68,13 +68,6 @@ def data(frames: list[int] = FRAMES) -> tuple[TokenSequence, TokenSequence, Tens
     return random_sequence([1] * B, DIM, 1), random_sequence(frames, DIM, 2), ids
 
 
-@pytest.fixture(autouse=True)
-def own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts back what a rank sets for itself, where this process is that rank."""
-    for module, name in ((blocks, "STRIPE_COLUMNS"), (tap, "TEXTS_PER_TILE")):
-        monkeypatch.setattr(module, name, getattr(module, name))
-
-
 def loss_of_ranks(scorer: str, objective: str) -> tuple[float, list[np.ndarray]]:
     blocks.STRIPE_COLUMNS, tap.TEXTS_PER_TILE = 3, 5
     world, model = World.current(), Model(*SCORERS[scorer])
