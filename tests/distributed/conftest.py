@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from tests.tiny_run import tiny_config
 SIZES = ((score_block, "STRIPE_COLUMNS"), (tiles, "TILE_ROWS"), (tiles, "PART_ROWS"), (tap, "TEXTS_PER_TILE"))
 
 
-@pytest.fixture(autouse=True)
-def own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def own_sizes() -> Iterator[None]:
     """Puts back the sizes that a rank sets for itself, if this process is that rank."""
-    for module, name in SIZES:
-        monkeypatch.setattr(module, name, getattr(module, name))
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in SIZES:
+            patch.setattr(module, name, getattr(module, name))
+        yield
 
 
 @pytest.fixture(scope="session")
