@@ -25,7 +25,7 @@ from atr_scale.data.sample import BadSample
 from atr_scale.data.stream import pad
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
-from atr_scale.errors import UserError
+from atr_scale.errors import UserError, one_line
 from atr_scale.evaluation.embed import as_read, load_ahead
 from atr_scale.evaluation.score import score
 from atr_scale.model import Retriever
@@ -36,6 +36,7 @@ Waveform = NDArray[Any] | Tensor
 Audio = str | Path | Waveform
 T = TypeVar("T")
 BAR_AFTER = 2.0  # seconds of work after which a progress bar appears
+MAX_PEAK = 10.0  # samples beyond it are integers in the shape of floats, or no audio
 
 
 def load_trained(
@@ -119,6 +120,8 @@ class TrainedModel:
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"texts[{number}] is {text!r}: give a sentence")
+            if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise UserError(f"texts[{number}] is {text!r}, no valid Unicode: read it with its right encoding")
         parts = []
         for group in self._groups(texts, batch_size, "embedding texts"):
             ids, mask = self.tokenizer(group)
@@ -131,9 +134,7 @@ class TrainedModel:
         self, audio: Sequence[Audio], sample_rate: int | None, batch_size: int | None, seconds: float | None
     ) -> TokenSequence:
         clips = _as_list(audio, "audio", str, Path)
-        limit = self.config.data.evaluation_seconds if seconds is None else seconds
-        if limit <= 0:
-            raise UserError(f"seconds = {seconds}: give how much of a clip's start is read, above 0")
+        limit = _positive(self.config.data.evaluation_seconds if seconds is None else seconds, "seconds")
 
         cut: list[str] = []
 
@@ -155,8 +156,8 @@ class TrainedModel:
 
     def _groups(self, items: Sequence[T], batch_size: int | None, name: str) -> Iterator[Sequence[T]]:
         size = self.config.evaluation.batch_size if batch_size is None else batch_size
-        if size < 1:
-            raise UserError(f"batch_size = {size}: give at least 1")
+        if not isinstance(size, int | np.integer) or size < 1:
+            raise UserError(f"batch_size = {size!r}: give a whole number, at least 1")
         starts = range(0, len(items), size)
         for start in tqdm(starts, desc=name, unit="batch", disable=None, delay=BAR_AFTER):
             yield items[start : start + size]
@@ -182,14 +183,17 @@ class TrainedModel:
     def _resample(
         self, waveform: NDArray[np.float32], place: str, sample_rate: int | None, seconds: float, cut: list[str]
     ) -> NDArray[np.float32]:
-        if sample_rate is None or sample_rate <= 0:
+        if sample_rate is None:
             raise UserError(f"{place} is a waveform: give its sample_rate in Hz")
+        _positive(sample_rate, "sample_rate")
         if not len(waveform):
             raise BadSample("empty_audio", "no samples")
         if len(waveform) > seconds * sample_rate:
             cut.append(place)
             waveform = waveform[: max(1, round(seconds * sample_rate))]
         check_waveform(waveform)
+        if (peak := float(np.abs(waveform).max())) > MAX_PEAK:
+            raise UserError(f"{place} holds values up to {peak:g}: give floats in [-1, 1], or int16")
         if sample_rate == self.sample_rate:
             return waveform
         wanted = max(1, round(len(waveform) * self.sample_rate / sample_rate))
@@ -216,12 +220,30 @@ def _as_list(items: Sequence[Any], name: str, *single: type) -> list[Any]:
     return found
 
 
+def _positive(number: Any, name: str) -> float:
+    """UserError if `number` is none above 0."""
+    if isinstance(number, bool) or not isinstance(number, int | float | np.number) or not 0 < number < np.inf:
+        raise UserError(f"{name} = {number!r}: give a number above 0")
+    return float(number)
+
+
 def _mono(waveform: Waveform, place: str) -> NDArray[np.float32]:
-    values = waveform.detach().cpu().numpy() if isinstance(waveform, Tensor) else np.asarray(waveform)
+    """A copy of the samples, float32."""
+    if isinstance(waveform, Tensor):
+        try:
+            waveform = waveform.detach().to("cpu", torch.float32 if waveform.is_floating_point() else None)
+            values = waveform.resolve_neg().numpy()
+        except (RuntimeError, TypeError) as error:  # sparse, or without values
+            raise UserError(f"{place} is a tensor that cannot be read ({one_line(error)}): give samples") from None
+    else:
+        values = np.asarray(waveform)
     if values.ndim != 1:
-        raise UserError(f"{place} has the shape {list(values.shape)}: give a path, or a mono waveform [samples]")
+        raise UserError(
+            f"{place} has the shape {list(values.shape)}: give a list of paths, or of mono waveforms [samples]"
+        )
     if values.dtype == np.int16:
         return values.astype(np.float32) * np.float32(FULL_SCALE)
     if values.dtype.kind != "f":
         raise UserError(f"{place} holds {values.dtype}: give floats in [-1, 1], or int16")
-    return np.ascontiguousarray(values, np.float32)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused with the rest
+        return values.astype(np.float32)

@@ -81,7 +81,8 @@ def test_waveforms_are_what_files_are(model: TrainedModel, clips: list[Path]) ->
     expected = model.embed_audio(clips[:1])
     whole, _ = soundfile.read(clips[0], dtype="float32")
     sixteen, _ = soundfile.read(clips[0], dtype="int16")
-    for waveform in (whole, whole.astype(np.float64), torch.from_numpy(whole), sixteen):
+    whole.flags.writeable = False
+    for waveform in (whole, whole.astype(np.float64), torch.tensor(whole), sixteen, torch.tensor(sixteen)):
         assert np.allclose(model.embed_audio([waveform], sample_rate=RATE), expected, atol=1e-6)
     assert not np.allclose(model.embed_audio([whole], sample_rate=2 * RATE), expected, atol=1e-3)  # resampled
 
@@ -119,17 +120,25 @@ def test_only_the_start_of_a_long_clip_is_read_and_that_is_said(
         ("embed_text", ([],), "texts is empty"),
         ("embed_text", (7,), "texts is int, not a list"),
         ("embed_text", (["fine", None],), r"texts\[1\] is None: give a sentence"),
-        ("embed_text", (["fine"], 0), "batch_size = 0: give at least 1"),
+        ("embed_text", (["fine"], 0), "batch_size = 0: give a whole number"),
+        ("embed_text", (["fine"], 1.5), "batch_size = 1.5: give a whole number"),
+        ("embed_text", (["fine", "a \ud800 dog"],), r"texts\[1\] is .*, no valid Unicode"),
         ("embed_audio", ("dog.wav",), "audio is one item, 'dog.wav'"),
         ("embed_audio", (["nowhere.wav"],), r"audio\[0\], nowhere.wav, cannot be read: No such file"),
         ("embed_audio", ([__file__],), r"audio\[0\], .*test_inference.py, cannot be used: undecodable_audio"),
         ("embed_audio", ([np.ones(9, np.float32)],), r"audio\[0\] is a waveform: give its sample_rate in Hz"),
         ("embed_audio", ([np.ones((2, 9))], RATE), r"audio\[0\] has the shape \[2, 9\]"),
+        ("embed_audio", (np.ones(9), RATE), r"audio\[0\] has the shape \[\]: give a list of paths"),
+        ("embed_audio", ([np.full(900, 3e4)], RATE), r"audio\[0\] holds values up to 30000: give floats in \[-1, 1\]"),
+        ("embed_audio", ([torch.ones(9, device="meta")], RATE), r"audio\[0\] is a tensor that cannot be read"),
+        ("embed_audio", ([torch.eye(9).to_sparse()[0]], RATE), r"audio\[0\] is a tensor that cannot be read"),
+        ("embed_audio", ([np.ones(900)], "16000"), "sample_rate = '16000': give a number above 0"),
+        ("embed_audio", ([np.ones(900)], float("nan")), "sample_rate = nan: give a number above 0"),
         ("embed_audio", ([np.ones(9, np.int64)], RATE), r"audio\[0\] holds int64: give floats"),
         ("embed_audio", ([np.zeros(900)], RATE), r"audio\[0\] cannot be used: silent_audio"),
         ("embed_audio", ([np.full(900, np.nan)], RATE), r"audio\[0\] cannot be used: nonfinite_audio"),
         ("embed_audio", ([np.ones(0)], RATE), r"audio\[0\] cannot be used: empty_audio"),
-        ("embed_audio", ([np.ones(900)], RATE, 1, -1.0), "seconds = -1.0"),
+        ("embed_audio", ([np.ones(900)], RATE, 1, -1.0), "seconds = -1.0: give a number above 0"),
         ("similarity", (["a"], [None]), r"audio\[0\] "),
     ],
 )
