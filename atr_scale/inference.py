@@ -20,7 +20,7 @@ from tqdm import tqdm
 from atr_scale.batch import FULL_SCALE, TokenSequence
 from atr_scale.checkpoint import load_retriever
 from atr_scale.config import RunConfig
-from atr_scale.data.decode import Crop, check_waveform, decode, probe
+from atr_scale.data.decode import MAX_RATE, MIN_RATE, Crop, check_waveform, decode, probe
 from atr_scale.data.sample import BadSample
 from atr_scale.data.stream import pad
 from atr_scale.data.tokenizer import caption_tokenizer
@@ -185,7 +185,8 @@ class TrainedModel:
     ) -> NDArray[np.float32]:
         if sample_rate is None:
             raise UserError(f"{place} is a waveform: give its sample_rate in Hz")
-        _positive(sample_rate, "sample_rate")
+        if not MIN_RATE <= _positive(sample_rate, "sample_rate") <= MAX_RATE:
+            raise UserError(f"sample_rate = {sample_rate}: give Hz, from {MIN_RATE} to {MAX_RATE}")
         if not len(waveform):
             raise BadSample("empty_audio", "no samples")
         if len(waveform) > seconds * sample_rate:

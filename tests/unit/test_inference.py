@@ -133,6 +133,7 @@ def test_only_the_start_of_a_long_clip_is_read_and_that_is_said(
         ("embed_audio", ([torch.ones(9, device="meta")], RATE), r"audio\[0\] is a tensor that cannot be read"),
         ("embed_audio", ([torch.eye(9).to_sparse()[0]], RATE), r"audio\[0\] is a tensor that cannot be read"),
         ("embed_audio", ([np.ones(900)], "16000"), "sample_rate = '16000': give a number above 0"),
+        ("embed_audio", ([np.ones(900)], 16), r"sample_rate = 16: give Hz, from 1000 to 768000"),
         ("embed_audio", ([np.ones(900)], float("nan")), "sample_rate = nan: give a number above 0"),
         ("embed_audio", ([np.ones(9, np.int64)], RATE), r"audio\[0\] holds int64: give floats"),
         ("embed_audio", ([np.zeros(900)], RATE), r"audio\[0\] cannot be used: silent_audio"),
