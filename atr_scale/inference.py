@@ -47,7 +47,7 @@ def load_trained(
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         module.to(chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"device {str(device)!r} cannot be used ({reason}): give 'cpu', or 'cuda' if there is one"
@@ -177,6 +177,10 @@ class TrainedModel:
             return decode(contents, extension, self.sample_rate, crop=Crop(0.0, seconds))
         except OSError as error:
             raise UserError(f"{place} cannot be read: {error.strerror or error}") from None
+        except UserError:
+            raise
+        except ValueError as error:  # a zero byte in a path
+            raise UserError(f"{place} cannot be read: {error}") from None
         except BadSample as error:
             raise UserError(f"{place} cannot be used: {error}") from None
 
@@ -237,7 +241,12 @@ def _mono(waveform: Waveform, place: str) -> NDArray[np.float32]:
         except (RuntimeError, TypeError) as error:  # sparse, or without values
             raise UserError(f"{place} is a tensor that cannot be read ({one_line(error)}): give samples") from None
     else:
-        values = np.asarray(waveform)
+        try:
+            values = np.asarray(waveform)
+        except ValueError:
+            raise UserError(
+                f"{place} is {type(waveform).__name__}: give a path, or a mono waveform [samples]"
+            ) from None
     if values.ndim != 1:
         raise UserError(
             f"{place} has the shape {list(values.shape)}: give a list of paths, or of mono waveforms [samples]"

@@ -125,6 +125,8 @@ def test_only_the_start_of_a_long_clip_is_read_and_that_is_said(
         ("embed_text", (["fine", "a \ud800 dog"],), r"texts\[1\] is .*, no valid Unicode"),
         ("embed_audio", ("dog.wav",), "audio is one item, 'dog.wav'"),
         ("embed_audio", (["nowhere.wav"],), r"audio\[0\], nowhere.wav, cannot be read: No such file"),
+        ("embed_audio", (["no\0where.wav"],), r"cannot be read: embedded null byte"),
+        ("embed_audio", ([[[1.0, 2.0], [1.0]]], RATE), r"audio\[0\] is list: give a path, or a mono waveform"),
         ("embed_audio", ([__file__],), r"audio\[0\], .*test_inference.py, cannot be used: undecodable_audio"),
         ("embed_audio", ([np.ones(9, np.float32)],), r"audio\[0\] is a waveform: give its sample_rate in Hz"),
         ("embed_audio", ([np.ones((2, 9))], RATE), r"audio\[0\] has the shape \[2, 9\]"),
@@ -155,8 +157,9 @@ def test_what_cannot_be_loaded_is_one_line(run: Callable[[str], Path], tmp_path:
     good = run("meanmax")
     with pytest.raises(UserError, match=r"no checkpoint at .*nowhere: give a run folder"):
         atr_scale.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="device 'tpu' cannot be used"):
-        atr_scale.load(good, device="tpu")
+    for device in ("tpu", 3.5):
+        with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
+            atr_scale.load(good, device=device)  # type: ignore[arg-type]
     damaged = shutil.copytree(good, tmp_path / "damaged", symlinks=True)
     (damaged / "best" / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"model.safetensors is damaged"):
