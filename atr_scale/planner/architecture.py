@@ -40,7 +40,9 @@ def build_without_weights(config: RunConfig) -> Retriever:
     section = config.model.model_copy(deep=True)
     section.audio.checkpoint = None
     section.audio.compile = section.text.compile = False
-    section.audio.spec_augment = None  # its draws read the waveform
+    # Their draws need values: they read the waveform, or make a mel bank of their own.
+    section.audio.spec_augment = None
+    section.audio.fmin_aug_range = section.audio.fmax_aug_range = 0
     text_encoder = _text_encoder(config)
     model = Retriever(section, config.objective, precision=config.train.precision, text_encoder=text_encoder)
     freeze(model, config.train)

@@ -231,7 +231,8 @@ def _some_rows(sequence: TokenSequence, rows: int) -> TokenSequence:
 def _teacher(widths: list[int], rows: int) -> TeacherEnsemble:
     ids = torch.arange(rows)
     table = TeacherTable("planned", ids, ids, torch.zeros_like(ids), {})
-    values = [torch.randn(rows, width).half() for width in widths]
+    # Unit vectors, as tables hold: wider scores would be searched for their maxima, which real ones rarely are.
+    values = [functional.normalize(torch.randn(rows, width), dim=1).half() for width in widths]
     return TeacherEnsemble([TeacherTable(**{**vars(table), "values": {"text": x, "audio": x}}) for x in values])
 
 

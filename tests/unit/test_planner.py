@@ -157,6 +157,27 @@ def test_losses_of_small_batches_are_planned_dense(costs: Costs) -> None:
     assert costs.pairs_at_once(1024, 1024) == 1024**2 and costs.pairs_at_once(1026, 1026) == 1026 * 512
 
 
+def test_teachers_are_unit_vectors_as_in_tables(config: RunConfig, costs: Costs) -> None:
+    """The maxima of rows, in fp32, are asked of other ranks for scores spread wider than those of real tables."""
+    config = config.model_copy(deep=True)
+    config.objective.distillation.weight, config.objective.distillation.temperature = 1.0, 0.05
+    model = build_without_weights(config)
+    objective = build_objective(config.objective.terms, measuring.NEVER_DENSE)
+    heads = measuring.measure_heads(model, objective, costs.encoders.outputs, [768])
+    reduced = {dtype for name, dtype, _ in heads.collectives if name == "allreduce"}
+    assert reduced == {torch.float64}
+
+
+def test_draws_that_need_values_are_left_out(config: RunConfig) -> None:
+    changed = config.model_copy(deep=True)
+    changed.model.audio.name = "mn04"
+    plain = build_without_weights(changed)
+    changed.model.audio.fmin_aug_range, changed.model.audio.fmax_aug_range = 10, 2000
+    jittered = build_without_weights(changed)
+    one, other = (measuring.measure_encoders(model, SECONDS, TOKENS) for model in (plain, jittered))
+    assert one.base.names == other.base.names
+
+
 def test_what_each_stage_keeps() -> None:
     sizes = Parameters([[300_000, 1000], [501]], frozen=[200_000])
     learned, world = 301_501, 4
