@@ -16,6 +16,7 @@ from atr_scale.planner.estimate import Cluster, Costs, StepEstimate, estimate_st
 from atr_scale.planner.gpus import GPU
 from atr_scale.planner.measure import ALWAYS_DENSE, NEVER_DENSE, measure_encoders, measure_heads
 from atr_scale.planner.zero_memory import Parameters
+from atr_scale.training.param_groups import optimizer_groups
 
 WAVCAPS_CLIPS = 403_050  # 7,568 h
 SIZES = tuple(2**k for k in range(11))  # GPUs, 1 to 1024
@@ -108,9 +109,6 @@ def plan_run(
 
 def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = True) -> tuple[Costs, dict[str, int]]:
     """The costs of a configuration, and its numbers of parameters by group."""
-    # DeepSpeed takes a second to import; --help does without.
-    from atr_scale.training.engine import optimizer_groups
-
     model = build_without_weights(config)
     groups = [[p.numel() for p in group["params"]] for group in optimizer_groups(model, config.train)]
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]

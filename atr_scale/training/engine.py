@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.model import NO_CONTEXT, Retriever, StepContext
 from atr_scale.training.grad_cache import GradCache
-from atr_scale.training.param_groups import rate_scales
+from atr_scale.training.param_groups import optimizer_groups
 from atr_scale.training.schedule import Seeds
 
 logger = logging.getLogger(__name__)
@@ -269,19 +268,3 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-
-
-def optimizer_groups(model: Retriever, train: TrainSection) -> Iterable[dict[str, Any]]:
-    """Parameter groups "audio", "text" and "heads", each split by weight decay (none for vectors and scalars) and by
-    the share of the learning rate."""
-    scales = rate_scales(model, train)
-    for name, members in model.parameter_groups().items():
-        for weight_decay, chosen in (
-            (train.weight_decay, [(n, p) for n, p in members if p.ndim > 1]),
-            (0.0, [(n, p) for n, p in members if p.ndim <= 1]),
-        ):
-            by_scale = defaultdict(list)
-            for parameter_name, parameter in chosen:
-                by_scale[scales[parameter_name]].append(parameter)
-            for scale, parameters in by_scale.items():
-                yield {"params": parameters, "weight_decay": weight_decay, "name": name, "lr_scale": scale}

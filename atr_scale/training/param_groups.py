@@ -1,11 +1,13 @@
-"""Layers of the encoders: which of them learn, and at what share of their encoder's rate.
+"""The optimizer's parameter groups, and the layers of the encoders: which of them learn, and at what share of the rate.
 
 An encoder's `layers` names them from the lowest (next to the input) to the highest, by prefixes of parameter names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from atr_scale.config import TrainSection
 from atr_scale.errors import UserError
@@ -48,6 +50,22 @@ def rate_scales(model: Retriever, train: TrainSection) -> dict[str, float]:
             own_name = name.removeprefix(f"{group}_encoder.")
             scales[name] = 1.0 if decay == 1 else decay ** (len(layers) - 1 - layer_of(own_name, layers))
     return scales
+
+
+def optimizer_groups(model: Retriever, train: TrainSection) -> Iterable[dict[str, Any]]:
+    """Parameter groups "audio", "text" and "heads", each split by weight decay (none for vectors and scalars) and by
+    the share of the learning rate."""
+    scales = rate_scales(model, train)
+    for name, members in model.parameter_groups().items():
+        for weight_decay, chosen in (
+            (train.weight_decay, [(n, p) for n, p in members if p.ndim > 1]),
+            (0.0, [(n, p) for n, p in members if p.ndim <= 1]),
+        ):
+            by_scale = defaultdict(list)
+            for parameter_name, parameter in chosen:
+                by_scale[scales[parameter_name]].append(parameter)
+            for scale, parameters in by_scale.items():
+                yield {"params": parameters, "weight_decay": weight_decay, "name": name, "lr_scale": scale}
 
 
 def layer_of(name: str, layers: Sequence[tuple[str, ...]]) -> int:

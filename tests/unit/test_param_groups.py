@@ -12,8 +12,7 @@ from atr_scale.encoders import AUDIO_ENCODERS
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.planner.dry_run import dry_run
-from atr_scale.training.engine import optimizer_groups
-from atr_scale.training.param_groups import freeze, layer_of, rate_scales
+from atr_scale.training.param_groups import freeze, layer_of, optimizer_groups, rate_scales
 from atr_scale.training.schedule import seeds
 from tests.tiny_run import tiny_config
 from tools.parity import start, with_train

@@ -21,7 +21,7 @@ from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.encoders import build_audio_encoder
 from atr_scale.model import Retriever
-from atr_scale.training.engine import optimizer_groups
+from atr_scale.training.param_groups import optimizer_groups
 from tools.bench import updates
 from tools.bench.measure import Function, peak_mib, seconds
 from tools.bench.table import Row, run
