@@ -167,7 +167,14 @@ def _attention_backward(args: tuple[Any, ...], out: Any) -> float:
     return 2 * prod(query.shape[:-1]) * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
+def _add_product(args: tuple[Any, ...], out: Any) -> float:
+    """The losses add products in place, which torch's table does not know."""
+    left, right = args[1], args[2]
+    return 2 * prod(left.shape) * right.shape[1]
+
+
 _OWN_COUNTS: dict[Any, Callable[[tuple[Any, ...], Any], float]] = {
+    aten.addmm_: _add_product,
     aten.convolution_backward: _convolution_backward,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,

@@ -57,6 +57,13 @@ def test_flops_of_both_directions_and_of_groups() -> None:
         assert recorder.table().flops.sum() == 3 * forward
 
 
+def test_products_added_in_place_count() -> None:
+    total, left, right = torch.zeros(4, 6), torch.randn(4, 5), torch.randn(5, 6)
+    with Recorder([total, left, right]) as recorder:
+        total.addmm_(left, right)
+    assert recorder.table().flops.tolist() == [2 * 4 * 5 * 6]
+
+
 def test_live_bytes_are_those_of_the_allocator() -> None:
     model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(256, 256), nn.ReLU())))
     x = torch.randn(64, 256)
