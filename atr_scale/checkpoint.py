@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from atr_scale.config import RunConfig, load_config
 from atr_scale.distributed.world import World
+from atr_scale.encoders.text import TextEncoder
 from atr_scale.encoders.text_encoders import build_text_encoder, load_text_encoder
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
@@ -93,13 +94,24 @@ def build_retriever(config: RunConfig, folder: Path, **options: Any) -> Retrieve
     place = folder / TEXT_ENCODER
     if not place.is_dir() and Path(name).is_dir():
         place = Path(name)
-    # Version 0.1 stored no files of the text encoder: one of a hub has to come from there.
-    text_encoder = (
-        load_text_encoder(place, name, **settings) if place.is_dir() else build_text_encoder(name, **settings)
-    )
+    if place.is_dir():
+        text_encoder = load_text_encoder(place, name, **settings)
+    else:
+        text_encoder = _text_encoder_of_version_0_1(folder, name, settings)
     model = Retriever(config.model, config.objective, text_encoder=text_encoder, **options)
     load_weights(model, read_weights(folder), str(folder))
     return model
+
+
+def _text_encoder_of_version_0_1(folder: Path, name: str, settings: dict[str, Any]) -> TextEncoder:
+    """One of a hub, for checkpoints stored no files of it then."""
+    try:
+        return build_text_encoder(name, **settings)
+    except UserError as error:
+        raise UserError(
+            f"{folder} is of version 0.1, which left out the text encoder's files, and {name!r} is not found from "
+            f"here: load it from the folder that it was trained in ({error})"
+        ) from None
 
 
 def load_retriever(location: str | Path, plugins: Sequence[str] = ()) -> tuple[Retriever, RunConfig, Path]:

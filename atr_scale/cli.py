@@ -48,7 +48,9 @@ Overrides = Annotated[
 ]
 Plugins = Annotated[
     list[str] | None,
-    typer.Option(metavar="MODULE", help="module to import first, for its encoders, scorers, losses; repeatable"),
+    typer.Option(
+        metavar="MODULE", help="module to import first, for its losses, scorers, encoders or corpus; repeatable"
+    ),
 ]
 
 
@@ -83,9 +85,7 @@ def shards_build(
     exclude: Annotated[
         list[str] | None, typer.Option(help="list of overlapping clips to leave out; repeatable")
     ] = None,
-    plugins: Annotated[
-        list[str] | None, typer.Option(metavar="MODULE", help="module that adds a corpus to CORPORA; repeatable")
-    ] = None,
+    plugins: Plugins = None,
 ) -> None:
     """Build the shards of one split of a corpus, with a manifest. An interrupted build goes on where it stopped.
 
@@ -321,7 +321,7 @@ def evaluate(
     precision: Annotated[
         str | None, typer.Option(help="fp32 or bf16, of the products that rank; the ranks are exact with either")
     ] = None,
-    plugins: Annotated[list[str] | None, typer.Option(help="module that the model needs; repeatable")] = None,
+    plugins: Plugins = None,
 ) -> None:
     """Measure a trained model on a split: retrieval both ways, for labelled sets also zero-shot classification.
 

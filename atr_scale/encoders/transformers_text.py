@@ -102,7 +102,7 @@ class TransformersTextEncoder(TextEncoder):
         except Exception as error:
             raise UserError(
                 f"{folder} does not hold a text encoder's config.json and tokenizer files ({one_line(error)}): "
-                "give a folder that `save_files` wrote"
+                "copy it again whole, or give another checkpoint"
             ) from None
         _check_is_encoder(config, str(folder))
         return cls(transformer, tokenizer, options)

@@ -15,6 +15,7 @@ import torch
 import atr_scale
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.distributed.world import World
+from atr_scale.errors import UserError
 from atr_scale.evaluation.evaluate import evaluate_run
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_0_1"
@@ -48,6 +49,14 @@ def test_its_evaluation_gives_the_same_numbers(old: Path) -> None:
     found = evaluate_run("run", split="validation", world=World(), device=torch.device("cpu"))
     assert {name: found.metrics[name] for name in METRICS} == {name: logged[name] for name in METRICS}
     assert Path("run/evaluation-validation.json").is_file()
+
+
+def test_from_another_folder_it_says_what_is_missing(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (old / "elsewhere").mkdir()
+    monkeypatch.chdir(old / "elsewhere")
+    with pytest.raises(UserError, match=r"is of version 0\.1, which left out the text encoder's files") as caught:
+        atr_scale.load("../run")
+    assert "'text_encoder' is not found from here: load it from the folder that it was trained in" in str(caught.value)
 
 
 @pytest.mark.slow
