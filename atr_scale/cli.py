@@ -48,9 +48,7 @@ Overrides = Annotated[
 ]
 Plugins = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="MODULE", help="module to import first, for its losses, scorers, encoders or corpus; repeatable"
-    ),
+    typer.Option(metavar="MODULE", help="module to import first: losses, scorers, encoders or a corpus; repeatable"),
 ]
 
 
