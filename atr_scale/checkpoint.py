@@ -120,6 +120,7 @@ def load_retriever(location: str | Path, plugins: Sequence[str] = ()) -> tuple[R
     plugins: as for `read_config`. Raises UserError if it cannot be loaded.
     """
     folder = find_checkpoint(location)
+    check_checksums(folder)
     config = read_config(folder, plugins)
     return build_retriever(config, folder), config, folder
 
@@ -135,10 +136,15 @@ def read_config(folder: Path, plugins: Sequence[str] = ()) -> RunConfig:
 
 def find_checkpoint(location: str | Path) -> Path:
     """The folder that holds the weights of a run (best, else latest, else newest) or of a checkpoint."""
+    if not isinstance(location, str | os.PathLike):
+        raise UserError(f"no checkpoint at {location!r}: give the path of a run folder or of one of its checkpoints")
     location = Path(location)
-    for folder in (location, location / "best", location / "latest", *newest_first(location)):
-        if (folder / WEIGHTS).is_file():
-            return folder.resolve()
+    try:
+        for folder in (location, location / "best", location / "latest", *newest_first(location)):
+            if (folder / WEIGHTS).is_file():
+                return folder.resolve()
+    except OSError as error:  # a name that is too long, say
+        raise UserError(f"no checkpoint at {location!s:.200} ({error.strerror}): give a run folder") from None
     raise UserError(f"no checkpoint at {location}: give a run folder or one of its checkpoints/step-N")
 
 
@@ -201,14 +207,27 @@ def newest_first(run: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def verify(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint by its manifest; empty where nothing is."""
+def check_checksums(checkpoint: Path) -> None:
+    """UserError if the weights or the text encoder's files are not those of the manifest.
+
+    Without a manifest they are taken as they are. The configuration may be edited.
+    """
+    if (checkpoint / MANIFEST).is_file():
+        faults = verify(checkpoint, (WEIGHTS, TEXT_ENCODER))
+        if faults:
+            raise UserError(f"{checkpoint} is damaged ({'; '.join(faults)}): copy it anew, or give another checkpoint")
+
+
+def verify(checkpoint: Path, only: tuple[str, ...] = ("",)) -> list[str]:
+    """What is wrong with a checkpoint by its manifest; empty where nothing is. only: beginnings of the files' names."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = dict(json.loads((checkpoint / MANIFEST).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"no readable {MANIFEST}: {error}"]
     faults = []
     for name, expected in files.items():
+        if not name.startswith(only):
+            continue
         path = checkpoint / name
         if not path.is_file():
             faults.append(f"{name} is missing")

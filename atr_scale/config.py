@@ -289,7 +289,8 @@ def parse_config(values: Any, place: str, plugins: Sequence[str] = (), trusted: 
             f"{place} needs the plug-ins {', '.join(missing)}: if you trust them, give plugins={missing}, "
             f"on the command line {' '.join(f'--plugins {name}' for name in missing)}"
         )
-    import_plugins([*plugins, *missing])
+    import_plugins(plugins)
+    import_plugins(missing)
     kind = _with_added_terms()
     try:
         return kind.model_validate(values)

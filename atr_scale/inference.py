@@ -143,10 +143,19 @@ class TrainedModel:
 
         parts = []
         groups = self._groups(range(len(clips)), batch_size, "embedding audio")
+        done = 0
         for waveforms in load_ahead(read, groups):
             waveform, lengths = pad(waveforms)
             encoded = self.module.encode_audio(waveform.to(self.device), lengths)
             parts.append(as_read(self.module.scorer, encoded, "audio"))
+            finite = parts[-1].pooled.isfinite().all(1).tolist()
+            if not all(finite):  # a file of floats may hold anything
+                number = finite.index(False)
+                raise UserError(
+                    f"audio[{done + number}] has no finite vector: its samples reach "
+                    f"{np.abs(waveforms[number]).max():g} where [-1, 1] is expected, or the weights are damaged"
+                )
+            done += len(waveforms)
         if cut:
             logger.warning(
                 "only the first %g s were read of %d clips that are longer, %s the first; seconds=... reads more",

@@ -14,14 +14,16 @@ def import_plugins(names: Sequence[str]) -> None:
 
     UserError, naming the module, the cause and the remedy, if a module is missing or fails while it is imported.
     """
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"plugins = {names!r}: give a list of modules' names, for example ['my_losses']")
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(_explain(name, error)) from None
 
 
-def _explain(name: str, error: Exception) -> str:
+def _explain(name: str, error: BaseException) -> str:
     cause = " ".join(f"{type(error).__name__}: {error}".split())
     missing = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
     place = None if missing else _place(name, error)
@@ -33,7 +35,7 @@ def _explain(name: str, error: Exception) -> str:
     return f"the plug-in {name!r} cannot be imported ({cause}, {place}): correct it there"
 
 
-def _place(name: str, error: Exception) -> str | None:
+def _place(name: str, error: BaseException) -> str | None:
     """File and line of an error in a plug-in: the innermost ones that are of its package, for these its author knows.
 
     None if nothing of the package was run.

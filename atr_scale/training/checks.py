@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atr_scale.checkpoint import build_retriever, find_checkpoint
+from atr_scale.checkpoint import build_retriever, check_checksums, find_checkpoint
 from atr_scale.config import RunConfig
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.data.stream import TrainingStream
@@ -68,6 +68,7 @@ def new_model(config: RunConfig, world: World, resume_from: Path | None = None) 
     start = resume_from
     if start is None and config.train.initial_checkpoint:
         start = find_checkpoint(config.train.initial_checkpoint)
+        check_checksums(start)
     # ZeRO 3 gathers parameters inside every forward: all ranks must make equally many.
     rounds = world.max_int if config.train.zero_stage == 3 else None
     options: dict[str, Any] = {"precision": config.train.precision, "equal_rounds": rounds}

@@ -16,6 +16,7 @@ import soundfile
 import torch
 
 import atr_scale
+from atr_scale import checkpoint
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
@@ -170,6 +171,38 @@ def test_what_cannot_be_loaded_is_one_line(run: Callable[[str], Path], tmp_path:
         atr_scale.load(damaged)
     with pytest.raises(UserError, match="unheard_of"):
         atr_scale.load(damaged, plugins=["unheard_of"])
+
+
+@pytest.mark.parametrize("place", [None, 3, b"run", "a" * 5000])
+def test_what_is_no_path_is_one_short_line(place: Any) -> None:
+    with pytest.raises(UserError, match="no checkpoint at ") as caught:
+        atr_scale.load(place)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "text_encoder/tokenizer.json"])
+def test_a_checkpoint_that_is_not_its_manifests_is_refused(
+    run: Callable[[str], Path], tmp_path: Path, file: str
+) -> None:
+    """A flipped bit in weights is no error of their format: the vectors would be wrong without a word."""
+    copy = shutil.copytree(run("meanmax"), tmp_path / "copy", symlinks=True)
+    checkpoint._seal(copy / "best")
+    settings = copy / "best" / "config.resolved.yaml"
+    settings.write_text(settings.read_text().replace("seed: 0", "seed: 1"))
+    assert atr_scale.load(copy).config.run.seed == 1, "a configuration may be edited"
+    damaged = copy / "best" / file
+    contents = bytearray(damaged.read_bytes())
+    contents[-9] ^= 1
+    damaged.write_bytes(contents)
+    with pytest.raises(UserError, match=rf"{file} has another checksum\): copy it anew"):
+        atr_scale.load(copy)
+
+
+def test_a_file_of_floats_beyond_any_audio_is_refused(model: TrainedModel, clips: list[Path], tmp_path: Path) -> None:
+    tone, _ = soundfile.read(clips[0], dtype="float32")
+    soundfile.write(tmp_path / "loud.wav", tone * np.float32(1e30), RATE, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"audio\[2\] has no finite vector: its samples reach 3\.\d+e\+29"):
+        model.embed_audio([*clips[:2], tmp_path / "loud.wav"], batch_size=2)
 
 
 def test_a_run_without_its_links_is_found(run: Callable[[str], Path], tmp_path: Path, clips: list[Path]) -> None:

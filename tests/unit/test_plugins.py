@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +66,7 @@ def test_names_that_are_none(name: str) -> None:
         ("raise ValueError('two\\nlines')\n", "ValueError: two lines", 1),
         ("import json\n\njson.loads('{')\n", "JSONDecodeError: ", 3),
         ("from atr_scale.errors import UserError\nraise UserError('no')\n", "UserError: no", 2),
+        ("import sys\nsys.exit('gone')\n", "SystemExit: gone", 2),
     ],
 )
 def test_an_error_inside_is_told_with_its_place(package: Path, text: str, cause: str, line: int) -> None:
@@ -79,3 +81,9 @@ def test_an_error_in_a_module_that_the_plug_in_imports_is_told_with_its_own_plac
     (package / "faulty.py").write_text("\nnonsense\n")
     (package / "outer.py").write_text(f"import {PACKAGE}.faulty\n")
     assert f"{package / 'faulty.py'}, line 2)" in refusal(f"{PACKAGE}.outer")
+
+
+@pytest.mark.parametrize("names", ["json", [3]])
+def test_what_is_no_list_of_names_is_told(names: Any) -> None:
+    with pytest.raises(UserError, match="give a list of modules' names"):
+        import_plugins(names)
