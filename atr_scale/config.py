@@ -31,7 +31,7 @@ from atr_scale.encoders.audio_encoders import AUDIO_ENCODERS, audio_encoder_opti
 from atr_scale.encoders.text import TextEncoderOptions
 from atr_scale.encoders.text_encoders import text_encoder_options
 from atr_scale.errors import UserError
-from atr_scale.losses import LOSS_TERMS, TermSection
+from atr_scale.losses import LOSS_TERMS, TermSection, check_loss_terms
 from atr_scale.losses.terms import CMSCSection, DistillationSection, IntraModalSection, NTXentSection, PMRSection
 from atr_scale.plugins import import_plugins
 from atr_scale.scorers import SCORERS, scorer_options
@@ -302,12 +302,15 @@ def _with_added_terms() -> type[RunConfig]:
     """RunConfig, its objective with a section for every loss term that plug-ins have added or replaced."""
     fields = ObjectiveSection.model_fields
     added: dict[str, Any] = {}
+    check_loss_terms()
     for name, term in LOSS_TERMS.items():
         if name in fields and name not in ObjectiveSection().terms:
             raise UserError(f"a loss term cannot be called {name!r}: objective.{name} is something else")
+        if name not in fields and hasattr(ObjectiveSection, name):
+            raise UserError(f"a loss term cannot be called {name!r}, which is a method of sections: rename it")
         if name not in fields or fields[name].annotation is not term.Section:
-            added[name] = (term.Section, term.Section())
+            added[name] = (term.Section, {})  # checked when it is used: a section may need values
     if not added:
         return RunConfig
     objective = create_model("ObjectiveSection", __base__=ObjectiveSection, **added)
-    return create_model("RunConfig", __base__=RunConfig, objective=(objective, objective()))
+    return create_model("RunConfig", __base__=RunConfig, objective=(objective, {}))

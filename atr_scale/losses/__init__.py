@@ -2,6 +2,15 @@
 
 from atr_scale.losses.inputs import LossInputs
 from atr_scale.losses.objective import Objective, build_objective
-from atr_scale.losses.terms import LOSS_TERMS, Budget, LossTerm, TermSection
+from atr_scale.losses.terms import LOSS_TERMS, Budget, LossTerm, TermSection, check_loss_terms
 
-__all__ = ["LOSS_TERMS", "Budget", "LossInputs", "LossTerm", "Objective", "TermSection", "build_objective"]
+__all__ = [
+    "LOSS_TERMS",
+    "Budget",
+    "LossInputs",
+    "LossTerm",
+    "Objective",
+    "TermSection",
+    "build_objective",
+    "check_loss_terms",
+]

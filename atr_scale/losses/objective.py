@@ -37,6 +37,10 @@ def build_objective(terms: Mapping[str, TermSection], budget: Budget = DEFAULT_B
         if name not in LOSS_TERMS:
             raise UserError(f"unknown loss term {name!r}: known are {', '.join(LOSS_TERMS)}")
     chosen = {name: LOSS_TERMS[name](section) for name, section in terms.items() if section.weight > 0}
+    for name, term in chosen.items():
+        for own, parameter in term.named_parameters():
+            if parameter.ndim == 0:
+                raise UserError(f"the loss term {name} has the scalar parameter {own}: give it the shape [1]")
     if not chosen:
         raise UserError("no loss term has a positive weight: give one, for example nt_xent.weight=1")
     return Objective(chosen, budget)

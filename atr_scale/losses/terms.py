@@ -6,6 +6,7 @@ A term beyond these is a class here or in a plug-in, and an entry of LOSS_TERMS:
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -63,7 +64,13 @@ class LossTerm(nn.Module):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        _, *names = inspect.signature(cls.dense).parameters
+        if not (isinstance(cls.Section, type) and issubclass(cls.Section, TermSection)):
+            raise UserError(f"{cls.__name__}.Section is {cls.Section!r}: give a subclass of TermSection")
+        if cls.dense is LossTerm.dense:  # a base of others
+            return
+        names = list(inspect.signature(cls.dense).parameters)
+        if not isinstance(inspect.getattr_static(cls, "dense"), staticmethod | classmethod):
+            del names[0]
         for name in names:
             if name not in INPUTS:
                 raise UserError(f"{cls.__name__}.dense asks for {name!r}: known inputs are {', '.join(INPUTS)}")
@@ -71,6 +78,8 @@ class LossTerm(nn.Module):
 
     def __init__(self, section: TermSection) -> None:
         super().__init__()
+        if type(self).dense is LossTerm.dense:
+            raise UserError(f"{type(self).__name__} has no method dense: give it the formula on whole matrices")
         self.section = section
 
     def dense(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -231,3 +240,14 @@ LOSS_TERMS: dict[str, type[LossTerm]] = {
     "intra_modal": IntraModal,
     "distillation": Distillation,
 }
+
+
+def check_loss_terms() -> None:
+    """UserError if plug-ins have put something into LOSS_TERMS that is no term, or under a name that cannot be one."""
+    for name, term in LOSS_TERMS.items():
+        if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name)):
+            raise UserError(f"a loss term cannot be called {name!r}: use letters, digits, _ and -")
+        if name == "loss" or hasattr(nn.ModuleDict(), name):  # where terms are kept and logged by name
+            raise UserError(f"a loss term cannot be called {name!r}, which means something else: rename it")
+        if not (isinstance(term, type) and issubclass(term, LossTerm)):
+            raise UserError(f"LOSS_TERMS[{name!r}] is {term!r}: give a subclass of LossTerm")

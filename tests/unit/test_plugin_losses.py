@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch import Tensor, nn
 
 from atr_scale.config import load_config, parse_config
 from atr_scale.errors import UserError
-from atr_scale.losses import LOSS_TERMS, build_objective
+from atr_scale.losses import LOSS_TERMS, LossTerm, TermSection, build_objective
+from atr_scale.sections import Section
 
 MODULE = """
 from pydantic import Field
@@ -121,3 +124,85 @@ def test_a_term_may_replace_one_but_not_another_key(module: str) -> None:
     LOSS_TERMS["temperature"] = LOSS_TERMS["mine"]
     with pytest.raises(UserError, match="a loss term cannot be called 'temperature'"):
         parse_config(VALUES, "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("terms", "'terms', which is a method of sections"),
+        ("has_a_term", "'has_a_term', which is a method of sections"),
+        ("type", "'type', which means something else"),
+        ("keys", "'keys', which means something else"),
+        ("loss", "'loss', which means something else"),
+        ("a.b", "'a.b': use letters, digits, _ and -"),
+        ("_own", "'_own': use letters"),
+        ("", "'': use letters"),
+        (3, "3: use letters"),
+    ],
+)
+def test_a_name_that_would_hide_something_is_refused(module: str, name: Any, message: str) -> None:
+    __import__(module)
+    LOSS_TERMS[name] = LOSS_TERMS["mine"]
+    with pytest.raises(UserError) as caught:
+        parse_config(VALUES, "here")
+    assert f"a loss term cannot be called {message}" in str(caught.value)
+
+
+@pytest.mark.parametrize("entry", [lambda section: None, torch.nn.Module])
+def test_an_entry_that_is_no_term_is_refused(entry: Any) -> None:
+    LOSS_TERMS["other"] = entry
+    with pytest.raises(UserError, match=r"LOSS_TERMS\['other'\] is .*: give a subclass of LossTerm"):
+        parse_config(VALUES, "here")
+
+
+def test_a_term_in_the_place_of_the_default_one_needs_a_weight(module: str) -> None:
+    __import__(module)
+    LOSS_TERMS["nt_xent"] = LOSS_TERMS["mine"]  # its weight is 0 unless given
+    with pytest.raises(UserError, match="here: 'objective': no loss term has a positive weight") as caught:
+        parse_config(VALUES, "here")
+    assert "\n" not in str(caught.value)
+    config = parse_config({**VALUES, "objective": {"nt_xent": {"weight": 2}}}, "here")
+    assert config.objective.terms["nt_xent"].model_dump() == {"weight": 2.0, "sharpness": 2.0}
+
+
+def test_a_section_may_need_a_value() -> None:
+    class NeedySection(TermSection):
+        margin: float
+
+    class Needy(LossTerm):
+        Section = NeedySection
+
+        @staticmethod
+        def dense(scores: Tensor) -> Tensor:  # type: ignore[override]
+            return scores.sum()
+
+    assert Needy.inputs == ("scores",)
+    LOSS_TERMS["needy"] = Needy
+    with pytest.raises(UserError, match=r"here: 'objective\.needy\.margin' is missing"):
+        parse_config(VALUES, "here")
+    config = parse_config({**VALUES, "objective": {"needy": {"margin": 1}}}, "here")
+    assert config.objective.terms["needy"].model_dump() == {"weight": 0.0, "margin": 1.0}
+
+
+def test_a_term_without_formula_and_one_with_another_section_are_refused() -> None:
+    class Bare(LossTerm):
+        pass
+
+    with pytest.raises(UserError, match="Bare has no method dense"):
+        Bare(TermSection())
+    with pytest.raises(UserError, match="give a subclass of TermSection"):
+        type("Wrong", (LossTerm,), {"Section": Section, "dense": lambda self, scores: scores})
+
+
+def test_a_scalar_parameter_is_refused_before_training() -> None:
+    class Scaled(LossTerm):
+        def __init__(self, section: TermSection) -> None:
+            super().__init__(section)
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+        def dense(self, scores: Tensor) -> Tensor:
+            return self.scale * scores.sum()
+
+    LOSS_TERMS["scaled"] = Scaled
+    with pytest.raises(UserError, match="loss term scaled has the scalar parameter scale: give it the shape"):
+        build_objective({"scaled": TermSection(weight=1.0)})
