@@ -176,6 +176,17 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str) -> No
     model.load_state_dict(weights)
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `save` was given as state: at least the step."""
+    try:
+        state = dict(json.loads((folder / STATE).read_text()))
+        return {**state, "step": int(state["step"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"no readable {STATE} in {folder} ({error}): copy it anew, or give another checkpoint"
+        ) from None
+
+
 def link(run: Path, name: str, checkpoint: Path) -> None:
     """Point RUN/`name` at a checkpoint, in one step."""
     temporary = run / f".{name}.partial"

@@ -9,6 +9,9 @@ from pydantic import Field, field_validator
 
 from atr_scale.sections import Count, Positive, Section
 
+# Other splits, and what metrics begin with: t2a/R@1 is no metric of a set t2a.
+TAKEN = ("train", "test", "t2a", "a2t", "class", "zero_shot")
+
 
 class TrainingSource(Section):
     shards: str = Field(description="folder or s3:// prefix of one corpus split")
@@ -44,9 +47,10 @@ class DataSection(Section):
     @classmethod
     def names_of_validation(cls, value: str | dict[str, str] | None) -> str | dict[str, str] | None:
         for name in value if isinstance(value, dict) else ():
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in ("train", "test"):
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in TAKEN:
                 raise ValueError(
-                    f"{name!r} cannot name a validation set: use letters, digits, _ and -, and neither train nor test"
+                    f"{name!r} cannot name a validation set: use letters, digits, _ and -, and none of "
+                    f"{', '.join(TAKEN)}"
                 )
         return value
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from atr_scale.batch import stable_id
-from atr_scale.checkpoint import STATE, WEIGHTS, load_retriever
+from atr_scale.checkpoint import WEIGHTS, load_retriever, read_state
 from atr_scale.config import RunConfig, parse_config
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.tokenizer import CaptionTokenizer, caption_tokenizer
@@ -205,7 +204,7 @@ def evaluate_run(
         opened,
         config,
         split=split,
-        step=json.loads((folder / STATE).read_text())["step"],
+        step=read_state(folder)["step"],
         world=world,
         device=device,
         tokenizer=caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),

@@ -6,6 +6,7 @@ from atr_scale.config import RunConfig
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
+from atr_scale.evaluation.selection import check_selection
 from atr_scale.model import count_parameters
 from atr_scale.planner.zero_memory import Parameters
 from atr_scale.training.checks import check_batch_size, new_model, num_steps, read_teacher, training_stream
@@ -16,6 +17,7 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     """Model size, memory for states, steps and shards, as lines of text. Raises UserError as the run itself would:
     all that it starts from is read, the weights of train.initial_checkpoint and the distillation tables too."""
     check_batch_size(config, world_size)
+    check_selection(config.evaluation.select, list(config.data.validation_sets))
     world = World(0, world_size)
     model = new_model(config, world)
     tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)

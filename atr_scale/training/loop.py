@@ -329,7 +329,7 @@ class Training:
                 "restore these values, or give another run.dir"
             )
 
-        state = json.loads((folder / checkpoint.STATE).read_text())
+        state = checkpoint.read_state(folder)
         if state["world_size"] != self.world.size and self.config.train.zero_stage > 0:
             raise UserError(
                 f"{folder} holds ZeRO {self.config.train.zero_stage} shards of {state['world_size']} ranks, not "
@@ -338,7 +338,7 @@ class Training:
             )
 
     def _resume(self, folder: Path) -> None:
-        state = json.loads((folder / checkpoint.STATE).read_text())
+        state = checkpoint.read_state(folder)
         self.engine.load(folder)
         self.progress = Progress(**{key: value for key, value in state.items() if key != "world_size"})
         if self.progress.best_metric != self.config.evaluation.select:

@@ -48,6 +48,14 @@ def test_a_damaged_one_is_passed_over_by_name(tmp_path: Path, damage: str, caplo
         checkpoint.newest_sound(tmp_path)
 
 
+@pytest.mark.parametrize("state", [None, "", "[]", "{}", '{"step": "x"}', "3"])
+def test_a_damaged_state_is_one_line(tmp_path: Path, state: str | None) -> None:
+    if state is not None:
+        (tmp_path / checkpoint.STATE).write_text(state)
+    with pytest.raises(UserError, match=r"no readable state.json in .*: copy it anew"):
+        checkpoint.read_state(tmp_path)
+
+
 def test_unfinished_folders_are_not_seen(tmp_path: Path) -> None:
     write(tmp_path, 4)
     (tmp_path / "checkpoints" / ".step-8.partial").mkdir()

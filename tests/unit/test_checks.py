@@ -115,3 +115,10 @@ def test_ranks_that_cannot_meet_say_where(monkeypatch: pytest.MonkeyPatch) -> No
             monkeypatch.setenv(name, str(value))
         with pytest.raises(UserError, match=f"127.0.0.1:{port} .* set MASTER_PORT to a free port"), distributed():
             pass
+
+
+def test_a_dry_run_tells_a_metric_that_does_not_exist(folder: Path) -> None:
+    config = tiny_config(folder, folder / "run")
+    config.evaluation.select = "t2a/R@2"
+    with pytest.raises(UserError, match=r"evaluation.select = 't2a/R@2' names no validation metric"):
+        dry_run(config, 1)

@@ -27,7 +27,7 @@ def test_validation_is_one_place_or_several_by_name(validation: Any, sets: dict[
     assert section(validation).validation_sets == sets
 
 
-@pytest.mark.parametrize("name", ["train", "test", "", "a b", "a/b", "a.b", "ä", "a\n"])
+@pytest.mark.parametrize("name", ["train", "test", "t2a", "zero_shot", "", "a b", "a/b", "a.b", "ä", "a\n"])
 def test_names_of_validation_sets_are_plain_words(name: str) -> None:
     with pytest.raises(ValidationError, match="cannot name a validation set: use letters, digits, _ and -"):
         section({"fine": "a", name: "b"})

@@ -145,7 +145,7 @@ def test_a_wrong_file_of_grades_is_one_line(tmp_path: Path, arrays: dict[str, np
     assert "\n" not in str(caught.value) and str(tmp_path / "grades.npz") in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", ["text", "pickle", "array", "cut", "changed"])
+@pytest.mark.parametrize("damage", ["text", "pickle", "array", "cut", "changed", "method"])
 def test_what_is_no_npz_file(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "grades.npz"
     np.savez_compressed(path, **graded_split()[2])  # type: ignore[arg-type]
@@ -155,7 +155,12 @@ def test_what_is_no_npz_file(tmp_path: Path, damage: str) -> None:
     else:
         whole = path.read_bytes()
         changed_bytes = whole[:100] + bytes(20) + whole[120:]
-        damaged = {"text": b"grades", "pickle": pickle.dumps([1]), "cut": whole[:300], "changed": changed_bytes}
+        entry = whole.rindex(b"PK\x01\x02")  # of the archive's table; its compression method is one that nobody has
+        changed_method = whole[: entry + 10] + b"\x63" + whole[entry + 11 :]
+        damaged = {
+            "text": b"grades", "pickle": pickle.dumps([1]), "cut": whole[:300], "changed": changed_bytes,
+            "method": changed_method,
+        }  # fmt: skip
         path.write_bytes(damaged[damage])
     with pytest.raises(UserError, match="is no npz file of grades"):
         read_relevance(path, *graded_split()[:2])
