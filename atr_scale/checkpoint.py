@@ -250,7 +250,9 @@ def verify(checkpoint: Path, only: tuple[str, ...] = ("",)) -> list[str]:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
+    """Remove all but the newest `keep` checkpoints and the best one, and what interrupted saving has left."""
+    for partial in run.glob("checkpoints/.step-*.partial"):
+        shutil.rmtree(partial)
     best = (run / "best").resolve() if (run / "best").exists() else None
     for checkpoint in newest_first(run)[keep:]:
         if checkpoint.resolve() != best:

@@ -6,7 +6,7 @@ from atr_scale.config import RunConfig
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
-from atr_scale.evaluation.selection import check_selection
+from atr_scale.evaluation.selection import check_labels, check_selection
 from atr_scale.model import count_parameters
 from atr_scale.planner.zero_memory import Parameters
 from atr_scale.training.checks import check_batch_size, new_model, num_steps, read_teacher, training_stream
@@ -17,7 +17,9 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     """Model size, memory for states, steps and shards, as lines of text. Raises UserError as the run itself would:
     all that it starts from is read, the weights of train.initial_checkpoint and the distillation tables too."""
     check_batch_size(config, world_size)
-    check_selection(config.evaluation.select, list(config.data.validation_sets))
+    validation = {name: open_shards(place) for name, place in config.data.validation_sets.items()}
+    check_selection(config.evaluation.select, list(validation))
+    check_labels(config.evaluation.select, validation)
     world = World(0, world_size)
     model = new_model(config, world)
     tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
@@ -44,8 +46,6 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     ]
     for source, shards in zip(config.data.train, stream.sources, strict=True):
         lines.append(f"train       {source.shards}: {len(shards)} clips in {len(shards.names)} shards")
-    for name, place in {**config.data.validation_sets, "test": config.data.test}.items():
-        if place:
-            shards = open_shards(place)
-            lines.append(f"{name:<11} {place}: {len(shards)} clips in {len(shards.names)} shards")
+    for name, shards in {**validation, **({"test": open_shards(config.data.test)} if config.data.test else {})}.items():
+        lines.append(f"{name:<11} {shards.location}: {len(shards)} clips in {len(shards.names)} shards")
     return "\n".join(lines)

@@ -30,7 +30,7 @@ from atr_scale.distributed.start import distributed
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
-from atr_scale.evaluation.selection import check_selection, selection_score
+from atr_scale.evaluation.selection import check_labels, check_selection, selection_score
 from atr_scale.model import StepContext, count_parameters
 from atr_scale.training.checks import (
     check_batch_size,
@@ -85,6 +85,7 @@ class Training:
         self.stop = PreemptionFlag()
         self.validation = {name: open_shards(place) for name, place in config.data.validation_sets.items()}
         check_selection(config.evaluation.select, list(self.validation))
+        check_labels(config.evaluation.select, self.validation)
         resume_from = self._find_checkpoint()
         if resume_from is not None:
             self._check_resume(resume_from)

@@ -67,6 +67,7 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     folders = {step: write(tmp_path, step) for step in (1, 2, 3, 4)}
     checkpoint.link(tmp_path, "best", folders[1])
     checkpoint.link(tmp_path, "best", folders[2])  # a link is replaced, not followed
+    (tmp_path / "checkpoints" / ".step-9.partial").mkdir()  # of a run that was killed while it saved
     checkpoint.prune(tmp_path, keep=1)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-4"]
     assert (tmp_path / "best").resolve() == folders[2].resolve()

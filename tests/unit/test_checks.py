@@ -122,3 +122,6 @@ def test_a_dry_run_tells_a_metric_that_does_not_exist(folder: Path) -> None:
     config.evaluation.select = "t2a/R@2"
     with pytest.raises(UserError, match=r"evaluation.select = 't2a/R@2' names no validation metric"):
         dry_run(config, 1)
+    config.evaluation.select = "zero_shot/accuracy"
+    with pytest.raises(UserError, match=r"the clips of .* have no labels: give t2a/mAP@10"):
+        dry_run(config, 1)
