@@ -100,6 +100,11 @@ class TokenSequence(NamedTuple):
     mask: Tensor
     pooled: Tensor
 
+    @staticmethod
+    def unpadded(tokens: Tensor, pooled: Tensor) -> TokenSequence:
+        """A batch in which every token is real."""
+        return TokenSequence(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), pooled)
+
     def map(self, tokens: Callable[[Tensor], Tensor], pooled: Callable[[Tensor], Tensor]) -> TokenSequence:
         """The sequence with `tokens` and `pooled` passed through the given functions; the mask stays."""
         return TokenSequence(tokens(self.tokens), self.mask, pooled(self.pooled))

@@ -15,7 +15,6 @@ needed: neither the text encoder nor the audio checkpoint that training started 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ from atr_scale.distributed.world import World
 from atr_scale.encoders.text import TextEncoder
 from atr_scale.encoders.text_encoders import build_text_encoder, load_text_encoder
 from atr_scale.errors import UserError
+from atr_scale.files import sha256_of, sync
 from atr_scale.model import Retriever
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def save(run: Path, trained: Trained, world: World, config_yaml: str, state: dic
         _seal(temporary)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-        _sync(final.parent)
+        sync(final.parent)
         link(run, "latest", final)
     world.barrier()
     return final
@@ -193,7 +193,7 @@ def link(run: Path, name: str, checkpoint: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(checkpoint.relative_to(run))
     os.replace(temporary, run / name)
-    _sync(run)
+    sync(run)
 
 
 def newest_sound(run: Path) -> Path | None:
@@ -244,7 +244,7 @@ def verify(checkpoint: Path, only: tuple[str, ...] = ("",)) -> list[str]:
             faults.append(f"{name} is missing")
         elif path.stat().st_size != expected["bytes"]:
             faults.append(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        elif _sha256(path) != expected["sha256"]:
+        elif sha256_of(path) != expected["sha256"]:
             faults.append(f"{name} has another checksum")
     return faults
 
@@ -263,22 +263,9 @@ def _seal(folder: Path) -> None:
     """Sync every file and write the manifest over them."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _sync(path)
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        sync(path)
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=1))
     for path in (manifest, *(p for p in folder.rglob("*") if p.is_dir()), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        sync(path)

@@ -25,6 +25,7 @@ from atr_scale.data.sample import BadSample
 from atr_scale.encoders import AUDIO_ENCODERS, AudioEncoder, build_audio_encoder
 from atr_scale.encoders.pretrained.load import identify, load_strictly
 from atr_scale.errors import UserError
+from atr_scale.memory import peak_memory, reset_peak_memory
 
 NUM_TAGS = 5
 
@@ -62,13 +63,13 @@ def time_encoder(encoder: AudioEncoder, seconds: float = 10.0, batch_size: int =
         (sequence.tokens.float().square().mean() + sequence.pooled.float().square().mean()).backward()
         encoder.zero_grad()
 
-    start = _reset_peak(device)
+    start = reset_peak_memory(device)
     encoder.eval()
     forward_rate = batch_size / _median_time(forward, repeats, device)
-    forward_peak = _peak(device)
+    forward_peak = peak_memory(device)
     encoder.train()
     training_rate = batch_size / _median_time(training, repeats, device)
-    training_peak = _peak(device)
+    training_peak = peak_memory(device)
     encoder.train(was_training)
     on_gpu = device.type == "cuda"
     return Measurement(
@@ -98,28 +99,6 @@ def _median_time(step: Callable[[], None], repeats: int, device: torch.device) -
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
-
-
-def _reset_peak(device: torch.device) -> int | None:
-    """Bytes in use now, from which the peak is counted anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _peak(device)
-
-
-def _peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), None)
 
 
 @torch.no_grad()
@@ -263,8 +242,8 @@ def describe_facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _growth(start: int | None, peak: int | None) -> int | None:
-    return None if start is None or peak is None else peak - start
+def _growth(start: int | None, peak: int) -> int | None:
+    return None if start is None else peak - start
 
 
 def _cost(rate: float, memory: int | None) -> str:

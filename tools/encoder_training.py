@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from atr_scale.config import RunConfig, parse_config
 from atr_scale.demo.text_encoder import build_demo_text_encoder
 from atr_scale.distributed.world import World
 from atr_scale.encoders import AUDIO_ENCODERS
+from atr_scale.memory import peak_memory
 from atr_scale.model import Retriever, count_parameters
 from atr_scale.training.checks import new_model
 from atr_scale.training.engine import Engine
@@ -87,7 +87,7 @@ def trained(config: RunConfig) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         losses.append(result.terms["loss"])
         assert result.applied, f"update {step} was not finite on ranks {result.bad_ranks}"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory(torch.device("cpu"))
     folder = checkpoint.save(Path(config.run.dir), engine, world, config.to_yaml(), {"step": config.train.steps})
     expected = embedded(engine.model, batch)
     difference = 0.0

@@ -32,6 +32,7 @@ from atr_scale.data.exclusions import ExclusionList, read_exclusions
 from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_reader import FORMAT, MANIFEST, read_manifest, scan_shard
 from atr_scale.errors import UserError
+from atr_scale.files import sha256_of
 from atr_scale.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ def write_shard(task: Task) -> dict[str, Any]:
             "name": task.name,
             "samples": len(scan.keys),
             "bytes": local.stat().st_size,
-            "sha256": file_sha256(local),
+            "sha256": sha256_of(local),
             "keys": scan.keys,
             "offsets": [*scan.starts, *scan.stops[-1:]],
         }
@@ -216,12 +217,6 @@ def encode(path: str, encoding: str, sample_rate: int | None) -> tuple[bytes, st
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16")
     return buffer.getvalue(), "flac", rate, len(samples) / rate
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a local file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sidecar(task: Task, clip: Clip, rate: int, duration: float) -> bytes:

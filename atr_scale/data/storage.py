@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from atr_scale.errors import UserError
+from atr_scale.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ def write_bytes(location: str, data: bytes) -> None:
 def atomic_file(location: str) -> Iterator[Path]:
     """A local path to write to; what was written takes its place at `location` when the block ends without an error.
 
-    Locally: a hidden temporary beside it, fsync, rename. On S3: one upload, visible only when complete.
+    Locally: `files.atomic_write`. On S3: one upload, visible only when complete.
     """
     if is_remote(location):
         with tempfile.TemporaryDirectory() as folder:
@@ -183,20 +184,8 @@ def atomic_file(location: str) -> Iterator[Path]:
             except (FileNotFoundError, PermissionError) as error:
                 raise UserError(f"cannot write {location}: {error}; check the bucket and its permissions") from None
         return
-    final = Path(location)
-    path = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_write(Path(location)) as path:
         yield path
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(path, final)
-        folder_handle = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder_handle)
-        finally:
-            os.close(folder_handle)
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def make_folder(location: str) -> None:

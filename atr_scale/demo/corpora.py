@@ -19,9 +19,8 @@ import json
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from atr_scale.demo.clips import DemoClip, Sizes, plan_clips
 from atr_scale.demo.scenes import Scene, render
 from atr_scale.demo.truth import GRADES, write_truth
 from atr_scale.errors import UserError
+from atr_scale.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -138,10 +138,10 @@ def _write_audio(out: Path, clips: Sequence[DemoClip], sample_rate: int, workers
 
 def _render_chunk(chunk: Sequence[tuple[Path, Scene]], sample_rate: int) -> int:
     for path, scene in chunk:
-        with _replacing(path) as partial:
+        with atomic_write(path) as temporary:
             # Rounded here: libsndfile scales floats to one 16-bit value in wav and to another in flac.
             samples = np.rint(render(scene, sample_rate) * 32767).astype(np.int16)
-            sf.write(partial, samples, sample_rate, format=path.suffix[1:], subtype="PCM_16")
+            sf.write(temporary, samples, sample_rate, format=path.suffix[1:], subtype="PCM_16")
     return len(chunk)
 
 
@@ -216,7 +216,7 @@ def _wavcaps_row(clip: DemoClip) -> dict[str, Any]:
 
 def _write_csv(path: Path, header: list[str], rows: Sequence[Sequence[Any]], encoding: str = "utf-8") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as partial, partial.open("w", encoding=encoding, newline="") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding=encoding, newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
@@ -229,13 +229,5 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as partial:
-        partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that takes `path`'s place once it is whole."""
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
@@ -121,8 +120,7 @@ class ATSTFrame(AudioEncoder):
         for block in self.blocks:
             x_BTD = self.run(partial(block, fused=self.options.attention == "sdpa"), x_BTD)
         tokens_BTD = self.norm_frame(x_BTD)
-        mask_BT = torch.ones(tokens_BTD.shape[:2], dtype=torch.bool, device=tokens_BTD.device)
-        return TokenSequence(tokens_BTD, mask_BT, tokens_BTD.sum(1) / (tokens_BTD.shape[1] + 1e-6))
+        return TokenSequence.unpadded(tokens_BTD, tokens_BTD.sum(1) / (tokens_BTD.shape[1] + 1e-6))
 
     def logits(self, waveform_BS: Tensor) -> Tensor:
         """[B, 527], AudioSet's classes. UserError if the weights came without a classifier."""

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
@@ -172,8 +171,7 @@ class SwinEncoder(AudioEncoder):
     def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
         map_BDQT = self.feature_map(waveform_BS, augment_seed)
         tokens_BTD = map_BDQT.mean(2).transpose(1, 2)
-        mask_BT = torch.ones(tokens_BTD.shape[:2], dtype=torch.bool, device=tokens_BTD.device)
-        return TokenSequence(tokens_BTD, mask_BT, map_BDQT.mean((2, 3)))
+        return TokenSequence.unpadded(tokens_BTD, map_BDQT.mean((2, 3)))
 
     @property
     def layers(self) -> list[tuple[str, ...]]:

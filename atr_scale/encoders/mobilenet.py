@@ -163,8 +163,7 @@ class MobileNet(AudioEncoder):
         for layer in self.features:
             map_BCMT = self.run(layer, map_BCMT)
         tokens_BTC = map_BCMT.mean(2).transpose(1, 2)
-        mask_BT = torch.ones(tokens_BTC.shape[:2], dtype=torch.bool, device=tokens_BTC.device)
-        return TokenSequence(tokens_BTC, mask_BT, map_BCMT.mean((2, 3)))
+        return TokenSequence.unpadded(tokens_BTC, map_BCMT.mean((2, 3)))
 
     def logits(self, waveform_BS: Tensor) -> Tensor:
         """[B, 527], AudioSet's classes."""

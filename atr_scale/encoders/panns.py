@@ -126,8 +126,7 @@ class Panns(AudioEncoder):
         for block in self.blocks:
             map_BCFM = self.run(block, map_BCFM)
         tokens_BTC = map_BCFM.mean(3).transpose(1, 2)
-        mask_BT = torch.ones(tokens_BTC.shape[:2], dtype=torch.bool, device=tokens_BTC.device)
-        return TokenSequence(tokens_BTC, mask_BT, tokens_BTC.amax(1) + tokens_BTC.mean(1))
+        return TokenSequence.unpadded(tokens_BTC, tokens_BTC.amax(1) + tokens_BTC.mean(1))
 
     def logits(self, waveform_BS: Tensor) -> Tensor:
         """[B, 527], AudioSet's classes."""

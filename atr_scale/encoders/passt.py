@@ -92,8 +92,7 @@ class PaSST(AudioEncoder):
         patches_BDRT = self.patchout(self.patches(mel_BMF), augment_seed)
         x_BND = self.transform(patches_BDRT)
         tokens_BTD = x_BND[:, 2:].unflatten(1, patches_BDRT.shape[2:]).mean(1)
-        mask_BT = torch.ones(tokens_BTD.shape[:2], dtype=torch.bool, device=tokens_BTD.device)
-        return TokenSequence(tokens_BTD, mask_BT, x_BND[:, :2].mean(1))
+        return TokenSequence.unpadded(tokens_BTD, x_BND[:, :2].mean(1))
 
     def patches(self, mel_BMF: Tensor) -> Tensor:
         """Projected patches with their positions, [B, D, R, T]."""

@@ -5,7 +5,6 @@ Shape suffixes: B batch, S samples, C channels, M mel bands, F frames, T tokens.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
@@ -70,8 +69,7 @@ class SmallCNN(AudioEncoder):
         for layer in self.context:
             x_BCT = x_BCT + self.run(layer, x_BCT)
         tokens_BTC = self.norm(x_BCT.transpose(1, 2))
-        mask_BT = torch.ones(tokens_BTC.shape[:2], dtype=torch.bool, device=tokens_BTC.device)
-        return TokenSequence(tokens_BTC, mask_BT, tokens_BTC.mean(1) + tokens_BTC.amax(1))
+        return TokenSequence.unpadded(tokens_BTC, tokens_BTC.mean(1) + tokens_BTC.amax(1))
 
     @property
     def layers(self) -> list[tuple[str, ...]]:

@@ -115,7 +115,7 @@ def estimate_step(costs: Costs, cluster: Cluster, global_batch: int, micro_batch
     return StepEstimate(cluster.world_size, global_batch, micro, memory, sent, seconds, accum * global_batch)
 
 
-def peak_memory(costs: Costs, world_size: int, global_batch: int, micro: int) -> float:
+def peak_of_step(costs: Costs, world_size: int, global_batch: int, micro: int) -> float:
     """Bytes of a GPU at the most."""
     table = costs.encoders.at(micro)
     return max(sum(parts.values()) for parts in _moments(costs, world_size, global_batch, micro, table))
@@ -128,7 +128,7 @@ def largest_share(costs: Costs, cluster: Cluster, micro: int | None = None, limi
 
     def fits(units: int) -> bool:
         rows = units * unit
-        return peak_memory(costs, cluster.world_size, rows * cluster.world_size, micro or rows) <= room
+        return peak_of_step(costs, cluster.world_size, rows * cluster.world_size, micro or rows) <= room
 
     low, high = 0, 1
     while high * unit <= limit and fits(high):
@@ -144,7 +144,7 @@ def fitting_micro_batch(costs: Costs, cluster: Cluster, global_batch: int) -> in
     share = global_batch // cluster.world_size
     room = gpus.USABLE_SHARE * cluster.gpu.memory
     divisors = (rows for rows in range(share, 0, -1) if share % rows == 0)
-    return next((m for m in divisors if peak_memory(costs, cluster.world_size, global_batch, m) <= room), None)
+    return next((m for m in divisors if peak_of_step(costs, cluster.world_size, global_batch, m) <= room), None)
 
 
 def transfers(costs: Costs, world_size: int, global_batch: int, micro: int) -> list[Transfer]:

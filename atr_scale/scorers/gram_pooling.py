@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from atr_scale.score_block import at_least_fp32
+from atr_scale.score_block import at_least_fp32, slices
 from atr_scale.scorers.scorer import without_autocast
 from atr_scale.scorers.tiles import Tensors
 
@@ -89,14 +89,14 @@ class GramScores(torch.autograd.Function):
         few: bool,
     ) -> Tensor:
         scores, kept = query.new_empty(len(query), len(tokens)), []
-        for clips in _slices(len(tokens), tile_size[1]):
+        for clips in slices(0, len(tokens), tile_size[1]):
             frames, _, _ = _normalised(at_least_fp32(tokens[clips]))
             projected = linear(frames, projection, bias)
             key, value = _key_and_value(frames, projected, few)
             mapped = (value.flatten(0, 1) @ quadratic).view(len(value), -1, value.shape[2])  # [j, f m, K]
             table = torch.cat([mapped @ value.mT, (value @ forms.T).mT], 1)  # [j, f m + 3, g]
             kept += [projected, table, *([mapped] if few else [])]
-            for texts in _slices(len(query), tile_size[0]):
+            for texts in slices(0, len(query), tile_size[0]):
                 tile = _Tile.of(query[texts], matched[texts], key, value, mask[clips], table)
                 kept += tile if few else []
                 scores[texts, clips] = _cosines(dim, *tile.statistics, offsets[texts], constants).T
@@ -115,14 +115,14 @@ class GramScores(torch.autograd.Function):
         )
         by_tokens = torch.empty_like(tokens)
         with without_autocast(tokens):
-            for clips in _slices(len(tokens), ctx.tile_size[1]):
+            for clips in slices(0, len(tokens), ctx.tile_size[1]):
                 frames, mean, scale = _normalised(wide := at_least_fp32(tokens[clips]))
                 projected, table = next(rest), next(rest)
                 by_frames, by_projected, by_table = (torch.zeros_like(x) for x in (frames, projected, table))
                 key, value = _key_and_value(frames, projected, few)
                 by_key, by_value = _key_and_value(by_frames, by_projected, few)
                 mapped = next(rest) if few else None
-                for texts in _slices(len(query), ctx.tile_size[0]):
+                for texts in slices(0, len(query), ctx.tile_size[0]):
                     if few:
                         tile = _Tile(*islice(rest, len(_Tile._fields)))
                     else:
@@ -255,7 +255,3 @@ def _normalised(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _centred(rows: Tensor) -> Tensor:
     return rows - rows.mean(-1, keepdim=True)
-
-
-def _slices(length: int, step: int) -> list[slice]:
-    return [slice(k, min(k + step, length)) for k in range(0, length, step)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import embed
 from atr_scale.evaluation.score import score
+from atr_scale.files import sha256_of
 from atr_scale.teachers.comparison import Comparison, compare_teachers
 from atr_scale.teachers.tables import TeacherEnsemble, TeacherTable, shards_checksum
 from atr_scale.version import __version__
@@ -95,11 +95,9 @@ def _metadata(folder: Path, shards: ShardSet) -> dict[str, str]:
     config = folder / "config.resolved.yaml"
     if not config.is_file():
         raise UserError(f"{folder} has no config.resolved.yaml: give a run folder or one of its checkpoints/step-N")
-    with open(folder / WEIGHTS, "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "config": config.read_text(encoding="utf-8"),
-        "weights_sha256": weights,
+        "weights_sha256": sha256_of(folder / WEIGHTS),
         "shards": shards.location,
         "shards_sha256": shards_checksum(shards),
         "atr_scale": __version__,

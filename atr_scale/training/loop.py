@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
 from atr_scale.evaluation.selection import check_labels, check_selection, selection_score
+from atr_scale.memory import peak_memory
 from atr_scale.model import StepContext, count_parameters
 from atr_scale.training.checks import (
     check_batch_size,
@@ -225,7 +225,7 @@ class Training:
             "grad_norm": result.gradient_norm,
             "samples_per_s": samples * self.config.train.global_batch_size / seconds,
             "data_wait": interval.waited / seconds,
-            "memory_gb": _memory_gb(self.device),
+            "memory_gb": peak_memory(self.device) / 1e9,
             "samples_seen": float(seen),
             "epoch": seen / self.config.train.global_batch_size / self.stream.order.epoch_batches,
             "skipped_steps": float(self.progress.skipped_steps),
@@ -369,10 +369,3 @@ def players(evaluation: Evaluation, shards: ShardSet) -> list[RetrievedClips]:
             clips.append(Player(item.name, item.score, item.hit, waveform, 16_000))
         shown.append(RetrievedClips(example.query, example.rank, clips))
     return shown
-
-
-def _memory_gb(device: torch.device) -> float:
-    """Peak memory of this rank: on the GPU, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

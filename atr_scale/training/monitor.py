@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from atr_scale import plots
+from atr_scale.files import atomic_write
 from atr_scale.training.run_info import redact
 
 logger = logging.getLogger(__name__)
@@ -181,9 +182,8 @@ def _cut(path: Path, last_step: int | None) -> None:
                     kept.append(line + b"\n")
             except (ValueError, KeyError, TypeError):
                 logger.warning("%s: a line that cannot be read is dropped", path)
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
 
 
 def _playable(clip: Player) -> Tensor:

@@ -21,6 +21,7 @@ from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.encoders import build_text_encoder
 from atr_scale.encoders.audio import AudioEncoderOptions
 from atr_scale.encoders.small_cnn import SmallCNN
+from atr_scale.files import atomic_write
 from tools.study.corpora import SAMPLE_RATE, TRAINING, Demo, Split
 from tools.study.head import Head, Optimiser
 from tools.study.negatives import hard_negatives
@@ -147,9 +148,8 @@ def _middle(split: Split, clip: int) -> Tensor:
 
 def save_tokens(tokens: dict[str, Tokens], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save({name: part.state() for name, part in tokens.items()}, partial)
-    partial.rename(path)
+    with atomic_write(path) as temporary:
+        torch.save({name: part.state() for name, part in tokens.items()}, temporary)
 
 
 def load(path: Path) -> dict[str, Tokens]:

@@ -16,6 +16,7 @@ from atr_scale.distributed.world import World
 from atr_scale.evaluation.metrics import GRADED_AT, classification, graded
 from atr_scale.evaluation.rank_counts import MatrixScores
 from atr_scale.evaluation.score import Reranked, rerank
+from atr_scale.files import atomic_write
 from tools.bench.measure import peak_mib
 from tools.study import teachers
 from tools.study.corpora import TESTS, TRAINING, Demo, Split, read_demo
@@ -191,9 +192,8 @@ def _keep(head: Head, path: Path, tokens: dict[str, Tokens]) -> None:
             text, audio = head.project(tokens["train/text"].all(), tokens["train/audio"].all())
             kept |= {"text": head.scorer.embed_text(text), "audio": head.scorer.embed_audio(audio)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(kept, partial)
-    partial.rename(path)
+    with atomic_write(path) as temporary:
+        torch.save(kept, temporary)
 
 
 def _kept(recipe: Recipe, seed: int, settings: Settings) -> dict[str, dict[str, Tensor]]:
