@@ -214,7 +214,7 @@ class TrainedModel:
         return soxr.resample(waveform, sample_rate, self.sample_rate, quality="HQ")[:wanted]
 
     def _need_vectors(self, method: str) -> None:
-        if not self.module.scorer.factorised:
+        if not self.module.scorer.is_dual_encoder:
             raise UserError(
                 f"{method}: the scorer {self.config.model.scorer.name} of this model compares a sentence and a clip "
                 "directly and has no vectors: use similarity(texts, audio)"

@@ -106,8 +106,8 @@ class Retriever(nn.Module):
         self.scorer = build_scorer(model.scorer.name, dim=self.audio_projection.dim, **model.scorer.options)
         self.temperature = _temperature(objective.temperature)
         self.objective = build_objective(objective.terms)
-        self.reads_frames = self.scorer.reads_frames or "audio_tokens" in self.objective.inputs
-        self.reads_words = self.scorer.reads_words or "text_tokens" in self.objective.inputs
+        self.reads_audio_tokens = self.scorer.reads_audio_tokens or "audio_tokens" in self.objective.inputs
+        self.reads_text_tokens = self.scorer.reads_text_tokens or "text_tokens" in self.objective.inputs
 
     @property
     def sample_rate(self) -> int:
@@ -117,12 +117,12 @@ class Retriever(nn.Module):
     def encode_audio(self, waveform: Tensor, lengths: Tensor, augment_seed: int = 0) -> TokenSequence:
         """[b, samples] float32 and [b] int64 -> tokens [b, T, D]."""
         with self._autocast(waveform):
-            return self.audio_projection(self.audio_encoder(waveform, lengths, augment_seed), self.reads_frames)
+            return self.audio_projection(self.audio_encoder(waveform, lengths, augment_seed), self.reads_audio_tokens)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TokenSequence:
         """[b, L] int64 twice -> tokens [b, L, D]."""
         with self._autocast(input_ids):
-            return self.text_projection(self.text_encoder(input_ids, attention_mask), self.reads_words)
+            return self.text_projection(self.text_encoder(input_ids, attention_mask), self.reads_text_tokens)
 
     def forward(
         self,
@@ -148,7 +148,8 @@ class Retriever(nn.Module):
         text = self.encode_text(batch.input_ids, batch.attention_mask)
         audio = self.encode_audio(batch.waveform, batch.lengths, context.augment_seed)
         return Encoded(
-            text if self.reads_words else _pooled_only(text), audio if self.reads_frames else _pooled_only(audio)
+            text if self.reads_text_tokens else _pooled_only(text),
+            audio if self.reads_audio_tokens else _pooled_only(audio),
         )
 
     def loss_inputs(self, batch: Batch, encoded: Encoded, context: StepContext = NO_CONTEXT) -> LossInputs:
@@ -173,7 +174,7 @@ class Retriever(nn.Module):
 
     def _whole_clip(self, audio: TokenSequence) -> Tensor:
         """One vector a clip [b, D] at the common width, from what the scorer reads of it."""
-        return mean_over_frames(audio) if self.scorer.reads_frames else audio.pooled
+        return mean_over_frames(audio) if self.scorer.reads_audio_tokens else audio.pooled
 
     def train(self, mode: bool = True) -> Retriever:
         """Training mode for what is trained: frozen encoders and layers keep their dropout off."""

@@ -39,7 +39,7 @@ DECODE_THREADS = 2
 class Embedded:
     """A split as the scorer reads it, on the CPU, in the split's order.
 
-    text [C, T, D], audio [N, T, D]: for a factorised scorer without tokens, `pooled` being the unit vectors; captions
+    text [C, T, D], audio [N, T, D]: for a dual encoder without tokens, `pooled` being the unit vectors; captions
     [C] and the clip of each, owner [C]; clip_ids, labels and the index in the shard set, each [N]; samples that could
     not be read, by reason.
     """
@@ -110,10 +110,10 @@ def embed(
 
 def as_read(scorer: Scorer, sequence: TokenSequence, side: Literal["text", "audio"]) -> TokenSequence:
     """What `scorer` needs of a side, on the CPU."""
-    if scorer.factorised:
+    if scorer.is_dual_encoder:
         pooled = scorer.embed_text(sequence) if side == "text" else scorer.embed_audio(sequence)
         return without_tokens(pooled).to("cpu")
-    if side == "text" and not scorer.reads_words:
+    if side == "text" and not scorer.reads_text_tokens:
         return without_tokens(sequence.pooled).to("cpu")
     return sequence.to("cpu")
 

@@ -94,7 +94,7 @@ def evaluate(
     owners = ids[embedded.owner]
     scores: VectorScores | MatrixScores | Reranked
     method = "every pair scored"
-    if first_stage is None and model.scorer.factorised:
+    if first_stage is None and model.scorer.is_dual_encoder:
         scores = _vector_scores(embedded, config.evaluation.precision, device)
     elif first_stage is None:
         scores = MatrixScores(score(model.scorer, embedded.text, embedded.audio, **options))
@@ -229,7 +229,7 @@ def _first_stage(
     plugins: Sequence[str],
 ) -> FirstStage:
     model, config, _ = load_retriever(location, plugins)
-    if not model.scorer.factorised:
+    if not model.scorer.is_dual_encoder:
         raise UserError(
             f"{location} scores pairs by {config.model.scorer.name} and cannot choose candidates: give --candidates a "
             "run with one of the scorers pooled, mean, max, meanmax, netrvlad, attention"

@@ -41,7 +41,7 @@ def score(
     batch_size: clips scored at once; these batches are fixed by the split alone, so any number of ranks gives the same
     numbers. lockstep: all ranks score equally many batches, which parameters sharded over ranks need.
     """
-    if scorer.factorised:
+    if scorer.is_dual_encoder:
         return text.pooled @ audio.pooled.T
     num_clips = len(audio.pooled)
     batches = [torch.arange(k, min(k + batch_size, num_clips)) for k in range(0, num_clips, batch_size)]

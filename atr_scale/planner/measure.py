@@ -113,13 +113,13 @@ def _run_encoders(
         handles = recorder.watch_gradients(model)
         with autocast:
             ids = torch.zeros(rows, tokens, dtype=torch.int64)
-            text = model.text_projection(model.text_encoder(ids, torch.ones_like(ids)), model.reads_words)
+            text = model.text_projection(model.text_encoder(ids, torch.ones_like(ids)), model.reads_text_tokens)
         ends = [len(recorder.rows)]
         with autocast:
             waveform = torch.zeros(rows, round(seconds * model.sample_rate))  # lives as long as the batch
-            audio = model.audio_projection(_encode_audio(model, waveform), model.reads_frames)
+            audio = model.audio_projection(_encode_audio(model, waveform), model.reads_audio_tokens)
         ends.append(len(recorder.rows))
-        for sequence, tokens_read in ((audio, model.reads_frames), (text, model.reads_words)):
+        for sequence, tokens_read in ((audio, model.reads_audio_tokens), (text, model.reads_text_tokens)):
             outputs = [x for x, read in ((sequence.tokens, tokens_read), (sequence.pooled, True)) if read]
             outputs = [x for x in outputs if x.requires_grad]
             torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])

@@ -121,7 +121,7 @@ def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = Tr
     )
     scorer = model.scorer
     tile = getattr(scorer, "pairs_per_tile", None)
-    costs = Costs(config, encoders, tiled, dense, Parameters(groups, frozen), not scorer.factorised, tile)
+    costs = Costs(config, encoders, tiled, dense, Parameters(groups, frozen), not scorer.is_dual_encoder, tile)
     return costs, {**sizes, "frozen": sum(frozen)}
 
 

@@ -65,7 +65,7 @@ class CoAttentionScorer(Scorer):
     """
 
     Options = CoAttentionOptions
-    reads_words = True
+    reads_text_tokens = True
 
     def __init__(
         self,

@@ -53,7 +53,7 @@ class LocalGlobalScorer(Scorer):
     """
 
     Options = LocalGlobalOptions
-    reads_words = True
+    reads_text_tokens = True
 
     def __init__(self, dim: int, lambda1: float, lambda2: float, direction: str, normalise: str) -> None:
         super().__init__()

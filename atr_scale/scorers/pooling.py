@@ -79,12 +79,12 @@ class NetRVLAD(nn.Module):
 class CosineScorer(Scorer):
     """Cosine between the caption's pooled vector and the clip's frames pooled by `pool`, at any width."""
 
-    factorised = True
+    is_dual_encoder = True
 
     def __init__(self, dim: int, pool: Callable[[TokenSequence], Tensor]) -> None:
         super().__init__()
         self.pool = pool
-        self.reads_frames = pool is not pooled
+        self.reads_audio_tokens = pool is not pooled
 
     def embed_text(self, text: TokenSequence) -> Tensor:
         """Unit vectors [B, D], at least fp32 whatever the autocast."""

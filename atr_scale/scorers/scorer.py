@@ -29,9 +29,9 @@ class Scorer(nn.Module, ABC):
     """
 
     Options: ClassVar[type[Section]] = Section
-    reads_frames = True  # whether the tokens of audio are read
-    reads_words = False  # whether the tokens of text are read
-    factorised = False  # whether a caption and a clip are one unit vector each, which an index can hold
+    reads_audio_tokens = True  # whether the tokens of audio are read
+    reads_text_tokens = False  # whether the tokens of text are read
+    is_dual_encoder = False  # whether a caption and a clip are one unit vector each, which an index can hold
 
     @abstractmethod
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
@@ -40,14 +40,14 @@ class Scorer(nn.Module, ABC):
     def block(self, text: TokenSequence, audio: TokenSequence, world: World | None = None) -> ScoreBlock:
         """All texts of the global batch [B, ...] against this rank's audios [b, ...]. Audio never travels."""
         world = world or World.current()
-        return StoredScores(self.scores(gather_sequence(text, world, self.reads_words), audio), world)
+        return StoredScores(self.scores(gather_sequence(text, world, self.reads_text_tokens), audio), world)
 
     def embed_text(self, text: TokenSequence) -> Tensor:
-        """Unit vectors [B, D] of a factorised scorer. Raises UserError if a score needs both sides at once."""
+        """Unit vectors [B, D] of a dual encoder. Raises UserError if a score needs both sides at once."""
         raise self._needs_pairs()
 
     def embed_audio(self, audio: TokenSequence) -> Tensor:
-        """Unit vectors [b, D] of a factorised scorer. Raises UserError if a score needs both sides at once."""
+        """Unit vectors [b, D] of a dual encoder. Raises UserError if a score needs both sides at once."""
         raise self._needs_pairs()
 
     def _needs_pairs(self) -> UserError:

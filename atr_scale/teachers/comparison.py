@@ -119,7 +119,7 @@ def compare_teachers(tables: Sequence[TeacherTable], split: str) -> Comparison:
     def retrieval(members: Sequence[TeacherTable]) -> Metrics:
         """Of the sum of the members' scores, which ranks as their mean."""
         scores: VectorScores | MatrixScores
-        if all(table.factorised for table in members):
+        if all(table.is_dual_encoder for table in members):
             scores = VectorScores(*joined_vectors(members, captions, clips))
         else:
             total = members[0].scores(captions, clips)

@@ -140,7 +140,7 @@ def _table(
     )
     if embedded.dropped:
         logger.warning("%s: unreadable and left out: %s", shards.location, dict(embedded.dropped))
-    if model.scorer.factorised:
+    if model.scorer.is_dual_encoder:
         values = {"text": embedded.text.pooled, "audio": embedded.audio.pooled}
     else:
         scores = score(model.scorer, embedded.text, embedded.audio, batch_size=batch_size, world=world, device=device)

@@ -58,20 +58,20 @@ class TeacherTable:
     metadata: dict[str, str] = field(default_factory=dict)
 
     @property
-    def factorised(self) -> bool:
+    def is_dual_encoder(self) -> bool:
         """Whether it holds vectors."""
         return self.values.keys() == VECTORS
 
     def scores(self, captions: Tensor, clips: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """[c, n], at least fp32: rows `captions` [c] against rows `clips` [n], both int64."""
-        if self.factorised:
+        if self.is_dual_encoder:
             text, audio = self.vectors("text", captions, device), self.vectors("audio", clips, device)
             return text @ audio.T
         return at_least_fp32(self.values["scores"][captions[:, None], clips].to(device))
 
     def pairs(self, captions: Tensor, clips: Tensor) -> Tensor:
         """[p], at least fp32: row captions[k] against row clips[k]."""
-        if self.factorised:
+        if self.is_dual_encoder:
             return (self.vectors("text", captions) * self.vectors("audio", clips)).sum(1)
         return at_least_fp32(self.values["scores"][captions, clips])
 
@@ -164,7 +164,7 @@ class TeacherEnsemble:
             raise self._unknown("a caption of another rank" if lost is None else _describe(batch, lost))
         clips = torch.tensor([self._clips[clip] for clip, _ in keys])
         device, members = batch.clip_ids.device, len(self.tables)
-        if all(table.factorised for table in self.tables):
+        if all(table.is_dual_encoder for table in self.tables):
             text, audio = joined_vectors(self.tables, captions, clips, device)
             return EmbeddingScores(text / members, audio, world)
         total = sum(table.scores(captions, clips, device) for table in self.tables)

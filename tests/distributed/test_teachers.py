@@ -165,7 +165,7 @@ def test_tables_written_by_several_ranks_are_the_same_to_the_last_bit(config: Ru
     assert want and np.allclose(first.correlation, want.correlation, atol=1e-6) and second is None
     for name in ("mean", "tap"):
         one, two = (TeacherTable.read(tmp_path / place / f"{name}.safetensors") for place in ("alone", "together"))
-        assert one.metadata == two.metadata and one.factorised == (name == "mean")
+        assert one.metadata == two.metadata and one.is_dual_encoder == (name == "mean")
         for key in ("clip_ids", "caption_clip", "caption_index"):
             assert torch.equal(getattr(one, key), getattr(two, key))
         assert one.values.keys() == two.values.keys()

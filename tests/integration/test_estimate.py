@@ -93,7 +93,7 @@ def test_tables_hold_what_the_models_say(place: Path) -> None:
             pairwise = scorer == "tap"
             text, audio = embedded.text, embedded.audio
             want = model.scorer.scores(text, audio) if pairwise else text.pooled @ audio.pooled.T
-        assert found.factorised != pairwise and want.shape == (40, 40)
+        assert found.is_dual_encoder != pairwise and want.shape == (40, 40)
         assert all(value.dtype == torch.float16 for value in found.values.values())
         everything = torch.arange(40)
         torch.testing.assert_close(found.scores(everything, everything), want, rtol=0, atol=2e-3)

@@ -49,7 +49,7 @@ def matrix(place: Path, name: str) -> np.ndarray:
         device=torch.device("cpu"),
     )
     with torch.no_grad():
-        if model.scorer.factorised:
+        if model.scorer.is_dual_encoder:
             return (embedded.text.pooled @ embedded.audio.pooled.T).numpy()
         return model.scorer.scores(embedded.text, embedded.audio).numpy()
 

@@ -103,7 +103,7 @@ class DistanceScorer(Scorer):
     class Options(Section):
         power: Count = 2
 
-    reads_frames = False
+    reads_audio_tokens = False
 
     def __init__(self, dim: int, power: int) -> None:
         super().__init__()

@@ -19,8 +19,8 @@ from tests.sequences import random_sequence
 DIM = 5
 WORDS, FRAMES = [3, 1, 2, 3, 2, 1, 3], [4, 1, 6]
 OPTIONS = {"netrvlad": {"num_clusters": 3}, "attention": {"hidden_dim": 4}, "tap": {"attention_dim": 3}}
-FACTORISED = ["pooled", "mean", "max", "meanmax", "netrvlad", "attention"]
-ALL = [*FACTORISED, "tap"]
+DUAL_ENCODERS = ["pooled", "mean", "max", "meanmax", "netrvlad", "attention"]
+ALL = [*DUAL_ENCODERS, "tap"]
 
 
 def build(name: str) -> Scorer:
@@ -60,7 +60,7 @@ def reference(name: str, scorer: Scorer, text: TokenSequence, audio: TokenSequen
     return normalize(text.pooled, dim=1) @ torch.stack([v / v.norm() for v in vectors]).T
 
 
-@pytest.mark.parametrize("name", FACTORISED)
+@pytest.mark.parametrize("name", DUAL_ENCODERS)
 def test_scores_and_gradients_equal_loops(name: str) -> None:
     scorer = build(name)
     text = random_sequence(WORDS, DIM, 1)
@@ -79,11 +79,11 @@ def test_scores_and_gradients_equal_loops(name: str) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", FACTORISED)
+@pytest.mark.parametrize("name", DUAL_ENCODERS)
 def test_an_embedding_block_holds_the_scores(name: str) -> None:
     scorer, text, audio = build(name), random_sequence(WORDS, DIM, 1), random_sequence(FRAMES, DIM, 2)
     block = scorer.block(text, audio, World())
-    assert scorer.factorised and isinstance(block, EmbeddingScores) and block.shape == (len(WORDS), len(FRAMES))
+    assert scorer.is_dual_encoder and isinstance(block, EmbeddingScores) and block.shape == (len(WORDS), len(FRAMES))
     scores = scorer.scores(text, audio)
     assert torch.equal(block.stripe(slice(0, len(FRAMES))), scores) and scores.abs().max() <= 1 + 1e-12
     assert torch.equal(scorer.embed_text(text) @ scorer.embed_audio(audio).T, scores)
@@ -97,7 +97,7 @@ def test_padding_does_not_count(name: str) -> None:
         audio = random_sequence(FRAMES, DIM, 2, extra=extra, filler=filler, gradient=True)
         scores = scorer.scores(text, audio)
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-12)
-        if scorer.reads_frames:
+        if scorer.reads_audio_tokens:
             (gradient,) = torch.autograd.grad(scores.sum(), audio.tokens)
             assert gradient[~audio.mask].eq(0).all() and gradient[audio.mask].ne(0).any()
 
@@ -119,7 +119,7 @@ def test_a_clip_without_frames_gives_no_nan(name: str) -> None:
     scores = scorer.scores(text, audio)
     expected = scorer.scores(text, audio.take(torch.tensor([0, 2])))
     torch.testing.assert_close(scores[:, [0, 2]], expected, rtol=0, atol=1e-12)
-    if not scorer.reads_frames:
+    if not scorer.reads_audio_tokens:
         return
     assert scores[:, 1].eq(0).all()
     for gradient in torch.autograd.grad(scores.sum(), [audio.tokens, *scorer.parameters()]):

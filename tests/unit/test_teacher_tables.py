@@ -63,7 +63,7 @@ def rows_of(captions: list[int], keys: list[str] | None = None) -> Batch:
 
 def mean_scores(tables: list[TeacherTable], captions: list[int]) -> Tensor:
     """By hand: scores [C, N] of each table, their mean, the batch's rows and columns."""
-    whole = [t.values["text"] @ t.values["audio"].T if t.factorised else t.values["scores"] for t in tables]
+    whole = [t.values["text"] @ t.values["audio"].T if t.is_dual_encoder else t.values["scores"] for t in tables]
     return torch.stack(whole).mean(0)[captions][:, OWNER[captions]]
 
 

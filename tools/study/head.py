@@ -38,7 +38,7 @@ class Head(nn.Module):
         self.distillation = recipe.distillation
 
     def project(self, text: TokenSequence, audio: TokenSequence) -> tuple[TokenSequence, TokenSequence]:
-        return self.text(text, self.scorer.reads_words), self.audio(audio, self.scorer.reads_frames)
+        return self.text(text, self.scorer.reads_text_tokens), self.audio(audio, self.scorer.reads_audio_tokens)
 
     def forward(
         self, text: TokenSequence, audio: TokenSequence, ids: Tensor, step: int, teachers: tuple[Tensor, ...] = ()
@@ -48,7 +48,7 @@ class Head(nn.Module):
         scores = self.scorer.scores(text, audio)
         loss = scores.new_zeros(())
         if self.objective is not None:
-            clips = mean(audio) if self.scorer.reads_frames else audio.pooled
+            clips = mean(audio) if self.scorer.reads_audio_tokens else audio.pooled
             inputs = LossInputs(
                 block=StoredScores(scores),
                 temperature=self.temperature(),

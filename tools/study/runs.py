@@ -187,7 +187,7 @@ def _test_reranked(candidates: int, seed: int, settings: Settings) -> dict[str, 
 def _keep(head: Head, path: Path, tokens: dict[str, Tokens]) -> None:
     """Weights, and for a dual encoder the unit vectors of the training split."""
     kept: dict[str, object] = {"state": head.state_dict()}
-    if head.scorer.factorised:
+    if head.scorer.is_dual_encoder:
         with torch.no_grad():
             text, audio = head.project(tokens["train/text"].all(), tokens["train/audio"].all())
             kept |= {"text": head.scorer.embed_text(text), "audio": head.scorer.embed_audio(audio)}
