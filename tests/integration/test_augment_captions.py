@@ -336,7 +336,7 @@ def test_nothing_is_asked_without_a_yes(call, chat: ChatServer, monkeypatch: pyt
 def test_mistakes_before_anything_is_asked(
     call, chat: ChatServer, inputs: TinyInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "'ftp://x' is no endpoint" in call(url="ftp://x").mistake
+    assert "'ftp://x' is not an endpoint" in call(url="ftp://x").mistake
     assert "no shards in" in call(shards="/nowhere").mistake
     assert "no text encoder at" in call("--text-encoder", "/nowhere").mistake
     monkeypatch.setitem(sys.modules, "openai", None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from atr_scale.batch import Batch, caption_id
 from atr_scale.config import parse_config
 from atr_scale.data.options import DataSection, TrainingSource
-from atr_scale.data.paraphrases.choose import choose
+from atr_scale.data.paraphrases.choose import Chooser
 from atr_scale.data.paraphrases.endpoint import Unanswered, parse_answer
 from atr_scale.data.paraphrases.stored import FILE, Appender, Paraphrases, make_record
 from atr_scale.data.shard_reader import open_shards
@@ -64,7 +64,7 @@ def test_the_closest_are_kept_and_the_rest_counted() -> None:
         "dogs bark far far", "dogs bark far", "Dogs bark!", "some dogs barking", "Some dogs, barking.",
         "3 dogs bark", "dogs bark far away", " ", " ".join(["dog"] * 21), "barking of  dogs",
     ]  # fmt: skip
-    kept, rejected = choose("dogs bark", candidates, embed_angles, keep=3, threshold=0.7)
+    kept, rejected = Chooser(embed_angles, "e", keep=3, threshold=0.7).choose("dogs bark", candidates)
     assert [text for text, _ in kept] == ["some dogs barking", "barking of dogs", "dogs bark far"]
     assert [round(cosine, 3) for _, cosine in kept] == [1, 1, 0.866]
     assert rejected == {
@@ -76,12 +76,13 @@ def test_what_the_caption_has_may_stay() -> None:
     """Its own numbers, and as many words as it has."""
     caption = " ".join(["word"] * 24) + " 12"
     candidates = [caption.replace("12", "and 12"), caption.replace("word word", "phrase", 1)]
-    kept, rejected = choose(caption, candidates, embed_angles, keep=5, threshold=0.7)
+    kept, rejected = Chooser(embed_angles, "e", keep=5, threshold=0.7).choose(caption, candidates)
     assert [text for text, _ in kept] == candidates[1:] and rejected == {"too_long": 1}
 
 
 def test_nothing_to_choose_from_is_not_embedded() -> None:
-    assert choose("a dog", ["A dog."], lambda texts: pytest.fail("embedded"), keep=5, threshold=0.7)[0] == []
+    chooser = Chooser(lambda texts: pytest.fail("embedded"), "e", keep=5, threshold=0.7)
+    assert chooser.choose("a dog", ["A dog."])[0] == []
 
 
 def store(location: str, *records: dict) -> None:

@@ -263,7 +263,7 @@ def test_index_is_kept_and_renewed_when_a_shard_changes(two_shards: Path, monkey
     first = open_shards(str(two_shards))
     assert (two_shards / ".index.json").is_file()
     with monkeypatch.context() as patch:
-        patch.setattr("atr_scale.data.shard_reader.scan_shard", lambda *a: pytest.fail("scanned again"))
+        patch.setattr("atr_scale.data.shard_index.scan_shard", lambda *a: pytest.fail("scanned again"))
         again = open_shards(str(two_shards))
     assert again.keys == first.keys and np.array_equal(again.start, first.start)
     write_tar(two_shards / "b.tar", members("b", KEYS[:2]))
@@ -283,7 +283,7 @@ def test_index_of_a_read_only_folder_goes_to_the_cache(two_shards: Path, monkeyp
     monkeypatch.setattr(storage, "write_bytes", refuse_beside)
     open_shards(str(two_shards))
     assert len(list(Path(os.environ["XDG_CACHE_HOME"]).glob("atr-scale/*.json"))) == 1
-    monkeypatch.setattr("atr_scale.data.shard_reader.scan_shard", lambda *a: pytest.fail("scanned again"))
+    monkeypatch.setattr("atr_scale.data.shard_index.scan_shard", lambda *a: pytest.fail("scanned again"))
     assert len(open_shards(str(two_shards))) == 2 * len(KEYS)
 
 

@@ -361,7 +361,7 @@ def test_the_code_is_sound() -> None:
 @pytest.mark.parametrize(
     ("exclusions", "words"),
     [
-        ([{"name": "unreadable AudioSet files"}], "without an overlap list"),
+        ([{"name": "unreadable AudioSet files"}], "without an exclusion list"),
         ([{"name": "unreadable AudioSet files"}, {"name": "blacklist_exclude_test_ac.json"}], "without the clips of"),
     ],
 )
