@@ -1,4 +1,4 @@
-"""Where the samples of shards lie that have no manifest.json (LAION's, for example): one scan of their tar headers.
+"""Positions of the samples in shards without a manifest.json (LAION's, for example), from one scan of the tar headers.
 
 A sample ends at its shard's end at the latest, so audio is never paired with the caption of another shard's clip. The
 index is stored beside the shards or, if that folder cannot be written, in the user's cache folder.

@@ -1,4 +1,4 @@
-"""A set of shards and its samples: which there are, where each lies, and how one is read.
+"""A set of shards: its samples, their positions in the shards, and reading one of them.
 
 The position of each sample comes from manifest.json or, without one, from an index (`shard_index`).
 """

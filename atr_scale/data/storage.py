@@ -239,6 +239,8 @@ def _filesystem() -> Any:
 def _filesystem_of(pid: int) -> Any:
     import s3fs
 
+    for name in ("botocore", "aiobotocore"):  # they log at level INFO in every process where they found the credentials
+        logging.getLogger(name).setLevel(logging.WARNING)
     timeouts = {"read_timeout": READ_TIMEOUT_S, "connect_timeout": CONNECT_TIMEOUT_S}
     filesystem = s3fs.S3FileSystem(
         config_kwargs={**timeouts, "retries": {"total_max_attempts": 1}},

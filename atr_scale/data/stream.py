@@ -46,7 +46,7 @@ HELD = 2  # batches in use at once: that of the training step and the next one; 
 
 
 class Visit(NamedTuple):
-    """One visit to one sample: which it is, and the random numbers in [0, 1) that decide what is taken of it.
+    """One visit to one sample, with the random numbers in [0, 1) that decide which caption and crop are taken.
 
     source and sample: number of the corpus in the mixture, and of the sample in the corpus. caption: draws one of its
     captions. start: draws the place of the crop. reword: draws whether to take a paraphrase. paraphrase: draws which.

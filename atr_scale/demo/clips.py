@@ -15,7 +15,7 @@ from atr_scale.demo.captions import DemoCaption, write_captions
 from atr_scale.demo.scenes import Scene, draw_scene
 
 WAVCAPS_SOURCES = {
-    # folder -> (name in clip ids, share of the corpus, shortest and longest clip in seconds)
+    # folder -> (name in clip ids, fraction of the corpus, shortest and longest clip in seconds)
     "AudioSet_SL": ("audioset", 0.35, 10.0, 10.0),
     "BBC_Sound_Effects": ("bbc", 0.15, 8.0, 25.0),
     "FreeSound": ("freesound", 0.40, 5.0, 20.0),
@@ -80,8 +80,8 @@ def plan_clips(seed: int, sizes: Sizes) -> list[DemoClip]:
     for name in dict.fromkeys(clip.name for clip in clips):
         members = [clip for clip in clips if clip.name == name][: sizes.shared]
         twins["AudioSet_SL" if name.startswith("audiocaps") else "FreeSound"] += members
-    for source, (_, share, *_) in WAVCAPS_SOURCES.items():
-        own = max(1, round(sizes.wavcaps_train * share) - len(twins.get(source, [])))
+    for source, (_, fraction, *_) in WAVCAPS_SOURCES.items():
+        own = max(1, round(sizes.wavcaps_train * fraction) - len(twins.get(source, [])))
         clips += [planner.wavcaps(source, i, twin=None) for i in range(own)]
         clips += [planner.wavcaps(source, own + i, twin) for i, twin in enumerate(twins.get(source, []))]
     return clips
