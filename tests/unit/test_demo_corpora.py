@@ -159,7 +159,7 @@ def test_contents_stand_in_the_order_of_the_grades(demo: Path) -> None:
             assert [(row["clip_id"], row["caption_index"]) for row in contents["captions"]] == list(captions)
 
 
-def test_no_scene_is_shared_but_for_the_blacklisted() -> None:
+def test_no_scene_is_shared_except_the_blacklisted_ones() -> None:
     clips = plan_clips(0, Sizes().scaled(0.3))
     by_signature: dict[str, list[DemoClip]] = {}
     for clip in clips:

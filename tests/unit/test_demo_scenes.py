@@ -37,7 +37,7 @@ def log_spectrum(signal: np.ndarray) -> np.ndarray:
     return bands - bands.mean()
 
 
-def test_every_class_has_words_and_units_are_countable_exactly_where_a_noun_has_a_plural() -> None:
+def test_every_class_has_words_and_its_nouns_a_plural_exactly_if_its_units_are_countable() -> None:
     assert len(EVENTS) >= 24
     assert set(LEXICON) == set(EVENTS)
     assert set(BACKGROUNDS) <= {label for label, event in EVENTS.items() if not event.discrete}
@@ -55,7 +55,7 @@ def test_no_two_classes_share_a_phrase() -> None:
 
 
 def test_classes_sound_different() -> None:
-    """The nearest mean log-spectrum of (class, pitch) names the class of unheard takes."""
+    """The nearest mean log-spectrum of (class, pitch) predicts the class of other takes."""
     kinds = [(label, pitch) for label in EVENTS for pitch in PITCHES]
     centroids = np.stack([np.mean([log_spectrum(isolated(*kind, take)) for take in range(3)], 0) for kind in kinds])
     right = dict.fromkeys(EVENTS, 0)
@@ -105,8 +105,8 @@ def test_events_stand_out_of_the_background() -> None:
         for event in scene.events:
             span = slice(round(event.onset * RATE), round((event.onset + event.seconds) * RATE))
             frames = [np.pad(x[span], (0, -len(x[span]) % 800)).reshape(-1, 800) for x in (whole, empty)]
-            heard, beneath = (np.sqrt((f**2).mean(1)) for f in frames)
-            assert heard.max() > 2 * np.median(beneath)
+            full, background = (np.sqrt((f**2).mean(1)) for f in frames)
+            assert full.max() > 2 * np.median(background)
 
 
 @pytest.mark.parametrize("seconds", [3.5, 5.0, 10.0, 30.0])
@@ -141,7 +141,7 @@ def test_what_is_true_has_grade_one_and_a_part_of_it_too() -> None:
     assert relevance(Content((Sound("bell"), Sound("dog")), (("dog", "bell", "before"),)), CLIP) == 1
 
 
-def test_nothing_heard_of_it_has_grade_zero() -> None:
+def test_without_any_of_its_sounds_the_grade_is_zero() -> None:
     assert relevance(Content((Sound("cat", "low", "loud", 1),)), CLIP) == 0
 
 
@@ -189,7 +189,7 @@ def test_while_has_no_direction_and_before_has() -> None:
     assert relevance(both("before", "dog", "bell"), both("before", "bell", "dog")) < 1
 
 
-def test_full_contents_that_differ_in_attributes_alone_correspond_symmetrically() -> None:
+def test_full_contents_that_differ_in_attributes_alone_have_symmetric_relevance() -> None:
     other = replace(CLIP, sounds=(replace(DOG, pitch="high", count=5), BELL, RAIN))
     assert relevance(CLIP, other) == pytest.approx(relevance(other, CLIP))
 

@@ -24,7 +24,7 @@ from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.stream import TrainingStream, read_batches
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from tests.coded import CAPTIONS, CROP, QUANTUM, RATE, NumberTokenizer, heard, write_shards
+from tests.coded import CAPTIONS, CROP, QUANTUM, RATE, NumberTokenizer, clip_and_start, write_shards
 
 pytestmark = pytest.mark.timeout(120)
 CLIPS = 20
@@ -54,7 +54,7 @@ def test_answers_that_cannot(content: str | None) -> None:
 
 
 def embed_angles(texts: Sequence[str]) -> Tensor:
-    """The angle to the caption is the number of times "far" stands in a text, times 30 degrees."""
+    """The angle to the caption is 30 degrees for each "far" in the text."""
     angles = [math.radians(30 * text.lower().split().count("far")) for text in texts]
     return torch.tensor([[math.cos(a), math.sin(a)] for a in angles])
 
@@ -187,19 +187,19 @@ def read(stream: TrainingStream, first: int, last: int, workers: int = 0) -> lis
 
 
 def rows_of(batches: list[Batch]) -> list[tuple[int, int, int, int, int]]:
-    """(clip, first sample heard, original's index, take or paraphrase number, id of the text) of every row."""
+    """(clip, first sample, index of the original caption, take or paraphrase number, id of the text) of every row."""
     rows = []
     for batch in batches:
         for row in range(len(batch.keys)):
-            clip, start = heard(batch, row)
+            clip, start = clip_and_start(batch, row)
             told, number = batch.input_ids[row].tolist()
             assert told == clip
             rows.append((clip, start, int(batch.caption_index[row]), number, int(batch.caption_ids[row])))
     return rows
 
 
-def test_visits_take_a_share_of_paraphrases(shards: str) -> None:
-    """Of those whose caption has one; the rest of the visit, and the caption it descends from, stay as they were."""
+def test_a_fraction_of_visits_takes_paraphrases(shards: str) -> None:
+    """Of the visits whose caption has one; the crop and the original caption of a visit stay the same."""
     plain, mixed, reworded = (rows_of(read(open_stream(shards, share=share), 0, 40)) for share in (0, 0.4, 1))
     assert all(number == index for _, _, index, number, _ in plain)
     for rows in (mixed, reworded):

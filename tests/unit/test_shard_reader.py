@@ -1,4 +1,4 @@
-"""Reading shards: grouping, faults, LAION's layout. Every sample carries its id in audio and caption alike."""
+"""Reading shards: grouping, faults, LAION's layout. The audio and the caption of a sample both have its id."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_tar(path: Path, entries: Iterable[tuple[str, bytes]]) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """The manifest as the builder would have written it for the shards that are there now."""
+    """The manifest that the builder would write for the shards that are there now."""
     shards = []
     for path in sorted(folder.glob("*.tar")):
         offsets, keys = [], []
@@ -92,7 +92,7 @@ def read_all(shards: ShardSet) -> tuple[list[str], Counter[str]]:
 
 @pytest.fixture
 def two_shards(tmp_path: Path) -> Path:
-    """Two shards that use the same keys: the trap for grouping over a shard's end."""
+    """Two shards with the same keys: grouping must not go beyond a shard's end."""
     folder = tmp_path / "set"
     folder.mkdir()
     for shard in ("a", "b"):
