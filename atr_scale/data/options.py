@@ -27,8 +27,8 @@ class CaptionSection(Section):
 
     cleaning: Literal["none", "wavcaps", "lower_no_punctuation"] = Field(
         "none",
-        description='text cleaning before the tokenizer: none; wavcaps (lower case, the marks ( , . ! ? ; : | * " ) '
-        "become spaces); lower_no_punctuation (lower case, all punctuation removed)",
+        description="text cleaning before the tokenizer: none; wavcaps (lower case, most punctuation replaced by "
+        "spaces); lower_no_punctuation (lower case, all punctuation removed)",
     )
     max_tokens: Annotated[int, Field(ge=4, le=512)] = Field(
         64, description="longer captions are cut to this many tokens, special tokens included"

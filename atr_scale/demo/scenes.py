@@ -131,7 +131,7 @@ def render(scene: Scene, sample_rate: int) -> np.ndarray:
         out += synthesise(rng, scene.background.label, sample_rate, level=level, seconds=scene.seconds)[:samples]
     for k, event in enumerate(scene.events):
         sound, start = event.sound, round(event.onset * sample_rate)
-        samples_of_event = synthesise(
+        waveform = synthesise(
             np.random.default_rng([scene.seed, len(scene.events), k]),
             sound.label,
             sample_rate,
@@ -140,7 +140,7 @@ def render(scene: Scene, sample_rate: int) -> np.ndarray:
             count=sound.count if isinstance(sound.count, int) else 0,
             seconds=event.seconds,
         )
-        out[start : start + len(samples_of_event)] += samples_of_event[: samples - start]
+        out[start : start + len(waveform)] += waveform[: samples - start]
     np.tanh(out, out=out)  # a limiter: nearly linear at the levels used, and never clips
     return out
 
