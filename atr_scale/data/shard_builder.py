@@ -27,7 +27,7 @@ from atr_scale.data.corpora import Clip, Corpus, open_corpus
 from atr_scale.data.decode import MAX_RATE, MIN_RATE
 from atr_scale.data.exclusions import ExclusionList, read_exclusions
 from atr_scale.data.manifest import FORMAT, MANIFEST, read_manifest
-from atr_scale.data.shard_writer import ENCODINGS, RECORDS, Task, read_records, record_path, write_shard
+from atr_scale.data.shard_writer import ENCODINGS, RECORDS, Task, finished_shards, record_path, write_shard
 from atr_scale.errors import UserError
 from atr_scale.version import __version__
 
@@ -191,7 +191,7 @@ def _finished(location: str, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def _run(tasks: list[Task], location: str, workers: int) -> list[dict[str, Any]]:
     """The records of all shards in order; missing shards are built."""
-    done = read_records(location)
+    done = finished_shards(location)
     todo = [task for task in tasks if task.name not in done]
     if done:
         logger.info("%s: %d of %d shards are already there", location, len(done), len(tasks))

@@ -76,7 +76,7 @@ def write_shard(task: Task) -> dict[str, Any]:
     return record
 
 
-def read_records(location: str) -> dict[str, dict[str, Any]]:
+def finished_shards(location: str) -> dict[str, dict[str, Any]]:
     """The records of the shards that an unfinished build has written, by the name of the shard."""
     records = {}
     folder = storage.join(location, RECORDS)
