@@ -134,7 +134,7 @@ def shards_check(
         print(problem)
     if problems:
         raise typer.Exit(2)
-    print(f"{location}: all is well")
+    print(f"{location}: no problems found")
 
 
 @app.command("demo-data")
@@ -189,6 +189,7 @@ def augment_captions(
     """
     try:
         from atr_scale.data.paraphrases.ask import Prices, ask_for_paraphrases, describe_cost, unasked_captions
+        from atr_scale.data.paraphrases.choose import Chooser
         from atr_scale.data.paraphrases.endpoint import Endpoint
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'atr-scale[augment]'") from None
@@ -199,7 +200,7 @@ def augment_captions(
     if not captions:
         print(f"{shards}: all {before} captions were asked before, nothing to do")
         return
-    embed = SentenceEncoder(text_encoder)
+    chooser = Chooser(SentenceEncoder(text_encoder), text_encoder, keep=keep or paraphrases, threshold=threshold)
     prices = None
     if price_per_million_input is not None and price_per_million_output is not None:
         prices = Prices(price_per_million_input, price_per_million_output)
@@ -209,16 +210,7 @@ def augment_captions(
             raise UserError("nobody is there to confirm the cost: add --yes")
         if not typer.confirm("Ask them?"):
             return
-    summary = ask_for_paraphrases(
-        shards,
-        captions,
-        server,
-        embed,
-        keep=keep or paraphrases,
-        threshold=threshold,
-        concurrency=concurrency,
-        text_encoder=text_encoder,
-    )
+    summary = ask_for_paraphrases(shards, captions, server, chooser, concurrency=concurrency)
     print(f"{shards}: {summary}")
     if prices is not None:
         print(f"cost: {prices.cost(summary.input_tokens, summary.output_tokens):.2f}")

@@ -12,6 +12,6 @@ class UserError(ValueError):
     """
 
 
-def one_line(error: Exception, width: int = 300) -> str:
-    """The message of `error` in one line, without its last full stop; if too long, cut between words."""
+def one_line(error: Exception | str, width: int = 300) -> str:
+    """The message of `error`, or a text, in one line, without its last full stop; if too long, cut between words."""
     return textwrap.shorten(str(error).rstrip(". \n"), width, placeholder=" ...")

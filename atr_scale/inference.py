@@ -20,9 +20,9 @@ from tqdm import tqdm
 from atr_scale.batch import FULL_SCALE, TokenSequence
 from atr_scale.checkpoint import load_retriever
 from atr_scale.config import RunConfig
+from atr_scale.data.collate import pad
 from atr_scale.data.decode import MAX_RATE, MIN_RATE, Crop, check_waveform, decode, probe
 from atr_scale.data.sample import BadSample
-from atr_scale.data.stream import pad
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError, one_line

@@ -1,4 +1,4 @@
-"""Clips whose every sample says which clip it is and when: what was read can be told from the waveform alone."""
+"""Clips whose samples encode the clip's number and their own position, so that tests can identify any piece of them."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def samples(batch: Batch, row: int) -> np.ndarray:
     return waveform.astype(int) if waveform.dtype == np.int16 else np.rint(waveform * 32768).astype(int)
 
 
-def heard(batch: Batch, row: int) -> tuple[int, int]:
-    """(clip number, first sample) that a row's waveform tells, checked over its whole length."""
+def clip_and_start(batch: Batch, row: int) -> tuple[int, int]:
+    """(clip number, first sample) of a row's waveform, decoded from it and checked over its whole length."""
     length = int(batch.lengths[row])
     values = samples(batch, row)
     assert not values[length:].any(), "padding is zero"
@@ -102,10 +102,10 @@ def heard(batch: Batch, row: int) -> tuple[int, int]:
 
 
 def rows_of(batch: Batch) -> list[tuple[str, int, int, int, int]]:
-    """(where from, clip, first sample, length, take) of every row; asserts that audio and caption are one clip's."""
+    """(place, clip, first sample, length, take) of every row; asserts that audio and caption are of one clip."""
     found = []
     for row in range(len(batch.keys)):
-        number, start = heard(batch, row)
+        number, start = clip_and_start(batch, row)
         clip, take = batch.input_ids[row].tolist()
         assert clip == number, f"the audio of clip {number} with a caption of clip {clip}"
         assert int(batch.caption_index[row]) == take

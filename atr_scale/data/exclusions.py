@@ -1,4 +1,4 @@
-"""Overlap lists: clips that must not be trained on because an evaluation set holds them."""
+"""Exclusion lists: clips that must not be trained on because an evaluation set contains them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from atr_scale.errors import UserError
 
 @dataclass(frozen=True)
 class ExclusionList:
-    """Ids as strings: numbers would compare unequal to the ids of the metadata and exclude nothing.
+    """An exclusion list, with ids as strings: integers would never equal the ids of the metadata and exclude nothing.
 
-    `entries` counts distinct ids (the published lists repeat some).
+    name and sha256: of its file. entries: distinct ids (the published lists repeat some).
     """
 
     name: str
@@ -32,14 +32,14 @@ class ExclusionList:
 
 
 class ExcludedIds(NamedTuple):
-    """What the text of a list says: YouTube and Freesound ids."""
+    """YouTube and Freesound ids of an exclusion list."""
 
     youtube: Iterable[str]
     sound: Iterable[str]
 
 
 def _read_sound_ids(text: str) -> ExcludedIds | None:
-    """The column sound_id of a CSV file, as DCASE's list has it."""
+    """The column sound_id of a CSV file, the format of DCASE's list."""
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
     except csv.Error:
@@ -47,14 +47,14 @@ def _read_sound_ids(text: str) -> ExcludedIds | None:
     return ExcludedIds([], [row["sound_id"].strip() for row in rows]) if rows and "sound_id" in rows[0] else None
 
 
-# What a list may be -> its reader, which gives None for the text of anything else. A corpus adds its own format.
+# Description of a format -> its reader, which returns None for a text in another format. A corpus adds its own format.
 EXCLUSION_FORMATS: dict[str, Callable[[str], ExcludedIds | None]] = {
     "DCASE's list (CSV with a column sound_id)": _read_sound_ids,
 }
 
 
 def read_exclusions(path: Path) -> ExclusionList:
-    """Read a list of any known format. UserError if it is of none."""
+    """Read a list of any format in EXCLUSION_FORMATS. Raises UserError if the file has none of them."""
     try:
         payload = path.read_bytes()
         text = payload.decode("utf-8-sig")
@@ -62,6 +62,6 @@ def read_exclusions(path: Path) -> ExclusionList:
         raise UserError(f"cannot read the exclusion list {path}: {error}") from None
     found = next((ids for read in EXCLUSION_FORMATS.values() if (ids := read(text)) is not None), None)
     if found is None:
-        raise UserError(f"{path} is no exclusion list: give {', or '.join(EXCLUSION_FORMATS)}")
+        raise UserError(f"{path} is not an exclusion list: give {', or '.join(EXCLUSION_FORMATS)}")
     youtube, sound = frozenset(found.youtube), frozenset(found.sound)
     return ExclusionList(path.name, hashlib.sha256(payload).hexdigest(), len(youtube) + len(sound), youtube, sound)

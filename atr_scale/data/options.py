@@ -1,4 +1,4 @@
-"""What the data room can be told: the section `data` of a run's configuration."""
+"""The section `data` of a run's configuration."""
 
 from __future__ import annotations
 
@@ -9,38 +9,64 @@ from pydantic import Field, field_validator
 
 from atr_scale.sections import Count, Positive, Section
 
-# Other splits, and what metrics begin with: t2a/R@1 is no metric of a set t2a.
+# Names of the other splits, and first parts of metrics' names: t2a/R@1 cannot be a metric of a set t2a.
 TAKEN = ("train", "test", "t2a", "a2t", "class", "zero_shot")
 
 
 class TrainingSource(Section):
-    shards: str = Field(description="folder or s3:// prefix of one corpus split")
-    weight: Positive | None = Field(None, description="share in the mixture; default: the corpus' sample count")
+    """One corpus of the training mixture."""
+
+    shards: str = Field(description="folder or s3:// prefix with the shards of one split of a corpus")
+    weight: Positive | None = Field(
+        None, description="relative frequency of this corpus in the mixture; default: its number of samples"
+    )
 
 
 class CaptionSection(Section):
-    cleaning: Literal["none", "wavcaps", "lower_no_punctuation"] = "none"
-    max_tokens: Annotated[int, Field(ge=4, le=512)] = 64
+    """How captions become token ids."""
+
+    cleaning: Literal["none", "wavcaps", "lower_no_punctuation"] = Field(
+        "none",
+        description="text cleaning before the tokenizer: none; wavcaps (lower case, most punctuation replaced by "
+        "spaces); lower_no_punctuation (lower case, all punctuation removed)",
+    )
+    max_tokens: Annotated[int, Field(ge=4, le=512)] = Field(
+        64, description="longer captions are cut to this many tokens, special tokens included"
+    )
 
 
 class DataSection(Section):
-    train: list[TrainingSource] = Field(min_length=1)
+    """Training mixture, validation and test shards, and how clips and captions are taken from them."""
+
+    train: list[TrainingSource] = Field(min_length=1, description="corpora of the training mixture")
     validation: str | dict[str, str] | None = Field(
-        None, description="shards that training is measured on: one place, or several by name"
+        None, description="shards of the validation set, or of several sets by name; training is measured on them"
     )
-    test: str | None = None
-    crop_seconds: Positive = Field(10.0, description="training crop; longer clips are cut at a seeded place")
+    test: str | None = Field(None, description="shards of the test set, for `atr-scale evaluate`")
+    crop_seconds: Positive = Field(
+        10.0, description="length of training crops in seconds; longer clips are cut at a seeded random place"
+    )
     crop_quantum: Positive = Field(
-        0.5, description="training lengths are cut to multiples of this, so that clips of equal length run together"
+        0.5,
+        description="training crops are cut to a multiple of this many seconds, so that clips of equal length are "
+        "encoded together",
     )
-    evaluation_seconds: Positive = Field(30.0, description="evaluation hears at most this much of a clip's start")
-    shuffle_window: Count = Field(4096, description="samples that mix with each other between two block reads")
-    shuffle_block: Count = Field(64, description="neighbouring samples that move together in the coarse shuffle")
-    workers: Annotated[int, Field(ge=0)] = 2
-    max_drop_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
-    captions: CaptionSection = CaptionSection()
+    evaluation_seconds: Positive = Field(
+        30.0, description="evaluation encodes at most this many seconds from the start of a clip"
+    )
+    shuffle_window: Count = Field(4096, description="samples that are shuffled with each other after the block shuffle")
+    shuffle_block: Count = Field(64, description="neighbouring samples that the block shuffle moves together")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        2, description="processes per rank that read batches ahead; 0 reads in the training process"
+    )
+    max_drop_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="training stops if more than this fraction of its samples is unreadable"
+    )
+    captions: CaptionSection = Field(CaptionSection(), description="how captions become token ids")
     augmented_captions: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of training visits that take a paraphrase of the drawn caption, where it has any"
+        0.0,
+        description="fraction of training visits that replace the drawn caption by one of its stored paraphrases, "
+        "if it has any",
     )
 
     @field_validator("validation")

@@ -1,21 +1,20 @@
-"""One sample of a shard: audio bytes as they lie there, captions cleaned, JSON checked."""
+"""One sample of a shard: its audio bytes undecoded, its captions cleaned, its JSON checked."""
 
 from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from atr_scale.data import storage
 
-# Best first, where a clip lies in several encodings.
 AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "mp3", "opus", "pcm")
 
 
 class BadSample(Exception):
-    """A sample that cannot be used. `reason` is a short snake_case name to count by, `detail` says more."""
+    """A sample that cannot be used. `reason` is a short snake_case name to count by, `detail` describes this case."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
@@ -27,7 +26,7 @@ class BadSample(Exception):
 
 
 def read_fault(path: str, error: OSError) -> BadSample:
-    """What went wrong while a shard was read: cut_shard, missing_shard or read_error."""
+    """The error of a read from the shard at `path` as a BadSample: cut_shard, missing_shard or read_error."""
     if isinstance(error, storage.ShortRead):
         return BadSample("cut_shard", str(error))
     if isinstance(error, FileNotFoundError):
@@ -36,10 +35,10 @@ def read_fault(path: str, error: OSError) -> BadSample:
 
 
 class FileSlice:
-    """Bytes [start, stop) of a local shard that are read when they are needed, perhaps only some of them.
+    """Bytes [start, stop) of a local shard, read only when they are needed, and perhaps only in part.
 
-    Like a memoryview: slices are no copies, bytes() is one. `head` is what of the beginning is read already. Raises
-    BadSample where reading fails.
+    It behaves like a memoryview: slicing copies nothing, bytes() reads everything. `head` holds the first bytes, which
+    are already read. Raises BadSample if reading fails.
     """
 
     __slots__ = ("_file", "_head", "_start", "_stop")
@@ -62,7 +61,7 @@ class FileSlice:
             raise read_fault(self._file.path, error) from None
 
     def read_into(self, memory: memoryview, first: int) -> None:
-        """Fill `memory` (bytes) from byte `first` of the slice on, without a copy on the way."""
+        """Fill `memory` (bytes) with the slice's bytes from `first` on, without an intermediate copy."""
         assert first + len(memory) <= len(self)
         try:
             self._file.read_into(memory, self._start + first)
@@ -75,7 +74,10 @@ Bytes = bytes | memoryview | FileSlice
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample before decoding. `sample_rate` is in Hz, None where the JSON has none; `meta` is the JSON's rest."""
+    """A sample before decoding.
+
+    `sample_rate` is the JSON's, in Hz, None if it has none. `meta` holds the JSON's other fields.
+    """
 
     key: str
     clip_id: str
@@ -87,25 +89,38 @@ class RawSample:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+def group_fault(extensions: Sequence[str]) -> str | None:
+    """The reason why members with these extensions are not a sample, or None if they are one.
+
+    A sample has exactly one JSON and one audio member; members with other extensions are ignored.
+    """
+    if len(set(extensions)) < len(extensions):
+        return "duplicate_key"
+    audio = sum(e in AUDIO_EXTENSIONS for e in extensions)
+    if audio > 1:
+        return "several_audios"
+    return "missing_audio" if audio == 0 else "missing_json" if "json" not in extensions else None
+
+
 def clean_caption(text: str) -> str:
-    """NFC, runs of white space as one space, other control characters removed, stripped."""
-    if text.isascii() and text.isprintable():  # what most captions are: blanks are all that there is to clean
+    """`text` in NFC and stripped, with each run of white space as one space and without control characters."""
+    if text.isascii() and text.isprintable():  # true of most captions: only spaces are left to clean
         return " ".join(text.split()) if "  " in text else text.strip()
     text = " ".join(unicodedata.normalize("NFC", text).split())
     return "".join(c for c in text if unicodedata.category(c) != "Cc").strip()
 
 
 def clean_captions(texts: Iterable[str]) -> list[str]:
-    """The captions that are left after cleaning; those that are empty or no valid Unicode are dropped."""
+    """The cleaned captions, without those that are empty or not valid Unicode."""
     cleaned = [clean_caption(text) for text in texts if text.isascii() or _is_unicode(text)]
     return [caption for caption in cleaned if caption]
 
 
 def parse_json(key: str, payload: Bytes, set_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The JSON of a sample as (RawSample's text fields, everything else).
+    """The JSON of a sample as (text fields of RawSample, all other fields).
 
-    Reads this project's layout ("captions", "clip_id") and that of LAION's audio-dataset ("text", "tag"), where the
-    clip's identity is `set_name/key`. Raises BadSample bad_json or no_caption.
+    Reads this project's layout ("captions", "clip_id") and that of LAION's audio-dataset ("text", "tag"). A JSON
+    without a clip id gets `set_name/key`. Raises BadSample bad_json or no_caption.
     """
     try:
         record = json.loads(str(bytes(payload), "utf-8"))
@@ -120,9 +135,9 @@ def parse_json(key: str, payload: Bytes, set_name: str) -> tuple[dict[str, Any],
     clip_id = record.get("clip_id", f"{set_name}/{key}")
     sample_rate = record.get("sample_rate")
     if not (isinstance(clip_id, str) and clip_id and _is_unicode(clip_id)):
-        raise BadSample("bad_json", f"{key}: clip_id is no text")
+        raise BadSample("bad_json", f"{key}: clip_id is not a text")
     if sample_rate is not None and (type(sample_rate) is not int or sample_rate <= 0):
-        raise BadSample("bad_json", f"{key}: sample_rate is no positive integer")
+        raise BadSample("bad_json", f"{key}: sample_rate is not a positive integer")
     known = ("clip_id", "captions", "text", "label", "tag", "sample_rate")
     fields = {"clip_id": clip_id, "captions": captions, "label": tags[0] if tags else None, "sample_rate": sample_rate}
     return fields, {name: value for name, value in record.items() if name not in known}
@@ -132,7 +147,7 @@ def _strings(key: str, record: dict[str, Any], name: str) -> list[str]:
     value = record.get(name)
     values = [] if value is None else [value] if isinstance(value, str) else value
     if not (isinstance(values, list) and all(isinstance(v, str) for v in values)):
-        raise BadSample("bad_json", f"{key}: {name} is no text or list of texts")
+        raise BadSample("bad_json", f"{key}: {name} is neither a text nor a list of texts")
     return values
 
 

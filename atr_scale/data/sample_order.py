@@ -1,8 +1,9 @@
 """Which samples form global batch k: a pure function of the seed, independent of ranks and workers.
 
-Position p of the endless sample stream belongs to one corpus of the mixture and is the n-th visit to that corpus; visit
-n falls into epoch n // size and takes that epoch's permutation. So an epoch's tail opens the next, and any batch can be
-found without having read the ones before it: that is what exact resume and another number of ranks stand on.
+Position p of the endless sample stream belongs to one corpus of the mixture and is the n-th visit to that corpus. Visit
+n belongs to epoch n // size of the corpus and follows that epoch's permutation. So the last samples of an epoch and the
+first of the next can share a batch, and any batch can be computed without those before it, which makes it possible to
+resume exactly, also on another number of ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Rows:
-    """Samples of one batch, in order: corpus number, sample index in the corpus, position in the stream; each [n]."""
+    """Samples of one batch, in order: number of the corpus, index in the corpus, position in the stream; each [n]."""
 
     source: np.ndarray
     index: np.ndarray
@@ -31,8 +32,9 @@ class Rows:
 class SampleOrder:
     """The seeded order in which the corpora of a mixture are visited.
 
-    sizes: samples of each corpus. weights: relative shares, default the sizes. window and block: neighbouring samples
-    move in blocks of `block`, then mix within windows of `window`, so that reads stay near each other.
+    sizes: samples of each corpus. weights: relative frequencies of the corpora, by default their sizes. window and
+    block: first blocks of `block` neighbouring samples are permuted, then single samples within windows of `window`, so
+    that samples that are read together lie near each other.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class SampleOrder:
 
     @property
     def epoch_batches(self) -> float:
-        """Batches in which the mixture gives as many samples as its corpora hold."""
+        """Batches that have as many samples as all corpora together."""
         return sum(self.sizes) / self.batch_size
 
     def batch(self, number: int) -> Rows:
@@ -75,14 +77,14 @@ class SampleOrder:
         return Rows(source, index, position)
 
     def _sources(self, position: np.ndarray) -> np.ndarray:
-        """Corpus of each position: a low-discrepancy sequence cut at the weights, so that shares hold everywhere."""
+        """Corpus of each position: a low-discrepancy sequence cut at the weights, which so hold in every stretch."""
         if len(self.sizes) == 1:
             return np.zeros(len(position), np.int64)
         point = position.astype(np.uint64) * _GOLDEN + self._offset
         return np.searchsorted(self._bounds, point, side="right")
 
     def _visits_before(self, position: int) -> np.ndarray:
-        """How often each corpus was visited before `position`, counted on from the last answer."""
+        """Number of visits to each corpus before `position`, counted on from the last result."""
         done, counts = self._counted
         if position < done:
             done, counts = 0, np.zeros(len(self.sizes), np.int64)

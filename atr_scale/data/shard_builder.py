@@ -1,14 +1,13 @@
-"""Build shards from a corpus: tars of `<key>.<audio>` + `<key>.json`, and a manifest.json beside them.
+"""Build shards from a corpus: tars (`shard_writer`), and a manifest.json beside them.
 
-Each shard is one task of a process pool and leaves a record when it is done, so an interrupted build goes on where it
-stopped. Clips are ordered by a hash of their ids, which mixes them over the shards. The same input gives the same
-bytes.
+Each shard is one task of a process pool and leaves a record when it is written, so that an interrupted build continues
+with the missing shards. Clips are ordered by a hash of their ids, which mixes them over the shards. The same input
+gives the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import multiprocessing
@@ -21,33 +20,28 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soundfile
 from tqdm import tqdm
 
 from atr_scale.data import storage
 from atr_scale.data.corpora import Clip, Corpus, open_corpus
-from atr_scale.data.decode import MAX_RATE, MIN_RATE, decode, probe
+from atr_scale.data.decode import MAX_RATE, MIN_RATE
 from atr_scale.data.exclusions import ExclusionList, read_exclusions
-from atr_scale.data.sample import BadSample
-from atr_scale.data.shard_reader import FORMAT, MANIFEST, read_manifest, scan_shard
+from atr_scale.data.manifest import FORMAT, MANIFEST, read_manifest
+from atr_scale.data.shard_writer import ENCODINGS, RECORDS, Task, finished_shards, record_path, write_shard
 from atr_scale.errors import UserError
-from atr_scale.files import sha256_of
 from atr_scale.version import __version__
 
 logger = logging.getLogger(__name__)
 
-ENCODINGS = ("flac", "pcm16", "keep")
 SHARD_SIZE = 1000
 SAMPLE_RATE = 32_000
-RECORDS = ".build"
 # Starting a worker process takes as long as encoding about this many clips.
 MIN_CLIPS_PER_WORKER = 200
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What to build: clips with audio in their final order, and what was left out on the way."""
+    """Content of a build: clips with audio in their final order, clips left out by reason, exclusion lists applied."""
 
     corpus: str
     split: str
@@ -58,23 +52,11 @@ class BuildPlan:
     exclusions: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Task:
-    """One shard: `first` is the number of its first clip."""
-
-    name: str
-    out: str
-    corpus: str
-    encoding: str
-    sample_rate: int | None
-    first: int
-    clips: list[Clip]
-
-
 def build_shards(
     corpus: str,
     root: str | Path,
     out: str | Path,
+    *,
     split: str | None = None,
     shard_size: int = SHARD_SIZE,
     encoding: str = "flac",
@@ -83,23 +65,20 @@ def build_shards(
     exclude: Sequence[str | Path] = (),
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Build the shards of one split of a corpus into the folder or s3:// prefix `out`; returns the manifest.
+    """Build the shards of one split of the corpus in `root` into the folder or s3:// prefix `out`.
 
-    `encoding`: flac (16 bit), pcm16 (headerless little-endian int16), or keep (the original bytes, at their own rate).
-    `sample_rate` in Hz, None for the original one; flac and pcm16 are mono. `exclude`: overlap lists beside the
-    corpus's own. `options`: what the corpus's reader can be told. Bad audio is left out and counted by reason. Finished
-    shards of an interrupted build are kept. UserError for anything the user can mend, a build with other settings in
-    the same place included.
+    `shard_size`: clips in a shard. `encoding`: flac (16 bit), pcm16 (headerless little-endian int16), or keep (the
+    original bytes at their own rate). `sample_rate` in Hz, None for each clip's own; flac and pcm16 are mono.
+    `workers`: processes, by default one for each core. `exclude`: exclusion lists in addition to the corpus's own.
+    `options`: options of the corpus's reader.
+
+    Returns the manifest. Unusable audio is left out and counted by reason. Finished shards of an interrupted build are
+    kept. Raises UserError for every mistake that the user can mend, also if `out` has a build with other settings.
     """
     reader = open_corpus(corpus, root, options)
-    if encoding not in ENCODINGS:
-        raise UserError(f"unknown encoding '{encoding}': choose one of {', '.join(ENCODINGS)}")
-    if shard_size < 1:
-        raise UserError(f"shard size {shard_size}: give at least 1")
-    if sample_rate is not None and not MIN_RATE <= sample_rate <= MAX_RATE:
-        raise UserError(f"sample rate {sample_rate} Hz: give {MIN_RATE} to {MAX_RATE}, or 0 for each clip's own")
+    _check_settings(encoding, shard_size, sample_rate)
     location = str(out)
-    storage.is_remote(location)
+    storage.is_remote(location)  # refuses other schemes before any work
     sample_rate = None if encoding == "keep" else sample_rate
     plan = plan_build(reader, split, [Path(path) for path in exclude])
     settings = {
@@ -125,15 +104,21 @@ def build_shards(
     records = _run(tasks, location, workers or len(os.sched_getaffinity(0)))
     manifest = _manifest(plan, settings, records)
     storage.write_bytes(storage.join(location, MANIFEST), json.dumps(manifest, ensure_ascii=False).encode())
-    storage.remove_folder(storage.join(location, RECORDS))
-    for name in storage.list_files(location):
-        if name.startswith(".") and name.endswith(".tmp"):
-            storage.remove_file(storage.join(location, name))
+    _clean_up(location)
     return manifest
 
 
+def _check_settings(encoding: str, shard_size: int, sample_rate: int | None) -> None:
+    if encoding not in ENCODINGS:
+        raise UserError(f"unknown encoding '{encoding}': choose one of {', '.join(ENCODINGS)}")
+    if shard_size < 1:
+        raise UserError(f"shard size {shard_size}: give at least 1")
+    if sample_rate is not None and not MIN_RATE <= sample_rate <= MAX_RATE:
+        raise UserError(f"sample rate {sample_rate} Hz: give {MIN_RATE} to {MAX_RATE}, or 0 for each clip's own")
+
+
 def plan_build(corpus: Corpus, split: str | None, exclude: Sequence[Path]) -> BuildPlan:
-    """Read the metadata, apply the exclusion lists, find the audio. UserError if nothing is left."""
+    """Read the metadata, apply the exclusion lists, find the audio. Raises UserError if no clip is left."""
     name, root, split = corpus.name, corpus.root, corpus.choose_split(split)
     rows = corpus.read_clips(split)
     dropped: Counter[str] = Counter()
@@ -162,76 +147,6 @@ def plan_build(corpus: Corpus, split: str | None, exclude: Sequence[Path]) -> Bu
     return BuildPlan(name, split, corpus.licence, options, clips, dropped, exclusions)
 
 
-def write_shard(task: Task) -> dict[str, Any]:
-    """Encode the clips of one shard, write it, and return (and store) its record."""
-    from webdataset.writer import TarWriter
-
-    path = storage.join(task.out, task.name)
-    dropped: Counter[str] = Counter()
-    captions, seconds = 0, 0.0
-    with storage.atomic_file(path) as local:
-        with open(local, "wb") as stream, TarWriter(stream, encoder=False, mtime=0, user="", group="") as writer:
-            for number, clip in enumerate(task.clips, task.first):
-                try:
-                    audio, extension, rate, duration = encode(clip.path, task.encoding, task.sample_rate)
-                except BadSample as error:
-                    logger.warning("%s (%s) left out: %s", clip.clip_id, clip.path, error)
-                    dropped[error.reason] += 1
-                    continue
-                writer.write(
-                    {"__key__": f"{number:09d}", extension: audio, "json": _sidecar(task, clip, rate, duration)}
-                )
-                captions += len(clip.captions)
-                seconds += duration
-        scan = scan_shard(str(local), local.stat().st_size)
-        assert not scan.fault and not scan.dropped, f"{path} was not written as planned: {scan}"
-        shard = {
-            "name": task.name,
-            "samples": len(scan.keys),
-            "bytes": local.stat().st_size,
-            "sha256": sha256_of(local),
-            "keys": scan.keys,
-            "offsets": [*scan.starts, *scan.stops[-1:]],
-        }
-    record = {"shard": shard, "captions": captions, "seconds": seconds, "dropped": dict(dropped)}
-    storage.write_bytes(_record_path(task.out, task.name), json.dumps(record).encode())
-    return record
-
-
-def encode(path: str, encoding: str, sample_rate: int | None) -> tuple[bytes, str, int, float]:
-    """(audio bytes, extension, sample rate in Hz, seconds) of a source file, after a full decode. Raises BadSample."""
-    extension = os.path.splitext(path)[1][1:].lower()
-    try:
-        original = Path(path).read_bytes()
-    except OSError as error:
-        raise BadSample("read_error", str(error)) from None
-    frames, own_rate = probe(original, extension)
-    rate = sample_rate or own_rate
-    waveform = decode(original, extension, rate)
-    if encoding == "keep":
-        return original, extension, own_rate, frames / own_rate
-    # The scale on which int16 files are read, so that a 16-bit original at its own rate comes through unchanged.
-    samples = np.clip(np.rint(waveform * 32768), -32768, 32767).astype("<i2")
-    if encoding == "pcm16":
-        return samples.tobytes(), "pcm", rate, len(samples) / rate
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16")
-    return buffer.getvalue(), "flac", rate, len(samples) / rate
-
-
-def _sidecar(task: Task, clip: Clip, rate: int, duration: float) -> bytes:
-    fields = {
-        "clip_id": clip.clip_id,
-        "corpus": task.corpus,
-        "split": clip.split,
-        "captions": clip.captions,
-        "duration": round(duration, 6),
-        "sample_rate": rate,
-        **({"label": clip.label} if clip.label else {}),
-    }
-    return json.dumps({**clip.meta, **fields}, ensure_ascii=False).encode()
-
-
 def _applied(entry: ExclusionList, rows: list[Clip]) -> dict[str, Any]:
     excluded = sum(entry.covers(clip.meta) for clip in rows)
     logger.info("exclusion list %s: %d of %d clips left out", entry.name, excluded, len(rows))
@@ -239,7 +154,7 @@ def _applied(entry: ExclusionList, rows: list[Clip]) -> dict[str, Any]:
 
 
 def _digest(clips: list[Clip], root: Path) -> str:
-    """Identity of the planned input; paths relative to root, so that a moved corpus still counts as the same."""
+    """Identity of the planned clips. Paths count relative to root, so that a moved corpus is still the same."""
     digest = hashlib.sha256()
     for clip in clips:
         digest.update(json.dumps({**asdict(clip), "path": os.path.relpath(clip.path, root)}).encode())
@@ -247,11 +162,11 @@ def _digest(clips: list[Clip], root: Path) -> str:
 
 
 def _finished(location: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of this very build, if it is complete; otherwise mark the place as being built with `settings`.
+    """The manifest of the same build if it is complete; otherwise None, and `settings` are stored for the next call.
 
-    UserError where the place holds shards of another build.
+    Raises UserError if the location has shards of another build.
     """
-    settings_path = _record_path(location, "settings")
+    settings_path = record_path(location, "settings")
     files = storage.list_files(location)
     manifest = read_manifest(location) if MANIFEST in files else None
     if manifest is not None:
@@ -259,7 +174,7 @@ def _finished(location: str, settings: dict[str, Any]) -> dict[str, Any] | None:
     elif storage.exists(settings_path):
         found = json.loads(storage.read_bytes(settings_path))
     elif any(name.endswith(".tar") for name in files):
-        raise UserError(f"{location} holds shards that no build of ours left there: choose an empty --out")
+        raise UserError(f"{location} has shards that `atr-scale shards build` did not write: choose an empty --out")
     else:
         if not storage.is_remote(location):
             storage.make_folder(storage.join(location, RECORDS))
@@ -275,12 +190,8 @@ def _finished(location: str, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _run(tasks: list[Task], location: str, workers: int) -> list[dict[str, Any]]:
-    """The records of all shards in order, building those that are not there yet."""
-    done: dict[str, dict[str, Any]] = {}
-    for name in storage.list_files(storage.join(location, RECORDS)):
-        if name.startswith("shard-"):
-            record = json.loads(storage.read_bytes(storage.join(storage.join(location, RECORDS), name)))
-            done[record["shard"]["name"]] = record
+    """The records of all shards in order; missing shards are built."""
+    done = finished_shards(location)
     todo = [task for task in tasks if task.name not in done]
     if done:
         logger.info("%s: %d of %d shards are already there", location, len(done), len(tasks))
@@ -305,7 +216,7 @@ def _results(tasks: list[Task], workers: int) -> Iterator[tuple[Task, dict[str, 
                 yield futures[future], future.result()
         except BrokenProcessPool:
             raise RuntimeError(
-                "a build worker died (out of memory?); the same command goes on where it stopped"
+                "a build worker died (out of memory?); the same command continues with the missing shards"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -338,5 +249,9 @@ def _manifest(plan: BuildPlan, settings: dict[str, Any], records: list[dict[str,
     }
 
 
-def _record_path(location: str, name: str) -> str:
-    return storage.join(storage.join(location, RECORDS), f"{name}.json")
+def _clean_up(location: str) -> None:
+    """Remove the records of the build, and temporary files that an interrupted one left."""
+    storage.remove_folder(storage.join(location, RECORDS))
+    for name in storage.list_files(location):
+        if name.startswith(".") and name.endswith(".tmp"):
+            storage.remove_file(storage.join(location, name))

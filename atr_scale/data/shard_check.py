@@ -1,4 +1,4 @@
-"""Compare shards with their manifest and name what is wrong."""
+"""Compare shards with their manifest and name every difference."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from tqdm import tqdm
 
 from atr_scale.data import storage
 from atr_scale.data.decode import decode, probe
+from atr_scale.data.manifest import MANIFEST, read_manifest
 from atr_scale.data.sample import BadSample
-from atr_scale.data.shard_reader import MANIFEST, ShardScan, open_shards, read_manifest, scan_shard
+from atr_scale.data.shard_index import ShardScan, scan_shard
+from atr_scale.data.shard_reader import open_shards, tars_among
+from atr_scale.data.shard_writer import RECORDS
 from atr_scale.data.tar import BrokenTar, split_key, walk
 from atr_scale.errors import UserError
 
 
 def check_shards(location: str, deep: bool = False) -> list[str]:
-    """Every problem of the shards in a folder or under an s3:// prefix, one line each; empty: all is well.
+    """Every problem of the shards in a folder or under an s3:// prefix, one line each; empty if there is none.
 
-    Against the manifest: missing and extra shards, bytes, sha256, sample count, keys and offsets. With or without one:
-    broken, cut (at a member boundary too: the end marker is missing) and compressed archives, incomplete samples,
-    duplicate and dotted keys, names that leave the archive, links and devices. `deep` also decodes every sample.
+    Compared with the manifest: missing and extra shards, bytes, sha256, sample count, keys and offsets. Checked with
+    and without a manifest: broken, cut (also between two members, if the end marker is missing) and compressed
+    archives, incomplete samples, duplicate and dotted keys, names that leave the archive, links and devices. `deep`
+    also decodes every sample.
     """
     files = storage.list_files(location)
-    tars = {name: size for name, size in files.items() if name.endswith(".tar") and not name.startswith(".")}
+    tars = tars_among(files)
     expected: dict[str, Any] = {}
     problems = []
     if MANIFEST in files:
@@ -33,7 +37,7 @@ def check_shards(location: str, deep: bool = False) -> list[str]:
         problems += [f"{name}: not in the manifest" for name in tars if name not in expected]
     elif not tars:
         raise UserError(f"no shards in {location}: neither {MANIFEST} nor *.tar")
-    elif storage.list_files(storage.join(location, ".build")):
+    elif storage.list_files(storage.join(location, RECORDS)):
         problems.append(f"{MANIFEST}: missing, the build is not finished; run the same `shards build` again")
     for name, size in tqdm(tars.items(), "checking shards", unit=" shards", disable=None):
         problems += [f"{name}: {problem}" for problem in _shard_problems(location, name, size, expected.get(name))]
@@ -64,12 +68,12 @@ def _differences(path: str, size: int, scan: ShardScan, expected: dict[str, Any]
         yield f"{len(scan.keys)} samples, the manifest says {expected['samples']}"
     elif scan.keys != expected["keys"]:
         yield "keys differ from the manifest's"
-    elif [*scan.starts, *scan.stops[-1:]] != expected["offsets"]:
+    elif scan.offsets != expected["offsets"]:
         yield "offsets differ from the manifest's"
 
 
 def _odd_members(path: str, size: int) -> Iterator[str]:
-    """Members that no sample is made of, and dotted keys (their extension is none that is read)."""
+    """Members that cannot be part of a sample, and dotted keys, whose extension no reader knows."""
     try:
         with storage.range_reader(path, size) as read:
             for member in walk(read, size):
@@ -77,7 +81,7 @@ def _odd_members(path: str, size: int) -> Iterator[str]:
                     continue
                 named = split_key(member)
                 if named is None:
-                    yield f"member {member.name!r} is no plain file of a sample: a link, a device or an unsafe name"
+                    yield f"member {member.name!r} cannot be part of a sample: a link, a device or an unsafe name"
                 elif "." in named[1]:
                     yield f"member {member.name!r} has a dotted key: readers cut it at the first dot"
     except BrokenTar:
@@ -98,6 +102,7 @@ def _deep_problems(location: str) -> list[str]:
 
 
 def _sha256(path: str, size: int) -> str:
+    """Hex digest of a shard, read in blocks: unlike `files.sha256_of` also from S3."""
     digest = hashlib.sha256()
     for start in range(0, size, storage.BLOCK_BYTES):
         digest.update(storage.read_range(path, start, min(size, start + storage.BLOCK_BYTES)))

@@ -1,8 +1,8 @@
-"""Memory for the waveforms of batches on their way to training, used again and again.
+"""Reused shared memory for the waveforms of batches.
 
-The system gives fresh memory page by page and zeroed, which costs several times what reading and converting 16-bit
-samples costs. So a batch is decoded straight into a buffer, the number of the buffer travels between processes instead
-of the samples, and the buffer is free again when the last tensor on it is gone.
+The operating system provides fresh memory page by page and zeroed, which costs several times as much as reading and
+converting 16-bit samples. So a batch is decoded directly into a buffer, processes exchange the buffer's number instead
+of the samples, and the buffer is free again when the last tensor that uses it is gone.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ CACHE_LINE = 64  # bytes
 
 @dataclass(frozen=True)
 class Buffer:
-    """Memory float32 [size] to write a batch into; number None: fresh memory, for no buffer was free."""
+    """Memory, float32 [size], to write a batch into. `number` is None for fresh memory, used if no buffer was free."""
 
     number: int | None
     memory: np.ndarray
 
 
 class SharedBuffers:
-    """`each` buffers of `size` float32 for every writer: `workers` processes, or this one alone where that is 0.
+    """`each` buffers of `size` float32 for every writer: `workers` processes, or only this process if that is 0.
 
-    A buffer is taken by its writer only and freed by the reader only: to agree, they need one byte a buffer.
+    Only its writer takes a buffer and only the reader frees it, so one byte for each buffer is enough to synchronise.
     """
 
     def __init__(self, size: int, each: int, workers: int = 0) -> None:
@@ -41,7 +41,7 @@ class SharedBuffers:
         self._busy = torch.zeros(total, dtype=torch.uint8)
         if workers:
             self._busy.share_memory_()
-            # What torch's own collate function allocates with: untouched pages, which a copy would touch.
+            # As torch's collate function allocates: the pages stay untouched, while a copy would touch them.
             pieces = [torch.UntypedStorage._new_shared(4 * size) for _ in range(total)]
             self._memory = [torch.empty(0, dtype=torch.float32).set_(piece) for piece in pieces]
             self._memory = [piece.resize_(size) for piece in self._memory]
@@ -49,7 +49,7 @@ class SharedBuffers:
             self._memory = [torch.from_numpy(_aligned(size)) for _ in range(total)]
 
     def take(self, writer: int = 0) -> Buffer:
-        """A free buffer of a writer."""
+        """A free buffer of the writer, or fresh memory if there is none."""
         first = writer * self.each
         for number in range(first, first + self.each):
             if not self._busy[number]:
@@ -58,40 +58,46 @@ class SharedBuffers:
         return Buffer(None, _aligned(self.size))
 
     def tensor(self, number: int, shape: tuple[int, int], dtype: np.dtype) -> Tensor:
-        """The beginning of a taken buffer; the buffer is free again when no tensor shares this memory any more."""
-        # A tensor's storage keeps the array it was made from, whichever views of the tensor there are.
+        """The beginning of a taken buffer. The buffer is free again when no tensor shares this memory any longer."""
+        # A tensor's storage keeps the array that it was made from alive, for all views of the tensor.
         array = self._memory[number].numpy().view(dtype)[: shape[0] * shape[1]]
         weakref.finalize(array, self._busy.numpy().__setitem__, number, 0).atexit = False
         return torch.from_numpy(array).view(shape)
 
 
 def _aligned(size: int) -> np.ndarray:
-    """Fresh float32 [size] that begins with a cache line: the system reads a quarter faster into such memory."""
+    """Fresh float32 [size] that begins at a cache line: reading a file into such memory is a quarter faster."""
     memory = np.empty(size + CACHE_LINE // 4, np.float32)
     first = -memory.ctypes.data % CACHE_LINE // 4
     return memory[first : first + size]
 
 
 class WaveformRows:
-    """The waveforms of a batch in the memory of a buffer: `array` [b, width] is float32, or with `int16` of that type
-    until a clip comes that is not."""
+    """The waveforms of a batch in the memory of a buffer.
+
+    `array` [b, width] is float32. With `int16` it is int16 until `widen` is called, for a clip that does not fit.
+    """
 
     def __init__(self, memory: np.ndarray, width: int, int16: bool) -> None:
         self._wide = memory.reshape(-1, width)
         self.array = memory.view(np.int16)[: memory.size].reshape(-1, width) if int16 else self._wide
 
     def widen(self, filled: int) -> None:
-        """Make `array` float32, in place; the first `filled` rows are converted."""
+        """Make `array` float32 in place, and convert its first `filled` rows."""
         assert self.array.dtype == np.int16
-        for row in reversed(range(filled)):  # backwards: a row is written behind those that are still to be read
+        # From the last row on: a row doubles its width, and must not cover a row that is still to be converted.
+        for row in reversed(range(filled)):
             from_int16(self.array[row].copy() if row == 0 else self.array[row], self._wide[row])
         self.array = self._wide
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """A batch between two processes: its waveform [b, samples] lies in a buffer, or comes along if none was free; the
-    other tensors are arrays, for each small tensor would travel through a file of its own."""
+    """A batch on its way between two processes.
+
+    buffer: number of the buffer with its waveform (shape [b, samples]), or None if it is sent as `waveform` because no
+    buffer was free. arrays: the other tensors as NumPy arrays, as torch would send each small tensor in its own file.
+    """
 
     buffer: int | None
     shape: tuple[int, int]
@@ -103,7 +109,7 @@ class Parcel:
 
     @staticmethod
     def pack(batch: Batch, buffer: int | None) -> Parcel:
-        """buffer: the number of the one in which the waveform lies."""
+        """A parcel of `batch`, whose waveform lies in the buffer `buffer` (None: in none)."""
         tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("keys", "dropped")}
         waveform = tensors.pop("waveform")
         arrays = {name: value.numpy() for name, value in tensors.items()}
@@ -111,7 +117,7 @@ class Parcel:
         return Parcel(buffer, waveform.shape, dtype, alone, arrays, batch.keys, batch.dropped)
 
     def open(self, buffers: SharedBuffers) -> Batch:
-        """The batch again, in the process that reads."""
+        """The batch, in the process that reads."""
         waveform = self.waveform if self.buffer is None else buffers.tensor(self.buffer, self.shape, self.dtype)
         assert waveform is not None
         tensors = {name: torch.from_numpy(value) for name, value in self.arrays.items()}

@@ -1,7 +1,7 @@
-"""One way to read and write bytes, on local disks and on S3.
+"""The same functions to read and write bytes on local disks and on S3.
 
-A location is a local path or `s3://bucket/key`. Other schemes are refused: `https:` would read unversioned input and
-`pipe:` would run a shell. S3 credentials, region and endpoint come from the provider chain only (environment,
+A location is a local path or `s3://bucket/key`. Other schemes are refused: `https:` would read input without versions
+and `pipe:` would run a shell. S3 credentials, region and endpoint come from the provider chain only (environment,
 profile, instance role; `AWS_ENDPOINT_URL` for servers other than Amazon's).
 """
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 FIRST_DELAY_S = 0.2
-# After this long no further attempt is begun, so that a dead server costs a reader less than a minute.
+# No attempt starts later than this, so that a dead server costs a reader less than a minute.
 RETRY_BUDGET_S = 30.0
 READ_TIMEOUT_S = 15
 CONNECT_TIMEOUT_S = 5
@@ -38,11 +38,11 @@ T = TypeVar("T")
 
 
 class ShortRead(OSError):
-    """A file or object ends before the range that was asked for."""
+    """A file or object ends before the end of the requested range."""
 
 
 def is_remote(location: str) -> bool:
-    """True for s3://, False for a local path. UserError for every other scheme."""
+    """True for s3://, False for a local path. Raises UserError for every other scheme."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", location)
     if scheme is None:
         return False
@@ -59,9 +59,9 @@ def join(location: str, name: str) -> str:
 
 
 def list_files(location: str) -> dict[str, int]:
-    """Bytes of every file directly inside a folder or prefix, by name, sorted; empty where there is none.
+    """Bytes of every file directly inside a folder or prefix, by name, sorted; empty if there is no such place.
 
-    UserError where it cannot be listed: this is the first contact with a location.
+    Raises UserError if it cannot be listed, as this is usually the first contact with a location.
     """
     try:
         if is_remote(location):
@@ -80,14 +80,14 @@ def list_files(location: str) -> dict[str, int]:
 
 
 def size(location: str) -> int:
-    """Bytes of a file or object. FileNotFoundError where there is none."""
+    """Bytes of a file or object. Raises FileNotFoundError if there is none."""
     if is_remote(location):
         return int(_retry(lambda: _filesystem().info(location), location)["size"])
     return os.stat(location).st_size
 
 
 def exists(location: str) -> bool:
-    """Whether there is such a file or object."""
+    """Whether the file or object exists."""
     try:
         size(location)
     except FileNotFoundError:
@@ -101,7 +101,7 @@ def read_bytes(location: str) -> bytes:
 
 
 def read_range(location: str, start: int, stop: int) -> bytes:
-    """Exactly the bytes [start, stop). ShortRead where the file ends earlier, OSError where reading fails."""
+    """Exactly the bytes [start, stop). Raises ShortRead if the file ends earlier, OSError if reading fails."""
     if stop <= start:
         return b""
     if is_remote(location):
@@ -110,10 +110,10 @@ def read_range(location: str, start: int, stop: int) -> bytes:
 
 
 class LocalFile:
-    """A local file, open for as long as this object lives.
+    """A local file, open for as long as this object exists.
 
-    What is read first and what is read later is of one file, even where another has taken its path in between. There
-    is no position to share between threads, and a handle for every use leaves none to inherit over a fork.
+    All reads are from the same file, even if another one replaces it at its path in between. Threads share no file
+    position, and as each use opens its own handle, no handle is inherited over a fork.
     """
 
     _handle = -1
@@ -127,9 +127,9 @@ class LocalFile:
             os.close(self._handle)
 
     def read(self, start: int, stop: int) -> bytes:
-        """Exactly the bytes [start, stop). ShortRead where the file ends earlier."""
+        """Exactly the bytes [start, stop). Raises ShortRead if the file ends earlier."""
         data = os.pread(self._handle, stop - start, start)
-        while len(data) < stop - start:  # one read gives at most 2 GiB, and less at the end of the file
+        while len(data) < stop - start:  # one call returns at most 2 GiB, and less at the end of the file
             part = os.pread(self._handle, stop - start - len(data), start + len(data))
             if not part:
                 raise ShortRead(f"{self.path} ends at byte {start + len(data)}, expected {stop}")
@@ -137,7 +137,7 @@ class LocalFile:
         return data
 
     def read_into(self, memory: memoryview, start: int) -> None:
-        """Fill `memory` (bytes) with what lies from `start` on. ShortRead where the file ends earlier."""
+        """Fill `memory` (bytes) with the file's bytes from `start` on. Raises ShortRead if the file ends earlier."""
         done = 0
         while done < len(memory):
             count = os.preadv(self._handle, [memory[done:]], start + done)
@@ -148,7 +148,7 @@ class LocalFile:
 
 @contextlib.contextmanager
 def range_reader(location: str, end: int) -> Iterator[Callable[[int, int], bytes]]:
-    """`read(start, stop)` for many small reads that go forward through one file or object of `end` bytes."""
+    """A function `read(start, stop)` for many small reads that go forward through a file or object of `end` bytes."""
     if not is_remote(location):
         yield LocalFile(location).read
         return
@@ -164,16 +164,17 @@ def range_reader(location: str, end: int) -> Iterator[Callable[[int, int], bytes
 
 
 def write_bytes(location: str, data: bytes) -> None:
-    """Write a whole file or object: it is there completely or not at all."""
+    """Write a whole file or object, which becomes visible only when it is complete."""
     with atomic_file(location) as path:
         path.write_bytes(data)
 
 
 @contextlib.contextmanager
 def atomic_file(location: str) -> Iterator[Path]:
-    """A local path to write to; what was written takes its place at `location` when the block ends without an error.
+    """A local path to write to. The file moves to `location` when the block ends without an error.
 
-    Locally: `files.atomic_write`. On S3: one upload, visible only when complete.
+    Locally this is `files.atomic_write`. On S3 it is one upload, visible only when complete. Raises UserError if a
+    bucket does not exist or refuses the upload.
     """
     if is_remote(location):
         with tempfile.TemporaryDirectory() as folder:
@@ -189,7 +190,7 @@ def atomic_file(location: str) -> Iterator[Path]:
 
 
 def make_folder(location: str) -> None:
-    """Create a local folder with its parents; S3 has no folders."""
+    """Create a local folder with its parents; nothing on S3, which has no folders. UserError if that fails."""
     if not is_remote(location):
         try:
             os.makedirs(location, exist_ok=True)
@@ -198,7 +199,7 @@ def make_folder(location: str) -> None:
 
 
 def remove_folder(location: str) -> None:
-    """Delete a folder or prefix with everything in it, if it is there."""
+    """Delete a folder or prefix with everything in it, if it exists."""
     if is_remote(location):
         with contextlib.suppress(FileNotFoundError):
             _retry(lambda: _filesystem().rm(location, recursive=True), location)
@@ -207,7 +208,7 @@ def remove_folder(location: str) -> None:
 
 
 def remove_file(location: str) -> None:
-    """Delete one file or object, if it is there."""
+    """Delete one file or object, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         if is_remote(location):
             _retry(lambda: _filesystem().rm_file(location), location)
@@ -217,7 +218,7 @@ def remove_file(location: str) -> None:
 
 def _remote_range(location: str, start: int, stop: int) -> bytes:
     try:
-        data = _filesystem().cat_file(location, start=start, end=stop)
+        data: bytes = _filesystem().cat_file(location, start=start, end=stop)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -230,7 +231,7 @@ def _remote_range(location: str, start: int, stop: int) -> bytes:
 
 
 def _filesystem() -> Any:
-    """This process's S3 file system. s3fs keeps an event loop and does not survive a fork."""
+    """The S3 file system of this process: s3fs has an event loop, which does not survive a fork."""
     return _filesystem_of(os.getpid())
 
 
@@ -238,19 +239,21 @@ def _filesystem() -> Any:
 def _filesystem_of(pid: int) -> Any:
     import s3fs
 
+    for name in ("botocore", "aiobotocore"):  # they log at level INFO in every process where they found the credentials
+        logging.getLogger(name).setLevel(logging.WARNING)
     timeouts = {"read_timeout": READ_TIMEOUT_S, "connect_timeout": CONNECT_TIMEOUT_S}
     filesystem = s3fs.S3FileSystem(
         config_kwargs={**timeouts, "retries": {"total_max_attempts": 1}},
         skip_instance_cache=True,
         use_listings_cache=False,
     )
-    # Retries are counted in one place, below: nested ones multiply to minutes.
+    # Only `_retry` below repeats: nested retries would multiply to minutes.
     filesystem.retries = 1
     return filesystem
 
 
 def _retry(action: Callable[[], T], location: str) -> T:
-    """Run `action` a bounded number of times with jittered, growing pauses."""
+    """Run `action`, at most ATTEMPTS times with growing, jittered pauses. Raises OSError if every attempt fails."""
     began = time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
         try:

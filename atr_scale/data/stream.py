@@ -1,10 +1,10 @@
-"""Shards to batches.
+"""Shards to training batches.
 
-    sample order (which samples) -> open (headers and captions) -> decode the crop into its row -> fill holes -> Batch
+    sample order (which samples) -> open (headers and captions) -> decode each crop into its row -> fill holes -> Batch
 
-Rank r takes rows [r b, (r + 1) b) of every global batch, worker w of n the batches w, w + n, ... of its rank; every
-random choice hangs on the seed and the sample's position in the stream. So ranks are disjoint, their union is the
-global batch, all make equal steps, and the first batch to be read can be any.
+Rank r takes rows [r b, (r + 1) b) of every global batch, and worker w of n takes every n-th batch of its rank. Every
+random choice depends only on the seed and the sample's position in the stream. So the ranks' rows are disjoint, their
+union is the global batch, all ranks make the same number of steps, and reading can start at any batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from atr_scale.batch import Batch, caption_id, stable_id
+from atr_scale.batch import Batch
+from atr_scale.data.collate import DecodedClip, collate
 from atr_scale.data.corpora import CORPORA
 from atr_scale.data.decode import Crop, decode
 from atr_scale.data.options import DataSection
@@ -39,26 +40,30 @@ from atr_scale.errors import UserError
 logger = logging.getLogger(__name__)
 
 GROUP = 32  # samples of local shards that are opened at once, each with a file handle
-READ_THREADS = 8  # concurrent range reads of one worker where shards are remote
+READ_THREADS = 8  # concurrent range reads of one worker if shards are remote
 PREFETCH = 4  # batches that a worker reads ahead
-HELD = 2  # batches that a training step holds, and the next one; read ahead, also the one after that
+HELD = 2  # batches in use at once: that of the training step and the next one; reading ahead adds a third
 
 
-class DecodedClip(NamedTuple):
-    """One decoded sample: how many samples it has in its row of the batch, its caption of this visit and which one that
-    is, who it is, and where it lies."""
+class Visit(NamedTuple):
+    """One visit to one sample, with the random numbers in [0, 1) that decide which caption and crop are taken.
 
-    length: int
-    caption: str
-    caption_index: int
-    clip_id: str
-    place: str
+    source and sample: number of the corpus in the mixture, and of the sample in the corpus. caption: draws one of its
+    captions. start: draws the place of the crop. reword: draws whether to take a paraphrase. paraphrase: draws which.
+    """
+
+    source: int
+    sample: int
+    caption: float
+    start: float
+    reword: float
+    paraphrase: float
 
 
 class TrainingStream(IterableDataset[Parcel | UserError]):
-    """This rank's batches from global batch `first` up to `last`, endlessly many epochs if need be.
+    """This rank's rows of the global batches `first` up to `last`, over any number of epochs.
 
-    Iterated by `read_batches`, in worker processes or in this one.
+    Iterated by `read_batches`, in worker processes or in this one. Raises UserError if shards are missing or empty.
     """
 
     def __init__(
@@ -91,11 +96,11 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
             block=data.shuffle_block,
         )
         self.tokenizer, self.sample_rate, self.seed = tokenizer, sample_rate, seed
-        self.augmented_share = data.augmented_captions
+        self.paraphrase_rate = data.augmented_captions
         self.paraphrases = _read_paraphrases(self.sources) if data.augmented_captions else []
         self.crop_seconds, self.quantum = data.crop_seconds, max(1, round(data.crop_quantum * sample_rate))
-        share = global_batch_size // world.size
-        self.rows = slice(world.rank * share, (world.rank + 1) * share)
+        local_batch_size = global_batch_size // world.size
+        self.rows = slice(world.rank * local_batch_size, (world.rank + 1) * local_batch_size)
         self.width = max(1, round(data.crop_seconds * sample_rate))
         self.buffers, self.keep_int16 = SharedBuffers(0, 0), False
         self.first, self.last = 0, 0
@@ -110,31 +115,28 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         start, step = (worker.id, worker.num_workers) if worker else (0, 1)
         remote = any("://" in shards.location for shards in self.sources)
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            read = partial(pool.map, self._read) if remote else partial(_in_groups, self._open)
+            fetch = partial(pool.map, self._read) if remote else partial(_in_groups, self._open)
             for number in range(self.first + start, self.last, step):
-                rows = self.order.batch(number)[self.rows]
+                visits = _visits(self.seed, self.order.batch(number)[self.rows])
                 buffer = self.buffers.take(start)
                 try:
-                    batch = self._load(rows, read(rows.source.tolist(), rows.index.tolist()), buffer.memory)
-                except UserError as error:  # travels as a value: raised in a worker it would arrive as a traceback
+                    batch = self._load(visits, fetch(visits), buffer.memory)
+                except UserError as error:  # sent as a value: raised in a worker it would arrive as a traceback
                     yield error
                     return
                 yield Parcel.pack(batch, buffer.number)
 
-    def _load(self, rows: Rows, raw: Iterable[RawSample | BadSample], memory: np.ndarray) -> Batch:
-        """The batch of samples as they lie there; its waveform is in `memory`."""
+    def _load(self, visits: Sequence[Visit], samples: Iterable[RawSample | BadSample], memory: np.ndarray) -> Batch:
+        """The batch of the visited `samples`, with its waveform in `memory`. UserError if no sample is readable."""
         waveforms = WaveformRows(memory, self.width, self.keep_int16)
         clips: list[DecodedClip | None] = []
         dropped: Counter[str] = Counter()
-        sources = rows.source.tolist()
-        draws = _draws(self.seed, int(rows.position[0]), len(sources))
-        places = map(self._place, sources, rows.index.tolist())
-        for row, (sample, source, draw, place) in enumerate(zip(raw, sources, draws, places, strict=True)):
+        for row, (visit, sample) in enumerate(zip(visits, samples, strict=True)):
             try:
-                clips.append(self._decode(sample, source, draw, place, waveforms, row))
+                clips.append(self._decode(visit, sample, waveforms, row))
             except BadSample as error:
                 dropped[error.reason] += 1
-                logger.debug("dropped %s: %s", place, error)
+                logger.debug("dropped %s: %s", self._place(visit), error)
                 clips.append(None)
         good = [k for k, clip in enumerate(clips) if clip is not None]
         if not good:
@@ -142,82 +144,92 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
                 f"all {len(clips)} samples of a batch are unreadable ({dict(dropped)}): "
                 "run `atr-scale shards check` on data.train"
             )
-        # A copy of a good row fills the hole; the positives treat it as what it is, the same clip again.
+        # A hole is filled with a copy of a good row: the same clip again, so the two rows are positives of each other.
         origin = [k if clip is not None else good[k % len(good)] for k, clip in enumerate(clips)]
         for k, other in enumerate(origin):
             if k != other:
                 waveforms.array[k] = waveforms.array[other]
         return collate(waveforms.array, [clip for k in origin if (clip := clips[k])], self.tokenizer, dropped)
 
-    def _read(self, source: int, index: int) -> RawSample | BadSample:
+    def _read(self, visit: Visit) -> RawSample | BadSample:
         try:
-            return self.sources[source].read(index)
+            return self.sources[visit.source].read(visit.sample)
         except BadSample as error:
             return error
 
-    def _open(self, source: int, index: int) -> RawSample | BadSample:
+    def _open(self, visit: Visit) -> RawSample | BadSample:
         try:
-            return self.sources[source].open(index)
+            return self.sources[visit.source].open(visit.sample)
         except BadSample as error:
             return error
 
-    def _place(self, source: int, index: int) -> str:
-        shards = self.sources[source]
-        return f"{shards.corpus}/{shards.names[shards.shard_of[index]]}/{shards.keys[index]}"
+    def _place(self, visit: Visit) -> str:
+        shards = self.sources[visit.source]
+        return f"{shards.corpus}/{shards.names[shards.shard_of[visit.sample]]}/{shards.keys[visit.sample]}"
 
-    def _decode(
-        self,
-        sample: RawSample | BadSample,
-        source: int,
-        draw: list[float],
-        place: str,
-        waveforms: WaveformRows,
-        number: int,
-    ) -> DecodedClip:
-        """Draw caption and crop, write the samples to row `number`. Raises BadSample."""
-        if isinstance(sample, BadSample):  # raised by a thread it would end the other reads
+    def _decode(self, visit: Visit, sample: RawSample | BadSample, waveforms: WaveformRows, row: int) -> DecodedClip:
+        """Draw a caption of the sample, and write a crop of its audio to row `row`. Raises BadSample."""
+        if isinstance(sample, BadSample):  # raised in a reading thread it would end the other reads
             raise sample
-        which, fraction, reword, paraphrase = draw
-        drawn = int(which * len(sample.captions))
-        caption = sample.captions[drawn]
-        if self.paraphrases and reword < self.augmented_share:
-            reworded = self.paraphrases[source].of(sample.clip_id, drawn, caption)
-            caption = reworded[int(paraphrase * len(reworded))] if reworded else caption
-        crop = Crop(start_fraction=fraction, seconds=self.crop_seconds)
-        row = waveforms.array[number]
+        caption, number = self._draw_caption(visit, sample)
+        length = self._write_crop(visit, sample, waveforms, row)
+        return DecodedClip(length, caption, number, sample.clip_id, self._place(visit))
+
+    def _draw_caption(self, visit: Visit, sample: RawSample) -> tuple[str, int]:
+        """(caption or a paraphrase of it, its index among the sample's captions)."""
+        number = int(visit.caption * len(sample.captions))
+        caption = sample.captions[number]
+        if self.paraphrases and visit.reword < self.paraphrase_rate:
+            found = self.paraphrases[visit.source].of(sample.clip_id, number, caption)
+            caption = found[int(visit.paraphrase * len(found))] if found else caption
+        return caption, number
+
+    def _write_crop(self, visit: Visit, sample: RawSample, waveforms: WaveformRows, row: int) -> int:
+        """Write a crop of the sample to row `row`; returns its length, a multiple of the quantum if it is not less."""
+        out = waveforms.array[row]
+        crop = Crop(start_fraction=visit.start, seconds=self.crop_seconds)
         waveform = decode(
-            sample.audio, sample.extension, self.sample_rate, pcm_rate=sample.sample_rate, crop=crop, out=row
+            sample.audio, sample.extension, self.sample_rate, pcm_rate=sample.sample_rate, crop=crop, out=out
         )
-        kept = len(waveform) // self.quantum * self.quantum or len(waveform)
-        start = int(fraction * (len(waveform) - kept))
-        if waveform.dtype != row.dtype:
-            waveforms.widen(number)
-            row = waveforms.array[number]
-            row[:kept] = waveform[start : start + kept]
+        length = len(waveform) // self.quantum * self.quantum or len(waveform)
+        start = int(visit.start * (len(waveform) - length))
+        if waveform.dtype != out.dtype:
+            waveforms.widen(row)
+            waveforms.array[row][:length] = waveform[start : start + length]
         elif start:
-            row[:kept] = row[start : start + kept]
-        return DecodedClip(kept, caption, drawn, sample.clip_id, place)
+            out[:length] = out[start : start + length]
+        return length
 
 
 def _in_groups(
-    open_sample: Callable[[int, int], RawSample | BadSample], sources: Iterable[int], indices: Iterable[int]
+    open_sample: Callable[[Visit], RawSample | BadSample], visits: Iterable[Visit]
 ) -> Iterator[RawSample | BadSample]:
-    """map(), GROUP samples at once: one by one, the audio of each would drive all that parsing needs from the cache."""
-    samples = map(open_sample, sources, indices)
+    """map() in groups of GROUP samples: decoding between two of them would evict the parser's data from the cache."""
+    samples = map(open_sample, visits)
     while group := list(islice(samples, GROUP)):
         yield from group
 
 
-def _draws(seed: int, first: int, count: int) -> list[list[float]]:
-    """Four numbers in [0, 1) for each of the positions first, first + 1, ... of the stream.
+def _visits(seed: int, rows: Rows) -> list[Visit]:
+    """The visits of neighbouring rows of a batch, with their random numbers."""
+    draws = _draws(seed, int(rows.position[0]), len(rows.position))
+    places = zip(rows.source.tolist(), rows.index.tolist(), draws, strict=True)
+    return [Visit(source, index, *numbers) for source, index, numbers in places]
 
-    Philox counts: a position's numbers are one block of it and can be had without those before.
+
+def _draws(seed: int, first: int, count: int) -> list[list[float]]:
+    """Four random numbers in [0, 1) for each of the positions first, first + 1, ... of the stream.
+
+    Philox is a counter-based generator: the numbers of a position are one block of it, found without those before.
     """
-    return np.random.Generator(np.random.Philox(key=[seed, 2], counter=first)).random((count, 4)).tolist()
+    numbers: list[list[float]] = (
+        np.random.Generator(np.random.Philox(key=[seed, 2], counter=first)).random((count, 4)).tolist()
+    )
+    return numbers
 
 
 def _read_paraphrases(sources: Sequence[ShardSet]) -> list[Paraphrases]:
-    """Of each source. UserError where none has any, or where they belong to another split than training."""
+    """The paraphrases of each source. UserError if there are none at all, or if a source is not a training split."""
     for shards in sources:
         refuse_evaluation_split(shards.location, shards.split)
     found = [Paraphrases(shards.location) for shards in sources]
@@ -230,63 +242,22 @@ def _read_paraphrases(sources: Sequence[ShardSet]) -> list[Paraphrases]:
 
 
 def _check_exclusions(shards: ShardSet) -> None:
-    """Say which overlap lists shards were built with; warn if there was none and their corpus calls for one."""
-    # Lists that came from a file carry its name; others (files that nobody can read) are about no overlap.
+    """Log the exclusion lists that shards were built with; warn if there was none although their corpus needs one."""
+    # Lists that came from a file have its name; the others name unreadable files, not overlap with evaluation sets.
     applied = [e["name"] for e in shards.manifest.get("exclusions", []) if Path(e["name"]).suffix]
     corpus = CORPORA.get(shards.corpus)
     if applied:
         logger.info("%s was built without the clips of %s", shards.location, ", ".join(applied))
     elif corpus is not None and corpus.overlap_warning:
-        logger.warning("%s was built without an overlap list and %s", shards.location, corpus.overlap_warning)
-
-
-def collate(
-    waveform: np.ndarray, clips: Sequence[DecodedClip], tokenizer: CaptionTokenizer, dropped: Counter[str]
-) -> Batch:
-    """Clips as one batch; the rows of `waveform` [b, width] begin with their samples and are joined in place."""
-    longest = max(clip.length for clip in clips)
-    for row, clip in zip(waveform, clips, strict=True):
-        if clip.length < longest:
-            row[clip.length : longest] = 0
-    input_ids, attention_mask = tokenizer([clip.caption for clip in clips])
-    return Batch(
-        waveform=torch.from_numpy(_narrow(waveform, longest)),
-        lengths=torch.tensor([clip.length for clip in clips]),
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        clip_ids=torch.tensor([stable_id(clip.clip_id) for clip in clips]),
-        caption_ids=torch.tensor([caption_id(clip.caption) for clip in clips]),
-        caption_index=torch.tensor([clip.caption_index for clip in clips]),
-        keys=[clip.place for clip in clips],
-        dropped=dropped,
-    )
-
-
-def _narrow(waveform: np.ndarray, width: int) -> np.ndarray:
-    """The first `width` columns, contiguous in the same memory."""
-    if width == waveform.shape[1]:
-        return waveform
-    narrow = waveform.reshape(-1)[: len(waveform) * width].reshape(-1, width)
-    for row in range(1, len(waveform)):  # forward: what is written lies before all that is still to be moved
-        narrow[row] = waveform[row, :width]
-    return narrow
-
-
-def pad(waveforms: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """([b, longest] float32, [b] int64 lengths)."""
-    lengths = torch.tensor([len(w) for w in waveforms])
-    out = torch.zeros(len(waveforms), int(lengths.max()))
-    for row, waveform in zip(out, waveforms, strict=True):
-        row[: len(waveform)] = torch.from_numpy(waveform)
-    return out, lengths
+        logger.warning("%s was built without an exclusion list and %s", shards.location, corpus.overlap_warning)
 
 
 def read_batches(
     stream: TrainingStream, workers: int, *, keep_int16: bool = False, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """Batches of `stream` in order, read ahead by `workers` processes (0: when they are asked for, by this one).
+    """The batches of `stream` in order, read ahead by `workers` processes (0: read on demand by this one).
 
-    keep_int16: waveforms that are stored as 16-bit samples at the encoder's rate stay so, for a GPU to convert.
+    keep_int16: waveforms that are stored as 16-bit samples at the encoder's rate stay int16, for a GPU to convert.
     pin_memory: batches lie in page-locked memory, from which a GPU copies while it computes.
     """
     context = None
@@ -315,7 +286,7 @@ def _opened(parcels: Iterable[Parcel | UserError], buffers: SharedBuffers) -> It
 
 
 def _one_ahead(batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:
-    """The batches, taken and pinned by a thread while a step runs."""
+    """The batches; a thread takes and pins the next one while a step runs."""
 
     def take() -> Batch | None:
         batch = next(batches, None)
@@ -330,6 +301,6 @@ def _one_ahead(batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:
 
 
 def describe(sources: Sequence[ShardSet]) -> str:
-    """One line on what a run reads."""
+    """One line that names the corpora of a run and their sizes."""
     parts = (f"{s.corpus} {s.split} ({len(s)} clips in {len(s.names)} shards)" for s in sources)
     return ", ".join(parts)

@@ -1,7 +1,7 @@
-"""Walk a tar by its headers. One walker indexes shards, reads samples and checks shards, so that they always agree.
+"""Walk a tar by its headers. Indexing, reading and checking use the same walker, so they always agree.
 
-Members are never extracted to disk. tarfile is not used: its reader ends silently at a broken header in the middle of
-an archive, which is just what has to be noticed here.
+Members are never extracted to disk. tarfile is not used because its reader ends silently at a broken header in the
+middle of an archive, the very fault that must be noticed here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 BLOCK = 512
 MAX_SPECIAL_BYTES = 1 << 20
-OLD_FILE = b"\0"  # of before POSIX; folders have it too, with a name that ends in a slash
+OLD_FILE = b"\0"  # a file before POSIX; also a folder, if its name ends in a slash
 REGULAR = (b"0", OLD_FILE)
 FOLDER = b"5"
 DATALESS = (b"1", b"2", b"3", b"4", FOLDER, b"6")  # links, devices, folder, pipe
@@ -22,7 +22,7 @@ KEY_RULE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 
 
 class BrokenTar(Exception):
-    """A header that is no tar header, or an archive that ends inside a member. `offset` is where the trouble begins."""
+    """A header that is not a tar header, or an archive that ends inside a member. `offset` is the first bad byte."""
 
     def __init__(self, offset: int, detail: str):
         super().__init__(offset, detail)
@@ -34,9 +34,9 @@ class BrokenTar(Exception):
 
 
 class Member(NamedTuple):
-    """A member: bytes [start, stop) from its first header to its padded end, data [data_start, data_start + size).
+    """A member: bytes [start, stop) from its first header to its padded end, with data [data_start, data_start + size).
 
-    `regular`: a plain file; `folder`: a directory entry; neither: a link, a device or worse.
+    `regular`: a plain file; `folder`: a directory entry; neither: a link, a device or an unknown type.
     """
 
     name: str
@@ -49,9 +49,10 @@ class Member(NamedTuple):
 
 
 def walk(read: Callable[[int, int], bytes], end: int) -> Iterator[Member | None]:
-    """Members of the archive bytes [0, end), and at last None if the archive's end marker was met.
+    """Members of the archive bytes [0, end), and finally None if the archive has its end marker.
 
-    `read(start, stop)` gives bytes and never gets a stop beyond `end`. BrokenTar where a header or member is not whole.
+    `read(start, stop)` returns bytes; it is never called with a stop beyond `end`. Raises BrokenTar if a header or a
+    member is not whole.
     """
     position = first = 0
     long_name: str | None = None
@@ -102,7 +103,8 @@ def walk(read: Callable[[int, int], bytes], end: int) -> Iterator[Member | None]
 def split_key(member: Member) -> tuple[str, str] | None:
     """(sample key, lower-case extension) by webdataset's rule: the extension begins at the basename's first dot.
 
-    None for what no sample is made of: links, devices, folders, dot files, and names that leave the archive.
+    None for members that cannot be part of a sample: links, devices, folders, dot files, and names that leave the
+    archive.
     """
     match = KEY_RULE.fullmatch(member.name)
     if not member.regular or match is None or member.name.startswith("/") or ".." in member.name.split("/"):
@@ -111,12 +113,12 @@ def split_key(member: Member) -> tuple[str, str] | None:
 
 
 def _parse_header(header: bytes, offset: int) -> tuple[str, bytes, int]:
-    """(name, type, size) of a v7, ustar, GNU or pax header. BrokenTar where the checksum does not fit."""
+    """(name, type, size) of a v7, ustar, GNU or pax header. Raises BrokenTar if the checksum does not fit."""
     try:
         stated, size = _number(header[148:156]), _number(header[124:136])
     except ValueError:
         raise BrokenTar(offset, "no tar header") from None
-    # The checksum counts its own field as eight blanks. Most of a header is zeros, and summing them takes time.
+    # The checksum counts its own field as eight spaces. Most bytes of a header are zeros, which need not be summed.
     if stated != sum(header.translate(None, b"\0")) - sum(header[148:156]) + 8 * 32:
         raise BrokenTar(offset, "bad header checksum")
     name, kind = header[:100].partition(b"\0")[0], header[156:157]
@@ -126,7 +128,7 @@ def _parse_header(header: bytes, offset: int) -> tuple[str, bytes, int]:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or base 256 where the first bit is set."""
+    """Octal digits, or base 256 if the first bit is set."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big", signed=field[0] == 0xFF)
     return int(field.partition(b"\0")[0].strip() or b"0", 8)

@@ -1,4 +1,4 @@
-"""Captions to token ids: the papers' cleaning rules and the text encoder's own tokenizer."""
+"""Captions to token ids: the cleaning rules of the papers, then the text encoder's tokenizer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def _unchanged(caption: str) -> str:
 
 
 def _wavcaps(caption: str) -> str:
-    """WavCaps' and Mei et al.'s retrieval code: lower case, these marks replaced by spaces."""
+    """The rule of the retrieval code of WavCaps and of Mei et al.: lower case, these marks replaced by spaces."""
     return " ".join(caption.lower().translate(_WAVCAPS).split())
 
 
 def _lower_no_punctuation(caption: str) -> str:
-    """Estimated correspondences (arXiv 2408.11641): lower case, all punctuation removed."""
+    """The rule of estimated audio-caption correspondences (arXiv 2408.11641): lower case, no punctuation."""
     return " ".join(caption.lower().translate(_PUNCTUATION).split())
 
 
@@ -36,9 +36,9 @@ CLEANING: dict[str, Callable[[str], str]] = {
 
 
 class CaptionTokenizer:
-    """Captions -> (input_ids, attention_mask), each [captions, L] int64, cleaned, then truncated to `max_tokens`.
+    """Captions -> (input_ids, attention_mask), each [captions, L] int64; cleaned, then cut to `max_tokens` tokens.
 
-    tokenizer: the text encoder's own, called as those of transformers are. cleaning: a name in CLEANING.
+    tokenizer: the text encoder's, with the call signature of transformers' tokenizers. cleaning: a name in CLEANING.
     """
 
     def __init__(self, tokenizer: Callable[..., Any], cleaning: str = "none", max_tokens: int = 64) -> None:
@@ -47,12 +47,12 @@ class CaptionTokenizer:
         self._max_tokens = max_tokens
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        # A caption of punctuation alone keeps its text rather than becoming empty.
+        # A caption that cleaning would empty (punctuation alone) stays unchanged.
         cleaned = [self._clean(c) or c for c in captions]
         out = self._tokenizer(cleaned, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
         return out["input_ids"], out["attention_mask"]
 
 
 def caption_tokenizer(tokenizer: Callable[..., Any], captions: CaptionSection) -> CaptionTokenizer:
-    """What makes token ids of captions as a run's `data.captions` says; tokenizer: the text encoder's own."""
+    """The tokenizer that a run's `data.captions` describes, on top of the text encoder's `tokenizer`."""
     return CaptionTokenizer(tokenizer, captions.cleaning, captions.max_tokens)

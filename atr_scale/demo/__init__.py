@@ -1,1 +1,1 @@
-"""Synthetic corpora: dsp -> events -> scenes -> captions -> plan -> corpora and truth; text_encoder beside them."""
+"""Synthetic corpora: dsp -> events -> scenes -> captions -> clips -> corpora and relevance; and a text_encoder."""

@@ -1,4 +1,4 @@
-"""Captions of scenes from a small varied grammar. A caption records exactly the facts its text states."""
+"""Captions of scenes from a small, varied grammar. A caption records exactly the facts that its text states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from atr_scale.demo.lexicon import (
 )
 from atr_scale.demo.scenes import Content, Relation, Scene, Sound, pick
 
-# How often a caption states what it could (the rest stays open, as people leave it).
+# Probabilities that a caption states a fact; like human captions, it leaves some out.
 P_PITCH = {"low": 0.65, "mid": 0.06, "high": 0.65}
 P_LOUDNESS = 0.5
 P_COUNT = {1: 0.3, 2: 0.75, 3: 0.75, 4: 0.75, 5: 0.75}
@@ -40,7 +40,11 @@ _WHILE = (
     "{A} together with {B}",
     "{a} during {B}",
 )
-_WHILE_WITHIN = ("{a} while {b}", "{a} as {b}", "{a} with {B}")  # inside a sequence: cannot reach over to neighbours
+_WHILE_WITHIN = (
+    "{a} while {b}",
+    "{a} as {b}",
+    "{a} with {B}",
+)  # within a sequence: unambiguous beside others
 _BEFORE = (
     "{a}, then {b}",
     "{a} and then {b}",
@@ -68,7 +72,7 @@ _BACKGROUND = (
 
 @dataclass(frozen=True)
 class DemoCaption:
-    """A text and what it states: `correspondence(states, scene.content)` is 1 for the scene it was written for."""
+    """A text and the facts that it states; its own scene has the relevance 1."""
 
     text: str
     states: Content
@@ -122,7 +126,7 @@ def write_caption(rng: np.random.Generator, scene: Scene) -> DemoCaption:
 
 
 def _state(rng: np.random.Generator, sound: Sound) -> Sound:
-    """What is going to be said of an event; a person's act is given no pitch (see `_Mention`)."""
+    """The facts about an event that the caption will state."""
     pitch = sound.pitch if rng.random() < P_PITCH[str(sound.pitch)] else None
     loudness = sound.loudness if rng.random() < P_LOUDNESS else None
     if not isinstance(sound.count, int) or rng.random() >= P_COUNT[sound.count]:
@@ -147,7 +151,7 @@ class _Mention:
         if rng.random() < 0.5 and (sound.count is not None or len(noun) == 1):
             before, after = _attributes(rng, sound, adjectives=True)
             self.phrase = _join(_counted(rng, before, noun, sound.count), after)
-        else:  # a noun that can be counted would say whether there was one: only where a count is stated
+        else:  # a countable noun would state a count, so it is used only if there is one
             self.phrase = _join(noun_phrase, participle, after, times)
 
 
@@ -175,7 +179,7 @@ def _times(rng: np.random.Generator, count: int | str | None) -> str:
 
 
 def _counted(rng: np.random.Generator, adjectives: list[str], noun: tuple[str, ...], count: int | str | None) -> str:
-    """A noun with its number, or a noun that has none."""
+    """A noun with its number, or a mass noun."""
     if len(noun) == 1:
         return _determine("the" if rng.random() < 0.5 else "", [*adjectives, noun[0]])
     assert count is not None
@@ -187,7 +191,7 @@ def _counted(rng: np.random.Generator, adjectives: list[str], noun: tuple[str, .
 
 
 def _sequence(rng: np.random.Generator, groups: list[list[_Mention]]) -> str:
-    """Groups one after the other; the members of a group at the same time."""
+    """Text of groups that follow each other; the members of a group occur at the same time."""
     if len(groups) == 1 and len(groups[0]) == 1:
         return groups[0][0].clause if rng.random() < 0.6 else groups[0][0].phrase
     if len(groups) == 2 and len(groups[0]) == len(groups[1]) == 1:

@@ -1,4 +1,4 @@
-"""Which clip of which corpus holds which scene, and what is said of it: all of it known before any audio is made."""
+"""The clips of the demo corpora with their scenes and captions, drawn before any audio is rendered."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from atr_scale.data.corpora.audiocaps import AudioCaps
+from atr_scale.data.corpora.clotho import Clotho
+from atr_scale.data.splits import is_held_out
 from atr_scale.demo.captions import DemoCaption, write_captions
 from atr_scale.demo.scenes import Scene, draw_scene
 
 WAVCAPS_SOURCES = {
-    # folder -> (name in clip ids, share of the corpus, shortest and longest clip in seconds)
+    # folder -> (name in clip ids, fraction of the corpus, shortest and longest clip in seconds)
     "AudioSet_SL": ("audioset", 0.35, 10.0, 10.0),
     "BBC_Sound_Effects": ("bbc", 0.15, 8.0, 25.0),
     "FreeSound": ("freesound", 0.40, 5.0, 20.0),
@@ -23,7 +26,7 @@ _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Clips in each split. The default makes a pretraining run of minutes on two cores."""
+    """Clips in each split. With the default a pretraining run takes minutes on two cores."""
 
     audiocaps_train: int = 1200
     audiocaps_val: int = 100
@@ -32,16 +35,19 @@ class Sizes:
     clotho_validation: int = 40
     clotho_evaluation: int = 60
     wavcaps_train: int = 800
-    shared: int = 8  # WavCaps clips that are also in each of AudioCaps' and Clotho's splits
+    shared: int = 8  # clips of each split of AudioCaps and Clotho that are in WavCaps too
 
     def scaled(self, factor: float) -> Sizes:
-        """All sizes times `factor`, at least 4 clips a split and one shared."""
+        """All sizes times `factor`, at least 4 clips in a split and one shared."""
         return Sizes(**{name: max(1 if name == "shared" else 4, round(n * factor)) for name, n in asdict(self).items()})
 
 
 @dataclass(frozen=True)
 class DemoClip:
-    """One clip. `native_id` is the corpus's own: YouTube id, Clotho file name, WavCaps id; `path` is below the root."""
+    """One clip.
+
+    native_id: YouTube id, Clotho file name, or WavCaps id. path: audio file relative to the folder of all corpora.
+    """
 
     corpus: str
     split: str
@@ -56,44 +62,33 @@ class DemoClip:
 
     @property
     def name(self) -> str:
-        """ "corpus/split"."""
+        """<corpus>/<split>"""
         return f"{self.corpus}/{self.split}"
 
 
 def plan_clips(seed: int, sizes: Sizes) -> list[DemoClip]:
-    """All clips of the three corpora. No two have the same content, but for the `shared` ones of WavCaps."""
+    """All clips of the three corpora. No two have the same content, except the `shared` ones of WavCaps."""
     planner = _Planner(seed)
+    counts = asdict(sizes)
     clips = [
-        planner.audiocaps(split, i, captions)
-        for split, count, captions in (
-            ("train", sizes.audiocaps_train, 1),
-            ("val", sizes.audiocaps_val, 5),
-            ("test", sizes.audiocaps_test, 5),
-        )
-        for i in range(count)
+        planner.audiocaps(split, i, num_captions=5 if is_held_out(split) else 1)
+        for split in AudioCaps.splits
+        for i in range(counts[f"audiocaps_{split}"])
     ]
-    clips += [
-        planner.clotho(split, i)
-        for split, count in (
-            ("development", sizes.clotho_development),
-            ("validation", sizes.clotho_validation),
-            ("evaluation", sizes.clotho_evaluation),
-        )
-        for i in range(count)
-    ]
+    clips += [planner.clotho(split, i) for split in Clotho.splits for i in range(counts[f"clotho_{split}"])]
     twins: dict[str, list[DemoClip]] = {"AudioSet_SL": [], "FreeSound": []}
     for name in dict.fromkeys(clip.name for clip in clips):
         members = [clip for clip in clips if clip.name == name][: sizes.shared]
         twins["AudioSet_SL" if name.startswith("audiocaps") else "FreeSound"] += members
-    for source, (_, share, *_) in WAVCAPS_SOURCES.items():
-        own = max(1, round(sizes.wavcaps_train * share) - len(twins.get(source, [])))
+    for source, (_, fraction, *_) in WAVCAPS_SOURCES.items():
+        own = max(1, round(sizes.wavcaps_train * fraction) - len(twins.get(source, [])))
         clips += [planner.wavcaps(source, i, twin=None) for i in range(own)]
         clips += [planner.wavcaps(source, own + i, twin) for i, twin in enumerate(twins.get(source, []))]
     return clips
 
 
 class _Planner:
-    """Draws clips one by one; each has its own generator, so that a split's clips do not hang on other sizes' draws."""
+    """Draws clips one by one. Each has its own generator, so that the clips of a split do not depend on other sizes."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -102,7 +97,7 @@ class _Planner:
 
     def audiocaps(self, split: str, i: int, num_captions: int) -> DemoClip:
         rng = self._rng("audiocaps", split, i)
-        youtube_id = self._fresh(lambda: "".join(_ALPHABET[k] for k in rng.integers(len(_ALPHABET), size=11)))
+        youtube_id = self._fresh(lambda: _draw_youtube_id(rng))
         scene = self._scene(rng, 10.0)
         start = 10 * int(rng.integers(30))
         return DemoClip(
@@ -141,8 +136,7 @@ class _Planner:
         else:
             scene = self._scene(rng, round(float(rng.uniform(shortest, longest)), 1))
             if source == "AudioSet_SL":
-                letters = self._fresh(lambda: "".join(_ALPHABET[k] for k in rng.integers(len(_ALPHABET), size=11)))
-                native_id = f"Y{letters}.wav"
+                native_id = f"Y{self._fresh(lambda: _draw_youtube_id(rng))}.wav"
             elif source == "BBC_Sound_Effects":
                 native_id = f"07{i:06d}"
             else:
@@ -176,3 +170,7 @@ class _Planner:
             new = draw()
         self.ids.add(new)
         return new
+
+
+def _draw_youtube_id(rng: np.random.Generator) -> str:
+    return "".join(_ALPHABET[k] for k in rng.integers(len(_ALPHABET), size=11))

@@ -1,4 +1,4 @@
-"""The demo corpora in the official on-disk formats of AudioCaps, Clotho and WavCaps, so that their readers read them.
+"""Write the demo corpora in the official on-disk formats of AudioCaps, Clotho and WavCaps.
 
     OUT/audiocaps/  dataset/{train,val,test}.csv (audiocap_id, youtube_id, start_time, caption)
                     audio/{train,val,test}/Y<youtube_id>.wav, 10 s
@@ -6,8 +6,8 @@
                     {development,validation,evaluation}/<file_name>, wav of 15-30 s
     OUT/wavcaps/    json_files/<source>/*_final.json, json_files/blacklist/*.json
                     Waveforms/<source>/<id>.flac
-    OUT/relevance/  <corpus>-<split>.npz: how true every caption is of every clip
-    OUT/correspondences.json, README.txt, demo.json (what this folder was made with)
+    OUT/relevance/  <corpus>-<split>.npz: the relevance of every clip to every caption
+    OUT/contents.json (content of clips and captions), README.txt, demo.json (seed, sizes and sample rate)
 
 Formats: https://github.com/cdjkim/audiocaps (MIT), Clotho v2.1 (Zenodo 4783391), WavCaps (arXiv 2303.17395).
 """
@@ -29,15 +29,18 @@ import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
+from atr_scale.data.corpora.audiocaps import AudioCaps
+from atr_scale.data.corpora.clotho import Clotho
+from atr_scale.data.splits import is_held_out
 from atr_scale.demo.clips import DemoClip, Sizes, plan_clips
+from atr_scale.demo.relevance import GRADES, write_relevance
 from atr_scale.demo.scenes import Scene, render
-from atr_scale.demo.truth import GRADES, write_truth
 from atr_scale.errors import UserError
 from atr_scale.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # goes up whenever the same seed gives other audio or captions
+VERSION = 1  # goes up when the same seed begins to give other audio or captions
 WAVCAPS_JSON = {
     "AudioSet_SL": "as_final.json",
     "BBC_Sound_Effects": "bbc_final.json",
@@ -47,20 +50,20 @@ WAVCAPS_JSON = {
 _STAMP = "demo.json"
 _README = """\
 Synthetic soundscapes with captions: demo corpora in the on-disk formats of AudioCaps, Clotho and WavCaps.
-All of it is generated (demo.json: seed, sizes, sample rate); nothing is taken from those corpora.
+Everything is generated (demo.json: seed, sizes, sample rate); nothing is taken from those corpora.
 
-audiocaps/dataset/{train,val,test}.csv   audiocap_id, youtube_id, start_time, caption: 1 caption a clip in train, 5 else
+audiocaps/dataset/{train,val,test}.csv   audiocap_id, youtube_id, start_time, caption: 1 a clip in train, else 5
 audiocaps/audio/<split>/Y<youtube_id>.wav   the clips, 10 s
 clotho/clotho_captions_<split>.csv       file_name, caption_1 ... caption_5
 clotho/clotho_metadata_<split>.csv       file_name, keywords, sound_id, ... in ISO-8859-1
 clotho/<split>/<file_name>               the clips, 15-30 s; <split>: development, validation, evaluation
 wavcaps/json_files/<source>/*.json       one caption a clip; AudioSet_SL, BBC_Sound_Effects, FreeSound, SoundBible
-wavcaps/json_files/blacklist/*.json      clips of AudioCaps and Clotho that must not be trained on: WavCaps has some too
+wavcaps/json_files/blacklist/*.json      exclusion lists: clips of AudioCaps and Clotho that are in WavCaps too
 wavcaps/Waveforms/<source>/<id>.flac     the clips
-relevance/<corpus>-<split>.npz           for `atr-scale evaluate --relevance`: grades [captions, clips], float16: the
-                                         share of what the caption states that is true of the clip, 1 if all of it is;
-                                         clip_ids [clips]; caption_clip and caption_index [captions]
-correspondences.json                     what each caption states and each clip holds, in the order of those
+relevance/<corpus>-<split>.npz           for `atr-scale evaluate --relevance`: grades [captions, clips], float16, the
+                                         fraction of the caption's facts that are true of the clip; clip_ids [clips];
+                                         caption_clip and caption_index [captions]
+contents.json                            the facts of each caption and each clip, in the order of those
 text_encoder/                            a tokenizer for these captions and a small untrained BERT (atr-scale demo-data)
 """
 
@@ -68,12 +71,12 @@ text_encoder/                            a tokenizer for these captions and a sm
 def write_demo_corpora(
     out: Path, *, seed: int = 0, sample_rate: int = 16000, workers: int | None = None, sizes: Sizes | None = None
 ) -> None:
-    """Write the three demo corpora and the true relevance of their captions under `out`.
+    """Write the three demo corpora and the relevance of their clips to their captions under `out`.
 
-    The same seed, sizes and sample rate (Hz) give the same bytes, whatever the number of worker processes (None: one
-    for each core). A finished folder is left as it is. An interrupted one is completed, as is one that was made before
-    there was relevance/; audio that is there is kept. Raises UserError if `out` holds something else, or demo corpora
-    of other settings.
+    The same seed, sizes and sample rate (Hz) give the same bytes for any number of worker processes (None: one for each
+    core). A finished folder stays unchanged. An unfinished one is completed, and so is one of a version that did not
+    write relevance/; existing audio is kept. Raises UserError if `out` has other files, or demo corpora of other
+    settings.
     """
     sizes = sizes or Sizes()
     if sample_rate < 16000:
@@ -90,13 +93,13 @@ def write_demo_corpora(
     _write_audiocaps(out / "audiocaps", [clip for clip in clips if clip.corpus == "audiocaps"])
     _write_clotho(out / "clotho", [clip for clip in clips if clip.corpus == "clotho"], sample_rate)
     _write_wavcaps(out / "wavcaps", clips)
-    write_truth(out, clips)
+    write_relevance(out, clips)
     (out / "README.txt").write_text(_README, encoding="utf-8")
     _write_json(out / _STAMP, {**made_with, "complete": True})
 
 
 def training_captions(out: Path) -> list[str]:
-    """The captions of the training splits of the finished demo corpora in `out`, as their official files have them."""
+    """The captions of the training splits of the finished demo corpora in `out`, from their official files."""
     captions = [row["caption"] for row in _read_csv(out / "audiocaps" / "dataset" / "train.csv")]
     for row in _read_csv(out / "clotho" / "clotho_captions_development.csv"):
         captions += [row[f"caption_{k}"] for k in range(1, 6)]
@@ -110,13 +113,13 @@ def _finished(out: Path, made_with: dict[str, Any]) -> bool:
     stamp = out / _STAMP
     if not stamp.exists():
         if out.exists() and any(out.iterdir()):
-            raise UserError(f"{out} is not empty and holds no demo corpora: give a new folder")
+            raise UserError(f"{out} is not empty and has no demo corpora: give a new folder")
         return False
     found = json.loads(stamp.read_text(encoding="utf-8"))
     complete = found.pop("complete") and (out / GRADES).is_dir()
     if found != made_with:
         other = ", ".join(key for key in made_with if found.get(key) != made_with[key])
-        raise UserError(f"{out} holds demo corpora made with another {other}: give a new folder, or remove this one")
+        raise UserError(f"{out} has demo corpora made with another {other}: give a new folder, or remove this one")
     return complete
 
 
@@ -125,7 +128,7 @@ def _write_audio(out: Path, clips: Sequence[DemoClip], sample_rate: int, workers
     for folder in {path.parent for path, _ in todo}:
         folder.mkdir(parents=True, exist_ok=True)
     chunks = [todo[i : i + 16] for i in range(0, len(todo), 16)]
-    with tqdm(total=len(todo), desc="demo audio", unit="clip", disable=None) as progress:
+    with tqdm(total=len(todo), desc="demo audio", unit=" clips", disable=None) as progress:
         if workers == 1:
             for chunk in chunks:
                 progress.update(_render_chunk(chunk, sample_rate))
@@ -147,10 +150,10 @@ def _render_chunk(chunk: Sequence[tuple[Path, Scene]], sample_rate: int) -> int:
 
 def _write_audiocaps(root: Path, clips: Sequence[DemoClip]) -> None:
     number = 0
-    for split in ("train", "val", "test"):
+    for split in AudioCaps.splits:
         members = [clip for clip in clips if clip.split == split]
         rows = []
-        for k in range(len(members[0].captions)):  # as in the official files, a clip's captions do not stand together
+        for k in range(len(members[0].captions)):  # as in the official files, the captions of a clip are not neighbours
             for clip in members:
                 number += 1
                 rows.append([number, clip.native_id, clip.start_time, clip.captions[k].text])
@@ -160,7 +163,7 @@ def _write_audiocaps(root: Path, clips: Sequence[DemoClip]) -> None:
 
 def _write_clotho(root: Path, clips: Sequence[DemoClip], sample_rate: int) -> None:
     columns = ["file_name", "keywords", "sound_id", "sound_link", "start_end_samples", "manufacturer", "license"]
-    for split in ("development", "validation", "evaluation"):
+    for split in Clotho.splits:
         members = [clip for clip in clips if clip.split == split]
         _write_csv(
             root / f"clotho_captions_{split}.csv",
@@ -179,7 +182,7 @@ def _write_wavcaps(root: Path, clips: Sequence[DemoClip]) -> None:
     for source, file_name in WAVCAPS_JSON.items():
         rows = [_wavcaps_row(clip) for clip in clips if clip.source == source]
         _write_json(root / "json_files" / source / file_name, {"num_captions_per_audio": 1, "data": rows})
-    held_out = [clip for clip in clips if clip.split in ("val", "test", "validation", "evaluation")]
+    held_out = [clip for clip in clips if is_held_out(clip.split)]
     for name, listed in (("test", held_out), ("all", [clip for clip in clips if clip.corpus != "wavcaps"])):
         blacklist = {
             "AudioSet": [f"Y{clip.native_id}.wav" for clip in listed if clip.corpus == "audiocaps"],
@@ -189,7 +192,7 @@ def _write_wavcaps(root: Path, clips: Sequence[DemoClip]) -> None:
 
 
 def _wavcaps_row(clip: DemoClip) -> dict[str, Any]:
-    """A row with the fields its source has in the official file."""
+    """A row with the fields that its source has in the official file."""
     title = " ".join(sound.label for sound in clip.scene.content.sounds)
     common = {
         "id": clip.native_id,

@@ -1,13 +1,16 @@
-"""Small building blocks of synthesis: tones, shaped noise, envelopes. Mono float32 [samples], NumPy only."""
+"""Building blocks of synthesis: tones, shaped noise, envelopes. Signals are mono float32 [samples]."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, reduce
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-Array = np.ndarray
+Array = NDArray[np.floating[Any]]
 
 
 def timeline(seconds: float, rate: int) -> Array:
@@ -16,12 +19,12 @@ def timeline(seconds: float, rate: int) -> Array:
 
 
 def sine(hertz: Array | float, t: Array) -> Array:
-    """A sine whose frequency [samples] (Hz) may move; cycles are wrapped so that float32 keeps its phase."""
+    """A sine of fixed or moving frequency (Hz, scalar or [samples]); cycles are wrapped to keep float32 precision."""
     return _wave(_cycles(hertz, t))
 
 
 def harmonic(hertz: Array | float, t: Array, weights: Sequence[float] | Array) -> Array:
-    """Partials k = 1, 2, ... of a moving fundamental (Hz) with the given weights; those above Nyquist are left out."""
+    """Partials k = 1, 2, ... of a fundamental (Hz, scalar or [samples]) with these weights, up to the Nyquist rate."""
     cycles = _cycles(hertz, t)
     limit = 0.48 / (t[1] - t[0]) / float(np.max(hertz))
     out = np.zeros(len(t), np.float32)
@@ -34,11 +37,17 @@ def harmonic(hertz: Array | float, t: Array, weights: Sequence[float] | Array) -
 def formants(hertz: float, count: int, *centres: float, width: float = 0.3) -> Array:
     """Weights of `count` partials of `hertz` with log-Gaussian formants (width in octaves) at `centres` (Hz)."""
     partials = hertz * np.arange(1, count + 1)
-    return sum(np.exp(-0.5 * (np.log2(partials / c) / width) ** 2) for c in centres) / np.arange(1, count + 1) ** 0.3
+    weights: Array = mix(np.exp(-0.5 * (np.log2(partials / c) / width) ** 2) for c in centres)
+    return weights / np.arange(1, count + 1) ** 0.3
+
+
+def mix(sounds: Iterable[Array]) -> Array:
+    """The sum of sounds of equal length."""
+    return reduce(operator.add, sounds)
 
 
 def shaped_noise(rng: np.random.Generator, samples: int, rate: int, shape: Callable[[Array], Array]) -> Array:
-    """Gaussian noise with the magnitude `shape(frequencies in Hz)`, about unit RMS."""
+    """Gaussian noise with the spectral magnitude `shape(frequencies in Hz)` and about unit RMS."""
     length = _fast_length(samples)
     magnitude = shape(_frequencies(length, rate))
     parts = rng.standard_normal((2, len(magnitude)), np.float32)
@@ -50,23 +59,23 @@ def shaped_noise(rng: np.random.Generator, samples: int, rate: int, shape: Calla
 
 
 def band(centre: float, octaves: float) -> Callable[[Array], Array]:
-    """Magnitude of a log-Gaussian band around `centre` Hz."""
+    """Magnitude of a log-Gaussian band around `centre` Hz, as a function of frequency."""
     return lambda f: np.exp(-0.5 * (np.log2(f / centre) / octaves) ** 2)
 
 
 def slope(corner: float, power: float) -> Callable[[Array], Array]:
-    """Magnitude flat on one side of `corner` Hz: falling as f^-power above it, or (power < 0) rising up to it."""
+    """Magnitude that falls as f^-power above `corner` Hz, or (power < 0) rises up to it, and is flat beyond."""
     return lambda f: np.minimum(1.0, (f / corner) ** -power)
 
 
 def wander(rng: np.random.Generator, t: Array, hertz: float) -> Array:
-    """A smooth random curve in about [-1, 1] that turns around `hertz` times a second."""
+    """A piecewise linear random curve in [-1, 1] with `hertz` knots per second."""
     knots = max(3, int(np.ceil(t[-1] * hertz)) + 2)
     return np.interp(t, np.linspace(0, t[-1] + 1e-6, knots), rng.uniform(-1, 1, knots)).astype(np.float32)
 
 
 def clicks(rng: np.random.Generator, t: Array, hertz: float, grain: Array, regular: float = 0.0) -> Array:
-    """`grain` dropped at random times, `hertz` a second on average; regular = 1 makes them evenly spaced."""
+    """`grain` repeated at random times, `hertz` per second on average; regular = 1 makes them evenly spaced."""
     rate = 1 / (t[1] - t[0])
     steps = (1 - regular) * rng.exponential(1.0, int(len(t) / rate * hertz * 2) + 4) + regular
     at = (np.cumsum(steps) / hertz * rate).astype(int)
@@ -79,37 +88,55 @@ def clicks(rng: np.random.Generator, t: Array, hertz: float, grain: Array, regul
 
 def decay(t: Array, seconds: float) -> Array:
     """exp(-t / seconds) after a 2 ms attack."""
-    return (np.exp(-t / seconds) * np.minimum(1.0, t / 0.002)).astype(np.float32)
+    envelope: Array = (np.exp(-t / seconds) * np.minimum(1.0, t / 0.002)).astype(np.float32)
+    return envelope
 
 
 def swell(t: Array, power: float = 0.5) -> Array:
     """One arch over the whole length: zero at both ends."""
-    return (np.sin(np.pi * (t - t[0]) / (t[-1] - t[0] + 1e-9)) ** power).astype(np.float32)
+    envelope: Array = (np.sin(np.pi * (t - t[0]) / (t[-1] - t[0] + 1e-9)) ** power).astype(np.float32)
+    return envelope
+
+
+def fade(t: Array, seconds: float) -> Array:
+    """1, with linear ramps of `seconds` from and to 0 at both ends."""
+    envelope: Array = np.minimum(1.0, np.minimum(t, t[-1] - t) / seconds).astype(np.float32)
+    return envelope
+
+
+def release(t: Array, seconds: float) -> Array:
+    """1, with a linear ramp of `seconds` to 0 at the end."""
+    envelope: Array = np.minimum(1.0, (t[-1] - t) / seconds).astype(np.float32)
+    return envelope
 
 
 def pulses(t: Array, hertz: float, width: float, phase: float = 0.0) -> Array:
-    """Smooth bumps in [0, 1], `hertz` a second, each `width` of a period wide."""
+    """Gaussian bumps in [0, 1], `hertz` per second, each `width` of a period wide."""
     turns = t * hertz + phase
     distance = (turns - np.floor(turns) - 0.5).astype(np.float32) / np.float32(0.5 * width)
-    return np.exp(np.float32(-0.5) * distance * distance)
+    bumps: Array = np.exp(np.float32(-0.5) * distance * distance)
+    return bumps
 
 
 def _cycles(hertz: Array | float, t: Array) -> Array:
     if np.ndim(hertz) == 0:
         return float(hertz) * t
-    return np.cumsum(hertz) * (t[1] - t[0])
+    cycles: Array = np.cumsum(hertz) * (t[1] - t[0])
+    return cycles
 
 
 def _fast_length(samples: int) -> int:
-    """The next length that is a small multiple of a power of two, which the FFT likes."""
+    """The next length that is a small multiple of a power of two, for a fast FFT."""
     power = max(1, 1 << max(0, samples.bit_length() - 3))
     return -(-samples // power) * power
 
 
 @lru_cache(maxsize=64)
 def _frequencies(length: int, rate: int) -> Array:
-    return np.maximum(np.fft.rfftfreq(length, 1 / rate), 1.0).astype(np.float32)
+    frequencies: Array = np.maximum(np.fft.rfftfreq(length, 1 / rate), 1.0).astype(np.float32)
+    return frequencies
 
 
 def _wave(cycles: Array) -> Array:
-    return np.sin(np.float32(2 * np.pi) * (cycles - np.floor(cycles)).astype(np.float32))
+    wave: Array = np.sin(np.float32(2 * np.pi) * (cycles - np.floor(cycles)).astype(np.float32))
+    return wave

@@ -1,8 +1,8 @@
-"""The demo's vocabulary: synthesised event classes, each acoustically its own.
+"""The demo's event classes and their synthesis; each class sounds different from the others.
 
-A *discrete* class repeats a unit (a bark, a knock) `count` times; a *sustained* class fills a stretch of time.
-Every class takes a pitch (low, mid, high) and a loudness (soft, loud). A synthesiser is
-`voice(rng, t [samples] seconds, rate Hz, pitch multiplier) -> float32 [samples]` of any level.
+A *discrete* class repeats a unit (a bark, a knock) `count` times; a *sustained* class lasts for a given time. Every
+class takes a pitch (low, mid, high) and a loudness (soft, loud). A synthesiser is
+`voice(rng, t [samples] in seconds, rate in Hz, pitch multiplier) -> float32 [samples]` of any level.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from atr_scale.demo.dsp import (
     band,
     clicks,
     decay,
+    fade,
     formants,
     harmonic,
+    mix,
     pulses,
+    release,
     shaped_noise,
     sine,
     slope,
@@ -37,7 +40,7 @@ Generator = np.random.Generator
 
 @dataclass(frozen=True)
 class EventClass:
-    """One class. `unit` and `period` (onset to onset) in seconds; a sustained class has period 0 and no counts."""
+    """One class. unit and period (onset to onset): seconds; a sustained class has period 0 and max_count 0."""
 
     voice: Voice
     unit: float = 0.0
@@ -49,7 +52,7 @@ class EventClass:
         return self.max_count > 0
 
     def seconds(self, count: int) -> float:
-        """Time that `count` repetitions may take, the spread of their rhythm included."""
+        """Longest time that `count` repetitions take, with the irregularity of their rhythm."""
         assert self.discrete and 1 <= count <= self.max_count
         return (count - 1) * self.period * 1.1 + self.unit
 
@@ -71,7 +74,8 @@ def _cat(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
 
 def _bird(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     x = (t / t[-1] * 2) % 1.0
-    return sine(2900 * pitch * (1 + 0.35 * x), t) * np.sin(np.pi * x).astype(np.float32)
+    notes: Array = np.sin(np.pi * x).astype(np.float32)
+    return sine(2900 * pitch * (1 + 0.35 * x), t) * notes
 
 
 def _frog(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
@@ -99,7 +103,7 @@ def _bee(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
 
 def _bell(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     partials = zip((0.5, 1.0, 1.19, 1.56, 2.0, 2.66), (0.5, 1.0, 0.7, 0.5, 0.6, 0.35), strict=True)
-    return sum(g * sine(1100 * pitch * r, t) * decay(t, 0.55 / r**0.7) for r, g in partials)
+    return mix(g * sine(1100 * pitch * r, t) * decay(t, 0.55 / r**0.7) for r, g in partials)
 
 
 def _drum(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
@@ -108,23 +112,24 @@ def _drum(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
 
 
 def _knock(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
-    wood = sine(430 * pitch, t) + 0.7 * sine(690 * pitch, t) + 0.3 * sine(1020 * pitch, t)
+    wood: Array = sine(430 * pitch, t) + 0.7 * sine(690 * pitch, t) + 0.3 * sine(1020 * pitch, t)
     return wood * decay(t, 0.022)
 
 
 def _hammer(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
-    ring = sine(2350 * pitch, t) + 0.8 * sine(3710 * pitch, t) + 0.5 * sine(5230 * pitch**0.5, t)
-    return ring * decay(t, 0.09) + 0.8 * shaped_noise(rng, len(t), rate, band(2500, 1.2)) * decay(t, 0.008)
+    ring: Array = sine(2350 * pitch, t) + 0.8 * sine(3710 * pitch, t) + 0.5 * sine(5230 * pitch**0.5, t)
+    hiss: Array = 0.8 * shaped_noise(rng, len(t), rate, band(2500, 1.2)) * decay(t, 0.008)
+    return ring * decay(t, 0.09) + hiss
 
 
 def _guitar(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     f = 220 * pitch
-    return sum(sine(f * k, t) * decay(t, 0.5 / k**0.6) * np.float32(1 / k) for k in (1, 2, 3, 4, 5, 7))
+    return mix(sine(f * k, t) * decay(t, 0.5 / k**0.6) * np.float32(1 / k) for k in (1, 2, 3, 4, 5, 7))
 
 
 def _glass(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     crash = shaped_noise(rng, len(t), rate, band(5200 * pitch**0.4, 0.5)) * decay(t, 0.07)
-    shards = sum(sine(f, t) * decay(t, 0.14) for f in 4300 * pitch**0.5 * rng.uniform(0.8, 1.5, 5))
+    shards = mix(sine(f, t) * decay(t, 0.14) for f in 4300 * pitch**0.5 * rng.uniform(0.8, 1.5, 5))
     tinkle = clicks(rng, t, 30, sine(4800 * pitch**0.4, t[: rate // 60]) * decay(t[: rate // 60], 0.004))
     return crash + 0.25 * shards + 0.5 * tinkle * decay(t, 0.35)
 
@@ -149,24 +154,23 @@ def _drop(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
 def _horn(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     weights = [1.0, 0.9, 0.8, 0.6, 0.5, 0.35, 0.25, 0.2]
     chord = harmonic(415 * pitch, t, weights) + harmonic(525 * pitch, t, weights)
-    return chord * np.minimum(1.0, np.minimum(t, t[-1] - t) / 0.02).astype(np.float32)
+    return chord * fade(t, 0.02)
 
 
 def _whistle(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
-    trill = 0.5 + 0.5 * np.sin(2 * np.pi * 26 * t)
-    breath = 0.12 * shaped_noise(rng, len(t), rate, band(2300 * pitch, 0.2))
+    trill: Array = 0.5 + 0.5 * np.sin(2 * np.pi * 26 * t)
+    breath: Array = 0.12 * shaped_noise(rng, len(t), rate, band(2300 * pitch, 0.2))
     return (sine(2250 * pitch * (1 + 0.05 * trill), t) + breath) * (0.35 + 0.65 * trill) * swell(t, 0.3)
 
 
 def _beep(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
-    gate = np.minimum(1.0, np.minimum(t, t[-1] - t) / 0.004)
-    return harmonic(1000 * pitch, t, [1.0, 0.0, 0.33, 0.0, 0.2, 0.0, 0.14]) * gate.astype(np.float32)
+    return harmonic(1000 * pitch, t, [1.0, 0.0, 0.33, 0.0, 0.2, 0.0, 0.14]) * fade(t, 0.004)
 
 
 def _telephone(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     hammered = pulses(t, 21, 0.45)
-    ring = sine(1320 * pitch, t) + 0.8 * sine(1690 * pitch, t) + 0.5 * sine(2960 * pitch, t)
-    return ring * hammered * np.minimum(1.0, (t[-1] - t) / 0.05).astype(np.float32)
+    ring: Array = sine(1320 * pitch, t) + 0.8 * sine(1690 * pitch, t) + 0.5 * sine(2960 * pitch, t)
+    return ring * hammered * release(t, 0.05)
 
 
 def _siren(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
@@ -208,7 +212,7 @@ def _waves(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
 def _stream(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     short = timeline(0.045, rate)
     bubbles = (sine(f * (1 + 6 * short), short) * swell(short, 1.0) for f in 850 * pitch * np.array([1.0, 1.35, 1.8]))
-    bubbling = sum(clicks(rng, t, 14, bubble) for bubble in bubbles)
+    bubbling = mix(clicks(rng, t, 14, bubble) for bubble in bubbles)
     return bubbling + 0.25 * shaped_noise(rng, len(t), rate, band(1300 * pitch, 0.6))
 
 
@@ -241,7 +245,7 @@ def _train(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
 
 def _saw(rng: Generator, t: Array, rate: int, pitch: float) -> Array:
     stroke = pulses(t, 2.6, 0.5)
-    teeth = 0.6 + 0.4 * np.sin(2 * np.pi * 130 * t).astype(np.float32)
+    teeth: Array = 0.6 + 0.4 * np.sin(2 * np.pi * 130 * t).astype(np.float32)
     return shaped_noise(rng, len(t), rate, band(3300 * pitch**0.7, 0.35)) * stroke * teeth
 
 
@@ -308,23 +312,22 @@ def synthesise(
 ) -> Array:
     """One event as float32 [samples] at `rate` Hz whose loudest 50 ms have the RMS `level`.
 
-    A discrete class takes `count` repetitions (and decides its own length), a sustained one `seconds`.
+    A discrete class takes `count`, its repetitions, from which its length follows; a sustained one takes `seconds`.
     """
     event = EVENTS[label]
     multiplier = PITCHES[pitch] * rng.uniform(0.96, 1.04)
     if event.discrete:
-        out = np.zeros(round(event.seconds(count) * rate), np.float32)
+        out: Array = np.zeros(round(event.seconds(count) * rate), np.float32)
         unit = timeline(event.unit, rate)
-        release = np.minimum(1.0, (unit[-1] - unit) / 0.03).astype(np.float32)
+        envelope = release(unit, 0.03)
         period = event.period * rng.uniform(0.9, 1.0)
         for k in range(count):
             onset = round(max(0.0, k * period + event.period * (rng.uniform(0, 0.1) if k else 0.0)) * rate)
-            sound = event.voice(rng, unit, rate, multiplier * rng.uniform(0.99, 1.01)) * release
+            sound = event.voice(rng, unit, rate, multiplier * rng.uniform(0.99, 1.01)) * envelope
             out[onset : onset + len(unit)] += sound[: len(out) - onset] * np.float32(rng.uniform(0.85, 1.0))
     else:
         t = timeline(seconds, rate)
-        fade = np.minimum(1.0, np.minimum(t, t[-1] - t) / 0.08).astype(np.float32)
-        out = event.voice(rng, t, rate, multiplier).astype(np.float32) * fade
+        out = event.voice(rng, t, rate, multiplier).astype(np.float32) * fade(t, 0.08)
     return out * np.float32(level / (_loudest(out, rate) + 1e-9))
 
 

@@ -1,7 +1,7 @@
 """Words for the event classes: subjects, verbs and nouns, several for each.
 
-A subject is "determiner|noun" (an empty determiner for mass nouns); one that begins with "-" is a person, whom the
-adjectives of a sound do not fit. A verb is (third person, participle). A noun is (singular, plural) for a discrete
+A subject is "determiner|noun", with an empty determiner for mass nouns. A subject that begins with "-" is a person,
+and takes no adjectives of sounds. A verb is (third person, participle). A noun is (singular, plural) for a discrete
 class, whose units can be counted, and (singular,) for a sustained one.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Words:
-    """Ways to speak of one class."""
+    """Words for one class."""
 
     subjects: tuple[str, ...]
     verbs: tuple[tuple[str, str], ...]

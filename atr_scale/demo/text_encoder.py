@@ -1,6 +1,6 @@
-"""The demo's text encoder: a WordPiece tokenizer trained on the demo's captions and a small untrained BERT.
+"""The demo's text encoder: a WordPiece tokenizer for the demo's captions, and a small untrained BERT.
 
-Both go into one folder that transformers' AutoModel and AutoTokenizer load without a network.
+Both are saved to one folder, which transformers' AutoModel and AutoTokenizer load without network access.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+VOCAB_SIZE = 2000
+MAX_TOKENS = 128
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -29,22 +31,23 @@ def build_demo_text_encoder(
     out: Path,
     *,
     seed: int = 0,
-    vocab_size: int = 2000,
     layers: int = 2,
     dim: int = 192,
     heads: int = 4,
-    max_tokens: int = 128,
 ) -> None:
-    """Write tokenizer and randomly initialised BertModel (`dim` wide, dropout 0.1) to `out`; seeded."""
-    tokenizer = _train_tokenizer(captions, vocab_size)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_tokens, **SPECIAL_TOKENS)
+    """Write a tokenizer for `captions` and a randomly initialised BertModel to `out`.
+
+    layers, dim and heads: of the BertModel; its dropout is 0.1. The same captions and seed give the same files.
+    """
+    tokenizer = _train_tokenizer(captions)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_TOKENS, **SPECIAL_TOKENS)
     config = BertConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=dim,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=4 * dim,
-        max_position_embeddings=max_tokens,
+        max_position_embeddings=MAX_TOKENS,
         hidden_dropout_prob=0.1,
         attention_probs_dropout_prob=0.1,
         pad_token_id=tokenizer.token_to_id("[PAD]"),
@@ -55,16 +58,16 @@ def build_demo_text_encoder(
     out.mkdir(parents=True, exist_ok=True)
     fast.save_pretrained(out)
     bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would show one for writing a single file
+    logging.disable_progress_bar()  # transformers shows one even for a single small file
     model.save_pretrained(out)
     if bars:
         logging.enable_progress_bar()
 
 
-def _train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """BERT's uncased WordPiece: every character, then the words of `captions`, the most frequent first.
+def _train_tokenizer(captions: Iterable[str]) -> Tokenizer:
+    """BERT's uncased WordPiece; its vocabulary is every character and the most frequent words of `captions`.
 
-    Not tokenizers' own trainer: it breaks ties in hash order, so that two runs give two vocabularies.
+    The trainer of tokenizers is not used: it breaks ties in hash order, so two runs give two vocabularies.
     """
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -76,7 +79,7 @@ def _train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     characters = sorted({*string.ascii_lowercase, *string.digits, *string.punctuation}.union(*counts))
     words_by_count = sorted(counts, key=lambda word: (-counts[word], word))
     pieces = [*SPECIAL_TOKENS.values(), *characters, *(f"##{c}" for c in characters), *words_by_count]
-    vocabulary = {piece: k for k, piece in enumerate(dict.fromkeys(pieces[:vocab_size]))}
+    vocabulary = {piece: k for k, piece in enumerate(dict.fromkeys(pieces[:VOCAB_SIZE]))}
     tokenizer.model = models.WordPiece(vocabulary, unk_token="[UNK]")
     tokenizer.decoder = decoders.WordPiece()
     ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]

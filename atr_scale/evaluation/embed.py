@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from atr_scale.batch import TokenSequence
+from atr_scale.data.collate import pad
 from atr_scale.data.decode import Crop, decode
 from atr_scale.data.sample import BadSample, RawSample
 from atr_scale.data.shard_reader import ShardSet
-from atr_scale.data.stream import pad
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError

@@ -1,4 +1,4 @@
-"""augment-captions against a server of its own kind on this machine, with the openai client as users have it."""
+"""augment-captions against a local server with the same API, through the openai client that users have."""
 
 from __future__ import annotations
 
@@ -42,9 +42,11 @@ FAULTS = (OVERLOADED, (500, {"error": {"message": "oops"}}), (503, "<html>busy</
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Three rewordings of whatever caption is asked. `faults` are what the next requests meet instead: (status, body),
-    `drop` (no answer), `hang` (too late), `prose` or `cut` (an answer that cannot be read). `gate` (requests so far,
-    caption) may name one as well."""
+    """Answers each request with paraphrases of its caption, or with the next of `faults`.
+
+    A fault is (status, body), `drop` (no answer), `hang` (an answer too late), `prose` or `cut` (an answer that cannot
+    be parsed). `gate` (number of requests so far, caption) may return one too.
+    """
 
     daemon_threads = True
 
@@ -58,7 +60,7 @@ class ChatServer(ThreadingHTTPServer):
 
     @property
     def asked(self) -> Counter[str]:
-        """How often each caption was asked."""
+        """How often each caption was asked about."""
         return Counter(json.loads(body["messages"][-1]["content"]) for _, _, body, _ in self.requests)
 
     def handle_error(self, *_: object) -> None:
@@ -106,7 +108,7 @@ class ChatHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def chat(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
-    """A server, the key to it, and a client that is less patient than usual."""
+    """A server, its key in the environment, and a client with short pauses and time limits."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.setattr(endpoint, "Endpoint", partial(endpoint.Endpoint, first_pause_s=0.001, timeout_s=1.0))
@@ -123,7 +125,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
 
 @pytest.fixture
 def inputs(built: TinyInputs, tmp_path: Path) -> TinyInputs:
-    """Shards of its own for each test."""
+    """New shards for each test."""
     return TinyInputs(copy_shards(built.shards, tmp_path / "shards"), built.text_encoder)
 
 
@@ -316,7 +318,7 @@ def test_evaluation_splits_are_refused(call, chat: ChatServer, built: TinyInputs
 
 
 def test_one_evaluation_clip_among_training_clips_is_refused(call, chat: ChatServer, inputs: TinyInputs) -> None:
-    """A folder corpus built with all its splits, for one."""
+    """For example of a folder corpus that was built with all its splits."""
     shard = inputs.shards / "shard-000001.tar"
     before, after = b'"split": "", "captions": ', b'"split":"val","captions":'
     shard.write_bytes(shard.read_bytes().replace(before, after, 1))
@@ -336,7 +338,7 @@ def test_nothing_is_asked_without_a_yes(call, chat: ChatServer, monkeypatch: pyt
 def test_mistakes_before_anything_is_asked(
     call, chat: ChatServer, inputs: TinyInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "'ftp://x' is no endpoint" in call(url="ftp://x").mistake
+    assert "'ftp://x' is not an endpoint" in call(url="ftp://x").mistake
     assert "no shards in" in call(shards="/nowhere").mistake
     assert "no text encoder at" in call("--text-encoder", "/nowhere").mistake
     monkeypatch.setitem(sys.modules, "openai", None)
@@ -372,7 +374,7 @@ def test_training_reads_what_was_stored(call, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_where_it_was(chat: ChatServer, inputs: TinyInputs, call) -> None:
-    """Every answer that had come is on disk when the process dies."""
+    """Every answer received is on disk when the process dies."""
     wanted = threading.Event()
     chat.gate = lambda number, caption: wanted.set() or "hang" if number >= 6 else None
     command = [sys.executable, "-m", "atr_scale.cli", "augment-captions", str(inputs.shards), "--endpoint", chat.url]
@@ -392,7 +394,7 @@ def test_a_killed_run_goes_on_where_it_was(chat: ChatServer, inputs: TinyInputs,
 
 
 def test_shards_on_s3(server: str, call, chat: ChatServer, inputs: TinyInputs) -> None:  # noqa: F811
-    """What was answered before a failure is there, and is not asked again."""
+    """Answers received before a failure are stored, and not asked for again."""
     place = f"s3://{BUCKET}/augment/train"
     for path in inputs.shards.iterdir():
         storage.write_bytes(storage.join(place, path.name), path.read_bytes())

@@ -1,4 +1,4 @@
-"""Real recordings with LAION audio-dataset sidecars, packed as they lie: they train as they are."""
+"""Real recordings with LAION audio-dataset sidecars, packed unchanged, can be trained on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLIPS = 60
 
 
 def test_sidecars_train_as_they_are(real_data: Path, tmp_path: Path) -> None:
-    """Every sample carries its own sidecar's text and tag, and a run on them learns something."""
+    """Every sample has its own sidecar's text and tag, and a run on them learns something."""
     audio = real_data / "esc50_fold1_hq" / "audio"
     shards = tmp_path / "esc50" / "train"
     shards.mkdir(parents=True)

@@ -95,7 +95,7 @@ def test_options_are_settings_of_a_build(root: Path) -> None:
 
 
 def test_defaults_are_not_recorded(root: Path) -> None:
-    """So a reader may get a new option, and what was built without it is still the same build."""
+    """A reader may get a new option, and shards built before are still the same build."""
     assert "options" not in json.loads((build(root) / "manifest.json").read_text())
     assert build(root, "min_votes=1") == root / "out"
 

@@ -82,7 +82,7 @@ def test_resampling_is_soxr_hq() -> None:
 @pytest.mark.parametrize(("extension", "form", "subtype"), [*FORMATS, ("pcm", "RAW", "PCM_16")])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_decoding_into_a_row(extension: str, form: str, subtype: str | None, channels: int) -> None:
-    """The same samples at its beginning, and nothing behind them touched."""
+    """The same samples are at its beginning, and the rest of it is unchanged."""
     if extension == "pcm" and channels == 2:
         return
     audio = encode(noise(channels=channels), form, subtype)
@@ -139,9 +139,9 @@ def test_of_a_long_flac_only_the_crop_is_decoded(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(soundfile.SoundFile, "read", counting)
     clip = noise(60.0)
-    heard = decode(encode(clip, "FLAC", "PCM_16"), "flac", RATE, crop=Crop(0.5, 1.0))
-    assert frames == [RATE] and len(heard) == RATE
-    np.testing.assert_allclose(heard, clip[int(29.5 * RATE) : int(30.5 * RATE), 0], atol=4e-5)
+    found = decode(encode(clip, "FLAC", "PCM_16"), "flac", RATE, crop=Crop(0.5, 1.0))
+    assert frames == [RATE] and len(found) == RATE
+    np.testing.assert_allclose(found, clip[int(29.5 * RATE) : int(30.5 * RATE), 0], atol=4e-5)
 
 
 def test_no_clip_is_longer_than_the_crop() -> None:
@@ -243,12 +243,14 @@ def test_damaged_bytes_never_crash(data: st.DataObject) -> None:
 @pytest.mark.parametrize("extension", ["pcm", "flac"])
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
 def test_a_crop_in_a_pause_moves_to_the_sound(extension: str, fraction: float, dtype: type) -> None:
-    """A short knock in seconds of silence: wherever the crop would fall, the knock is in it, at its own place. It is of
-    samples whose absolute value int16 does not hold."""
+    """A short knock in seconds of silence: the crop has the knock at its start fraction, whichever that is.
+
+    The absolute value of the knock's samples does not fit int16.
+    """
     clip = np.zeros(10 * RATE, np.float32)
     clip[7 * RATE : 7 * RATE + 50] = -1
     audio = (clip * 32768).astype("<i2").tobytes() if extension == "pcm" else encode(clip, "FLAC")
-    heard = decode(audio, extension, RATE, pcm_rate=RATE, crop=Crop(fraction, 1.0), out=np.zeros(RATE, dtype))
-    assert len(heard) == RATE and heard.any() and heard.dtype == dtype
+    found = decode(audio, extension, RATE, pcm_rate=RATE, crop=Crop(fraction, 1.0), out=np.zeros(RATE, dtype))
+    assert len(found) == RATE and found.any() and found.dtype == dtype
     if fraction == 0.4:
-        assert abs(int(np.abs(heard.astype(float)).argmax()) - 0.4 * RATE) <= 1
+        assert abs(int(np.abs(found.astype(float)).argmax()) - 0.4 * RATE) <= 1

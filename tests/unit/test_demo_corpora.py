@@ -128,7 +128,7 @@ def test_the_projects_own_readers_read_every_clip(demo: Path) -> None:
         assert len(clips) == count and all(Path(path).is_file() for path in found)
         with np.load(demo / "relevance" / f"{corpus}-{split}.npz") as truth:
             assert sorted(clip.clip_id for clip in clips) == sorted(truth["clip_ids"].tolist())
-        texts = json.loads((demo / "correspondences.json").read_text())["splits"][f"{corpus}/{split}"]["captions"]
+        texts = json.loads((demo / "contents.json").read_text())["splits"][f"{corpus}/{split}"]["captions"]
         stated = {(row["clip_id"], row["caption_index"]): row["text"] for row in texts}
         for clip in clips:
             assert list(clip.captions) == [stated[clip.clip_id, k] for k in range(len(clip.captions))]
@@ -150,7 +150,7 @@ def test_relevance_is_read_by_evaluation_and_one_for_a_captions_own_clip(demo: P
 
 
 def test_contents_stand_in_the_order_of_the_grades(demo: Path) -> None:
-    splits = json.loads((demo / "correspondences.json").read_text())["splits"]
+    splits = json.loads((demo / "contents.json").read_text())["splits"]
     assert {name.replace("/", "-") for name in splits} == {path.stem for path in (demo / "relevance").iterdir()}
     for name, contents in splits.items():
         with np.load(demo / "relevance" / f"{name.replace('/', '-')}.npz") as truth:
@@ -159,7 +159,7 @@ def test_contents_stand_in_the_order_of_the_grades(demo: Path) -> None:
             assert [(row["clip_id"], row["caption_index"]) for row in contents["captions"]] == list(captions)
 
 
-def test_no_scene_is_shared_but_for_the_blacklisted() -> None:
+def test_no_scene_is_shared_except_the_blacklisted_ones() -> None:
     clips = plan_clips(0, Sizes().scaled(0.3))
     by_signature: dict[str, list[DemoClip]] = {}
     for clip in clips:

@@ -1,4 +1,4 @@
-"""Demo events, scenes, captions and the true correspondence between the last two."""
+"""Demo events, scenes, captions and the relevance of clips to captions."""
 
 from __future__ import annotations
 
@@ -10,16 +10,8 @@ import pytest
 from atr_scale.demo.captions import write_captions
 from atr_scale.demo.events import BACKGROUNDS, EVENTS, LOUDNESS, PITCHES, synthesise
 from atr_scale.demo.lexicon import LEXICON
-from atr_scale.demo.scenes import (
-    SEVERAL,
-    Content,
-    Scene,
-    Sound,
-    correspondence,
-    correspondence_matrix,
-    draw_scene,
-    render,
-)
+from atr_scale.demo.relevance import relevance, relevance_matrix
+from atr_scale.demo.scenes import SEVERAL, Content, Scene, Sound, draw_scene, render
 
 RATE = 16_000
 
@@ -45,7 +37,7 @@ def log_spectrum(signal: np.ndarray) -> np.ndarray:
     return bands - bands.mean()
 
 
-def test_every_class_has_words_and_units_are_countable_exactly_where_a_noun_has_a_plural() -> None:
+def test_every_class_has_words_and_its_nouns_a_plural_exactly_if_its_units_are_countable() -> None:
     assert len(EVENTS) >= 24
     assert set(LEXICON) == set(EVENTS)
     assert set(BACKGROUNDS) <= {label for label, event in EVENTS.items() if not event.discrete}
@@ -63,7 +55,7 @@ def test_no_two_classes_share_a_phrase() -> None:
 
 
 def test_classes_sound_different() -> None:
-    """The nearest mean log-spectrum of (class, pitch) names the class of unheard takes."""
+    """The nearest mean log-spectrum of (class, pitch) predicts the class of other takes."""
     kinds = [(label, pitch) for label in EVENTS for pitch in PITCHES]
     centroids = np.stack([np.mean([log_spectrum(isolated(*kind, take)) for take in range(3)], 0) for kind in kinds])
     right = dict.fromkeys(EVENTS, 0)
@@ -113,8 +105,8 @@ def test_events_stand_out_of_the_background() -> None:
         for event in scene.events:
             span = slice(round(event.onset * RATE), round((event.onset + event.seconds) * RATE))
             frames = [np.pad(x[span], (0, -len(x[span]) % 800)).reshape(-1, 800) for x in (whole, empty)]
-            heard, beneath = (np.sqrt((f**2).mean(1)) for f in frames)
-            assert heard.max() > 2 * np.median(beneath)
+            full, background = (np.sqrt((f**2).mean(1)) for f in frames)
+            assert full.max() > 2 * np.median(background)
 
 
 @pytest.mark.parametrize("seconds", [3.5, 5.0, 10.0, 30.0])
@@ -134,7 +126,7 @@ def test_relations_are_those_of_the_onsets(seconds: float) -> None:
     assert "while" in kinds and ("before" in kinds or seconds < 6)
 
 
-# --- correspondence
+# --- relevance
 
 DOG = Sound("dog", "low", "loud", 3, background=False)
 BELL = Sound("bell", "high", "soft", 2, background=False)
@@ -143,20 +135,20 @@ CLIP = Content((DOG, BELL, RAIN), (("dog", "bell", "before"),))
 
 
 def test_what_is_true_has_grade_one_and_a_part_of_it_too() -> None:
-    assert correspondence(CLIP, CLIP) == 1
-    assert correspondence(Content((Sound("dog"),)), CLIP) == 1
-    assert correspondence(Content((Sound("dog", count=SEVERAL), Sound("rain", background=True))), CLIP) == 1
-    assert correspondence(Content((Sound("bell"), Sound("dog")), (("dog", "bell", "before"),)), CLIP) == 1
+    assert relevance(CLIP, CLIP) == 1
+    assert relevance(Content((Sound("dog"),)), CLIP) == 1
+    assert relevance(Content((Sound("dog", count=SEVERAL), Sound("rain", background=True))), CLIP) == 1
+    assert relevance(Content((Sound("bell"), Sound("dog")), (("dog", "bell", "before"),)), CLIP) == 1
 
 
-def test_nothing_heard_of_it_has_grade_zero() -> None:
-    assert correspondence(Content((Sound("cat", "low", "loud", 1),)), CLIP) == 0
+def test_without_any_of_its_sounds_the_grade_is_zero() -> None:
+    assert relevance(Content((Sound("cat", "low", "loud", 1),)), CLIP) == 0
 
 
 def test_the_documented_weights_make_the_grade() -> None:
     stated = Content((Sound("dog", "high", "loud", 2), Sound("cat")), (("cat", "dog", "before"),))
     # presence 3 + loudness 1 + count 2/3 of 3 + 1 + 1 + 1 (dog), 3 (cat), 2 (relation)
-    assert correspondence(stated, CLIP) == pytest.approx((3 + 0 + 1 + 2 / 3) / 11)
+    assert relevance(stated, CLIP) == pytest.approx((3 + 0 + 1 + 2 / 3) / 11)
 
 
 @pytest.mark.parametrize(
@@ -175,42 +167,42 @@ def test_the_documented_weights_make_the_grade() -> None:
     ],
 )
 def test_each_false_fact_costs(wrong: Content) -> None:
-    assert 0 < correspondence(wrong, CLIP) < 1
+    assert 0 < relevance(wrong, CLIP) < 1
 
 
 def test_worse_is_lower() -> None:
     def with_dog(**changes: object) -> float:
-        return correspondence(replace(CLIP, sounds=(replace(DOG, **changes), BELL, RAIN)), CLIP)  # type: ignore[arg-type]
+        return relevance(replace(CLIP, sounds=(replace(DOG, **changes), BELL, RAIN)), CLIP)  # type: ignore[arg-type]
 
     assert with_dog(pitch="high") < with_dog(pitch="mid") < 1
     assert with_dog(count=5) < with_dog(count=4) < 1
     assert with_dog(count=1) < with_dog(count=2) < 1
     absent = Content((replace(DOG, label="cat"), BELL, RAIN), (("cat", "bell", "before"),))
-    assert correspondence(absent, CLIP) < with_dog(pitch="high", loudness="soft", count=1)
+    assert relevance(absent, CLIP) < with_dog(pitch="high", loudness="soft", count=1)
 
 
 def test_while_has_no_direction_and_before_has() -> None:
     def both(kind: str, *labels: str) -> Content:
         return Content((Sound("dog"), Sound("bell")), ((*labels, kind),))  # type: ignore[arg-type]
 
-    assert correspondence(both("while", "dog", "bell"), both("while", "bell", "dog")) == 1
-    assert correspondence(both("before", "dog", "bell"), both("before", "bell", "dog")) < 1
+    assert relevance(both("while", "dog", "bell"), both("while", "bell", "dog")) == 1
+    assert relevance(both("before", "dog", "bell"), both("before", "bell", "dog")) < 1
 
 
-def test_full_contents_that_differ_in_attributes_alone_correspond_symmetrically() -> None:
+def test_full_contents_that_differ_in_attributes_alone_have_symmetric_relevance() -> None:
     other = replace(CLIP, sounds=(replace(DOG, pitch="high", count=5), BELL, RAIN))
-    assert correspondence(CLIP, other) == pytest.approx(correspondence(other, CLIP))
+    assert relevance(CLIP, other) == pytest.approx(relevance(other, CLIP))
 
 
 def test_one_more_true_fact_never_lowers_the_grade() -> None:
     half_true = Content((Sound("dog", pitch="high"), Sound("cat")))
-    grade = correspondence(half_true, CLIP)
+    grade = relevance(half_true, CLIP)
     for better in (
         Content((Sound("dog", pitch="high", count=3), Sound("cat"))),
         Content((*half_true.sounds, Sound("bell"))),
         Content((Sound("dog", pitch="low"), Sound("cat"))),
     ):
-        assert correspondence(better, CLIP) > grade
+        assert relevance(better, CLIP) > grade
 
 
 # --- captions
@@ -221,8 +213,8 @@ def test_captions_state_what_is_true_of_their_scene() -> None:
     captions = [write_captions(np.random.default_rng([3, i]), scene, 3) for i, scene in enumerate(drawn)]
     for scene, own in zip(drawn, captions, strict=True):
         assert len({caption.text for caption in own}) == 3
-        assert all(correspondence(caption.states, scene.content) == 1 for caption in own)
-    grades = correspondence_matrix([c.states for own in captions for c in own], [scene.content for scene in drawn])
+        assert all(relevance(caption.states, scene.content) == 1 for caption in own)
+    grades = relevance_matrix([c.states for own in captions for c in own], [scene.content for scene in drawn])
     assert (grades == 1).sum(1).mean() < 4  # they tell scenes apart
     assert np.median(grades) < 0.2
 

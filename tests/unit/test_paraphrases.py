@@ -17,14 +17,14 @@ from torch import Tensor
 from atr_scale.batch import Batch, caption_id
 from atr_scale.config import parse_config
 from atr_scale.data.options import DataSection, TrainingSource
-from atr_scale.data.paraphrases.choose import choose
+from atr_scale.data.paraphrases.choose import Chooser
 from atr_scale.data.paraphrases.endpoint import Unanswered, parse_answer
 from atr_scale.data.paraphrases.stored import FILE, Appender, Paraphrases, make_record
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.stream import TrainingStream, read_batches
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from tests.coded import CAPTIONS, CROP, QUANTUM, RATE, NumberTokenizer, heard, write_shards
+from tests.coded import CAPTIONS, CROP, QUANTUM, RATE, NumberTokenizer, clip_and_start, write_shards
 
 pytestmark = pytest.mark.timeout(120)
 CLIPS = 20
@@ -54,7 +54,7 @@ def test_answers_that_cannot(content: str | None) -> None:
 
 
 def embed_angles(texts: Sequence[str]) -> Tensor:
-    """The angle to the caption is the number of times "far" stands in a text, times 30 degrees."""
+    """The angle to the caption is 30 degrees for each "far" in the text."""
     angles = [math.radians(30 * text.lower().split().count("far")) for text in texts]
     return torch.tensor([[math.cos(a), math.sin(a)] for a in angles])
 
@@ -64,7 +64,7 @@ def test_the_closest_are_kept_and_the_rest_counted() -> None:
         "dogs bark far far", "dogs bark far", "Dogs bark!", "some dogs barking", "Some dogs, barking.",
         "3 dogs bark", "dogs bark far away", " ", " ".join(["dog"] * 21), "barking of  dogs",
     ]  # fmt: skip
-    kept, rejected = choose("dogs bark", candidates, embed_angles, keep=3, threshold=0.7)
+    kept, rejected = Chooser(embed_angles, "e", keep=3, threshold=0.7).choose("dogs bark", candidates)
     assert [text for text, _ in kept] == ["some dogs barking", "barking of dogs", "dogs bark far"]
     assert [round(cosine, 3) for _, cosine in kept] == [1, 1, 0.866]
     assert rejected == {
@@ -76,12 +76,13 @@ def test_what_the_caption_has_may_stay() -> None:
     """Its own numbers, and as many words as it has."""
     caption = " ".join(["word"] * 24) + " 12"
     candidates = [caption.replace("12", "and 12"), caption.replace("word word", "phrase", 1)]
-    kept, rejected = choose(caption, candidates, embed_angles, keep=5, threshold=0.7)
+    kept, rejected = Chooser(embed_angles, "e", keep=5, threshold=0.7).choose(caption, candidates)
     assert [text for text, _ in kept] == candidates[1:] and rejected == {"too_long": 1}
 
 
 def test_nothing_to_choose_from_is_not_embedded() -> None:
-    assert choose("a dog", ["A dog."], lambda texts: pytest.fail("embedded"), keep=5, threshold=0.7)[0] == []
+    chooser = Chooser(lambda texts: pytest.fail("embedded"), "e", keep=5, threshold=0.7)
+    assert chooser.choose("a dog", ["A dog."])[0] == []
 
 
 def store(location: str, *records: dict) -> None:
@@ -186,19 +187,19 @@ def read(stream: TrainingStream, first: int, last: int, workers: int = 0) -> lis
 
 
 def rows_of(batches: list[Batch]) -> list[tuple[int, int, int, int, int]]:
-    """(clip, first sample heard, original's index, take or paraphrase number, id of the text) of every row."""
+    """(clip, first sample, index of the original caption, take or paraphrase number, id of the text) of every row."""
     rows = []
     for batch in batches:
         for row in range(len(batch.keys)):
-            clip, start = heard(batch, row)
+            clip, start = clip_and_start(batch, row)
             told, number = batch.input_ids[row].tolist()
             assert told == clip
             rows.append((clip, start, int(batch.caption_index[row]), number, int(batch.caption_ids[row])))
     return rows
 
 
-def test_visits_take_a_share_of_paraphrases(shards: str) -> None:
-    """Of those whose caption has one; the rest of the visit, and the caption it descends from, stay as they were."""
+def test_a_fraction_of_visits_takes_paraphrases(shards: str) -> None:
+    """Of the visits whose caption has one; the crop and the original caption of a visit stay the same."""
     plain, mixed, reworded = (rows_of(read(open_stream(shards, share=share), 0, 40)) for share in (0, 0.4, 1))
     assert all(number == index for _, _, index, number, _ in plain)
     for rows in (mixed, reworded):

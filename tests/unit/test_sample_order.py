@@ -1,4 +1,4 @@
-"""The data plan: exact epochs, fair mixtures, any batch at once, nothing but the seed."""
+"""The sample order: exact epochs, exact mixtures, any batch without those before it, decided by the seed alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def same(a: Rows, b: Rows) -> bool:
 @settings(max_examples=60, deadline=None)
 @given(sizes=sizes, batch_size=batch_sizes, seed=seeds, shuffle=shuffles)
 def test_every_corpus_gives_exact_epochs(sizes: list[int], batch_size: int, seed: int, shuffle: dict[str, int]) -> None:
-    """Visits [k n, (k + 1) n) of a corpus of n samples are a permutation, whatever the batches and the mixture."""
+    """Visits [k n, (k + 1) n) of a corpus of n samples are a permutation, for any batch size and mixture."""
     plan = SampleOrder(sizes, batch_size, seed=seed, window=shuffle["window"], block=shuffle["block"])
     rows = stream(plan, 1 + 3 * sum(sizes) // batch_size)
     assert np.array_equal(rows.position, np.arange(len(rows.position)))
@@ -44,7 +44,7 @@ def test_every_corpus_gives_exact_epochs(sizes: list[int], batch_size: int, seed
 @settings(max_examples=60, deadline=None)
 @given(sizes=sizes, batch_size=batch_sizes, seed=seeds, numbers=st.lists(st.integers(0, 60), min_size=1, max_size=12))
 def test_any_batch_is_found_at_once(sizes: list[int], batch_size: int, seed: int, numbers: list[int]) -> None:
-    """In any order, backwards too, from a new plan and from one that has been elsewhere."""
+    """In any order, also backwards, from a new object and from one that has found other batches."""
     weights = [1.0 + k for k in range(len(sizes))]
     iterated = SampleOrder(sizes, batch_size, weights=weights, seed=seed, window=7, block=3)
     expected = [iterated.batch(k) for k in range(61)]
@@ -92,8 +92,8 @@ def test_corpora_of_one_size_are_shuffled_apart() -> None:
     batch_size=st.integers(4, 128),
     seed=seeds,
 )
-def test_shares_follow_the_weights(weights: list[float], batch_size: int, seed: int) -> None:
-    """Every batch and every prefix of the stream, not only the long run."""
+def test_mixtures_follow_the_weights(weights: list[float], batch_size: int, seed: int) -> None:
+    """In every batch and every prefix of the stream, not only in the long run."""
     plan = SampleOrder([1000] * len(weights), batch_size, weights=weights, seed=seed)
     share = np.asarray(weights) / sum(weights)
     counts = np.array([np.bincount(plan.batch(k).source, minlength=len(weights)) for k in range(40)])
@@ -104,7 +104,7 @@ def test_shares_follow_the_weights(weights: list[float], batch_size: int, seed: 
     assert np.abs(counts.cumsum(0) - share * total).max() <= 2 + np.log2(40 * batch_size)
 
 
-def test_by_default_a_corpus_weighs_what_it_holds() -> None:
+def test_the_default_weight_of_a_corpus_is_its_size() -> None:
     rows = stream(SampleOrder([900, 100], 50, seed=1), 200)
     assert np.bincount(rows.source) == pytest.approx([9000, 1000], abs=15)
     assert SampleOrder([900, 100], 50).epoch_batches == 20

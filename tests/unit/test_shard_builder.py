@@ -100,14 +100,14 @@ def test_a_killed_build_goes_on_where_it_stopped(corpus: Path, reference: Path, 
     out = tmp_path / "out"
     script = f"""
         import os, signal
-        from atr_scale.data import shard_builder
-        encode, calls = shard_builder.encode, []
+        from atr_scale.data import shard_builder, shard_writer
+        encode, calls = shard_writer.encode, []
         def deadly(*arguments):
             calls.append(1)
             if len(calls) == 11:
                 os.kill(os.getpid(), signal.SIGKILL)
             return encode(*arguments)
-        shard_builder.encode = deadly
+        shard_writer.encode = deadly
         shard_builder.build_shards("folder", {str(corpus)!r}, {str(out)!r}, **{BUILD!r})
     """
     died = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, timeout=120)

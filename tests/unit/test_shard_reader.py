@@ -1,4 +1,4 @@
-"""Reading shards: grouping, faults, LAION's layout. Every sample carries its id in audio and caption alike."""
+"""Reading shards: grouping, faults, LAION's layout. The audio and the caption of a sample both have its id."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_tar(path: Path, entries: Iterable[tuple[str, bytes]]) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """The manifest as the builder would have written it for the shards that are there now."""
+    """The manifest that the builder would write for the shards that are there now."""
     shards = []
     for path in sorted(folder.glob("*.tar")):
         offsets, keys = [], []
@@ -92,7 +92,7 @@ def read_all(shards: ShardSet) -> tuple[list[str], Counter[str]]:
 
 @pytest.fixture
 def two_shards(tmp_path: Path) -> Path:
-    """Two shards that use the same keys: the trap for grouping over a shard's end."""
+    """Two shards with the same keys: grouping must not go beyond a shard's end."""
     folder = tmp_path / "set"
     folder.mkdir()
     for shard in ("a", "b"):
@@ -263,7 +263,7 @@ def test_index_is_kept_and_renewed_when_a_shard_changes(two_shards: Path, monkey
     first = open_shards(str(two_shards))
     assert (two_shards / ".index.json").is_file()
     with monkeypatch.context() as patch:
-        patch.setattr("atr_scale.data.shard_reader.scan_shard", lambda *a: pytest.fail("scanned again"))
+        patch.setattr("atr_scale.data.shard_index.scan_shard", lambda *a: pytest.fail("scanned again"))
         again = open_shards(str(two_shards))
     assert again.keys == first.keys and np.array_equal(again.start, first.start)
     write_tar(two_shards / "b.tar", members("b", KEYS[:2]))
@@ -283,7 +283,7 @@ def test_index_of_a_read_only_folder_goes_to_the_cache(two_shards: Path, monkeyp
     monkeypatch.setattr(storage, "write_bytes", refuse_beside)
     open_shards(str(two_shards))
     assert len(list(Path(os.environ["XDG_CACHE_HOME"]).glob("atr-scale/*.json"))) == 1
-    monkeypatch.setattr("atr_scale.data.shard_reader.scan_shard", lambda *a: pytest.fail("scanned again"))
+    monkeypatch.setattr("atr_scale.data.shard_index.scan_shard", lambda *a: pytest.fail("scanned again"))
     assert len(open_shards(str(two_shards))) == 2 * len(KEYS)
 
 

@@ -1,4 +1,4 @@
-"""The JSON of a sample: whatever it holds, it is cleaned or refused."""
+"""The JSON of a sample: any content is cleaned or refused."""
 
 from __future__ import annotations
 

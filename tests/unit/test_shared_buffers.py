@@ -1,4 +1,4 @@
-"""SharedBuffers of memory: never handed out while a tensor still reads them, used again afterwards."""
+"""SharedBuffers: a buffer is never handed out while a tensor still uses it, and is used again afterwards."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_memory_begins_with_a_cache_line() -> None:
 
 @pytest.mark.parametrize("filled", range(5))
 def test_rows_widen_in_place(filled: int) -> None:
-    """int16 rows lie in the first half of the memory that their float32 values fill."""
+    """int16 rows are in the first half of the memory that their float32 values fill."""
     samples = np.random.default_rng(0).integers(-32768, 32768, (4, 1000)).astype(np.int16)
     memory = np.zeros(4000, np.float32)
     rows = WaveformRows(memory, 1000, int16=True)
@@ -48,7 +48,7 @@ def test_rows_widen_in_place(filled: int) -> None:
 
 
 def test_a_batch_on_the_device_is_float32() -> None:
-    """Scaled exactly as libsndfile does, every value there is."""
+    """Every int16 value is scaled exactly as libsndfile does."""
     ids = torch.zeros(1, dtype=torch.int64)
     samples = torch.arange(-32768, 32768).to(torch.int16)[None]
     waveform = Batch(samples, ids, ids, ids, ids, ids, ids).to(torch.device("cpu")).waveform

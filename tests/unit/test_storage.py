@@ -1,4 +1,4 @@
-"""The opener: local files, refused schemes, bounded retries. S3 itself is in tests/integration/test_s3.py."""
+"""Storage: local files, refused schemes, bounded retries. S3 itself is tested in tests/integration/test_s3.py."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_persistent_fault_ends_after_bounded_attempts(monkeypatch: pytest.Monk
     assert fake.calls == storage.ATTEMPTS and sum(pauses) < 10
 
 
-def test_no_retry_where_it_cannot_help(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
+def test_no_retry_if_it_cannot_help(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
     for fault, expected in ((FileNotFoundError(), FileNotFoundError), (PermissionError(), PermissionError)):
         fake = use(monkeypatch, [fault])
         with pytest.raises(expected):

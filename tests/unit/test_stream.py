@@ -1,4 +1,4 @@
-"""Shards to batches: exact shares, any start, holes, faults. Every clip's audio and captions carry its number."""
+"""Shards to batches: exact local batches, any start, holes, faults. Each clip's audio and captions have its number."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from tests.coded import (
     PER_CLIP,
     QUANTUM,
     RATE,
+    clip_and_start,
     clip_id,
     duration,
-    heard,
     open_stream,
     rows_of,
     samples,
@@ -74,8 +74,8 @@ def equal(a: Batch, b: Batch) -> bool:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_ranks_share_every_batch_exactly(left: str, right: str, size: int) -> None:
-    """Disjoint, their union the batch of one process: sounds, crops and captions, too."""
+def test_local_batches_are_exactly_the_global_one(left: str, right: str, size: int) -> None:
+    """They are disjoint, and joined they are the batch of one process, with the same clips, crops and captions."""
     whole = [rows_of(batch) for batch in read(open_stream(left, right), 0, 9)]
     ranks = [read(open_stream(left, right, world=World(r, size)), 0, 9) for r in range(size)]
     for number, rows in enumerate(whole):
@@ -93,12 +93,12 @@ def test_workers_change_nothing(left: str, right: str, workers: int) -> None:
 
 @pytest.mark.parametrize("start", [1, 2, 7, 11])
 def test_starting_anywhere_is_skipping(left: str, start: int) -> None:
-    """Batch 2 holds the end of the first epoch."""
+    """Batch 2 has the end of the first epoch."""
     whole = read(open_stream(left), 0, 12)
     assert all(equal(a, b) for a, b in zip(whole[start:], read(open_stream(left), start, 12), strict=True))
 
 
-def test_an_epoch_hears_every_clip_once(left: str) -> None:
+def test_an_epoch_visits_every_clip_once(left: str) -> None:
     rows = all_rows(read(open_stream(left), 0, 5))
     assert sorted(row[1] for row in rows[:CLIPS]) == sorted(row[1] for row in rows[CLIPS:]) == list(range(CLIPS))
 
@@ -235,7 +235,7 @@ def test_few_shards_and_many_readers(tmp_path: Path) -> None:
 
 
 def test_memory_is_used_again_and_never_under_a_batch_that_is_held(left: str) -> None:
-    """Workers reuse their slots while some batches are kept and others are not."""
+    """Workers reuse their buffers while some batches are kept and others are not."""
     whole = read(open_stream(left), 0, 30)
     kept = []
     for number, batch in enumerate(read_batches(open_stream(left).between(0, 30), 1)):
@@ -272,7 +272,7 @@ def test_damage_never_pairs_audio_with_another_caption(right: str, tmp_path: Pat
     for path in sorted(folder.glob("*.tar")):
         whole = path.read_bytes()
         at, length = data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, 8000))
-        # A filler that is legal inside a JSON string would change a caption's words, which only a checksum can tell.
+        # A filler that is legal inside a JSON string would change a caption's words, which only a checksum can detect.
         filler = data.draw(
             st.sampled_from([b"", b"<html>\n502</html>", bytes(512), bytes(10240), b"\xff" * 700, whole[512:9000]])
         )
@@ -291,7 +291,7 @@ def test_damage_never_pairs_audio_with_another_caption(right: str, tmp_path: Pat
 
 
 def test_samples_that_moved_by_one_member_never_mispair(right: str, tmp_path: Path) -> None:
-    """One more JSON in front: every range but a shard's first now holds a JSON and the next clip's audio."""
+    """One more JSON in front: every range except a shard's first now has a JSON and the next clip's audio."""
     folder = copy(right, tmp_path / "right")
     stream = open_stream(str(folder), batch=20)
     for path in folder.glob("*.tar"):
@@ -321,7 +321,7 @@ def write_laion(folder: Path, shards: dict[str, list[int]], subtype: str = "PCM_
 
 
 def test_laion_shards_train_as_they_are(tmp_path: Path) -> None:
-    """The same keys in every shard are clips of their own."""
+    """The same key in two shards is two clips."""
     location = write_laion(tmp_path / "sounds" / "train", {"0": list(range(8)), "1": list(range(8, 14))})
     batches = read(open_stream(location, batch=7), 0, 4)
     rows = all_rows(batches)
@@ -333,7 +333,7 @@ def test_laion_shards_train_as_they_are(tmp_path: Path) -> None:
 
 
 def test_laion_shards_cut_inside_their_first_sample_never_mispair(tmp_path: Path) -> None:
-    """The trap: shard 0 ends after its audio, shard 1 goes on with the same key."""
+    """Shard 0 ends after its audio, and shard 1 continues with the same key."""
     location = write_laion(tmp_path / "sounds", {"0": [0], "1": [1], "2": [2, 3]})
     first = tmp_path / "sounds" / "0.tar"
     with tarfile.open(first) as tar:
@@ -349,26 +349,26 @@ def test_no_shards(tmp_path: Path) -> None:
 
 
 def test_the_code_is_sound() -> None:
-    """What these tests stand on: a swapped clip or a shifted crop is noticed."""
+    """The tests of this file rely on it: a swapped clip or a shifted crop is noticed."""
     values = torch.from_numpy(waveform(5)[123:2123].astype(np.float32) / 32768)
     batch = Batch(values[None], torch.tensor([2000]), *(torch.zeros(1, 2),) * 2, *(torch.zeros(1),) * 3)
-    assert heard(batch, 0) == (5, 123)
+    assert clip_and_start(batch, 0) == (5, 123)
     values[1000:] = torch.from_numpy(waveform(6)[1123:2123].astype(np.float32) / 32768)
     with pytest.raises(AssertionError, match="clips"):
-        heard(batch, 0)
+        clip_and_start(batch, 0)
 
 
 @pytest.mark.parametrize(
     ("exclusions", "words"),
     [
-        ([{"name": "unreadable AudioSet files"}], "without an overlap list"),
+        ([{"name": "unreadable AudioSet files"}], "without an exclusion list"),
         ([{"name": "unreadable AudioSet files"}, {"name": "blacklist_exclude_test_ac.json"}], "without the clips of"),
     ],
 )
-def test_overlap_lists_are_checked_when_read(
+def test_exclusion_lists_are_checked_when_read(
     caplog: pytest.LogCaptureFixture, exclusions: list[dict[str, str]], words: str
 ) -> None:
-    """WavCaps shards say which lists they were built with, or that there was none."""
+    """It is logged which lists WavCaps shards were built with, or that there was none."""
     shards = ShardSet(
         "somewhere", "wavcaps", "train", [], *(np.zeros(0, np.int64),) * 3, [], {"exclusions": exclusions}
     )

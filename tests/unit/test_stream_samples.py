@@ -1,4 +1,4 @@
-"""What is read of a local shard, and 16-bit samples that stay what they are until they are on the device."""
+"""The parts of a local shard that are read, and 16-bit samples that stay 16-bit until they are on the device."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_crop_from_a_shard_is_that_of_the_clip(tmp_path: Path, dtype: type) ->
 
 
 def test_audio_is_of_the_shard_that_the_captions_were_read_from(left: str, tmp_path: Path) -> None:  # noqa: F811
-    """A shard that is replaced in between does not mispair, one that is cut makes a bad sample."""
+    """A shard that is replaced in between does not mispair; one that is cut gives a bad sample."""
     folder = copy(left, tmp_path / "left")
     shards = open_shards(str(folder))
     samples = [shards.open(0), shards.open(7)]
@@ -65,7 +65,7 @@ def test_audio_is_of_the_shard_that_the_captions_were_read_from(left: str, tmp_p
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_16_bit_samples_travel_as_they_are(left: str, right: str, tmp_path: Path, workers: int) -> None:  # noqa: F811
-    """Whatever encodes them, with holes in the batches, and on the device they are what they were."""
+    """In any encoding, also with holes in the batches; on the device they have the same values as before."""
     folder = copy(left, tmp_path / "left")
     for number in (3, 8, 17):
         spoil(folder, number, "silent_audio")

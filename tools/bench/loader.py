@@ -1,9 +1,9 @@
 """Reading batches: this project's stream, and webdataset's own loader on the same shards.
 
-Clips of 10 s at 32 kHz, crops of 10 s, batches of 32. Counted is everything from the file (in the page cache) to the
-batch tensor: reading, decoding, drawing caption and crop, checks, ids, padding; not tokenising, for which both sides
-give the same constant. For a GPU 16-bit samples stay so, and are scaled there; against webdataset, which gives float32,
-the conversion counts.
+Clips of 10 s at 32 kHz, crops of 10 s, batches of 32. The measurement covers everything from the file (in the page
+cache) to the batch tensor: reading, decoding, drawing caption and crop, checks, ids, padding. It leaves out the
+tokenizer, which both sides replace by a constant. For a GPU, 16-bit samples stay 16-bit and are scaled there; in the
+comparison with webdataset, which returns float32, the conversion counts.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from tools.bench.table import Row, run
 CLIPS, SECONDS, RATE = 320, 10.0, 32_000
 BATCH = 32
 CAPTIONS = 5
-PCM_MS = 0.15  # what a clip of 16-bit samples may cost
-STEP_S = 0.03  # a training step of so long has to find its next batch ready
-WAIT = 0.01  # and this share of the time is none, where the worker has a core of its own
+PCM_MS = 0.15  # goal for a clip of 16-bit samples
+STEP_S = 0.03  # a training step of this length should find its next batch ready
+WAIT = 0.01  # fraction of the time that counts as no waiting, if the worker has its own core
 STEPS = 40
 TURNS, ROUNDS = 7, 3
 ENDLESS = 1 << 40
-SOAK, SETTLED = 100_000, 10_000  # samples read in all, and after which memory is to stay where it is
+SOAK, SETTLED = 100_000, 10_000  # samples read in all, and after how many memory must no longer grow
 WDS = "webdataset"
 
 
@@ -71,7 +71,7 @@ def rows() -> Iterator[Row]:
 
 
 def write_corpus(root: Path) -> None:
-    """Noise that falls with frequency: FLAC halves it, as it does recordings."""
+    """A corpus of noise that falls with frequency: FLAC halves its size, like that of recordings."""
     (root / "audio").mkdir(parents=True)
     rng = np.random.default_rng(0)
     lines = ["file_name," + ",".join(f"caption_{k + 1}" for k in range(CAPTIONS))]
@@ -85,8 +85,8 @@ def write_corpus(root: Path) -> None:
 
 
 def write_shards(folder: Path, encoding: str) -> str:
-    """Shards that were read from the disk, as a run's are: what was just written lies in smaller pieces in the page
-    cache, and takes longer to copy."""
+    """Shards that were read from the disk, like a run's: those just written lie in smaller pieces in the page cache and
+    take longer to copy."""
     out = folder / encoding
     build_shards("folder", folder / "corpus", str(out), shard_size=80, encoding=encoding, sample_rate=RATE, workers=1)
     for path in out.glob("*.tar"):
@@ -98,7 +98,7 @@ def write_shards(folder: Path, encoding: str) -> str:
 
 
 class NoTokenizer(CaptionTokenizer):
-    """The same ids for every caption."""
+    """Returns the same ids for every caption."""
 
     def __init__(self) -> None:
         pass
@@ -121,7 +121,7 @@ def our_batches(shards: str, workers: int = 0, batches: int = ENDLESS, *, keep_i
 
 
 def bare_reads(shards: str) -> Iterator[Tensor]:
-    """What cannot be saved: as many bytes of random clips copied from the page cache into two batches in turn."""
+    """The lower bound: the bytes of random clips, copied from the page cache into two batches in turn."""
     found = open_shards(shards)
     files = [os.open(Path(shards) / name, os.O_RDONLY) for name in found.names]
     length = int(SECONDS * RATE)
@@ -135,7 +135,7 @@ def bare_reads(shards: str) -> Iterator[Tensor]:
 
 
 def wds_batches(shards: str, workers: int = 0) -> Iterator[Tensor]:
-    """What the library's documentation shows: decode, shuffle, crop, batch; endless."""
+    """The pipeline of the library's documentation: decode, shuffle, crop, batch; endless."""
     urls = sorted(str(path) for path in Path(shards).glob("*.tar"))
     dataset = webdataset.WebDataset(urls, shardshuffle=False, resampled=True, empty_check=False)
     dataset = dataset.shuffle(CLIPS).map(wds_sample).batched(BATCH, collation_fn=wds_collate)
@@ -164,7 +164,7 @@ def wds_collate(samples: list[tuple[np.ndarray, str]]) -> tuple[Tensor, Tensor, 
 
 
 def cpu_ms(*loops: Iterator[Tensor]) -> list[float]:
-    """CPU ms a clip of each endless loop once it runs: the least of TURNS, for other programs only add to it."""
+    """CPU ms per clip of each endless loop after a first turn: the least of TURNS, as other programs only add to it."""
     taken: list[list[float]] = [[] for _ in loops]
     for turn in range(1 + TURNS):
         for batches, times in zip(loops, taken, strict=True):
@@ -177,7 +177,7 @@ def cpu_ms(*loops: Iterator[Tensor]) -> list[float]:
 
 
 def waiting(batches: Iterator[Tensor]) -> float:
-    """Share of the time that a loop of STEPS steps waits for its batches, once the workers run; the least of ROUNDS."""
+    """Fraction of the time that STEPS steps wait for their batches, once the workers run; the least of ROUNDS."""
     shares = []
     with closing(batches):  # type: ignore[type-var]
         next(batches)
@@ -188,13 +188,13 @@ def waiting(batches: Iterator[Tensor]) -> float:
                 start = time.perf_counter()
                 next(batches)
                 waited += time.perf_counter() - start
-                time.sleep(STEP_S)  # a step on a GPU, which leaves this processor alone
+                time.sleep(STEP_S)  # a step on a GPU, which does not use this processor
             shares.append(waited / (time.perf_counter() - began))
     return min(shares)
 
 
 def in_the_reader(batches: Iterator[Tensor]) -> float:
-    """CPU ms a clip that the process which reads the batches spends itself."""
+    """CPU ms per clip in the process that reads the batches."""
     with closing(batches):  # type: ignore[type-var]
         next(batches)
         start = time.process_time()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atr_scale.demo.captions import DemoCaption, write_captions
 from atr_scale.demo.clips import DemoClip, Sizes, plan_clips
-from atr_scale.demo.scenes import correspondence_matrix
+from atr_scale.demo.relevance import relevance_matrix
 from atr_scale.errors import UserError
 
 TRAINING = {"audiocaps": "audiocaps/train", "clotho": "clotho/development", "wavcaps": "wavcaps/train"}
@@ -43,7 +43,7 @@ class Split:
     @cached_property
     def grades(self) -> np.ndarray:
         """How true each caption is of each clip, float32 [captions, clips]; 1: all that it states."""
-        return correspondence_matrix(
+        return relevance_matrix(
             [caption.states for caption in self.captions], [clip.scene.content for clip in self.clips]
         )
 

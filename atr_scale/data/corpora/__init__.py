@@ -1,6 +1,6 @@
 """Readers of captioned audio corpora in their official on-disk formats, by name.
 
-A plug-in adds an entry to `CORPORA`: a class derived from `Corpus`.
+A plug-in adds a class derived from `Corpus` to `CORPORA`. docs/data.md lists the corpora and their folders.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["CORPORA", "Clip", "Corpus", "open_corpus"]
 
 
 def open_corpus(name: str, root: str | Path, options: Mapping[str, Any] | None = None) -> Corpus:
-    """The reader of the corpus `name` in the folder `root`. UserError for an unknown corpus or a wrong option."""
+    """The reader of the corpus `name` in the folder `root`. Raises UserError for an unknown corpus or option."""
     if name not in CORPORA:
         known = ", ".join(CORPORA)
         raise UserError(f"unknown corpus '{name}': choose one of {known}, or name the module that adds it by --plugins")

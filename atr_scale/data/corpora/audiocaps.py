@@ -1,13 +1,13 @@
-"""AudioCaps (Kim et al. 2019): 10 s clips of YouTube; one caption in train, five in val and test.
+"""AudioCaps (Kim et al. 2019): clips of 10 s from YouTube, with one caption in train and five in val and test.
 
-Reads the official CSV (audiocap_id, youtube_id, start_time, caption; one caption a row) and the derivative of Mei and
-WavCaps (file_name `Y<youtube id>.wav` with caption or caption_1 ... caption_5). Videos vanish, so missing audio is
-normal.
+Reads the official CSV files (audiocap_id, youtube_id, start_time, caption; one caption in a row) and those that the
+code of Mei et al. and WavCaps uses (file_name `Y<youtube id>.wav` with caption or caption_1 ... caption_5). Videos are
+removed from YouTube over time, so some audio is usually missing.
 """
 
 from __future__ import annotations
 
-from atr_scale.data.corpora.corpus import CANONICAL_SPLITS, Clip, Corpus, canonical_split
+from atr_scale.data.corpora.corpus import Clip, Corpus
 from atr_scale.data.corpora.files import (
     by_stem,
     first_file,
@@ -17,16 +17,17 @@ from atr_scale.data.corpora.files import (
     walk_audio,
     youtube_id,
 )
+from atr_scale.data.splits import synonyms
 
 
 class AudioCaps(Corpus):
-    """train, val or test; clip ids `audiocaps/<youtube id>_<start>` (no start in the derivative)."""
+    """Splits train, val and test; clip ids `audiocaps/<youtube id>_<start>`, without start if the CSV has none."""
 
     licence = "captions: MIT; audio: YouTube, research use only"
     splits = ("train", "val", "test")
 
     def read_clips(self, split: str) -> list[Clip]:
-        names = [f"{folder}{name}.csv" for folder in ("", "dataset/", "metadata/") for name in _names(split)]
+        names = [f"{folder}{name}.csv" for folder in ("", "dataset/", "metadata/") for name in synonyms(split)]
         path = first_file(self.root, names, "AudioCaps CSV")
         rows = read_table(path)
         official = "youtube_id" in rows[0]
@@ -42,8 +43,8 @@ class AudioCaps(Corpus):
         return clips
 
     def find_audio(self, split: str, clips: list[Clip]) -> list[str]:
-        """`Y<id>`, `<id>` or `<id>_<start>` with any audio extension, anywhere below audio/ or the split's folder."""
-        files = by_stem(walk_audio(self.root / name for name in ("audio", *_names(split))))
+        """`<id>` or `<id>_<start>`, perhaps with a Y before it, with any audio extension, below audio/ or <split>/."""
+        files = by_stem(walk_audio(self.root / name for name in ("audio", *synonyms(split))))
 
         def find(meta: dict[str, str]) -> str:
             video, start = meta["youtube_id"], meta.get("start_time", "")
@@ -51,7 +52,3 @@ class AudioCaps(Corpus):
             return next((files[stem] for stem in stems if stem in files), "")
 
         return [find(clip.meta) for clip in clips]
-
-
-def _names(split: str) -> list[str]:
-    return [split, *(n for n, canonical in CANONICAL_SPLITS.items() if canonical == canonical_split(split) != n)]

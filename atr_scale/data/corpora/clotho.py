@@ -1,7 +1,7 @@
 """Clotho v2.1 (Drossos et al. 2020): Freesound clips of 15 to 30 s, five captions each.
 
-Reads clotho_captions_<split>.csv and, where it is there, clotho_metadata_<split>.csv (ISO-8859-1) for the Freesound id
-and the licence of each clip.
+Reads clotho_captions_<split>.csv and, if it exists, clotho_metadata_<split>.csv (ISO-8859-1) for the Freesound id and
+the licence of each clip.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ CSV_FOLDERS = ("", "metadata/", "csv/", "clotho_csv_files/", "captions/")
 
 
 class Clotho(Corpus):
-    """development, validation or evaluation; clip ids `clotho/<file name>`.
+    """Splits development, validation and evaluation; clip ids `clotho/<file name>`.
 
-    A clip whose file name or Freesound id also occurs in another split (v2.1 has a few) carries `also_in` in its meta.
+    A clip whose file name or Freesound id also occurs in another split (v2.1 has a few) has `also_in` in its meta.
     """
 
     licence = "captions: Tampere University, non-commercial; audio: Freesound, a licence for each clip"
@@ -77,7 +77,7 @@ def _metadata(root: Path, split: str) -> dict[str, dict[str, str]]:
 
 
 def _identities(root: Path, split: str) -> set[object]:
-    """File names and Freesound ids of another split, as far as its tables are there."""
+    """File names and Freesound ids of another split, as far as its tables exist."""
     details = _metadata(root, split)
     known: set[object] = {row["sound_id"] for row in details.values() if row["sound_id"].isdigit()}
     try:

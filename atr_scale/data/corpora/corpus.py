@@ -1,4 +1,4 @@
-"""What a reader of a corpus is: the base class that it is derived from, and the clips that it gives."""
+"""The base class of corpus readers, and the clips that they return."""
 
 from __future__ import annotations
 
@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from atr_scale.data.exclusions import ExclusionList
+from atr_scale.data.splits import canonical_split
 from atr_scale.errors import UserError
 from atr_scale.sections import Section
-
-CANONICAL_SPLITS = {
-    "train": "train", "training": "train", "development": "train",
-    "val": "val", "valid": "val", "validation": "val",
-    "test": "test", "testing": "test", "evaluation": "test", "eval": "test",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One audio clip of a corpus with its captions. `path` is empty until the audio is found, or if it is missing.
+    """One audio clip of a corpus with its captions.
 
-    `meta` goes into the shard as it is; `youtube_id` and `sound_id` (Freesound) in it are what exclusion lists match.
+    path: its audio file, empty if that is missing or not yet looked for. label: its class in a labelled corpus.
+    meta: copied to the JSON in the shard; exclusion lists are matched with its `youtube_id` and `sound_id` (Freesound).
     """
 
     clip_id: str
@@ -35,16 +31,16 @@ class Clip:
 
 
 class Corpus(ABC):
-    """A reader of one corpus. A subclass is entered in `CORPORA` under the name of the corpus.
+    """A reader of one corpus. Subclasses are entries of `CORPORA`.
 
-    name: what shards call the corpus. root: the folder of the corpus as it was downloaded. options: the values of
-    `Options`, the section of what this reader can be told.
+    name: name of the corpus in manifests and clip ids. root: folder of the corpus as it was downloaded. options: values
+    of `Options`, the section with the reader's own options.
     """
 
     licence: ClassVar[str] = "not stated"
     splits: ClassVar[Sequence[str]] = ()
     Options: ClassVar[type[Section]] = Section
-    # What is wrong with shards of this corpus that were built without an overlap list; empty: nothing.
+    # End of the warning about shards of this corpus that were built without an exclusion list; empty: no warning.
     overlap_warning: ClassVar[str] = ""
 
     def __init__(self, name: str, root: Path, options: Section | None = None) -> None:
@@ -53,22 +49,22 @@ class Corpus(ABC):
 
     @abstractmethod
     def read_clips(self, split: str) -> list[Clip]:
-        """Every clip of `split`, one of `find_splits`, with its captions in order, from the metadata alone."""
+        """Every clip of `split` (one of `find_splits`) with its captions in order, from the metadata alone."""
 
     @abstractmethod
     def find_audio(self, split: str, clips: list[Clip]) -> list[str]:
-        """The path of the audio of each clip, "" if it is missing."""
+        """The path of the audio of each clip, or "" if it is missing."""
 
     def find_splits(self) -> Sequence[str]:
-        """The names of the splits: the official ones, unless the metadata has to be asked."""
+        """The names of the splits: the official ones, unless a reader overrides this to read them from the metadata."""
         return self.splits
 
     def own_exclusions(self) -> list[ExclusionList]:
-        """Lists of clips that are always left out."""
+        """Exclusion lists that always apply."""
         return []
 
     def choose_split(self, split: str | None) -> str:
-        """The corpus's own name of `split`; a corpus with one split needs none. UserError with the known names."""
+        """The corpus's own name of `split`, which may be None if there is only one. UserError for an unknown name."""
         known = self.find_splits()
         if split is None:
             if len(known) > 1:
@@ -79,8 +75,3 @@ class Corpus(ABC):
                 return name
         names = ", ".join(known) or "(none)"
         raise UserError(f"{self.name} at {self.root} has no split '{split}': choose one of {names}")
-
-
-def canonical_split(name: str) -> str:
-    """train, val or test for the common synonyms; any other name as it is."""
-    return CANONICAL_SPLITS.get(name.lower(), name)

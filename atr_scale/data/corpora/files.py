@@ -1,4 +1,4 @@
-"""What the corpus readers share: tables of captions, and the search for audio files."""
+"""Helpers of the corpus readers: tables of captions, and the search for audio files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from atr_scale.data.sample import clean_captions
 from atr_scale.errors import UserError
 
-# Best first, if a clip is there twice. m4a cannot be decoded; it is listed so that it is reported as such.
+# The first one is taken if a clip has several files. m4a cannot be decoded; it is listed so that it is reported.
 SOURCE_EXTENSIONS = (".flac", ".wav", ".ogg", ".mp3", ".opus", ".m4a")
 MAX_FIELD = 1 << 20
 
 
 def read_table(path: Path, encoding: str = "utf-8-sig") -> list[dict[str, str]]:
-    """All rows of a CSV file with a header. UserError with the line where it is damaged."""
+    """All rows of a CSV file with a header. Raises UserError with the number of a damaged line."""
     csv.field_size_limit(MAX_FIELD)
     rows: list[dict[str, str]] = []
     try:
@@ -39,7 +39,7 @@ def read_table(path: Path, encoding: str = "utf-8-sig") -> list[dict[str, str]]:
 
 
 def caption_columns(path: Path, row: dict[str, str]) -> list[str]:
-    """`caption`, or caption_1, caption_2, ... in the order of their numbers. UserError where there are none."""
+    """The columns caption, or caption_1, caption_2, ... by number. Raises UserError if there are none."""
     if "caption" in row:
         return ["caption"]
     numbered = {int(m[1]): name for name in row if (m := re.fullmatch(r"caption_(\d+)", name))}
@@ -51,7 +51,7 @@ def caption_columns(path: Path, row: dict[str, str]) -> list[str]:
 def group_captions(
     path: Path, rows: list[dict[str, str]], key: Callable[[dict[str, str]], str]
 ) -> dict[str, tuple[dict[str, str], list[str]]]:
-    """Rows by `key`, in order of appearance: the first row of each and the captions of all its rows, cleaned."""
+    """By `key`, in order of appearance: the first row with this key, and the cleaned captions of all its rows."""
     columns = caption_columns(path, rows[0])
     grouped: dict[str, tuple[dict[str, str], list[str]]] = {}
     for row in rows:
@@ -61,14 +61,14 @@ def group_captions(
 
 
 def need_columns(path: Path, row: dict[str, str], *names: str) -> None:
-    """UserError where the table lacks a column."""
+    """Raises UserError if the table lacks a column."""
     missing = [name for name in names if name not in row]
     if missing:
         raise UserError(f"{path} has no column {', '.join(missing)}: its columns are {', '.join(row)}")
 
 
 def first_file(root: Path, names: Iterable[str], what: str) -> Path:
-    """The first of `names` (relative to root) that is a file. UserError naming them all."""
+    """The first of `names` (relative to root) that is a file. Raises UserError with all names if none is."""
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: give the corpus's folder with --root")
     names = list(names)
@@ -92,7 +92,7 @@ def walk_audio(folders: Iterable[Path]) -> list[tuple[str, str]]:
 
 
 def by_stem(files: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Full paths by normalised file stem, the best extension first, then the first found."""
+    """Full path by normalised file stem. Of several files, the extension that SOURCE_EXTENSIONS has first is taken."""
     best: dict[str, tuple[int, str]] = {}
     for name, path in files:
         stem, extension = os.path.splitext(os.path.basename(name))
@@ -104,7 +104,7 @@ def by_stem(files: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def normal_name(name: str) -> str:
-    """A file name as it is compared: NFC (file systems differ), without white space at its ends."""
+    """A file name for comparisons: in NFC, as file systems differ in this, and without white space at its ends."""
     return unicodedata.normalize("NFC", name).strip()
 
 

@@ -1,8 +1,8 @@
-"""A plain folder: `audio/` and `captions.csv`.
+"""A corpus of your own: a folder with `audio/` and `captions.csv`.
 
-Columns: file_name (relative to audio/), caption or caption_1, caption_2, ...; optional `split` and `label`. Several
-rows may name one file. All other columns go to the clip's meta; `youtube_id` and `sound_id` there are matched by
-exclusion lists.
+Columns: file_name (relative to audio/), caption or caption_1, caption_2, ...; optional are split and label. Several
+rows may name one file. All other columns become the clip's meta; exclusion lists are matched with its youtube_id and
+sound_id.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ALL = "all"
 
 
 class Folder(Corpus):
-    """A corpus named after its folder; clip ids `<folder's name>/<file_name>`. The split "" or "all" is everything."""
+    """A corpus with its folder's name; clip ids `<folder's name>/<file_name>`. The split "" or "all" has every row."""
 
     def __init__(self, name: str, root: Path, options: Section | None = None) -> None:
         super().__init__(root.resolve().name, root, options)
@@ -42,7 +42,7 @@ class Folder(Corpus):
         return clips
 
     def find_audio(self, split: str, clips: list[Clip]) -> list[str]:
-        """The file of that very name below audio/."""
+        """The file with the clip's file_name below audio/."""
         files = {normal_name(name): path for name, path in walk_audio([self.root / "audio"])}
         return [files.get(normal_name(clip.clip_id.split("/", 1)[1]), "") for clip in clips]
 

@@ -1,8 +1,8 @@
-"""WavCaps (Mei et al. 2024): FreeSound, BBC Sound Effects, SoundBible and AudioSet-SL, one written caption each.
+"""WavCaps (Mei et al. 2024): FreeSound, BBC Sound Effects, SoundBible and AudioSet-SL, with one caption each.
 
-Reads the JSON files of any of the four sources, below json_files/<Source>/ or <Source>/, and audio below any folder
-named after the source (Waveforms/FreeSound_flac, AudioSet_SL_flac, ...). Clips of other corpora's test sets are left
-out by blacklist_exclude_test_ac.json if the blacklist/ folder is there.
+Reads the JSON files of the sources that are there, below json_files/<Source>/ or <Source>/, and audio below any folder
+with the source's name (Waveforms/FreeSound_flac, AudioSet_SL_flac, ...). If blacklist/blacklist_exclude_test_ac.json
+exists, it excludes the clips of other corpora's test sets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from atr_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Folder names (lower case, without an ending like _flac) of each source.
+# Folder names of each source, in lower case and without an ending such as _flac.
 SOURCES = {
     "freesound": ("freesound",),
     "bbc": ("bbc", "bbc_sound_effects"),
@@ -44,7 +44,7 @@ class WavCaps(Corpus):
     )
 
     def read_clips(self, split: str) -> list[Clip]:
-        """Every clip of the sources that are there."""
+        """Every clip of the sources that have JSON files."""
         if not self.root.is_dir():
             raise UserError(f"there is no folder {self.root}: give WavCaps' folder with --root")
         clips: dict[str, Clip] = {}
@@ -72,17 +72,19 @@ class WavCaps(Corpus):
         return [find(clip) for clip in clips]
 
     def own_exclusions(self) -> list[ExclusionList]:
-        """The known unreadable files, and the blacklist against the AudioCaps and Clotho test sets if there is one."""
+        """Files known to be unreadable, and the blacklist of the AudioCaps and Clotho test sets if it exists."""
         unreadable = frozenset(UNREADABLE)
         digest = hashlib.sha256("\n".join(UNREADABLE).encode()).hexdigest()
         lists = [ExclusionList("unreadable AudioSet files", digest, len(unreadable), unreadable, frozenset())]
         for folder in ("blacklist", "json_files/blacklist"):
             path = self.root / folder / DEFAULT_BLACKLIST
             if path.is_file():
-                logger.info("applying %s: no clip of the AudioCaps and Clotho test sets goes in", path)
+                logger.info("applying %s: clips of the AudioCaps and Clotho test sets are left out", path)
                 return [*lists, read_exclusions(path)]
         logger.warning(
-            "no blacklist/%s in %s: clips of the AudioCaps and Clotho test sets may go in", DEFAULT_BLACKLIST, self.root
+            "no blacklist/%s in %s: the shards may hold clips of the AudioCaps and Clotho test sets",
+            DEFAULT_BLACKLIST,
+            self.root,
         )
         return lists
 
@@ -115,10 +117,10 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     payload = path.read_bytes()
     if payload.startswith(b"version https://git-lfs"):
         raise UserError(
-            f"{path} is a git-LFS pointer, not the data: fetch the file itself (the project's data page has it)"
+            f"{path} is a git-LFS pointer, not the data: download the file from huggingface.co/datasets/cvssp/WavCaps"
         )
     try:
-        rows = json.loads(payload)["data"]
+        rows: list[dict[str, Any]] = json.loads(payload)["data"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a WavCaps JSON ({error!r}): download it again") from None
     return rows

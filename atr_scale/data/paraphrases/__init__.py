@@ -1,7 +1,7 @@
-"""Paraphrases of training captions: asked of a language model once, stored beside the shards, drawn in training.
+"""Paraphrases of training captions: written once by a language model, stored beside the shards, drawn in training.
 
     ask (a chat model at an endpoint) -> choose (which to keep) -> stored (the file beside the shards) -> training
 
-Source: caption augmentation of the co-attention retrieval paper (arXiv 2412.20914): five rewritings a caption, those
-kept whose text embeddings are closest to the original's. Evaluation never reads them.
+Source: caption augmentation of the co-attention retrieval paper (arXiv 2412.20914): five paraphrases of each caption,
+of which those with the text embeddings closest to the original's are kept. Evaluation never reads them.
 """

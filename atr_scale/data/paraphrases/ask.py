@@ -1,4 +1,4 @@
-"""Ask for paraphrases of the captions of a training split: find those not asked yet, ask, choose, store."""
+"""Paraphrases of a training split: find the captions not asked about yet, ask, choose, store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from atr_scale.data import storage
-from atr_scale.data.paraphrases.choose import Embed, choose
+from atr_scale.data.paraphrases.choose import Chooser
 from atr_scale.data.paraphrases.endpoint import PROMPT_VERSION, Answer, Endpoint, Unanswered, estimate_tokens
 from atr_scale.data.paraphrases.stored import Appender, caption_key, make_record, read_records, refuse_evaluation_split
 from atr_scale.data.sample import BadSample
@@ -36,18 +36,22 @@ class ClipCaption:
 
 @dataclass(frozen=True)
 class Prices:
-    """Of a million tokens, in whatever currency the endpoint's owner takes."""
+    """Prices of a million input and output tokens, in the currency of the endpoint's provider."""
 
     input: float
     output: float
 
     def cost(self, input_tokens: int, output_tokens: int) -> float:
+        """The price of this many tokens."""
         return (self.input * input_tokens + self.output * output_tokens) / 1e6
 
 
 @dataclass
 class Summary:
-    """What a run did. `cosines`: of the paraphrases kept; `rejected`: the others by reason; `unanswered`: captions."""
+    """Counts of a run.
+
+    asked and unanswered: captions. cosines: one for each kept paraphrase. rejected: the other paraphrases by reason.
+    """
 
     asked: int = 0
     unanswered: int = 0
@@ -67,9 +71,9 @@ class Summary:
 
 
 def unasked_captions(location: str, limit: int | None = None) -> tuple[list[ClipCaption], int]:
-    """(captions of the shards at `location` that were not asked yet, at most `limit`; how many were asked before).
+    """(captions of the shards at `location` not asked about yet, at most `limit`; number of those asked about before).
 
-    UserError where the shards, or any clip in them, belong to a validation or test split.
+    Raises UserError if the shards, or any clip in them, belong to a validation or test split.
     """
     shards = open_shards(location)
     refuse_evaluation_split(location, shards.split)
@@ -106,7 +110,7 @@ def unasked_captions(location: str, limit: int | None = None) -> tuple[list[Clip
 
 
 def describe_cost(captions: Sequence[ClipCaption], count: int, prices: Prices | None) -> str:
-    """What asking for `captions` will take, in one line."""
+    """One line with the estimated tokens and cost of asking for `count` paraphrases of each of `captions`."""
     tokens = [estimate_tokens(caption.text, count) for caption in captions]
     total = sum(t[0] for t in tokens), sum(t[1] for t in tokens)
     cost = f"about {prices.cost(*total):.2f} at the given prices" if prices else "cost unknown without the prices"
@@ -117,20 +121,17 @@ def ask_for_paraphrases(
     location: str,
     captions: Sequence[ClipCaption],
     endpoint: Endpoint,
-    embed: Embed,
+    chooser: Chooser,
     *,
-    keep: int,
-    threshold: float,
     concurrency: int,
-    text_encoder: str,
 ) -> Summary:
-    """Ask for paraphrases of `captions` and store those chosen beside the shards at `location`.
+    """Ask for paraphrases of `captions` and store the chosen ones beside the shards at `location`.
 
-    `text_encoder` is the name of what `embed` computes. What is stored stays whatever ends the run; a caption without
-    an answer is asked again by the next one. UserError where the endpoint refuses, or answers no longer.
+    `concurrency`: requests at once. Stored paraphrases stay if the run is interrupted; the next run asks again about
+    captions without an answer. Raises UserError if the endpoint refuses requests, or stops answering.
     """
     summary = Summary()
-    origin = {"model": endpoint.model, "text_encoder": text_encoder, "prompt_version": PROMPT_VERSION}
+    origin = {"model": endpoint.model, "text_encoder": chooser.text_encoder, "prompt_version": PROMPT_VERSION}
     failed_in_a_row = 0
     with Appender(location) as store, tqdm(total=len(captions), unit=" captions", disable=None) as progress:
         for caption, future in _answers(endpoint, captions, concurrency):
@@ -145,11 +146,11 @@ def ask_for_paraphrases(
                 if failed_in_a_row == GIVE_UP_AFTER:
                     raise UserError(
                         f"{endpoint.url} left {GIVE_UP_AFTER} captions in a row without an answer ({error}): "
-                        "check it, then run the same command again to go on"
+                        "check it, then run the same command again to continue"
                     ) from None
                 continue
             failed_in_a_row = 0
-            kept, rejected = choose(caption.text, answer.texts, embed, keep=keep, threshold=threshold)
+            kept, rejected = chooser.choose(caption.text, answer.texts)
             store.append(make_record(caption.clip_id, caption.index, caption.text, kept, **origin))
             summary.cosines += [cosine for _, cosine in kept]
             summary.rejected += rejected
@@ -162,13 +163,13 @@ def ask_for_paraphrases(
 def _answers(
     endpoint: Endpoint, captions: Sequence[ClipCaption], concurrency: int
 ) -> Iterator[tuple[ClipCaption, Future[Answer]]]:
-    """Each caption with its answer, as they come."""
+    """Each caption with its answer, in the order of the answers."""
     pool = ThreadPoolExecutor(concurrency)
     queue = iter(captions)
     running: dict[Future[Answer], ClipCaption] = {}
     try:
         while True:
-            # A second request waits behind each running one, so that no thread idles while answers are looked at.
+            # A second request waits behind each running one, so that no thread idles while an answer is processed.
             for caption in itertools.islice(queue, 2 * concurrency - len(running)):
                 running[pool.submit(endpoint.ask, caption.text)] = caption
             if not running:

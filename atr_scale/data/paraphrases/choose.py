@@ -1,4 +1,4 @@
-"""Which paraphrases of a caption are kept.
+"""The rule for keeping paraphrases of a caption.
 
 Shape suffixes: N candidates, D width of the text embeddings.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,28 +17,39 @@ from atr_scale.data.tokenizer import CLEANING
 
 MAX_WORDS = 20
 
-# Texts -> unit vectors [N, D].
+# Texts -> embeddings of unit length [N, D].
 Embed = Callable[[Sequence[str]], Tensor]
 
 
-def choose(
-    caption: str, candidates: Sequence[str], embed: Embed, *, keep: int, threshold: float
-) -> tuple[list[tuple[str, float]], Counter[str]]:
-    """The at most `keep` candidates closest to `caption`, closest first, and what was rejected, by reason.
+@dataclass(frozen=True)
+class Chooser:
+    """Keeps the candidates closest to their caption.
 
-    Each comes with its cosine to the caption, which is `threshold` or more. Letter case and punctuation alone make no
-    new wording. Whatever a program can see of what the prompt forbids is rejected: too many words, new numbers.
+    embed and text_encoder: the text encoder and its name. keep: paraphrases kept of each caption. threshold: least
+    cosine to the caption.
     """
-    distinct, rejected = _distinct(caption, candidates)
-    if not distinct:
-        return [], rejected
-    vectors_ND = embed([caption, *distinct])
-    cosines = (vectors_ND[1:] @ vectors_ND[0]).tolist()
-    ranked = sorted(zip(distinct, cosines, strict=True), key=lambda pair: -pair[1])
-    close = [pair for pair in ranked if pair[1] >= threshold]
-    rejected["too_far"] += len(ranked) - len(close)
-    rejected["surplus"] += len(close[keep:])
-    return close[:keep], +rejected
+
+    embed: Embed
+    text_encoder: str
+    keep: int
+    threshold: float
+
+    def choose(self, caption: str, candidates: Sequence[str]) -> tuple[list[tuple[str, float]], Counter[str]]:
+        """The kept candidates and their cosines to `caption`, closest first, and counts of the others by reason.
+
+        Changes of letter case and punctuation alone do not count as a new wording. Candidates that break a rule of the
+        prompt in a way that a program can detect are rejected too: too many words, new numbers.
+        """
+        distinct, rejected = _distinct(caption, candidates)
+        if not distinct:
+            return [], rejected
+        embeddings_ND = self.embed([caption, *distinct])
+        cosines = (embeddings_ND[1:] @ embeddings_ND[0]).tolist()
+        ranked = sorted(zip(distinct, cosines, strict=True), key=lambda pair: -pair[1])
+        close = [pair for pair in ranked if pair[1] >= self.threshold]
+        rejected["too_far"] += len(ranked) - len(close)
+        rejected["surplus"] += len(close[self.keep :])
+        return close[: self.keep], +rejected
 
 
 def _distinct(caption: str, candidates: Sequence[str]) -> tuple[list[str], Counter[str]]:

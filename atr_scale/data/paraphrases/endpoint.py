@@ -1,4 +1,4 @@
-"""Asking a chat model for paraphrases: any server that speaks OpenAI's chat completions.
+"""A chat model that writes paraphrases: any server with OpenAI's chat completions API.
 
 The key comes from the environment variable OPENAI_API_KEY only, and is never shown.
 """
@@ -17,7 +17,7 @@ import openai
 import tenacity
 
 from atr_scale.data.paraphrases.choose import MAX_WORDS
-from atr_scale.errors import UserError
+from atr_scale.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +31,16 @@ PROMPT = (
 CHARS_PER_TOKEN = 4
 ATTEMPTS = 6
 LONGEST_PAUSE_S = 60.0
-BAD_ANSWERS = 3  # so often is a readable answer asked for
+BAD_ANSWERS = 3  # attempts for an answer that can be parsed
 
 
 class Unanswered(Exception):
-    """No paraphrases of this one caption; others may do better."""
+    """There are no paraphrases of this caption; other captions may still get some."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Paraphrases as the model gave them, and the tokens that all attempts took as far as the server counts them."""
+    """The model's paraphrases, unchanged, and the tokens of all attempts, as far as the server reports them."""
 
     texts: list[str]
     input_tokens: int
@@ -48,14 +48,15 @@ class Answer:
 
 
 def estimate_tokens(caption: str, count: int) -> tuple[int, int]:
-    """About how many tokens (in, out) one caption takes, from its characters."""
+    """Estimated (input, output) tokens of the request for `count` paraphrases of a caption, from its characters."""
     prompt = PROMPT.format(count=count)
     return (len(prompt) + len(caption)) // CHARS_PER_TOKEN + 10, count * (len(caption) // CHARS_PER_TOKEN + 4) + 10
 
 
 def parse_answer(content: str | None) -> list[str]:
-    """The paraphrases in a model's answer: the last JSON list of texts, or object with such a list, in whatever
-    surrounds it (prose, a code fence, a model's reasoning). Unanswered where there is none.
+    """The paraphrases in a model's answer: its last JSON list of texts, or JSON object with such a list.
+
+    Text around it is ignored (prose, a code fence, a model's reasoning). Raises Unanswered if there is no such list.
     """
     found: list[str] = []
     decoder, content, at = json.JSONDecoder(), content or "", 0
@@ -70,7 +71,7 @@ def parse_answer(content: str | None) -> list[str]:
         else:
             at += 1
     if not found:
-        raise Unanswered(f"no list of paraphrases in the answer {content[:80]!r}")
+        raise Unanswered(f"no list of paraphrases in the answer {one_line(content, 80)!r}")
     return found
 
 
@@ -80,10 +81,11 @@ def _texts(value: Any) -> list[str]:
 
 
 class Endpoint:
-    """A chat model at a URL, paced and patient; `ask` may be called from several threads.
+    """A chat model at a URL, with a limited request rate and retries. Several threads may call `ask` at once.
 
-    url: None for OPENAI_BASE_URL or OpenAI's own. requests_per_minute counts repeated attempts too. timeout_s: of one
-    attempt; first_pause_s: after the first failed one, then doubled. UserError without a key or with an odd URL.
+    url: None for OPENAI_BASE_URL or OpenAI's own. count: paraphrases asked for. requests_per_minute: repeated attempts
+    count too. timeout_s: seconds for one attempt. first_pause_s: seconds after the first failed attempt, then doubled.
+    Raises UserError without a key, or if the URL is not one of http or https.
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class Endpoint:
             raise UserError("OPENAI_API_KEY is not set: export your key (any word for a server that asks for none)")
         url = url or os.environ.get("OPENAI_BASE_URL") or None
         if url is not None and not url.startswith(("http://", "https://")):
-            raise UserError(f"{url!r} is no endpoint: give a URL such as https://host/v1 (--endpoint, OPENAI_BASE_URL)")
+            raise UserError(
+                f"{url!r} is not an endpoint: give a URL like https://host/v1 (--endpoint, OPENAI_BASE_URL)"
+            )
         self.model, self.count = model, count
         self._client = openai.OpenAI(api_key=key, base_url=url, max_retries=0, timeout=timeout_s)
         self.url = str(self._client.base_url).rstrip("/")
@@ -118,7 +122,7 @@ class Endpoint:
         )
 
     def ask(self, caption: str) -> Answer:
-        """Paraphrases of one caption. Unanswered where this one gets none; UserError where none will get any."""
+        """Paraphrases of one caption. Raises Unanswered if this one gets none, UserError if no caption will get any."""
         tokens = [0, 0]
         for attempt in range(1, BAD_ANSWERS + 1):
             try:
@@ -155,14 +159,14 @@ class Endpoint:
         )
 
     def _pause(self, state: tenacity.RetryCallState) -> float:
-        """Exponential with jitter, or as long as the server asks for where that is longer."""
+        """Seconds before the next attempt: exponential with jitter, or the server's Retry-After if that is longer."""
         error = state.outcome.exception() if state.outcome else None
         stated = error.response.headers.get("retry-after", "") if isinstance(error, openai.APIStatusError) else ""
         asked = float(stated) if stated.isdecimal() else 0.0
         return max(self._backoff(state), min(asked, LONGEST_PAUSE_S))
 
     def _explain(self, error: openai.APIError) -> Exception:
-        """UserError for what no repetition mends; the server's own words only where they cannot hold the key."""
+        """UserError if no repetition can help. The server's message is quoted only if it cannot contain the key."""
         if _may_pass(error) or error.code == "content_filter":
             return Unanswered(_reason(error))
         status = getattr(error, "status_code", None)
@@ -181,12 +185,12 @@ def _may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     if isinstance(error, openai.APIStatusError):
         return error.code != "insufficient_quota" and (error.status_code in (408, 409, 429) or error.status_code >= 500)
-    return isinstance(error, openai.APIConnectionError)  # timeouts are among these
+    return isinstance(error, openai.APIConnectionError)  # its subclasses include timeouts
 
 
 def _reason(error: openai.APIError) -> str:
     cause = f": {error.__cause__}" if isinstance(error, openai.APIConnectionError) and error.__cause__ else ""
-    return " ".join(f"{error}{cause}".split())[:200]
+    return one_line(f"{error}{cause}", 200)
 
 
 def _log_pause(state: tenacity.RetryCallState) -> None:

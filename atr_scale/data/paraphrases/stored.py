@@ -1,7 +1,7 @@
-"""The file of paraphrases beside the shards: one JSON line a caption that was asked.
+"""The file of paraphrases beside the shards: one JSON line for each caption that has been asked about.
 
-A line counts once its newline is there, so an interrupted write costs at most the line being written. A caption of
-which nothing was kept has a line too, so that it is not asked again. Of two lines on one caption the later counts.
+A line without its newline is ignored, so an interrupted write costs at most one line. A caption without any kept
+paraphrase has a line too, so that it is not asked about again. Of two lines about one caption the later one counts.
 """
 
 from __future__ import annotations
@@ -17,37 +17,39 @@ import numpy as np
 
 from atr_scale.batch import stable_id
 from atr_scale.data import storage
-from atr_scale.data.corpora.corpus import canonical_split
 from atr_scale.data.sample import clean_captions
+from atr_scale.data.splits import is_held_out
 from atr_scale.errors import UserError
 
 FILE = "captions.augmented.jsonl"
-# On S3 the whole object is written again: not more often than this, and for at most a twentieth of the time.
+# On S3 each upload writes the whole object: not more often than this, and for at most a twentieth of the time.
 UPLOAD_EVERY_S, UPLOAD_SHARE = 10.0, 1 / 20
 
 
 def refuse_evaluation_split(place: str, split: str) -> None:
-    """UserError where `split` is one that models are measured on."""
-    if canonical_split(split) in ("val", "test"):
+    """Raises UserError if `split` is one that models are evaluated on."""
+    if is_held_out(split):
         raise UserError(f"{place} is of the split '{split}': paraphrases are for training captions only")
 
 
 def caption_key(clip_id: str, caption_index: int, caption: str) -> int:
-    """Id of one caption of one clip. It holds the text: what was asked for another wording is never found."""
+    """Id of one caption of one clip. It depends on the text: paraphrases of an earlier wording are not found."""
     return stable_id(f"{clip_id}\n{caption_index}\n{caption}")
 
 
-def make_record(clip_id: str, caption_index: int, caption: str, kept: list[tuple[str, float]], **origin: Any) -> dict:
-    """One line of the file. kept: (paraphrase, cosine with the caption); origin: model, text_encoder, prompt_version"""
+def make_record(
+    clip_id: str, caption_index: int, caption: str, kept: list[tuple[str, float]], **origin: Any
+) -> dict[str, Any]:
+    """One line of the file. kept: (paraphrase, cosine to the caption); origin: model, text_encoder, prompt_version."""
     paraphrases = [{"text": text, "cosine": round(cosine, 4)} for text, cosine in kept]
     place = {"clip_id": clip_id, "caption_index": caption_index, "caption": caption}
     return {**place, "paraphrases": paraphrases, **origin}
 
 
 def read_records(location: str) -> Iterator[tuple[int, list[str]]]:
-    """(caption key, paraphrases) of each line beside the shards at `location`; nothing where there is no file.
+    """(caption key, paraphrases) of each line of the file beside the shards at `location`; nothing without a file.
 
-    UserError with the line where it is none of ours.
+    Raises UserError with the number of the first line that is not a record.
     """
     path = storage.join(location, FILE)
     try:
@@ -60,13 +62,13 @@ def read_records(location: str) -> Iterator[tuple[int, list[str]]]:
             texts = clean_captions(paraphrase["text"] for paraphrase in record["paraphrases"])
             yield caption_key(record["clip_id"], record["caption_index"], record["caption"]), texts
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: no paraphrases ({error!r}): delete that line") from None
+            raise UserError(f"{path}, line {number}: not a record ({error!r}); delete that line") from None
 
 
 class Paraphrases:
-    """The stored paraphrases of one shard set, packed: hundreds of thousands of captions go to every reading process.
+    """The stored paraphrases of one shard set, packed because every reading process has a copy.
 
-    keys int64 [N] sorted; texts[bounds[k] : bounds[k + 1]] is the JSON list of caption k's paraphrases.
+    keys int64 [N], sorted; texts[bounds[k] : bounds[k + 1]] is the JSON list of caption k's paraphrases.
     """
 
     def __init__(self, location: str) -> None:
@@ -77,23 +79,24 @@ class Paraphrases:
         self.texts = b"".join(ordered)
 
     def __len__(self) -> int:
-        """Captions that have a paraphrase."""
+        """Number of captions that have a paraphrase."""
         return len(self.keys)
 
     def of(self, clip_id: str, caption_index: int, caption: str) -> list[str]:
-        """The paraphrases of one caption, none where it has none."""
+        """The paraphrases of one caption; empty if it has none."""
         key = caption_key(clip_id, caption_index, caption)
         k = int(np.searchsorted(self.keys, key))
         if k == len(self.keys) or self.keys[k] != key:
             return []
-        return json.loads(self.texts[self.bounds[k] : self.bounds[k + 1]])
+        found: list[str] = json.loads(self.texts[self.bounds[k] : self.bounds[k + 1]])
+        return found
 
 
 class Appender:
-    """Adds lines to the file beside the shards, as a context.
+    """Adds lines to the file beside the shards; a context manager.
 
-    Locally each is on disk when `append` returns. On S3 they are visible from time to time, and when the context ends.
-    UserError where the file cannot be written, before the first line.
+    A local line is on disk when `append` returns. On S3 lines become visible from time to time, and at the end of the
+    context. Raises UserError on entry if the file cannot be written.
     """
 
     def __init__(self, location: str) -> None:

@@ -1,0 +1,159 @@
+"""Positions of the samples in shards without a manifest.json (LAION's, for example), from one scan of the tar headers.
+
+A sample ends at its shard's end at the latest, so audio is never paired with the caption of another shard's clip. The
+index is stored beside the shards or, if that folder cannot be written, in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from atr_scale.data import storage
+from atr_scale.data.manifest import FORMAT
+from atr_scale.data.sample import group_fault
+from atr_scale.data.tar import BrokenTar, split_key, walk
+from atr_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+INDEX = ".index.json"
+SCAN_THREADS = 8
+
+
+@dataclass(frozen=True)
+class ShardScan:
+    """Content of one shard by its headers.
+
+    keys, starts, stops: of the complete samples; sample k is the bytes [starts[k], stops[k]) of the shard.
+    dropped: groups of members that are not a sample, by reason. fault: the broken header, if there is one.
+    end_marker: whether the archive ends as it should.
+    """
+
+    keys: list[str]
+    starts: list[int]
+    stops: list[int]
+    dropped: Counter[str]
+    fault: str | None
+    end_marker: bool
+
+    @property
+    def offsets(self) -> list[int]:
+        """Start of each sample and end of the last one, as a manifest has them: samples without gaps between them."""
+        return [*self.starts, *self.stops[-1:]]
+
+
+@dataclass
+class _Group:
+    """Neighbouring members with one key."""
+
+    key: str
+    start: int
+    stop: int
+    extensions: list[str]
+
+
+def scan_shard(path: str, size: int) -> ShardScan:
+    """Scan the headers of a shard of `size` bytes once and group neighbouring members by key."""
+    groups: list[_Group] = []
+    group: _Group | None = None
+    fault, end_marker = None, False
+    try:
+        with storage.range_reader(path, size) as read:
+            for member in walk(read, size):
+                named = None if member is None else split_key(member)
+                if member is None or named is None:
+                    end_marker, group = member is None, None
+                    continue
+                key, extension = named
+                if group is None or group.key != key:
+                    group = _Group(key, member.start, member.stop, [])
+                    groups.append(group)
+                group.stop = member.stop
+                group.extensions.append(extension)
+    except BrokenTar as error:
+        fault = str(error)
+    scan = ShardScan([], [], [], Counter({"cut_shard": 1} if fault else {}), fault, end_marker)
+    seen: set[str] = set()
+    for group in groups:
+        reason = "duplicate_key" if group.key in seen else group_fault(group.extensions)
+        seen.add(group.key)
+        if reason:
+            scan.dropped[reason] += 1
+        else:
+            scan.keys.append(group.key)
+            scan.starts.append(group.start)
+            scan.stops.append(group.stop)
+    return scan
+
+
+def index_shards(location: str, tars: dict[str, int]) -> list[dict[str, Any]]:
+    """The index of the shards `tars` (bytes by name): for each its name, keys, starts, stops and dropped groups.
+
+    The stored index is used if it still fits the shards; otherwise they are scanned and the index is stored.
+    """
+    stamp = _stamp(location, tars)
+    shards = _load(location, stamp)
+    if shards is None:
+        shards = _scan_all(location, tars)
+        _store(location, {"format": FORMAT, "stamp": stamp, "shards": shards})
+    return shards
+
+
+def _scan_all(location: str, tars: dict[str, int]) -> list[dict[str, Any]]:
+    def scan(item: tuple[str, int]) -> dict[str, Any]:
+        name, size = item
+        found = scan_shard(storage.join(location, name), size)
+        if found.fault:
+            logger.warning("%s: %s; the rest of the shard is left out", storage.join(location, name), found.fault)
+        lists = {"keys": found.keys, "starts": found.starts, "stops": found.stops}
+        return {"name": name, "bytes": size, **lists, "dropped": dict(found.dropped)}
+
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        return list(tqdm(pool.map(scan, tars.items()), "indexing shards", len(tars), unit=" shards", disable=None))
+
+
+def _stamp(location: str, tars: dict[str, int]) -> list[list[Any]]:
+    """A value that changes if a shard does: names, sizes, and for local shards the modification times."""
+    if storage.is_remote(location):
+        return [[name, size] for name, size in tars.items()]
+    return [[name, size, os.stat(os.path.join(location, name)).st_mtime_ns] for name, size in tars.items()]
+
+
+def _places(location: str) -> list[str]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atr-scale"
+    absolute = location if storage.is_remote(location) else os.path.abspath(location)
+    return [storage.join(location, INDEX), str(cache / f"{hashlib.sha256(absolute.encode()).hexdigest()[:32]}.json")]
+
+
+def _load(location: str, stamp: list[list[Any]]) -> list[dict[str, Any]] | None:
+    for place in _places(location):
+        try:
+            index = json.loads(storage.read_bytes(place))
+        except (OSError, ValueError):
+            continue
+        if index.get("format") == FORMAT and index.get("stamp") == stamp:
+            shards: list[dict[str, Any]] = index["shards"]
+            return shards
+    return None
+
+
+def _store(location: str, index: dict[str, Any]) -> None:
+    payload = json.dumps(index).encode()
+    for place in _places(location):
+        try:
+            if not storage.is_remote(place):
+                os.makedirs(os.path.dirname(place), exist_ok=True)
+            storage.write_bytes(place, payload)
+            return
+        except (OSError, UserError) as error:
+            logger.info("the index cannot be stored at %s: %s", place, error)
