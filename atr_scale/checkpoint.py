@@ -74,9 +74,7 @@ def save(run: Path, trained: Trained, world: World, config_yaml: str, state: dic
     world.barrier()  # every rank's files are there
     if world.is_main:
         _seal(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        sync(final.parent)
+        _rename(temporary, final)
         link(run, "latest", final)
     world.barrier()
     return final
@@ -257,6 +255,17 @@ def prune(run: Path, keep: int) -> None:
     for checkpoint in newest_first(run)[keep:]:
         if checkpoint.resolve() != best:
             shutil.rmtree(checkpoint)
+
+
+def _rename(finished: Path, final: Path) -> None:
+    """Rename a finished checkpoint. An older one of the same step moves aside first and is deleted last."""
+    aside = final.with_name(f".{final.name}.replaced.partial")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(final, aside)
+    os.replace(finished, final)
+    sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _seal(folder: Path) -> None:

@@ -92,12 +92,14 @@ class TransformersTextEncoder(TextEncoder):
     @classmethod
     def load(cls, folder: Path, options: TextEncoderOptions) -> TransformersTextEncoder:
         from transformers import AutoConfig, AutoTokenizer
+        from transformers.initialization import no_init_weights
 
         source: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
             with quiet_transformers():
                 config = AutoConfig.from_pretrained(folder, **source)
-                transformer = untrained(config, options)
+                with no_init_weights():  # the caller overwrites them
+                    transformer = untrained(config, options)
                 tokenizer = AutoTokenizer.from_pretrained(folder, **source)
         except Exception as error:
             raise UserError(

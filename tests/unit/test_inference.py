@@ -173,6 +173,10 @@ def test_what_cannot_be_loaded_is_one_line(run: Callable[[str], Path], tmp_path:
         atr_scale.load(damaged, plugins=["unheard_of"])
 
 
+def test_no_plugins_may_be_written_as_none(run: Callable[[str], Path]) -> None:
+    assert atr_scale.load(run("meanmax"), plugins=None).embed_text(TEXTS[:1]).shape == (1, 16)
+
+
 @pytest.mark.parametrize("place", [None, 3, b"run", "a" * 5000])
 def test_what_is_no_path_is_one_short_line(place: Any) -> None:
     with pytest.raises(UserError, match="no checkpoint at ") as caught:
