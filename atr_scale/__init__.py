@@ -34,7 +34,8 @@ def load(
     device: default a GPU if there is one, else the CPU.
     plugins: names of the modules outside this package that define parts of the model. A checkpoint names them, but they
     are imported only if they are given here.
-    Raises UserError (a ValueError), in one line, if there is no checkpoint, if it is damaged, or if a plug-in is missing.
+    Raises UserError (a ValueError) with one line if there is no checkpoint, if it is damaged, or if a plug-in is
+    missing.
     """
     from atr_scale.inference import load_trained  # importing torch takes seconds: only when a model is loaded
 

@@ -39,7 +39,7 @@ class TakesOverrides(TyperCommand):
                 raise UserError(
                     f"no option --{key}: an override has no dashes before it, write {key}={value or 'VALUE'}"
                 )
-        return super().parse_args(ctx, args)  # type: ignore[arg-type]
+        return super().parse_args(ctx, args)
 
 
 def _show_version(wanted: bool) -> None:
