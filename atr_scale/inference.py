@@ -224,8 +224,8 @@ class TrainedModel:
     def _need_dual_encoder(self, method: str) -> None:
         if not self.module.scorer.is_dual_encoder:
             raise UserError(
-                f"{method}: the scorer {self.config.model.scorer.name} of this model is pairwise, it has no embeddings: "
-                "use similarity(texts, audio)"
+                f"{method}: the scorer {self.config.model.scorer.name} of this model is pairwise, so it has no "
+                "embeddings: use similarity(texts, audio)"
             )
 
 

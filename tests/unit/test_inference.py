@@ -97,7 +97,7 @@ def test_every_scorer_gives_similarities(run: Callable[[str], Path], scorer: str
     if scorer == "meanmax":
         assert np.allclose(model.embed_text(TEXTS) @ model.embed_audio(clips).T, scores, atol=1e-6)
     else:
-        with pytest.raises(UserError, match=f"the scorer {scorer} .* it has no embeddings: use similarity"):
+        with pytest.raises(UserError, match=f"the scorer {scorer} .* so it has no embeddings: use similarity"):
             model.embed_audio(clips)
 
 
