@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -189,7 +189,7 @@ class Retriever(nn.Module):
         """One embedding per clip [b, D], from the part of the sequence that the scorer reads."""
         return mean_over_frames(audio) if self.scorer.reads_audio_tokens else audio.pooled
 
-    def train(self, mode: bool = True) -> Retriever:
+    def train(self, mode: bool = True) -> Self:
         """Set training mode, except for frozen modules, whose dropout stays off."""
         super().train(mode)
         for module in self.modules():

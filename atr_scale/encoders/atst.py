@@ -9,6 +9,7 @@ Shape suffixes: B batch, S samples, M mel bands, F frames, D width, T tokens, P 
 from __future__ import annotations
 
 from functools import partial
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -142,7 +143,7 @@ class ATSTFrame(AudioEncoder):
         logits_BL: Tensor = self.head(self.encode(waveform_BS).pooled)
         return logits_BL
 
-    def train(self, mode: bool = True) -> ATSTFrame:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.head.eval()  # the classifier is never trained, so its batch statistics stay as loaded
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -222,7 +222,7 @@ class AudioEncoder(nn.Module, ABC):
             return recomputed
         return layer(x)
 
-    def train(self, mode: bool = True) -> AudioEncoder:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.options.batch_norm == "frozen":
             use_stored_statistics(self)
