@@ -1,4 +1,4 @@
-"""Run configuration: one YAML file plus dotted overrides, checked before anything starts.
+"""The configuration of a run: one YAML file plus dotted overrides, checked before anything starts.
 
     config = load_config("configs/quickstart/pretrain.yaml", ["train.lr=1e-4"])
 
@@ -265,15 +265,18 @@ class RunConfig(Section):
     plugins: list[str] = Field([], description="plug-in modules, imported before the configuration is checked")
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return text
 
 
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str] = (), trusted: bool = True
 ) -> RunConfig:
-    """The configuration in `path` with dotted `overrides` such as "train.lr=1e-4" applied; otherwise `parse_config`.
+    """Reads and checks the configuration of a run.
 
-    Raises UserError: missing file, YAML that does not parse, an unknown key (with a suggestion), a wrong value.
+    path: a YAML file. overrides: "key.sub=value", each replaces the value of its key; a mapping replaces a whole
+    section. plugins, trusted: see `parse_config`.
+    Raises UserError for a missing file, YAML that does not parse, an unknown key (with a suggestion), a wrong value.
     """
     path = Path(path)
     if not path.is_file():
@@ -308,10 +311,12 @@ def _one_line(error: Exception) -> str:
 
 
 def parse_config(values: Any, place: str, plugins: Sequence[str] = (), trusted: bool = True) -> RunConfig:
-    """`values` (nested dicts) as a checked configuration; `place` is named in errors.
+    """Checks nested dicts as the configuration of a run.
 
-    plugins: modules that are imported first, beside those that the configuration names. trusted: whether the latter may
-    be imported; otherwise one that is not among `plugins` is a UserError.
+    values: the sections by name. place: what error messages call the source of the values. plugins: modules to import
+    before the check, besides those that the configuration names. trusted: if False, a module that the configuration
+    names and that is not among `plugins` is not imported, which is an error.
+    Raises UserError for an unknown key (with a suggestion), a wrong value, or a plug-in that cannot be imported.
     """
     if not isinstance(values, dict):
         raise UserError(f"{place} holds no configuration: expected the sections {', '.join(RunConfig.model_fields)}")

@@ -109,7 +109,8 @@ def _signature(name: str) -> str:
 
 def _shown(signature: inspect.Signature) -> list[str]:
     """The parameters as they are written, with the mark before those that are given by name alone."""
-    shown, marked = [], False
+    shown: list[str] = []
+    marked = False
     for parameter in signature.parameters.values():
         marked = marked or parameter.kind is inspect.Parameter.VAR_POSITIONAL
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not marked:
