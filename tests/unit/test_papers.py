@@ -86,7 +86,7 @@ def test_command_is_right(command: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert words[:2] == ["python", "-m"] and words[2] in ("tools.study", "tools.bench")
     if words[2] == "tools.study":
         monkeypatch.setattr(study, "run", lambda *_: True)
-        monkeypatch.setattr(study.report, "write_results", lambda *_: None)
+        monkeypatch.setattr(study.report, "write_page", lambda *_: None)
         assert study.main(words[3:]) == 0
     else:
         assert words[3:] and set(words[3:]) <= set(bench.NAMES)

@@ -143,7 +143,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             "meanmax, NT-Xent": BASELINE,
             "meanmax + CMSC, β = 0.2": replace(_lgmm(0.2), scorer="meanmax"),
         },
-        "β rises over the first quarter of the updates. NT-Xent plus CMSC is one soft cross-entropy with β / 2.",
+        "β rises over the first quarter of the optimizer steps. NT-Xent plus CMSC is one soft cross-entropy with"
+        " β / 2.",
     ),
     "d": Experiment(
         "Co-attention",
@@ -174,7 +175,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 ("log-mel resized to 10 s", "resized", "resize"),
             )
         },
-        "Clips of the Clotho-format test last 15 to 30 s. Training hears crops of 10 s, in the last row resized clips.",
+        "Clips of the Clotho-format test last 15 to 30 s. Training uses crops of 10 s, in the last row resized clips.",
     ),
     "g": Experiment(
         "Estimated correspondences",
@@ -192,8 +193,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             "random, supervised weight 1": _distilled("random", 1.0),
             "uniform, supervised weight 1": _distilled("uniform", 1.0),
         },
-        "Stage 2 starts from the same seed's stage 1 and trains as long again; temperature 0.05 for teacher and"
-        " student, λ = 1 unless said. The ensemble: stage 1 of all seeds, encoders included.",
+        "Stage 2 starts from the same seed's stage 1 and trains for as many steps again; temperature 0.05 for teacher"
+        " and student, λ = 1 unless a row says otherwise. The ensemble: stage 1 of all seeds, encoders included.",
     ),
     "h": Experiment(
         "More captions",
@@ -202,13 +203,13 @@ EXPERIMENTS: dict[str, Experiment] = {
             for recipe in (BASELINE, TAP)
             for count in (0, 1, 5)
         },
-        "Further captions come from the grammar and know the scene, where a language model knows the caption alone:"
-        " an upper bound on what paraphrases can give. The encoders have not been trained on them.",
+        "Further captions come from the grammar, which knows the scene; a language model knows the caption alone. So"
+        " this is an upper bound on the gain from paraphrases. The encoders have not been trained on them.",
     ),
     "i": Experiment(
         "From one corpus to another",
         {f"trained on {name}": Recipe(encoders=name) for name in ("audiocaps", "clotho", "wavcaps", "all")},
-        "Encoders too are trained on that corpus alone, for equally many updates. WavCaps has no test split.",
+        "The encoders are trained on that corpus alone as well, for as many steps. WavCaps has no test split.",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Tables and pictures of all runs there are, into the section "Study" of RESULTS.md; what has not run is listed."""
+"""Writes docs/study.md: tables and pictures of all finished runs, and a list of those that are missing."""
 
 from __future__ import annotations
 
@@ -19,56 +19,55 @@ METRICS = {"t2a/R@1": "R@1", "t2a/mAP@10": "mAP@10", "t2a/nDCG@16": "nDCG@16", "
 REAL = {"zero_shot/accuracy": "accuracy", "class/mAP": "class mAP"}
 
 
-def write_results(settings: Settings, results: Path) -> None:
-    """Replaces what lies between the two markers, or appends a section with room for the reasons."""
+def write_page(settings: Settings, page: Path) -> None:
+    """Replaces the text between the markers of `page`; without them, appends it and a section for the reasons."""
     found = Found(settings)
     if not found.lines:
         raise UserError(f"no finished runs in {settings.out}: call without --report first")
     settings.claim()
-    folder = results.parent / "docs" / "figures"
-    drawn = pictures.draw(found, folder)
+    drawn = pictures.draw(found, page.parent / "figures")
     block = "\n".join([BEGIN, "", *_section(found, settings, drawn), "", END])
-    text = results.read_text(encoding="utf-8") if results.exists() else "# Results\n"
+    text = page.read_text(encoding="utf-8") if page.exists() else "# Study\n"
     if BEGIN in text:
         text = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: block, text, flags=re.DOTALL)
     else:
-        text = f"{text.rstrip()}\n\n## Study\n\n{block}\n\n### Reasons\n"
-    results.write_text(text, encoding="utf-8")
+        text = f"{text.rstrip()}\n\n{block}\n\n## Reasons\n"
+    page.write_text(text, encoding="utf-8")
 
 
 def _section(found: Found, settings: Settings, drawn: Sequence[str]) -> list[str]:
     rates = ", ".join(f"{family} {rate:g}" for family, rate in chosen_rates(settings.lines()).items())
     out = [
-        "Synthetic demo corpora (`atr-scale demo-data`), where every true correspondence is known; nothing here says"
+        "Synthetic demo corpora (`atr-scale demo-data`), whose true correspondences are all known; nothing here says"
         " how large an effect is on real recordings. `python -m tools.study`, "
         f"{len(settings.seeds)} seeds, mean ± standard deviation over seeds, percent.",
         "",
-        "One recipe for all: small_cnn and the demo's text encoder, trained once a seed on the three corpora"
-        f" ({settings.encoder_steps} updates, the sum of three NT-Xent losses over heads of their own: meanmax, tap,"
-        f" lgmm), then frozen. On their tokens each row trains projections (two layers, width {WIDTH}) and scorer:"
-        f" {settings.steps} updates, batch {BATCH}, Adam, crops of 10 s, learned temperature from {TEMPERATURE};"
-        " the last update is tested. Learning rate by family, chosen on the validation split with the first seed"
-        f" and NT-Xent: {rates or 'not run'}. Seeds change encoders, heads and batches. Chance:"
+        "One recipe for all: small_cnn and the demo's text encoder, trained once for each seed on the three corpora"
+        f" ({settings.encoder_steps} optimizer steps, the sum of three NT-Xent losses over heads of their own: meanmax,"
+        f" tap, lgmm), then frozen. On their tokens each row trains projections (two layers, width {WIDTH}) and scorer:"
+        f" {settings.steps} optimizer steps, batch {BATCH}, Adam, crops of 10 s, learned temperature from"
+        f" {TEMPERATURE}; the weights after the last step are tested. Learning rate by family, chosen on the validation"
+        f" split with the first seed and NT-Xent: {rates or 'not run'}. Seeds change encoders, heads and batches. Chance:"
         " t2a R@1 0.4 (AudioCaps format, 250 clips, 1,250 captions) and 1.7 (Clotho format, 60 clips, 300 captions);"
         " nDCG@16 takes the true grades as gains.",
     ]
     missing: list[str] = []
     for letter, experiment in EXPERIMENTS.items():
-        out += ["", f"### {letter}) {experiment.title}", "", *([experiment.note, ""] if experiment.note else [])]
+        out += ["", f"## {letter}) {experiment.title}", "", *([experiment.note, ""] if experiment.note else [])]
         out += _retrieval_table(found, experiment.rows)
         missing += _missing(found, f"{letter})", experiment.rows)
         if letter in drawn:
-            out += ["", f"![{experiment.title}](docs/figures/study-{letter}.png)"]
+            out += ["", f"![{experiment.title}](figures/study-{letter}.png)"]
         if letter in ("a", "b"):
             out += _real_table(found, experiment.rows)
         if letter == "d":
-            out += ["", "### e) Hard negatives", "", *_negatives_table(found)]
-            out += ["", "![Hard negatives](docs/figures/study-e.png)"] if "e" in drawn else []
+            out += ["", "## e) Hard negatives", "", *_negatives_table(found)]
+            out += ["", "![Hard negatives](figures/study-e.png)"] if "e" in drawn else []
         if letter == "g":
             out += _teacher_table(found)
-    out += ["", "### j) Cost", "", *_cost_table(found)]
-    out += ["", "![Cost](docs/figures/study-j.png)"] if "j" in drawn else []
-    return [*out, "", "### Not run", "", *_not_run(found, missing)]
+    out += ["", "## j) Cost", "", *_cost_table(found)]
+    out += ["", "![Cost](figures/study-j.png)"] if "j" in drawn else []
+    return [*out, "", "## Not run", "", *_not_run(found, missing)]
 
 
 def _retrieval_table(found: Found, rows: Mapping[str, Recipe]) -> list[str]:
@@ -92,9 +91,9 @@ def _negatives_table(found: Found) -> list[str]:
     heads = [f"{TITLES[test]}: {kind}" if k == 0 else kind for test in TESTS for k, kind in enumerate(KINDS)]
     rows = {name: [_percent(found.value(recipe, key)) for key in keys] for name, recipe in scorers(found).items()}
     note = (
-        "How often a caption scores higher with its clip than a copy in which one stated fact is made false: another"
-        " count, the two events in the other order (the same words), the opposite pitch or loudness. Chance is 50."
-        " Rows marked (d) have its smaller batch."
+        "How often a caption scores higher with its clip than a hard negative does, a copy in which one fact is false:"
+        " another count, the two events in the other order (the same words), the opposite pitch or loudness. Chance is"
+        " 50. Rows marked (d) have its smaller batch."
     )
     return [note, "", *_table(heads, rows)]
 
@@ -122,15 +121,15 @@ def _cost_table(found: Found) -> list[str]:
             gain,
         ]
     note = (
-        "One thread; CPU time of an update of projections and scorer (forward, backward, Adam), most memory that the"
-        " tensors of one hold at once, and mAP@10 on the AudioCaps format over meanmax with batch 64, in points."
+        "One thread. CPU time of an optimizer step of projections and scorer (forward, backward, Adam); the most memory"
+        " that its tensors hold at once; mAP@10 on the AudioCaps format minus that of meanmax with batch 64, in points."
     )
     return [note, "", *_table(["batch", "ms a step", "MB", "gain"], cells)]
 
 
 def _not_run(found: Found, missing: list[str]) -> list[str]:
     fixed = [
-        "f) resizing through HTS-AT: an encoder of that size cannot be trained from nothing here",
+        "f) resizing through HTS-AT: an encoder of that size cannot be trained from scratch here",
         "h) paraphrases by a language model",
     ]
     if not any(line["kind"] == ESC50 for line in found.lines.values()):
