@@ -47,9 +47,9 @@ def _section(found: Found, settings: Settings, drawn: Sequence[str]) -> list[str
         f" tap, lgmm), then frozen. On their tokens each row trains projections (two layers, width {WIDTH}) and scorer:"
         f" {settings.steps} optimizer steps, batch {BATCH}, Adam, crops of 10 s, learned temperature from"
         f" {TEMPERATURE}; the weights after the last step are tested. Learning rate by family, chosen on the validation"
-        f" split with the first seed and NT-Xent: {rates or 'not run'}. Seeds change encoders, heads and batches. Chance:"
-        " t2a R@1 0.4 (AudioCaps format, 250 clips, 1,250 captions) and 1.7 (Clotho format, 60 clips, 300 captions);"
-        " nDCG@16 takes the true grades as gains.",
+        f" split with the first seed and NT-Xent: {rates or 'not run'}. Seeds change encoders, heads and batches."
+        " Chance: t2a R@1 0.4 (AudioCaps format, 250 clips, 1,250 captions) and 1.7 (Clotho format, 60 clips, 300"
+        " captions); nDCG@16 takes the true grades as gains.",
     ]
     missing: list[str] = []
     for letter, experiment in EXPERIMENTS.items():
