@@ -6,19 +6,17 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
-import typer
 
 from atr_scale.cli import app
-from atr_scale.config import RunConfig, load_config
+from tests.commands import ROOT, configuration, parse
 from tests.tiny import TinyInputs, make_tiny_inputs
 from tests.unit.test_configs import on_tiny_inputs
 from tools.bench import __main__ as bench
 from tools.study import __main__ as study
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "papers.md"
 PROGRAMS = ("atr-scale ", "python -m ")
 OVERRIDE = re.compile(r"'?[a-z_]+\.[a-z_.\[\]0-9]+=")
@@ -46,22 +44,6 @@ def rows() -> Iterator[Row]:
 ROWS = list(rows())
 COMMANDS = list(dict.fromkeys(command for row in ROWS for command in row.commands))
 TRAININGS = [command for command in COMMANDS if command.startswith("atr-scale train ")]
-
-
-def parse(command: str) -> tuple[str, dict[str, Any]]:
-    """The verb and its arguments, refused as the command line refuses them."""
-    found: Any = typer.main.get_command(app)
-    _, *words = shlex.split(command)
-    while hasattr(found, "commands"):
-        assert words and words[0] in found.commands, f"no verb in {command}"
-        found = found.commands[words.pop(0)]
-    return str(found.name), dict(found.make_context(found.name, words).params)
-
-
-def configuration(command: str, variant: str = "") -> RunConfig:
-    verb, given = parse(f"{command} {variant}")
-    assert verb in ("train", "plan"), f"{command} has no configuration that could have a variant"
-    return load_config(ROOT / given["config"], given["overrides"] or ())
 
 
 def test_every_row_has_a_command_or_says_not_yet() -> None:
@@ -95,7 +77,7 @@ def test_command_is_right(command: str, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("row", [row for row in ROWS if row.variants], ids=lambda row: row.question)
 def test_variants_are_right(row: Row) -> None:
     for variant in row.variants:
-        configuration(row.commands[0], variant)
+        configuration(f"{row.commands[0]} {variant}")
 
 
 def test_trainings_write_to_folders_of_their_own_and_others_read_from_these() -> None:
