@@ -25,7 +25,7 @@ IGNORED = (".venv", "demo", "runs", "build", "tests/golden")
 MARKDOWN = sorted(
     path for path in ROOT.rglob("*.md") if not path.relative_to(ROOT).as_posix().startswith((*IGNORED, "."))
 )
-NO_SHELL = re.compile(r"\.\.\.|\bCONFIG\b|[A-Z_]{3,}\.yaml")
+NO_SHELL = re.compile(r"\.\.\.|\$@|\bCONFIG\b|[A-Z_]{3,}\.yaml")
 
 
 def name(path: Path) -> str:
