@@ -14,14 +14,14 @@ from atr_scale.sections import Positive
 
 
 class SigmoidSection(TermSection):
-    """What `objective.sigmoid` of a configuration can say, beside `weight`."""
+    """Keys of `objective.sigmoid`, besides `weight`."""
 
-    initial_scale: Positive = Field(10.0, description="of the scores; its logarithm is learned")
-    initial_bias: float = Field(-10.0, description="of the logits; far below 0, for most pairs are negatives")
+    initial_scale: Positive = Field(10.0, description="initial factor of the scores; its logarithm is learned")
+    initial_bias: float = Field(-10.0, description="initial bias of the logits; below 0, because most pairs are negatives")
 
 
 class SigmoidLoss(LossTerm):
-    """Every pair is a question of its own, is it a match or not: no softmax, and no temperature of the model's."""
+    """Every pair is classified by itself as a match or not: no softmax, and the temperature is not used."""
 
     Section = SigmoidSection
 
