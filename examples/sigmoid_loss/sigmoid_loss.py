@@ -17,7 +17,7 @@ class SigmoidSection(TermSection):
     """Keys of `objective.sigmoid`, besides `weight`."""
 
     initial_scale: Positive = Field(10.0, description="initial factor of the scores; its logarithm is learned")
-    initial_bias: float = Field(-10.0, description="initial bias of the logits; below 0, because most pairs are negatives")
+    initial_bias: float = Field(-10.0, description="initial bias of the logits; most pairs are negatives")
 
 
 class SigmoidLoss(LossTerm):
