@@ -262,7 +262,7 @@ def test_verbs(corpus: Path, tmp_path: Path) -> None:
     bad = run.invoke(app, ["shards", "check", str(out)])
     assert bad.exit_code == 2 and all(line.startswith("shard-000003.tar: ") for line in bad.output.splitlines())
     for verb in ("build", "check"):
-        assert f"Example: atr-scale shards {verb}" in run.invoke(app, ["shards", verb, "--help"]).output
+        assert f"  atr-scale shards {verb}" in run.invoke(app, ["shards", verb, "--help"]).output
     mistake = [
         sys.executable,
         "-m",

@@ -172,6 +172,13 @@ def test_an_encoder_comes_back_from_its_files_and_its_state(
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("folder", ["bert", "roberta", "distilbert"], indirect=True)
+def test_weights_that_will_be_overwritten_are_not_drawn(folder: Path) -> None:
+    random = torch.get_rng_state()
+    load_text_encoder(folder)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
 @pytest.mark.parametrize("folder", ["bert"], indirect=True)
 def test_options_reach_an_encoder_from_files(folder: Path) -> None:
     loaded = load_text_encoder(folder, attention="eager", dropout=0.2, activation_checkpointing=True)

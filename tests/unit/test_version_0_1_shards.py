@@ -24,7 +24,7 @@ CLIPS = 10
 
 def test_they_pass_the_check() -> None:
     result = CliRunner().invoke(app, ["shards", "check", "--deep", str(FIXTURE / "shards")])
-    assert result.exit_code == 0 and "all is well" in result.output
+    assert result.exit_code == 0 and "no problems found" in result.output
 
 
 def test_clips_and_captions_are_what_they_were() -> None:

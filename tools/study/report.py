@@ -1,4 +1,4 @@
-"""Writes docs/study.md: tables and pictures of all finished runs, and a list of those that are missing."""
+"""Write docs/study.md: tables and figures of all finished runs, and a list of missing runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REAL = {"zero_shot/accuracy": "accuracy", "class/mAP": "class mAP"}
 
 
 def write_page(settings: Settings, page: Path) -> None:
-    """Replaces the text between the markers of `page`; without them, appends it and a section for the reasons."""
+    """Replace the text between the two markers of `page`, or append it with an empty section for the reasons."""
     found = Found(settings)
     if not found.lines:
         raise UserError(f"no finished runs in {settings.out}: call without --report first")
@@ -38,18 +38,18 @@ def write_page(settings: Settings, page: Path) -> None:
 def _section(found: Found, settings: Settings, drawn: Sequence[str]) -> list[str]:
     rates = ", ".join(f"{family} {rate:g}" for family, rate in chosen_rates(settings.lines()).items())
     out = [
-        "Synthetic demo corpora (`atr-scale demo-data`), whose true correspondences are all known; nothing here says"
-        " how large an effect is on real recordings. `python -m tools.study`, "
+        "Synthetic demo corpora (`atr-scale demo-data`), whose relevance is known. The results do not show how large an"
+        " effect is on real recordings. `python -m tools.study`, "
         f"{len(settings.seeds)} seeds, mean ± standard deviation over seeds, percent.",
         "",
-        "One recipe for all: small_cnn and the demo's text encoder, trained once for each seed on the three corpora"
-        f" ({settings.encoder_steps} optimizer steps, the sum of three NT-Xent losses over heads of their own: meanmax,"
-        f" tap, lgmm), then frozen. On their tokens each row trains projections (two layers, width {WIDTH}) and scorer:"
-        f" {settings.steps} optimizer steps, batch {BATCH}, Adam, crops of 10 s, learned temperature from"
-        f" {TEMPERATURE}; the weights after the last step are tested. Learning rate by family, chosen on the validation"
-        f" split with the first seed and NT-Xent: {rates or 'not run'}. Seeds change encoders, heads and batches."
-        " Chance: t2a R@1 0.4 (AudioCaps format, 250 clips, 1,250 captions) and 1.7 (Clotho format, 60 clips, 300"
-        " captions); nDCG@16 takes the true grades as gains.",
+        "All rows use small_cnn and the text encoder of the demo. They are trained once per seed on the three corpora"
+        f" ({settings.encoder_steps} steps, the sum of three NT-Xent losses with a head each: meanmax, tap, lgmm), then"
+        f" frozen. On their tokens each row trains projections (two layers, width {WIDTH}) and a scorer:"
+        f" {settings.steps} steps, batch {BATCH}, Adam, crops of 10 s, learned temperature from {TEMPERATURE}."
+        " The model after the last step is tested. The learning rate of a family is chosen on the validation split with"
+        f" the first seed and NT-Xent: {rates or 'not run'}. Seeds change encoders, heads and batches. Chance level of"
+        " t2a R@1: 0.4 (AudioCaps format, 250 clips, 1,250 captions) and 1.7 (Clotho format, 60 clips, 300 captions)."
+        " nDCG@16 uses the relevance as gain.",
     ]
     missing: list[str] = []
     for letter, experiment in EXPERIMENTS.items():
@@ -91,9 +91,9 @@ def _negatives_table(found: Found) -> list[str]:
     heads = [f"{TITLES[test]}: {kind}" if k == 0 else kind for test in TESTS for k, kind in enumerate(KINDS)]
     rows = {name: [_percent(found.value(recipe, key)) for key in keys] for name, recipe in scorers(found).items()}
     note = (
-        "How often a caption scores higher with its clip than a hard negative does, a copy in which one fact is false:"
+        "Percentage of captions that score higher with their clip than a copy in which one stated fact is made false:"
         " another count, the two events in the other order (the same words), the opposite pitch or loudness. Chance is"
-        " 50. Rows marked (d) have its smaller batch."
+        " 50. Rows marked (d) have the smaller batch of experiment d."
     )
     return [note, "", *_table(heads, rows)]
 
@@ -102,7 +102,7 @@ def _teacher_table(found: Found) -> list[str]:
     values = found.statistics()
     if not values:
         return []
-    note = "Over pairs of the training split that do not belong together:"
+    note = "Over pairs of the training split whose caption belongs to another clip:"
     return ["", note, "", "| | |", "|-|-|", *(f"| {key.replace('/', ', ')} | {v:.3f} |" for key, v in values.items())]
 
 
@@ -121,15 +121,15 @@ def _cost_table(found: Found) -> list[str]:
             gain,
         ]
     note = (
-        "One thread. CPU time of an optimizer step of projections and scorer (forward, backward, Adam); the most memory"
-        " that its tensors hold at once; mAP@10 on the AudioCaps format minus that of meanmax with batch 64, in points."
+        "One thread. CPU time of a step of projections and scorer (forward, backward, Adam), peak memory of the tensors"
+        " in a step, and the gain in mAP@10 on the AudioCaps format over meanmax with batch 64, in points."
     )
     return [note, "", *_table(["batch", "ms a step", "MB", "gain"], cells)]
 
 
 def _not_run(found: Found, missing: list[str]) -> list[str]:
     fixed = [
-        "f) resizing through HTS-AT: an encoder of that size cannot be trained from scratch here",
+        "f) resizing with HTS-AT: the demo corpora are too small to train an encoder of that size from random weights",
         "h) paraphrases by a language model",
     ]
     if not any(line["kind"] == ESC50 for line in found.lines.values()):
@@ -137,7 +137,7 @@ def _not_run(found: Found, missing: list[str]) -> list[str]:
     else:
         for letter in ("a", "b"):
             missing += _missing(found, f"{letter}) on ESC-50", EXPERIMENTS[letter].rows, ESC50)
-    return [f"- {what}" for what in [*fixed, *missing]]
+    return [f"- {line}" for line in [*fixed, *missing]]
 
 
 def _missing(found: Found, place: str, rows: Mapping[str, Recipe], kind: str = "demo") -> list[str]:

@@ -143,12 +143,11 @@ def _description(kind: type[Section], prefix: str, name: str) -> str:
     description = kind.model_fields[name].description
     if not description:
         raise UserError(f"{prefix}{name} has no description: give Field(description=...) in {_files_of(kind)}")
-    return description.replace("|", "\\|")
+    return f"{description[0].upper()}{description[1:].removesuffix('.')}.".replace("|", "\\|")
 
 
 def _sentence(description: str, kind: type[Section]) -> str:
-    sentence = f"{description[:1].upper()}{description[1:]}. " if description else ""
-    return f"{sentence}Defined in {_files_of(kind)}."
+    return f"{description} Defined in {_files_of(kind)}.".strip()
 
 
 def _files_of(kind: type[Section]) -> str:
