@@ -103,6 +103,13 @@ def test_commands_are_right(path: Path) -> None:
             configuration(command)
 
 
+@pytest.mark.parametrize("path", MARKDOWN, ids=name)
+def test_files_in_commands_exist(path: Path) -> None:
+    shown = "\n".join(re.findall(r"^ {4}(.*)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    files = re.findall(r"(?<!\S)(?:\./)?((?:launch|slurm|configs|examples|tools|\.ci)/[\w./-]*\w)", shown)
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
 def test_readme_is_short_and_says_what_was_tested() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150

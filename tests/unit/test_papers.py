@@ -16,6 +16,7 @@ from tests.tiny import TinyInputs, make_tiny_inputs
 from tests.unit.test_configs import on_tiny_inputs
 from tools.bench import __main__ as bench
 from tools.study import __main__ as study
+from tools.study import report
 
 PAGE = ROOT / "docs" / "papers.md"
 PROGRAMS = ("atr-scale ", "python -m ")
@@ -68,7 +69,7 @@ def test_command_is_right(command: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert words[:2] == ["python", "-m"] and words[2] in ("tools.study", "tools.bench")
     if words[2] == "tools.study":
         monkeypatch.setattr(study, "run", lambda *_: True)
-        monkeypatch.setattr(study.report, "write_page", lambda *_: None)
+        monkeypatch.setattr(report, "write_page", lambda *_: None)
         assert study.main(words[3:]) == 0
     else:
         assert words[3:] and set(words[3:]) <= set(bench.NAMES)
