@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from atr_scale.errors import UserError
@@ -50,6 +52,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     ),
     "Configuration": ("atr_scale.config:load_config", "atr_scale.config:parse_config"),
 }
+ARGUMENTS = re.compile(r"`?[a-z]\w*`?(, `?[a-z]\w*`?)*: ")
 LINE = 100  # characters of a signature on one line
 
 
@@ -82,7 +85,19 @@ def _docstring(name: str) -> str:
     text = inspect.getdoc(_find(name))
     if not text:
         raise UserError(f"{_title(name)} has no docstring: docs/api.md needs one")
-    return text.replace("<", "&lt;")
+    return "\n".join(_as_list(text.replace("<", "&lt;").splitlines()))
+
+
+def _as_list(lines: Sequence[str]) -> Iterator[str]:
+    """Lines that begin with the names of arguments become items of a list, and "Raises" begins a paragraph."""
+    before, in_item = "", False
+    for line in lines:
+        begins = ARGUMENTS.match(line) is not None
+        in_item = begins or (in_item and line != "" and not line.startswith("Raises "))
+        if before and (line.startswith("Raises ") or (begins and not before.startswith(("- ", "  ")))):
+            yield ""
+        before = f"- {line}" if begins else f"  {line}" if in_item else line
+        yield before
 
 
 class _AsWritten(str):
