@@ -330,15 +330,18 @@ def parse_config(values: Any, place: str, plugins: Sequence[str] = (), trusted: 
         )
     import_plugins(plugins)
     import_plugins(missing)
-    kind = _with_added_terms()
+    kind = run_config_type()
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{place}: {explain(error, kind, values)}") from None
 
 
-def _with_added_terms() -> type[RunConfig]:
-    """RunConfig, its objective with a section for every loss term that plug-ins have added or replaced."""
+def run_config_type() -> type[RunConfig]:
+    """RunConfig, extended by a section of the objective for every further entry of LOSS_TERMS.
+
+    Raises UserError for an entry that is no loss term, or whose name a section of the objective cannot have.
+    """
     fields = ObjectiveSection.model_fields
     added: dict[str, Any] = {}
     check_loss_terms()
@@ -348,8 +351,10 @@ def _with_added_terms() -> type[RunConfig]:
         if name not in fields and hasattr(ObjectiveSection, name):
             raise UserError(f"a loss term cannot be called {name!r}, which is a method of sections: rename it")
         if name not in fields or fields[name].annotation is not term.Section:
-            added[name] = (term.Section, {})  # checked when it is used: a section may need values
+            # The empty default is checked when it is used, because a section may need values.
+            added[name] = (term.Section, Field({}, description=(term.__doc__ or "").partition("\n")[0]))
     if not added:
         return RunConfig
     objective = create_model("ObjectiveSection", __base__=ObjectiveSection, **added)
-    return create_model("RunConfig", __base__=RunConfig, objective=(objective, {}))
+    description = RunConfig.model_fields["objective"].description
+    return create_model("RunConfig", __base__=RunConfig, objective=(objective, Field({}, description=description)))

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import Field
+from torch import Tensor
 
 from atr_scale.data.corpora import CORPORA
 from atr_scale.encoders import AUDIO_ENCODERS, TEXT_ENCODERS
 from atr_scale.errors import UserError
-from atr_scale.losses import LOSS_TERMS
+from atr_scale.losses import LOSS_TERMS, LossTerm, TermSection
 from atr_scale.scorers import SCORERS
 from atr_scale.sections import Section
 from atr_scale.version import __version__
@@ -52,6 +54,25 @@ def test_a_key_needs_a_description_and_a_number_a_unit() -> None:
         pages._table(Silent, "model.")
     with pytest.raises(UserError, match=r"model\.fog is a number without a unit"):
         pages._table(Unitless, "model.")
+
+
+def test_a_loss_brings_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    class MoreSection(TermSection):
+        omega: float = Field(1.0, description="strength of more")
+
+    class More(LossTerm):
+        """A loss that asks for more."""
+
+        Section = MoreSection
+
+        def dense(self, scores: Tensor) -> Tensor:
+            return scores.mean()
+
+    monkeypatch.setattr(pages, "_description", lambda kind, _, key: kind.model_fields[key].description or "")
+    monkeypatch.setitem(LOSS_TERMS, "more", More)
+    text = config_page()
+    assert "A loss that asks for more. Defined in" in text
+    assert "| `objective.more.omega` | float | `1.0` |  | strength of more |" in text
 
 
 @pytest.mark.parametrize(

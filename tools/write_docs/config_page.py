@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from atr_scale.config import RunConfig
+from atr_scale.config import run_config_type
 from atr_scale.data.corpora import CORPORA
 from atr_scale.encoders.audio import AudioEncoderOptions
 from atr_scale.encoders.audio_encoders import AUDIO_ENCODERS, audio_encoder_options
@@ -63,11 +63,11 @@ UNITS = {
 
 def config_page() -> str:
     """The text of docs/config.md. Raises UserError for a key without a description or a number without a unit."""
-    lines = [HEAD]
-    for key, section, description in _sections(RunConfig, ""):
+    lines, run_config = [HEAD], run_config_type()
+    for key, section, description in _sections(run_config, ""):
         lines += [f"{'###' if '.' in key else '##'} `{key}`", "", _sentence(description, section), ""]
         lines += _table(section, f"{key}.")
-    lines += ["## Keys outside of sections", "", *_table(RunConfig, "")]
+    lines += ["## Keys outside of sections", "", *_table(run_config, "")]
     lines += [
         *_options(
             "## Options of scorers",
