@@ -68,11 +68,10 @@ def test_a_loss_brings_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         def dense(self, scores: Tensor) -> Tensor:
             return scores.mean()
 
-    monkeypatch.setattr(pages, "_description", lambda kind, _, key: kind.model_fields[key].description or "")
     monkeypatch.setitem(LOSS_TERMS, "more", More)
     text = config_page()
     assert "A loss that asks for more. Defined in" in text
-    assert "| `objective.more.omega` | float | `1.0` |  | strength of more |" in text
+    assert "| `objective.more.omega` | float | `1.0` |  | Strength of more. |" in text
 
 
 @pytest.mark.parametrize(
