@@ -1,4 +1,4 @@
-"""Run configuration: one YAML file plus dotted overrides, checked before anything starts.
+"""The configuration of a run: one YAML file plus dotted overrides, checked before anything starts.
 
     config = load_config("configs/quickstart/pretrain.yaml", ["train.lr=1e-4"])
 
@@ -39,15 +39,15 @@ from atr_scale.sections import Count, NonNegative, Positive, Section, Share, exp
 
 
 class RunSection(Section):
-    dir: str = Field(description="run folder: checkpoints, metrics, TensorBoard, report")
-    seed: int = 0
+    dir: str = Field(description="run folder: checkpoints, metrics, TensorBoard files, report")
+    seed: int = Field(0, description="seed of initial weights, sample order, crops, captions, augmentation, dropout")
 
 
 class AudioEncoderSection(AudioEncoderOptions):
-    """With the fields of the encoder's own options, if it has any: see `encoder_section`."""
+    """Options of all audio encoders; `encoder_section` adds those of the chosen one."""
 
-    name: str
-    checkpoint: str | None = Field(None, description="the original project's checkpoint file")
+    name: str = Field(description="an audio encoder of docs/encoders.md, or one that a plug-in adds")
+    checkpoint: str | None = Field(None, description="checkpoint file of the original project; null: random weights")
 
     @field_validator("name")
     @classmethod
@@ -58,25 +58,27 @@ class AudioEncoderSection(AudioEncoderOptions):
 
 
 class TextEncoderSection(TextEncoderOptions):
-    """With the fields of the encoder's own options, if it has any: see `encoder_section`."""
+    """Options of all text encoders; `encoder_section` adds those of the chosen one."""
 
-    name: str = Field(description="an entry of TEXT_ENCODERS, else a transformers model's name or folder")
+    name: str = Field(description="hub name or folder of a transformers model, or a text encoder of a plug-in")
 
 
 @cache
 def encoder_section(common: type[Section], options: type[Section]) -> type[Section]:
-    """`common` with the fields that `options`, an encoder's own section, adds to those of all encoders."""
+    """The section `common`, extended by the fields that the encoder's own section `options` adds."""
     return common if issubclass(common, options) else create_model(common.__name__, __base__=(options, common))
 
 
 class ProjectionSection(Section):
-    kind: Literal["none", "linear", "mlp"] = "linear"
-    dim: Count = 512
+    kind: Literal["none", "linear", "mlp"] = Field(
+        "linear", description="none (both encoders need one width), linear (one layer) or mlp (two with a ReLU)"
+    )
+    dim: Count = Field(512, description="width of what the scorer compares; unused with kind none")
 
 
 class ScorerSection(Section):
-    name: str = "pooled"
-    options: dict[str, Any] = Field({}, description="what the scorer can be told, by its own names")
+    name: str = Field("pooled", description="a scorer of docs/scorers.md, or one that a plug-in adds")
+    options: dict[str, Any] = Field({}, description="options of the chosen scorer; other names are refused")
 
     @classmethod
     def part(cls, key: str, values: Any) -> Any:
@@ -94,17 +96,17 @@ class ScorerSection(Section):
     @field_validator("options")
     @classmethod
     def are_of_the_scorer(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        """With its defaults filled in."""
+        """The given options, completed by the scorer's defaults."""
         if "name" not in info.data:  # it was refused
             return options
         return scorer_options(info.data["name"]).model_validate(options).model_dump()
 
 
 class ModelSection(Section):
-    audio: SerializeAsAny[AudioEncoderSection]
-    text: SerializeAsAny[TextEncoderSection]
-    projection: ProjectionSection = ProjectionSection()
-    scorer: ScorerSection = ScorerSection()
+    audio: SerializeAsAny[AudioEncoderSection] = Field(description="audio encoder and its options")
+    text: SerializeAsAny[TextEncoderSection] = Field(description="text encoder and its options")
+    projection: ProjectionSection = Field(ProjectionSection(), description="layers between encoders and scorer")
+    scorer: ScorerSection = Field(ScorerSection(), description="scorer and its options")
 
     @classmethod
     def part(cls, key: str, values: Any) -> Any:
@@ -123,16 +125,16 @@ class ModelSection(Section):
 
 
 def _name_in(values: Any) -> str:
-    """The name of what a section chooses, as far as there is one."""
+    """The value of the key `name`; empty if `values` has no such string."""
     name = values.get("name", "") if isinstance(values, dict) else ""
     return name if isinstance(name, str) else ""
 
 
 class TemperatureSection(Section):
-    initial: Positive = 0.07
-    minimum: Positive = 0.01
-    maximum: Positive = 1.0
-    learnable: bool = True
+    initial: Positive = Field(0.07, description="value at the first optimizer step; scores are divided by it")
+    minimum: Positive = Field(0.01, description="a learned temperature is clamped to at least this")
+    maximum: Positive = Field(1.0, description="a learned temperature is clamped to at most this")
+    learnable: bool = Field(True, description="train the temperature with the group heads; false: keep it fixed")
 
     @model_validator(mode="after")
     def ordered(self) -> TemperatureSection:
@@ -142,16 +144,20 @@ class TemperatureSection(Section):
 
 
 class ObjectiveSection(Section):
-    nt_xent: NTXentSection = NTXentSection()
-    pmr: PMRSection = PMRSection()
-    cmsc: CMSCSection = CMSCSection()
-    intra_modal: IntraModalSection = IntraModalSection()
-    distillation: DistillationSection = DistillationSection()
-    temperature: TemperatureSection = TemperatureSection()
+    nt_xent: NTXentSection = Field(NTXentSection(), description="NT-Xent (InfoNCE), with several positives")
+    pmr: PMRSection = Field(PMRSection(), description="prior-matrix-revised loss (arXiv 2303.05681)")
+    cmsc: CMSCSection = Field(CMSCSection(), description="joint soft supervision of LGMM (arXiv 2403.10146)")
+    intra_modal: IntraModalSection = Field(
+        IntraModalSection(), description="contrast inside each modality (arXiv 2403.10146)"
+    )
+    distillation: DistillationSection = Field(
+        DistillationSection(), description="soft labels from teacher tables (arXiv 2408.11641)"
+    )
+    temperature: TemperatureSection = Field(TemperatureSection(), description="temperature that all loss terms share")
 
     @property
     def terms(self) -> dict[str, TermSection]:
-        """The loss terms by name, those of plug-ins too."""
+        """The loss terms by name, including those of plug-ins."""
         return {name: value for name, value in self if isinstance(value, TermSection)}
 
     @model_validator(mode="after")
@@ -162,38 +168,64 @@ class ObjectiveSection(Section):
 
 
 class TrainSection(Section):
-    steps: Count | None = Field(None, description="updates in all; or give epochs")
-    epochs: Positive | None = None
-    global_batch_size: Count = Field(64, description="pairs inside one loss, over all ranks")
+    steps: Count | None = Field(None, description="length of the run in optimizer steps; give this or epochs")
+    epochs: Positive | None = Field(None, description="length of the run in passes over the training clips")
+    global_batch_size: Count = Field(64, description="text-audio pairs inside one loss, over all ranks")
     micro_batch_size: Count | None = Field(
-        None, description="pairs in one forward; default: a rank's share. A smaller one (GradCache) needs less memory"
+        None, description="pairs in one forward pass; below the local batch, GradCache runs; default: the local batch"
     )
     kept_chunks: Annotated[int, Field(ge=0)] = Field(
-        0, description="of a rank's forwards of micro_batch_size, how many keep their graphs and need no second forward"
+        0, description="GradCache: chunks of the local batch that keep their activations and need no second forward"
     )
-    accum_steps: Count = Field(1, description="losses averaged per update")
-    lr: Positive = 1e-4
-    lr_audio: NonNegative | None = Field(None, description="default: lr; 0 freezes the audio encoder")
-    lr_text: NonNegative | None = Field(None, description="default: lr; 0 freezes the text encoder")
-    lr_heads: NonNegative | None = Field(None, description="projections, scorer, temperature; default: lr")
-    lr_floor: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="last learning rate as a share of lr")
-    layer_decay_audio: Share = Field(1.0, description="learning rate of each layer as a share of the one above it")
-    layer_decay_text: Share = Field(1.0, description="the same in the text encoder")
-    frozen_layers_audio: Annotated[int, Field(ge=0)] = Field(0, description="lowest layers that are not trained")
-    frozen_layers_text: Annotated[int, Field(ge=0)] = Field(0, description="the same in the text encoder")
-    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="default: 5 % of all steps")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.01
-    gradient_clipping: NonNegative = Field(1.0, description="largest global norm; 0 switches it off")
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    initial_checkpoint: str | None = Field(None, description="run folder or checkpoint whose weights start this run")
-    evaluate_every: Count | None = Field(None, description="steps between validations; default: once an epoch")
-    checkpoint_every: Count | None = Field(None, description="steps between checkpoints; default: with each validation")
-    keep_checkpoints: Count = Field(2, description="newest checkpoints kept, beside the best one")
-    log_every: Count = 10
-    max_bad_steps: Count = Field(3, description="non-finite updates in a row after which the run stops")
+    accum_steps: Count = Field(1, description="losses of global_batch_size pairs averaged in one optimizer step")
+    lr: Positive = Field(1e-4, description="peak learning rate of AdamW, for every group without a rate of its own")
+    lr_audio: NonNegative | None = Field(
+        None, description="peak learning rate of the audio encoder; 0 freezes it; default: lr"
+    )
+    lr_text: NonNegative | None = Field(
+        None, description="peak learning rate of the text encoder; 0 freezes it; default: lr"
+    )
+    lr_heads: NonNegative | None = Field(
+        None, description="peak learning rate of projections, scorer, temperature and loss parameters; default: lr"
+    )
+    lr_floor: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="learning rate at the end of the cosine schedule, as a fraction of the peak"
+    )
+    layer_decay_audio: Share = Field(
+        1.0, description="learning rate of an audio encoder layer, as a fraction of that of the layer above"
+    )
+    layer_decay_text: Share = Field(
+        1.0, description="learning rate of a text encoder layer, as a fraction of that of the layer above"
+    )
+    frozen_layers_audio: Annotated[int, Field(ge=0)] = Field(
+        0, description="lowest layers of the audio encoder that are not trained"
+    )
+    frozen_layers_text: Annotated[int, Field(ge=0)] = Field(
+        0, description="lowest layers of the text encoder that are not trained"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="optimizer steps over which the learning rate rises from 0; default: 5 % of all"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's two moments")
+    eps: Positive = Field(1e-8, description="epsilon in AdamW's denominator")
+    weight_decay: NonNegative = Field(0.01, description="decoupled weight decay of AdamW")
+    gradient_clipping: NonNegative = Field(1.0, description="largest global gradient norm; 0: no clipping")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="dtype of autocast; parameters, scores and losses stay fp32; fp16 scales the loss"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    initial_checkpoint: str | None = Field(
+        None, description="run folder or checkpoint whose weights start this run, without its optimizer state"
+    )
+    evaluate_every: Count | None = Field(None, description="optimizer steps between validations; default: one epoch")
+    checkpoint_every: Count | None = Field(
+        None, description="optimizer steps between checkpoints; default: evaluate_every"
+    )
+    keep_checkpoints: Count = Field(2, description="newest checkpoints that are kept, besides the best one")
+    log_every: Count = Field(10, description="optimizer steps between log lines")
+    max_bad_steps: Count = Field(
+        3, description="optimizer steps in a row with a non-finite loss or gradient after which the run stops"
+    )
 
     @model_validator(mode="after")
     def one_length(self) -> TrainSection:
@@ -203,12 +235,14 @@ class TrainSection(Section):
 
 
 class EvaluationSection(Section):
-    batch_size: Count = 32
-    class_prompt: str = Field("the sound of {label}", description="caption of a class, for labelled sets")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of products; ranks and lists are exact with either")
+    batch_size: Count = Field(32, description="clips and captions encoded at once on each rank")
+    class_prompt: str = Field("the sound of {label}", description="caption of a class in a labelled set")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="dtype of the products that rank; the ranks are exact with either"
+    )
     select: str | None = Field(
         None,
-        description="metric that makes a checkpoint the best, SET/METRIC if data.validation names several sets; "
+        description="metric that chooses the best checkpoint, SET/METRIC if data.validation names several sets; "
         "default: t2a/mAP@10 of the first set, class/mAP@10 if it is labelled",
     )
 
@@ -222,24 +256,27 @@ class EvaluationSection(Section):
 class RunConfig(Section):
     """Everything one training run depends on."""
 
-    run: RunSection
-    data: DataSection
-    model: ModelSection
-    objective: ObjectiveSection = ObjectiveSection()
-    train: TrainSection
-    evaluation: EvaluationSection = EvaluationSection()
-    plugins: list[str] = Field([], description="modules that add losses and more; imported before anything is checked")
+    run: RunSection = Field(description="run folder and seed")
+    data: DataSection = Field(description="shards and how they are read")
+    model: ModelSection = Field(description="encoders, projection and scorer")
+    objective: ObjectiveSection = Field(ObjectiveSection(), description="loss terms; the loss is their weighted sum")
+    train: TrainSection = Field(description="batch, optimizer, schedule, precision, checkpoints")
+    evaluation: EvaluationSection = Field(EvaluationSection(), description="evaluation during and after training")
+    plugins: list[str] = Field([], description="plug-in modules, imported before the configuration is checked")
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return text
 
 
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str] = (), trusted: bool = True
 ) -> RunConfig:
-    """The configuration in `path` with dotted `overrides` such as "train.lr=1e-4" applied; otherwise `parse_config`.
+    """Reads and checks the configuration of a run.
 
-    Raises UserError: missing file, YAML that does not parse, an unknown key (with a suggestion), a wrong value.
+    path: a YAML file. overrides: "key.sub=value", each replaces the value of its key; a mapping replaces a whole
+    section. plugins, trusted: see `parse_config`.
+    Raises UserError for a missing file, YAML that does not parse, an unknown key (with a suggestion), a wrong value.
     """
     path = Path(path)
     if not path.is_file():
@@ -264,7 +301,7 @@ def _apply(loaded: Any, override: str) -> None:
     try:
         # Parsed as OmegaConf parses a file: 1e-4 is a number, [a, b] a list.
         parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
-        OmegaConf.update(loaded, key, parsed["value"], force_add=True)  # type: ignore[index, call-overload]
+        OmegaConf.update(loaded, key, parsed["value"], merge=False, force_add=True)  # type: ignore[index, call-overload]
     except (yaml.YAMLError, OmegaConfBaseException, LookupError, TypeError, ValueError) as error:
         raise UserError(f"override {override!r} cannot be applied: {_one_line(error)}") from None
 
@@ -274,10 +311,12 @@ def _one_line(error: Exception) -> str:
 
 
 def parse_config(values: Any, place: str, plugins: Sequence[str] = (), trusted: bool = True) -> RunConfig:
-    """`values` (nested dicts) as a checked configuration; `place` is named in errors.
+    """Checks nested dicts as the configuration of a run.
 
-    plugins: modules that are imported first, beside those that the configuration names. trusted: whether the latter may
-    be imported; otherwise one that is not among `plugins` is a UserError.
+    values: the sections by name. place: what error messages call the source of the values. plugins: modules to import
+    before the check, besides those that the configuration names. trusted: if False, a module that the configuration
+    names and that is not among `plugins` is not imported, which is an error.
+    Raises UserError for an unknown key (with a suggestion), a wrong value, or a plug-in that cannot be imported.
     """
     if not isinstance(values, dict):
         raise UserError(f"{place} holds no configuration: expected the sections {', '.join(RunConfig.model_fields)}")
@@ -291,15 +330,18 @@ def parse_config(values: Any, place: str, plugins: Sequence[str] = (), trusted: 
         )
     import_plugins(plugins)
     import_plugins(missing)
-    kind = _with_added_terms()
+    kind = run_config_type()
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{place}: {explain(error, kind, values)}") from None
 
 
-def _with_added_terms() -> type[RunConfig]:
-    """RunConfig, its objective with a section for every loss term that plug-ins have added or replaced."""
+def run_config_type() -> type[RunConfig]:
+    """RunConfig, extended by a section of the objective for every further entry of LOSS_TERMS.
+
+    Raises UserError for an entry that is no loss term, or whose name a section of the objective cannot have.
+    """
     fields = ObjectiveSection.model_fields
     added: dict[str, Any] = {}
     check_loss_terms()
@@ -309,8 +351,10 @@ def _with_added_terms() -> type[RunConfig]:
         if name not in fields and hasattr(ObjectiveSection, name):
             raise UserError(f"a loss term cannot be called {name!r}, which is a method of sections: rename it")
         if name not in fields or fields[name].annotation is not term.Section:
-            added[name] = (term.Section, {})  # checked when it is used: a section may need values
+            # The empty default is checked when it is used, because a section may need values.
+            added[name] = (term.Section, Field({}, description=(term.__doc__ or "").partition("\n")[0]))
     if not added:
         return RunConfig
     objective = create_model("ObjectiveSection", __base__=ObjectiveSection, **added)
-    return create_model("RunConfig", __base__=RunConfig, objective=(objective, {}))
+    description = RunConfig.model_fields["objective"].description
+    return create_model("RunConfig", __base__=RunConfig, objective=(objective, Field({}, description=description)))

@@ -1,4 +1,4 @@
-"""Modules from outside the package that add entries to its tables (`CORPORA` and others) when they are imported."""
+"""Plug-ins: modules outside the package that add entries to its dicts (`CORPORA`, `SCORERS`, ...) when imported."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from atr_scale.errors import UserError
 
 
 def import_plugins(names: Sequence[str]) -> None:
-    """Import the modules `names` in order; one that is imported already stays as it is.
+    """Imports the modules `names` in order. A module that is imported already is not imported again.
 
-    UserError, naming the module, the cause and the remedy, if a module is missing or fails while it is imported.
+    Raises UserError with the module, the cause and the remedy if a module is missing or fails during its import.
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise UserError(f"plugins = {names!r}: give a list of modules' names, for example ['my_losses']")
@@ -36,9 +36,9 @@ def _explain(name: str, error: BaseException) -> str:
 
 
 def _place(name: str, error: BaseException) -> str | None:
-    """File and line of an error in a plug-in: the innermost ones that are of its package, for these its author knows.
+    """File and line of an error in a plug-in: the innermost frame of the plug-in's own package.
 
-    None if nothing of the package was run.
+    None if no code of that package was run.
     """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"

@@ -1,4 +1,4 @@
-"""What every section of a configuration is made of, wherever it is defined."""
+"""The base class of all sections of a configuration, and helpers that check and explain them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
+    """A section of a configuration: unknown keys are refused, and defaults are checked like given values.
+
+    Every field has a description, from which docs/config.md is written.
+    """
+
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
     @classmethod
     def part(cls, key: str, values: Any) -> Any:
-        """The type that checks the value of `key` in `values`, None if there is no such key.
+        """The type that checks the value of `key` in `values`; None if there is no such key.
 
-        A section in which a name decides over what belongs to another key (the options of a scorer) overrides this.
+        A section overrides this if one key decides over the type of another, as a scorer's name does over its options.
         """
         field = cls.model_fields.get(key)
         return field.annotation if field else None
@@ -35,7 +40,10 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def options_of(entry: Any, default: type[AnySection]) -> type[AnySection]:
-    """The section of an entry of a dict of plug-ins: its attribute `Options`, also of what functools.partial holds."""
+    """The attribute `Options` of an entry of SCORERS, AUDIO_ENCODERS or the like; `default` if it has none.
+
+    An entry may be a class or a functools.partial of one.
+    """
     while isinstance(entry, partial):
         entry = entry.func
     return getattr(entry, "Options", default)
@@ -47,7 +55,10 @@ def own_fields(options: Section, common: type[Section]) -> dict[str, Any]:
 
 
 def check_options(kind: type[AnySection], values: dict[str, Any], place: str) -> AnySection:
-    """`values` as options of `kind`. Raises UserError naming every unknown option and wrong value, and `place`."""
+    """Checks `values` as options of `kind`.
+
+    Raises UserError that names `place` and every unknown option and wrong value.
+    """
     try:
         return kind(**values)
     except ValidationError as error:
@@ -55,7 +66,7 @@ def check_options(kind: type[AnySection], values: dict[str, Any], place: str) ->
 
 
 def explain(error: ValidationError, kind: type[Section], values: Any) -> str:
-    """What is wrong with `values` as a section of `kind`: a clause for each mistake, in one line."""
+    """One line with a clause for each mistake in `values`, which failed the check as a section of `kind`."""
     return "; ".join(_clause(details, kind, values) for details in error.errors())
 
 

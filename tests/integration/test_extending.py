@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.tiny import read_training
+from tests.integration.test_launchers import free_port
+from tests.tiny import make_tiny_inputs, read_training, write_tiny_config
 
 pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 MODULES = {
     "A loss": "my_losses",
     "A scorer": "my_scorer",
+    "A pooling scorer": "my_pooling",
     "An audio encoder": "my_audio",
     "A text encoder": "my_text",
     "A corpus": "my_corpus",
+    "A figure": "my_figure",
 }
 RATE = 16_000
 
@@ -54,7 +57,7 @@ def test_every_example_works_with_the_others(tmp_path: Path) -> None:
     assert "4 clips" in python(tmp_path, "-m", "atr_scale.cli", *build.split())
 
     config = {
-        "plugins": ["my_losses", "my_scorer", "my_audio", "my_text"],
+        "plugins": ["my_losses", "my_scorer", "my_pooling", "my_audio", "my_text"],
         "run": {"dir": "run"},
         "data": {"train": [{"shards": "shards"}], "crop_seconds": 1.0, "workers": 0},
         "model": {
@@ -72,8 +75,32 @@ def test_every_example_works_with_the_others(tmp_path: Path) -> None:
 
     use = """
 import atr_scale
-model = atr_scale.load("run", plugins=["my_losses", "my_scorer", "my_audio", "my_text"])
+model = atr_scale.load("run", plugins=["my_losses", "my_scorer", "my_pooling", "my_audio", "my_text"])
 scores = model.similarity(["a wren sings", "an owl sings", "a crow sings"], ["owl.wav", "crow.wav"])
 print(scores.shape, (scores <= 0).all())
 """
     assert python(tmp_path, "-c", use).strip() == "(3, 2) True"
+
+    python(tmp_path, "my_figure.py", "run")
+    assert (tmp_path / "run" / "temperature.png").stat().st_size > 1000
+
+
+def launched(script: Path, config: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), **variables}
+    command = ["bash", str(script), str(config)]
+    return subprocess.run(command, cwd=PAGE.parents[1], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_launcher_starts_two_ranks_and_passes_on_a_failure(tmp_path: Path) -> None:
+    section = PAGE.read_text().partition("\n## A launcher\n")[2]
+    block = re.search(r"```bash\n(.*?)```", section, re.DOTALL)
+    assert block is not None
+    script = tmp_path / "two_ranks.sh"
+    script.write_text(block[1])
+    config = write_tiny_config(tmp_path / "run.yaml", make_tiny_inputs(tmp_path / "inputs"), tmp_path / "run", steps=2)
+    done = launched(script, config)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line["step"] for line in read_training(tmp_path / "run")] == [1, 2]
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
+    assert launched(script, tmp_path / "missing.yaml").returncode == 2

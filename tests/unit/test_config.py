@@ -213,6 +213,12 @@ def test_options_of_a_scorer_are_stored_whole(file: Path, tmp_path: Path) -> Non
         assert differences(parse_config(saved, "saved").model_dump(), expected.model_dump()) == []
 
 
+def test_a_mapping_as_an_override_replaces_the_section(file: Path) -> None:
+    tap = ["model.scorer.name=tap", "model.scorer.options.residual=true"]
+    config = load_config(file, [*tap, "model.scorer={name: meanmax}"])
+    assert config.model.scorer.model_dump() == {"name": "meanmax", "options": {}}
+
+
 def test_every_configuration_here_parses() -> None:
     paths = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
     assert paths

@@ -158,21 +158,21 @@ def test_recipes_have_different_names_and_dependents_come_last(tmp_path: Path) -
 
 
 def test_a_report_replaces_its_own_lines_alone(tmp_path: Path) -> None:
-    results = tmp_path / "RESULTS.md"
-    results.write_text("# Results\n\nbefore\n")
+    page = tmp_path / "study.md"
+    page.write_text("# Study\n\nbefore\n")
     given = settings(tmp_path / "out")
     with pytest.raises(UserError, match="no finished runs"):
-        report.write_results(given, results)
+        report.write_page(given, page)
     given.out.mkdir()
     line = {"name": name_of("demo", BASELINE, 0), "kind": "demo", "seed": 0, "metrics": {"audiocaps/t2a/R@1": 0.25}}
     given.runs.write_text(json.dumps(line) + "\n" + '{"name": "cut sho')
-    report.write_results(given, results)
-    results.write_text(results.read_text() + "\nby hand\n")
-    report.write_results(given, results)
-    text = results.read_text()
-    assert text.startswith("# Results\n\nbefore\n\n## Study\n") and text.count("### a) Pooling") == 1
+    report.write_page(given, page)
+    page.write_text(page.read_text() + "\nby hand\n")
+    report.write_page(given, page)
+    text = page.read_text()
+    assert text.startswith("# Study\n\nbefore\n\n<!-- study:") and text.count("## a) Pooling") == 1
     assert "| meanmax | 25.0 |" in text and "- a) meanmax: 1 of 2 seeds" in text
-    assert text.endswith("\n### Reasons\n\nby hand\n")
+    assert text.endswith("\n## Reasons\n\nby hand\n")
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,14 +184,14 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 def test_a_tiny_study_from_demo_to_report_and_again(tmp_path: Path) -> None:
-    demo, out, results = tmp_path / "demo", tmp_path / "out", tmp_path / "RESULTS.md"
+    demo, out, page = tmp_path / "demo", tmp_path / "out", tmp_path / "study.md"
     write_demo_corpora(demo, sizes=SIZES, workers=1)
     build_demo_text_encoder(training_captions(demo), demo / "text_encoder", layers=1, dim=32, heads=2)
     call = ["--demo", str(demo), "--out", str(out), "--only", "h", "--seeds", "1", "--steps", "2"]
-    call += ["--encoder-steps", "1", "--workers", "1", "--results", str(results)]
+    call += ["--encoder-steps", "1", "--workers", "1", "--page", str(page)]
     assert main(call) == 0
     done = (out / "runs.jsonl").read_text()
-    assert "| meanmax, 5 further captions a clip |" in results.read_text()
+    assert "| meanmax, 5 further captions a clip |" in page.read_text()
     assert main(call) == 0
     assert (out / "runs.jsonl").read_text() == done
     assert main([*call, "--steps", "3"]) == 2  # runs of other settings do not mix

@@ -1,4 +1,4 @@
-"""Run the study on the demo corpora and write its tables into RESULTS.md.
+"""Run the study on the demo corpora and write its tables into docs/study.md.
 
     atr-scale demo-data --out demo/corpora
     python -m tools.study --demo demo/corpora --out runs/study [--only a,b] [--seeds 3] [--minutes 60]
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--esc50", type=Path, help="folder of ESC-50; adds real recordings to a and b")
     parser.add_argument("--mn04", type=Path, help="weights of mn04 from EfficientAT, for --esc50")
     parser.add_argument("--sentences", type=Path, help="folder of a sentence encoder, for --esc50")
-    parser.add_argument("--report", action="store_true", help="only write RESULTS.md from the finished runs")
-    parser.add_argument("--results", type=Path, default=Path("RESULTS.md"))
+    parser.add_argument("--report", action="store_true", help="only write the page from the finished runs")
+    parser.add_argument("--page", type=Path, default=Path("docs/study.md"), help="page to write")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the worker processes
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"no experiment {unknown[0]!r}: --only takes {', '.join(EXPERIMENTS)}")
         settings = _settings(given)
         succeeded = given.report or run(settings, chosen, given.workers, given.minutes)
-        report.write_results(settings, given.results)
+        report.write_page(settings, given.page)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Write tables and figures of all finished runs into the section "Study" of RESULTS.md, with a list of missing runs."""
+"""Write docs/study.md: tables and figures of all finished runs, and a list of missing runs."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ METRICS = {"t2a/R@1": "R@1", "t2a/mAP@10": "mAP@10", "t2a/nDCG@16": "nDCG@16", "
 REAL = {"zero_shot/accuracy": "accuracy", "class/mAP": "class mAP"}
 
 
-def write_results(settings: Settings, results: Path) -> None:
-    """Replace the text between the two markers, or append a section with an empty part for the reasons."""
+def write_page(settings: Settings, page: Path) -> None:
+    """Replace the text between the two markers of `page`, or append it with an empty section for the reasons."""
     found = Found(settings)
     if not found.lines:
         raise UserError(f"no finished runs in {settings.out}: call without --report first")
     settings.claim()
-    folder = results.parent / "docs" / "figures"
-    drawn = pictures.draw(found, folder)
+    drawn = pictures.draw(found, page.parent / "figures")
     block = "\n".join([BEGIN, "", *_section(found, settings, drawn), "", END])
-    text = results.read_text(encoding="utf-8") if results.exists() else "# Results\n"
+    text = page.read_text(encoding="utf-8") if page.exists() else "# Study\n"
     if BEGIN in text:
         text = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: block, text, flags=re.DOTALL)
     else:
-        text = f"{text.rstrip()}\n\n## Study\n\n{block}\n\n### Reasons\n"
-    results.write_text(text, encoding="utf-8")
+        text = f"{text.rstrip()}\n\n{block}\n\n## Reasons\n"
+    page.write_text(text, encoding="utf-8")
 
 
 def _section(found: Found, settings: Settings, drawn: Sequence[str]) -> list[str]:
@@ -54,21 +53,21 @@ def _section(found: Found, settings: Settings, drawn: Sequence[str]) -> list[str
     ]
     missing: list[str] = []
     for letter, experiment in EXPERIMENTS.items():
-        out += ["", f"### {letter}) {experiment.title}", "", *([experiment.note, ""] if experiment.note else [])]
+        out += ["", f"## {letter}) {experiment.title}", "", *([experiment.note, ""] if experiment.note else [])]
         out += _retrieval_table(found, experiment.rows)
         missing += _missing(found, f"{letter})", experiment.rows)
         if letter in drawn:
-            out += ["", f"![{experiment.title}](docs/figures/study-{letter}.png)"]
+            out += ["", f"![{experiment.title}](figures/study-{letter}.png)"]
         if letter in ("a", "b"):
             out += _real_table(found, experiment.rows)
         if letter == "d":
-            out += ["", "### e) Hard negatives", "", *_negatives_table(found)]
-            out += ["", "![Hard negatives](docs/figures/study-e.png)"] if "e" in drawn else []
+            out += ["", "## e) Hard negatives", "", *_negatives_table(found)]
+            out += ["", "![Hard negatives](figures/study-e.png)"] if "e" in drawn else []
         if letter == "g":
             out += _teacher_table(found)
-    out += ["", "### j) Cost", "", *_cost_table(found)]
-    out += ["", "![Cost](docs/figures/study-j.png)"] if "j" in drawn else []
-    return [*out, "", "### Not run", "", *_not_run(found, missing)]
+    out += ["", "## j) Cost", "", *_cost_table(found)]
+    out += ["", "![Cost](figures/study-j.png)"] if "j" in drawn else []
+    return [*out, "", "## Not run", "", *_not_run(found, missing)]
 
 
 def _retrieval_table(found: Found, rows: Mapping[str, Recipe]) -> list[str]:
