@@ -14,8 +14,11 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from atr_scale.errors import UserError
+from atr_scale.console import ConsoleHandler
+from atr_scale.errors import UserError, exit_with_mistake
 from atr_scale.version import __version__
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="atr-scale",
@@ -241,6 +244,7 @@ def train_command(
     """
     if world_size < 1:
         raise UserError(f"--world-size {world_size}: give at least 1")
+    logger.info("loading PyTorch, transformers and DeepSpeed")
     from atr_scale.config import load_config
 
     resolved = load_config(config, overrides or (), plugins or ())
@@ -410,12 +414,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     arguments: default, those of the command line.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", handlers=[ConsoleHandler()])
     try:
         app(arguments, prog_name="atr-scale")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        exit_with_mistake(error)
 
 
 if __name__ == "__main__":
