@@ -13,7 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Files whose tests measure the memory of a process, or start services with fixed resources (a SLURM cluster, a
 # browser): they share one group, so no two of them run side by side.
-ALONE = ("test_soak", "test_slurm", "test_tensorboard_page", "test_resume")
+ALONE = ("test_soak", "test_slurm", "test_tensorboard_page")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook

@@ -9,7 +9,7 @@ import numpy as np
 from atr_scale.planner import gpus
 from atr_scale.planner.costs import BatchSplit, Costs
 from atr_scale.planner.gpus import GPU
-from atr_scale.planner.step_memory import peak_memory
+from atr_scale.planner.step_memory import memory_at_peak
 from atr_scale.planner.traffic import transfers
 from atr_scale.planner.zero_memory import FP32, Transfer
 
@@ -77,7 +77,7 @@ def estimate_step(costs: Costs, cluster: Cluster, global_batch: int, micro_batch
     latency = max(1.0, np.log2(size)) * gpus.COLLECTIVE_S
     seconds["network"] = sum(t.sent(size) / cluster.bandwidth + t.calls * latency for t in sent)
     seconds["loader"] = accum * split.local_batch * cluster.clip_s / max(1, cluster.workers)
-    return StepEstimate(split, peak_memory(costs, split), sent, seconds, accum * global_batch)
+    return StepEstimate(split, memory_at_peak(costs, split), sent, seconds, accum * global_batch)
 
 
 def largest_local_batch(costs: Costs, cluster: Cluster, micro: int | None = None, limit: int = 1 << 20) -> int:
@@ -106,7 +106,7 @@ def fitting_micro_batch(costs: Costs, cluster: Cluster, global_batch: int) -> in
 
 
 def _fits(costs: Costs, cluster: Cluster, split: BatchSplit) -> bool:
-    return sum(peak_memory(costs, split).values()) <= gpus.USABLE_SHARE * cluster.gpu.memory
+    return sum(memory_at_peak(costs, split).values()) <= gpus.USABLE_SHARE * cluster.gpu.memory
 
 
 def _seconds(costs: Costs, cluster: Cluster, split: BatchSplit) -> dict[str, float]:

@@ -12,7 +12,7 @@ from atr_scale.planner.measure import EncoderCosts, features
 from atr_scale.planner.zero_memory import FP32
 
 
-def peak_memory(costs: Costs, split: BatchSplit) -> dict[str, float]:
+def memory_at_peak(costs: Costs, split: BatchSplit) -> dict[str, float]:
     """Bytes by part at the moment of an optimizer step when their sum is largest."""
     return max(_moments(costs, split), key=lambda parts: sum(parts.values()))
 

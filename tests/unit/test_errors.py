@@ -94,6 +94,7 @@ def test_a_launcher_with_a_report_gets_the_line(
     second = elastic(tmp_path, 1, monkeypatch)
     stop_soon(monkeypatch)
     assert stderr_of("no shards in nowhere", capsys) == "" and not second.exists()
+    monkeypatch.setattr(errors, "GRACE_S", 0.2)
     assert stderr_of("another mistake", capsys) == "" and reported(second) == "error: another mistake"
 
 
