@@ -1,4 +1,4 @@
-"""What the supported versions of other libraries call by different names."""
+"""Functions that have different names in the supported versions of other libraries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-# torch renamed both and warns of the old names: [size * b, ...] of all ranks from [b, ...] of each, and its adjoint.
+# torch has renamed both and warns about the old names. The first one gathers [b, ...] of every rank into
+# [size * b, ...], the second one is its adjoint.
 if hasattr(dist, "all_gather_single"):
     all_gather_single, reduce_scatter_single = dist.all_gather_single, dist.reduce_scatter_single
 else:

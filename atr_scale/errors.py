@@ -1,17 +1,89 @@
-"""The one error type a user is meant to see."""
+"""The one error type that a user is meant to see, and how a command ends with it on one rank or on many."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import sys
 import textwrap
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+GRACE_S = 10.0  # ranks start, and read their inputs, up to about this long after each other
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: one line with the cause, the place and the remedy.
+    """A mistake that the user can correct: one line with the cause, the place and the remedy.
 
-    The command line prints the message alone and exits with code 2; anything else is a failure of ours.
+    The command line prints the message alone and exits with code 2. Any other exception is a failure of this project.
     """
+
+    launcher_stops: bool | None = None  # what `defer_to_first_rank` has seen; None if it was not called or did not wait
 
 
 def one_line(error: Exception | str, width: int = 300) -> str:
     """The message of `error`, or a text, in one line, without its last full stop; if too long, cut between words."""
     return textwrap.shorten(str(error).rstrip(". \n"), width, placeholder=" ...")
+
+
+def exit_with_mistake(error: UserError) -> NoReturn:
+    """Exit with code 2 and report the mistake. If several ranks make the same mistake, one of them reports it.
+
+    Below torchrun and accelerate the launcher prints a report after all output of the ranks. The line is then handed to
+    the launcher, which prints it at the end of the report, instead of being printed here and lost above the report.
+    """
+    defer_to_first_rank(error)
+    line = f"error: {error}"
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        if not error.launcher_stops:
+            print(line, file=sys.stderr)
+    elif _message_in(_of_first_rank(Path(file))) != line:
+        _write(Path(file), line)
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT") != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
+            print(line, file=sys.stderr)  # the launcher starts the ranks again and reports only the last attempt
+    sys.exit(2)
+
+
+def defer_to_first_rank(error: UserError) -> None:
+    """Wait, unless this is the first rank, until the launcher stops this process, at most GRACE_S.
+
+    A launcher stops the other ranks as soon as the first rank has exited with the same mistake. Call this before the
+    process group is closed: ranks that wait in a collective for this one would fail and hide the cause.
+    """
+    # torchrun and accelerate report each machine's ranks on that machine; srun and the like know one job.
+    names = ("LOCAL_RANK",) if "TORCHELASTIC_ERROR_FILE" in os.environ else ("RANK", "SLURM_PROCID")
+    rank = next((os.environ[name] for name in names if name in os.environ), "0")
+    if rank == "0" or error.launcher_stops is not None:
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        error.launcher_stops = True
+
+    error.launcher_stops = False
+    signal.signal(signal.SIGTERM, stop)
+    deadline = time.monotonic() + GRACE_S
+    while not error.launcher_stops and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _of_first_rank(file: Path) -> Path:
+    """The error file of this machine's first rank, by torchrun's layout ATTEMPT/LOCAL_RANK/error.json."""
+    return file.parents[1] / "0" / file.name
+
+
+def _message_in(file: Path) -> str | None:
+    try:
+        message = json.loads(file.read_text())["message"]["message"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(message)
+
+
+def _write(file: Path, line: str) -> None:
+    """An error file as torch.distributed.elastic's ErrorHandler writes it, with the line in place of a traceback."""
+    extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    file.write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))

@@ -1,4 +1,4 @@
-"""The module that launchers start: `atr-scale train` with a log that says which rank speaks and when.
+"""The module that launchers start: `atr-scale train`, with a log that names the rank and the time.
 
 accelerate launch -m atr_scale.train CONFIG.yaml train.lr=1e-4
 torchrun --nproc-per-node 2 -m atr_scale.train CONFIG.yaml
@@ -12,20 +12,27 @@ import os
 import sys
 
 from atr_scale import cli
+from atr_scale.console import ConsoleHandler
 
 
 def train_rank() -> None:
-    """Train as one rank of those that a launcher has started; arguments and exit codes are those of `atr-scale train`.
+    """Train as one of the ranks that a launcher has started. Arguments and exit codes are those of `atr-scale train`.
 
-    0: done, or saved and stopped on a signal; 2: the user's mistake; 1: a failure of ours.
+    0: done, or saved and stopped on a signal; 2: the user's mistake; 1: a failure of this project.
     """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    logging.basicConfig(  # the first call counts, so that of the console script changes nothing
+    logging.basicConfig(  # the first call counts, so that of `cli.main` changes nothing
         level=logging.INFO if rank == "0" else logging.WARNING,
         format=f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s",
         datefmt="%H:%M:%S",
+        handlers=[ConsoleHandler()],
     )
-    cli.main(["train", *sys.argv[1:]])
+    run = cli.main
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        run = record(cli.main)  # the launcher's report ends with the traceback of the rank that failed first
+    run(["train", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

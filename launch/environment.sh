@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository root with this project and the versions of launch/constraints.txt.
-#   launch/environment.sh        what training needs
-#   launch/environment.sh dev    also what the tests need
-# Done once: later calls return at once until pyproject.toml or the constraints change. pip's own settings apply, for
-# example PIP_EXTRA_INDEX_URL for an index that has torch's CPU build. PYTHON names the interpreter to use.
+# Makes .venv in the repository root, with this project and the package versions of launch/constraints.txt.
+#   launch/environment.sh        for training
+#   launch/environment.sh dev    for training and the tests
+# Later calls return at once, until pyproject.toml or the constraints change. pip's own settings apply, for example
+# PIP_EXTRA_INDEX_URL for an index that has torch's CPU build. PYTHON names the interpreter to use.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
@@ -30,7 +30,7 @@ flock 9 # two scripts started together install once
 
 stamp=.venv/installed
 wanted=$(cat pyproject.toml launch/constraints.txt | sha256sum | cut -c 1-64)
-# An environment knows its place: in a copied or moved repository it is made anew.
+# An environment holds its own path: in a copied or moved repository it is made anew.
 if ! grep -qsF "$root/.venv" .venv/bin/activate; then
     python=$(find_python)
     "$python" -c 'import ensurepip' 2>/dev/null ||
@@ -43,6 +43,6 @@ if ! grep -qsx "$wanted${extra:+ $extra}" "$stamp"; then
     rm -f "$stamp"
     .venv/bin/python -m pip install -qq --disable-pip-version-check \
         -c launch/constraints.txt -e ".${extra:+[$extra]}"
-    # What has an extra has the rest too.
+    # An environment with an extra also serves calls without it.
     printf '%s\n' "$wanted" ${extra:+"$wanted $extra"} >"$stamp"
 fi

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a trained, evaluated retriever: environment -> demo corpora -> shards -> training -> evaluation.
 #   launch/quickstart.sh [key.sub=value ...]     for example: launch/quickstart.sh train.epochs=2 run.dir=runs/short
-# Two processes on a machine without GPUs, one for each GPU elsewhere. What is there from an earlier call is used again;
-# an interrupted training goes on where it was saved.
+# One process for each GPU, two on a machine without GPUs. Results of an earlier call are used again, and an interrupted
+# training continues from its last checkpoint.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Sets up the environment and runs the tests.
+# Sets up the environment and runs the tests, in two processes.
 #   launch/test.sh [pytest arguments]          the quick tier
 #   launch/test.sh --all [pytest arguments]    everything, for example: launch/test.sh --all --real-data=DIR
+#   launch/test.sh -n 0 [pytest arguments]     in one process, for example with a debugger
 # Tests that need more than the environment (SLURM, chromium, shellcheck, real recordings) are skipped with a reason.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,7 +16,7 @@ fi
 launch/environment.sh dev
 export PATH="$root/.venv/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests start several processes of their own
-# Before it reads tests/conftest.py, pytest takes a lone DIR behind --real-data for a folder of tests: join the two.
+# Pytest, before it reads tests/conftest.py, would take DIR in `--real-data DIR` for a folder of tests: join the two.
 arguments=()
 while (($#)); do
     if [[ $1 == --real-data && $# -gt 1 ]]; then
@@ -26,4 +27,5 @@ while (($#)); do
     fi
     shift
 done
-exec python -m pytest "${tier[@]}" "${arguments[@]}"
+# Files in the order of collection: those with several processes, which take longest, come first.
+exec python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "${tier[@]}" "${arguments[@]}"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The two stages of estimated correspondences on the demo corpora:
-#   three small models with different scorers, pretrained on all three corpora -> their estimates of how well every
-#   caption of the Clotho-format corpus fits every clip -> fine-tuning there, with these soft targets and without.
-#   About 20 minutes on two cores.
+#   three small models with different scorers are pretrained on all three corpora -> their scores of every caption and
+#   clip of the Clotho-format corpus become teacher tables -> a model is fine-tuned on that corpus with the soft labels
+#   of these tables, and once without. About 20 minutes on two cores.
 #   launch/two_stage_demo.sh [key.sub=value ...]     the overrides go to the three first-stage trainings
-# What is there from an earlier call is used again; an interrupted training goes on where it was saved.
+# Results of an earlier call are used again, and an interrupted training continues from its last checkpoint.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Writes what trained models say of Clotho's training split, the teachers of slurm/finetune_clotho.sh, and compares them:
+# Writes teacher tables for slurm/finetune_clotho.sh: scores of trained models on Clotho's training split. Also compares
+# the models.
 #   sbatch slurm/estimate_correspondences.sh                  runs/pretrain_wavcaps alone: self-distillation
 #   sbatch slurm/estimate_correspondences.sh runs/one runs/other
 #   sbatch slurm/estimate_correspondences.sh runs/one --shards shards/audiocaps/train --out correspondences/audiocaps
-# Arguments are those of `atr-scale estimate`. Both stages in one go, each job when the one before it has succeeded:
+# Arguments are those of `atr-scale estimate`. Both stages at once, each job after the previous one has succeeded:
 #   one=$(sbatch --parsable slurm/pretrain_wavcaps.sh)
 #   two=$(sbatch --parsable --dependency=afterok:$one slurm/estimate_correspondences.sh)
 #   sbatch --dependency=afterok:$two slurm/finetune_clotho.sh
-# For an ensemble, one pretraining job a member and --dependency=afterok:$one:$other. Tables that are written are kept, so
-# a job that SLURM puts back into the queue goes on with the next model.
+# For an ensemble, start one pretraining job for each teacher, and use --dependency=afterok:$one:$other. Finished tables
+# are kept, so a job that SLURM puts back into the queue continues with the next model.
 #SBATCH --job-name=estimate_correspondences
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -33,6 +34,6 @@ fi
 # shellcheck source=slurm/prologue.sh
 source slurm/prologue.sh
 (($#)) || set -- runs/pretrain_wavcaps
-# Of an option given twice, the last counts.
+# If an option is given twice, the last one counts.
 exec srun --kill-on-bad-exit=1 python -m atr_scale.cli estimate \
     --shards shards/clotho/train --out correspondences/clotho "$@"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Fine-tunes on Clotho with the correspondences that slurm/estimate_correspondences.sh has written; its head shows how
-# the jobs of both stages are chained:
-#   sbatch slurm/finetune_clotho.sh                           configs/finetune_clotho.yaml as it is
+# Fine-tunes on Clotho with the teacher tables that slurm/estimate_correspondences.sh has written. The comment at the top
+# of that script shows how to chain the jobs of both stages.
+#   sbatch slurm/finetune_clotho.sh                           configs/finetune_clotho.yaml
 #   sbatch slurm/finetune_clotho.sh train.lr=1e-5 run.dir=runs/lower_lr
 #   CONFIG=configs/papers/estimated_correspondences.yaml sbatch slurm/finetune_clotho.sh
-# One task a GPU: sbatch's options override those below, for example --gpus-per-node 4 --ntasks-per-node 4. Five minutes
-# before the time limit, or when USR1 comes otherwise, it saves and requeues itself; the run goes on where it was saved.
+# One task for each GPU. Options of sbatch override those below, for example --gpus-per-node 4 --ntasks-per-node 4. Five
+# minutes before the time limit, or whenever USR1 arrives, the job saves and requeues itself; the run then continues.
 #SBATCH --job-name=finetune_clotho
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Pretrains on AudioCaps, Clotho and WavCaps:
-#   launch/environment.sh                                     once, in a folder all nodes share
-#   sbatch slurm/pretrain_wavcaps.sh                          configs/pretrain_wavcaps.yaml as it is
+#   launch/environment.sh                                     once, in a folder that all nodes share
+#   sbatch slurm/pretrain_wavcaps.sh                          configs/pretrain_wavcaps.yaml
 #   sbatch --nodes 4 slurm/pretrain_wavcaps.sh train.lr=2e-5 run.dir=runs/lower_lr
 #   CONFIG=configs/mine.yaml sbatch slurm/pretrain_wavcaps.sh
-# One task a GPU: sbatch's options override those below, for example --gpus-per-node 4 --ntasks-per-node 4. Five minutes
-# before the time limit, or when USR1 comes otherwise, it saves and requeues itself; the run goes on where it was saved.
+# One task for each GPU. Options of sbatch override those below, for example --gpus-per-node 4 --ntasks-per-node 4. Five
+# minutes before the time limit, or whenever USR1 arrives, the job saves and requeues itself; the run then continues.
 #SBATCH --job-name=pretrain_wavcaps
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8

@@ -1,9 +1,10 @@
 # shellcheck shell=bash
-# What the job scripts of this folder share; they source it. After it: the repository root is the working directory,
-# `python` is the environment's, ranks started by srun find each other, and `train` below survives preemption.
+# Shared part of the job scripts in this folder, which source it from the repository's root. It sets the environment's
+# `python` and the variables with which ranks started by srun find each other, and defines `train`, which survives
+# preemption.
 #
-# INTERFACE=ib0 names the network interface ranks talk over, where the one their host names lead to is not the right one.
-# MAX_REQUEUES (100) and MAX_FAILURES (2) cap how often one job puts itself back into the queue.
+# INTERFACE=ib0 names the network interface for the ranks, if it is not the one that their host names lead to.
+# MAX_REQUEUES (100) and MAX_FAILURES (2) limit how often a job puts itself back into the queue.
 set -euo pipefail
 
 export PATH="$PWD/.venv/bin:$PATH" # without .venv the environment that was active at submission is used
@@ -12,8 +13,8 @@ if ! python -c 'import atr_scale' 2>/dev/null; then
     exit 2
 fi
 
-# srun tells each rank its number, which one left over in the shell that submitted the job would overrule; where rank 0
-# listens is for us to say. Jobs that share a node need ports of their own.
+# srun sets the number of each rank. RANK and the like, left over in the shell that submitted the job, would override it.
+# The address of rank 0 is set here. Jobs that share a node need different ports.
 unset RANK WORLD_SIZE LOCAL_RANK
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
@@ -22,24 +23,24 @@ if [[ -n ${INTERFACE:-} ]]; then
     export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# srun does not take this over from sbatch by itself.
+# srun does not inherit this from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
 
-# A shell that waits for a foreground command hears no signal: srun runs in the background. The ranks get USR2, for
-# NCCL uses USR1 itself in places, and TERM would make srun kill them.
+# srun runs in the background, for a shell that waits for a foreground command handles no signal. The ranks get USR2:
+# parts of NCCL use USR1 themselves, and on TERM srun would kill the ranks.
 srun_pid=
 forward() {
     interrupted=yes
-    echo "$(date '+%F %T') job $SLURM_JOB_ID got $1: telling the ranks to save and stop"
+    echo "$(date '+%F %T') job $SLURM_JOB_ID received $1: telling the ranks to save and stop"
     [[ -z $srun_pid ]] || kill -USR2 "$srun_pid" 2>/dev/null || true
 }
 trap 'forward USR1' USR1
 trap 'forward TERM' TERM
 
-# requeue REASON COUNT CAP: back into the queue, unless the cap is reached or somebody else has taken the job out of
-# RUNNING: scancel means the end, and a job that SLURM itself preempts or that lost a node is requeued already.
+# requeue REASON COUNT CAP: put the job back into the queue, unless the cap is reached or the job is not RUNNING any more:
+# scancel is meant to end it, and SLURM itself requeues a job that it preempts or that has lost a node.
 requeue() {
     if [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null) != RUNNING ]]; then
         echo "$1: SLURM is taking the job away itself, so it is not requeued here"
@@ -51,8 +52,8 @@ requeue() {
     fi
 }
 
-# train CONFIG [key.sub=value ...]: one rank a task. When the ranks were told to stop they have saved, and the job goes
-# back into the queue; after a failure also, a few times; after a mistake in the configuration (exit code 2) not.
+# train CONFIG [key.sub=value ...]: one rank for each task. If a signal has stopped the ranks, they have saved, and the job
+# goes back into the queue. It also does so after a failure, a few times, but not after the user's mistake (exit code 2).
 train() {
     local run_dir status failures
     run_dir=$(python -c '

@@ -28,8 +28,8 @@ from atr_scale.distributed.world import World
 from atr_scale.encoders import AUDIO_ENCODERS
 from atr_scale.memory import peak_memory
 from atr_scale.model import Retriever, count_parameters
-from atr_scale.training.checks import new_model
 from atr_scale.training.engine import Engine
+from atr_scale.training.parts import new_model
 from atr_scale.training.schedule import seeds
 from tools.ranks import run_ranks
 

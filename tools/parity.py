@@ -23,9 +23,9 @@ from atr_scale.data.stream import read_batches
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.model import StepContext
-from atr_scale.training.checks import new_model, read_teacher, training_stream
 from atr_scale.training.engine import Engine
 from atr_scale.training.param_groups import freeze
+from atr_scale.training.parts import new_model, read_teacher, training_stream
 from atr_scale.training.schedule import seeds
 from tools.ranks import run_ranks
 

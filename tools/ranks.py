@@ -20,7 +20,8 @@ TIMEOUT_S = 900
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
     """function(*args) on `size` ranks; the results in rank order. `function` must be importable."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["atr_scale.training.loop"])  # imports torch and DeepSpeed once for all ranks
     queue: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [

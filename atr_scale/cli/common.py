@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 from typer.core import TyperCommand
 
-from atr_scale.errors import UserError
+from atr_scale.console import ConsoleHandler
+from atr_scale.errors import UserError, exit_with_mistake
 from atr_scale.version import __version__
 
 # Without a markup mode a paragraph of help that begins with a backspace character (\b) keeps its line breaks.
@@ -69,9 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     arguments: default, those of the command line.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", handlers=[ConsoleHandler()])
     try:
         app(arguments, prog_name="atr-scale")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        exit_with_mistake(error)

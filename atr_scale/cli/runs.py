@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,8 @@ import typer
 
 from atr_scale.cli.common import Overrides, Plugins, TakesOverrides, app
 from atr_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 ConfigFile = Annotated[str, typer.Argument(help="YAML file with the configuration of a run.")]
 
@@ -39,6 +42,7 @@ def train_command(
     """
     if world_size < 1:
         raise UserError(f"--world-size {world_size}: give at least 1")
+    logger.info("loading PyTorch, transformers and DeepSpeed")
     from atr_scale.config import load_config
 
     resolved = load_config(config, overrides or (), plugins or ())

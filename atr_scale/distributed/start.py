@@ -6,6 +6,7 @@ of one. Launchers only spawn processes: what the processes do is the same under 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ import torch
 import torch.distributed as dist
 
 from atr_scale.distributed.world import World
-from atr_scale.errors import UserError
+from atr_scale.errors import UserError, defer_to_first_rank
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=30)  # reading shards and saving checkpoints may hold one rank up
 JOIN_TIMEOUT = timedelta(minutes=5)
@@ -79,6 +82,8 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+    if place.world_size > 1 and place.rank == 0:
+        logger.info("joining %d ranks at %s:%d", place.world_size, place.address, place.port)
     # The attempt's number keeps a restarted group away from the addresses of the one before it, which a plain env://
     # start would find and wait for.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") + "-" + os.environ.get("SLURM_RESTART_COUNT", "0")
@@ -92,6 +97,9 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
     )
     try:
         yield World.current(), device
+    except UserError as error:
+        defer_to_first_rank(error)
+        raise
     finally:
         dist.destroy_process_group()
         os.environ.clear()

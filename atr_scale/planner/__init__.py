@@ -1,7 +1,7 @@
-"""What a run will take, before it starts: memory, network, time and cost.
+"""Memory, network traffic, time and cost of a run, before it starts.
 
 architecture (the model without weights) -> measure (its costs, operation by operation)
-    -> estimate (what they mean on a GPU, in a cluster) -> planner (the sizes that are asked for) -> report
+    -> estimate (one optimizer step on a cluster: step_memory, traffic, time) -> planner (all cluster sizes) -> report
 
-zero_memory says what DeepSpeed keeps and sends; dry_run plans from the real inputs, which the rest does without.
+zero_memory: memory and transfers of DeepSpeed's ZeRO stages. dry_run: sizes from the real inputs, without measurements.
 """

@@ -1,6 +1,4 @@
-"""The model of a configuration without weights: what its sizes follow from, and nothing to download where a text
-encoder is a known one.
-"""
+"""The model of a configuration without weights. If the text encoder is a known one, nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -35,12 +33,12 @@ KNOWN_TEXT_ENCODERS: dict[str, tuple[str, dict[str, int]]] = {
 
 
 def build_without_weights(config: RunConfig) -> Retriever:
-    """The retriever as it is trained, frozen layers included: audio encoder and heads with random weights, the text
-    encoder on the meta device. UserError as the run itself would raise it."""
+    """The retriever as it is trained, with its frozen layers. Audio encoder and heads have random weights; the text
+    encoder is on the meta device. Raises UserError as the run itself would."""
     section = config.model.model_copy(deep=True)
     section.audio.checkpoint = None
     section.audio.compile = section.text.compile = False
-    # Their draws need values: they read the waveform, or make a mel bank of their own.
+    # Random augmentation needs values: it reads the waveform, or makes a mel filter bank of its own.
     section.audio.spec_augment = None
     section.audio.fmin_aug_range = section.audio.fmax_aug_range = 0
     text_encoder = _text_encoder(config)
@@ -50,7 +48,7 @@ def build_without_weights(config: RunConfig) -> Retriever:
 
 
 def become_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """In the place of all parameters and buffers, tensors of their shapes without values, as if on a CPU."""
+    """Replace all parameters and buffers by tensors of the same shapes without values, as if on a CPU."""
     with mode:
         for part in module.modules():
             for name, value in part._parameters.items():

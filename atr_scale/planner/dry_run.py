@@ -1,33 +1,28 @@
-"""What a run would be, without starting it."""
+"""The dry run: what a training run would be, without starting it."""
 
 from __future__ import annotations
 
 from atr_scale.config import RunConfig
 from atr_scale.data.shard_reader import open_shards
-from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
-from atr_scale.evaluation.selection import check_labels, check_selection
 from atr_scale.model import count_parameters
 from atr_scale.planner.zero_memory import Parameters
-from atr_scale.training.checks import check_batch_size, new_model, num_steps, read_teacher, training_stream
-from atr_scale.training.param_groups import describe_layers, freeze
+from atr_scale.training.checks import check_batch_size
+from atr_scale.training.param_groups import describe_layers
+from atr_scale.training.parts import open_parts, open_validation
 
 
 def dry_run(config: RunConfig, world_size: int) -> str:
-    """Model size, memory for states, steps and shards, as lines of text. Raises UserError as the run itself would:
-    all that it starts from is read, the weights of train.initial_checkpoint and the distillation tables too."""
+    """Model size, memory for states, steps and shards, as lines of text.
+
+    Reads all that the run itself starts from, also the weights of train.initial_checkpoint and the teacher tables.
+    Raises UserError as the run would.
+    """
     check_batch_size(config, world_size)
-    validation = {name: open_shards(place) for name, place in config.data.validation_sets.items()}
-    check_selection(config.evaluation.select, list(validation))
-    check_labels(config.evaluation.select, validation)
-    world = World(0, world_size)
-    model = new_model(config, world)
-    tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
-    stream = training_stream(config, tokenizer, model.sample_rate, world)
-    read_teacher(config, stream.sources)
-    steps, warmup = num_steps(config, stream)
+    validation = open_validation(config)
+    parts = open_parts(config, World(0, world_size))
+    model, stream, length = parts.model, parts.stream, parts.length
     train = config.train
-    freeze(model, train)
     total = count_parameters(model.parameters())
     groups = {name: count_parameters(p for _, p in members) for name, members in model.parameter_groups().items()}
     stage = train.zero_stage
@@ -38,8 +33,8 @@ def dry_run(config: RunConfig, world_size: int) -> str:
         f"memory      {values / 2**30:.2f} GiB a rank for parameters, gradients and moments "
         f"(ZeRO {stage}, {world_size} ranks); activations come on top: `atr-scale plan` counts them",
         f"batch       {train.global_batch_size} pairs a loss, {train.global_batch_size // world_size} a rank, "
-        f"{train.accum_steps} losses an update",
-        f"steps       {steps} updates, {warmup} of them warm-up; an epoch is "
+        f"{train.accum_steps} losses a step",
+        f"steps       {length.steps} optimizer steps, {length.warmup_steps} of them warm-up; an epoch is "
         f"{stream.order.epoch_batches / train.accum_steps:.1f}",
         f"precision   {train.precision}",
         *describe_layers(model, train),

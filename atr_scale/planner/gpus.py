@@ -1,4 +1,4 @@
-"""The accelerators that a plan can be made for: peaks of the makers' data sheets, and what is assumed of them."""
+"""The GPUs that a run can be planned for: peaks from the makers' data sheets, and assumptions about their use."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from dataclasses import dataclass, replace
 
 from atr_scale.errors import UserError
 
-# Shares of the peaks that a step is assumed to reach: of matrix products and convolutions, of memory, of links.
+# Assumed fractions of the peaks that a step reaches: of matrix products and convolutions, of memory, of links.
 COMPUTE_SHARE, MEMORY_SHARE, LINK_SHARE = 0.5, 0.8, 0.8
-LAUNCH_S = 5e-6  # an operation takes at least this long
-COLLECTIVE_S = 10e-6  # and a collective this, for every doubling of the ranks
-USABLE_SHARE = 0.94  # of the memory: the driver, the collectives' own buffers and fragmentation take the rest
+LAUNCH_S = 5e-6  # least time of an operation
+COLLECTIVE_S = 10e-6  # latency of a collective, for every doubling of the ranks
+USABLE_SHARE = 0.94  # of the memory; driver, buffers of the collectives and fragmentation take the rest
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Dense peaks without sparsity, FLOP/s: `low` in bf16 (fp16 where there is no bf16), `full` in fp32 (TF32 is off).
+    """Peaks without sparsity, in FLOP/s: `low` in bf16 (fp16 if the GPU has no bf16), `full` in fp32 (TF32 is off).
 
     memory: bytes. bandwidth: of the memory, bytes/s. link: one way to the other GPUs of a node, bytes/s. network: one
-    way between nodes, bytes/s a GPU; an assumption about the cluster, as is the price (USD an hour).
+    way between nodes, bytes/s per GPU. Network and price (USD an hour) are assumptions about the cluster.
     """
 
     name: str
@@ -37,7 +37,7 @@ class GPU:
 def _gpu(
     name: str, gib: float, low: float, full: float, bandwidth: float, link: float, network: float, price: float
 ) -> GPU:
-    """From GiB, TFLOP/s, GB/s and Gbit/s as data sheets give them."""
+    """A GPU from the units of data sheets: GiB, TFLOP/s, GB/s and Gbit/s."""
     return GPU(name, gib * 2**30, low * 1e12, full * 1e12, bandwidth * 1e9, link * 1e9, network / 8 * 1e9, price)
 
 
@@ -57,7 +57,7 @@ GPUS = {gpu.name: gpu for gpu in _ROWS}
 
 
 def find_gpu(name: str) -> GPU:
-    """The GPU called `name`, in any case. UserError naming the known ones."""
+    """The GPU called `name`, in upper or lower case. UserError with the known names if there is none."""
     by_key = {_key(known): gpu for known, gpu in GPUS.items()}
     if _key(name) not in by_key:
         raise UserError(f"unknown GPU {name!r}: known are {', '.join(GPUS)}")

@@ -1,9 +1,9 @@
 """The costs of the real model, measured without its data and without a GPU.
 
-The encoders run on tensors without values, in batches of two sizes: what every operation costs is linear in the batch.
-Scorer and objective run for real on a few pairs, as one rank among several whose collectives are recorded: their costs
-are linear in the texts B of the global batch, in the audios b of the rank, in the pairs B b, and, if terms see whole
-matrices, in B B.
+The encoders run on tensors without values, in batches of two sizes: the cost of every operation is linear in the batch.
+Scorer and objective run with real values on a few pairs, as one rank among several whose collectives are recorded.
+Their costs are linear in the texts B of the global batch, in the audios b of the rank, in the pairs B b, and, if terms
+read whole matrices, in B B.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from atr_scale.planner.architecture import become_fake
 from atr_scale.planner.ops import Collective, OpTable, Recorder
 from atr_scale.teachers.tables import TeacherEnsemble, TeacherTable
 
-ROWS = (4, 8)  # of the encoders' two runs
+ROWS = (4, 8)  # batch sizes of the two runs of the encoders
 HEADS_RUNS = ((2, 2), (2, 3), (3, 2), (3, 3), (2, 4))  # (audios a rank, ranks), one run for each feature
 NEVER_DENSE, ALWAYS_DENSE = Budget(dense=0, kept=0), Budget(dense=sys.maxsize, kept=0)
 PHASES = ("text forward", "audio forward", "audio backward", "text backward")
@@ -39,9 +39,9 @@ PHASES = ("text forward", "audio forward", "audio backward", "text backward")
 
 @dataclass(frozen=True)
 class EncoderCosts:
-    """Every operation of the encoders' forward and backward, linear in the rows; ends: of PHASES in the operations.
+    """Every operation of the encoders' forward and backward pass: base + slope * rows.
 
-    outputs: what the heads read, of one row, on tensors without values.
+    ends: the number of operations up to the end of each of PHASES. outputs: encoder outputs, without values.
     """
 
     base: OpTable
@@ -50,7 +50,7 @@ class EncoderCosts:
     outputs: Encoded
 
     def at(self, rows: int) -> OpTable:
-        """The operations for so many rows in one forward."""
+        """The operations of one forward and backward pass of `rows` rows."""
 
         def line(base: NDArray[np.float64], slope: NDArray[np.float64]) -> NDArray[np.float64]:
             return np.maximum(base + slope * rows, 0)
@@ -66,11 +66,11 @@ class EncoderCosts:
 
 @dataclass(frozen=True)
 class HeadCosts:
-    """Scorer and objective, forward and backward, at B texts and b audios of this rank.
+    """Forward and backward pass of scorer and objective, with B texts and the b audios of this rank.
 
-    terms: name -> coefficients of 1, b, B, B b and B B. Names: flops (fp32), nbytes (of operations without FLOPs), kept
-    (bytes alive after the scorer and the loss) and peak (at the most). ops: operations for one tile. collectives: per
-    call its name, dtype, and coefficients of the bytes given.
+    terms: name -> coefficients of `features`. Names: flops (fp32), nbytes (of operations without FLOPs), kept (bytes
+    alive after scorer and loss) and peak (most bytes alive). ops: operations for one tile. collectives: for each call
+    its name, dtype, and coefficients of the bytes that a rank gives to it.
     """
 
     terms: dict[str, NDArray[np.float64]]
@@ -82,10 +82,9 @@ class HeadCosts:
 
 
 def measure_encoders(model: Retriever, seconds: float, tokens: int, gpu: bool = True) -> EncoderCosts:
-    """Forward and backward of both encoders and projections. Afterwards their parameters have no values.
+    """Forward and backward pass of both encoders and projections. Afterwards their parameters have no values.
 
-    seconds: length of the clips; tokens: word pieces of the captions. gpu: the operations and dtypes of a GPU instead
-    of a CPU's.
+    seconds: length of the clips. tokens: length of the captions. gpu: operations and dtypes of a GPU, not of this CPU.
     """
     mode = FakeTensorMode()
     for part in (model.audio_encoder, model.audio_projection, model.text_encoder, model.text_projection):
@@ -105,7 +104,7 @@ def _run_encoders(
 ) -> tuple[OpTable, tuple[int, ...], Encoded]:
     handles: list[Any] = []
     dtype = AUTOCAST.get(model.precision)
-    # Without a GPU there is no autocast for one: a CPU's, and what a GPU's does otherwise.
+    # Autocast for a GPU needs one: use a CPU's, with _GPUOperations for the differences.
     autocast = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
     policy = _GPUOperations(dtype is not None) if gpu else nullcontext()
     known = [x for part in model.children() for x in (*part.parameters(), *part.buffers())]
@@ -131,8 +130,10 @@ def _run_encoders(
 
 
 def _encode_audio(model: Retriever, waveform: Tensor) -> TokenSequence:
-    """Clips of one length. Windows become rows, as `AudioEncoder.forward` makes them; tensors without values cannot be
-    joined by their masks, so the tokens of the last window are all real here."""
+    """Encode clips of one length. Windows become rows as in `AudioEncoder.forward`.
+
+    Tensors without values cannot be joined by their masks, so here all frames of the last window count as real.
+    """
     encoder, (rows, samples) = model.audio_encoder, waveform.shape
     if encoder.window is None or samples <= encoder.window:
         return encoder.encode(waveform)
@@ -143,7 +144,7 @@ def _encode_audio(model: Retriever, waveform: Tensor) -> TokenSequence:
 
 
 class _GPUOperations(TorchFunctionMode):
-    """What a GPU does and a CPU does not: fused attention also with dropout; autocast to fp32 of norms and softmax."""
+    """Differences of a GPU from a CPU: fused attention also with dropout, and autocast to fp32 of norms and softmax."""
 
     IN_FP32 = (functional.layer_norm, functional.group_norm, functional.softmax, torch.softmax, Tensor.softmax)
 
@@ -163,17 +164,16 @@ class _GPUOperations(TorchFunctionMode):
 
 
 def measure_heads(model: Retriever, objective: Objective, outputs: Encoded, teachers: list[int]) -> HeadCosts:
-    """The scorer of `model`, and an objective, on what its encoders give out; teachers: widths of the distillation
-    tables.
+    """Costs of the scorer of `model` and of an objective on its encoder outputs.
 
-    Opens and closes process groups of its own: none may be open.
+    teachers: widths of the teacher tables. Opens and closes process groups of its own: none may be open.
     """
-    found = [_run_heads(model, objective, outputs, teachers, share, size) for share, size in HEADS_RUNS]
-    rows = np.array([features(share * size, share) for share, size in HEADS_RUNS])
+    found = [_run_heads(model, objective, outputs, teachers, local, size) for local, size in HEADS_RUNS]
+    rows = np.array([features(local * size, local) for local, size in HEADS_RUNS])
     measured = {name: np.array([values[name] for values, _, _ in found]) for name in found[0][0]}
     terms = {name: np.linalg.solve(rows, values) for name, values in measured.items()}
-    # The peak of a large batch may be at another moment than that of a small one. Of whole matrices it holds at most
-    # what the forward keeps, and as much again for their gradients.
+    # The peak of a large batch may be at another moment than that of a small one. It holds at most the whole matrices
+    # that the forward pass keeps, and as much again for their gradients.
     terms["peak"] = np.append(np.linalg.solve(rows[:4, :4], measured["peak"][:4]), 2 * terms["kept"][4])
     collectives = []
     for calls in zip(*(called for _, called, _ in found), strict=True):
@@ -184,18 +184,18 @@ def measure_heads(model: Retriever, objective: Objective, outputs: Encoded, teac
 
 
 def features(texts: float, audios: float) -> NDArray[np.float64]:
-    """What all costs of the heads are linear in."""
+    """[1, b, B, B b, B B] for B texts and b audios: the costs of scorer and objective are linear in these."""
     return np.array([1.0, audios, texts, texts * audios, texts * texts])
 
 
 def _run_heads(
-    model: Retriever, objective: Objective, outputs: Encoded, teachers: list[int], share: int, size: int
+    model: Retriever, objective: Objective, outputs: Encoded, teachers: list[int], local: int, size: int
 ) -> tuple[dict[str, float], list[Collective], int]:
-    encoded = Encoded(*(_some_rows(side, share) for side in outputs))
-    ids = torch.arange(share)
-    nothing = torch.zeros(share, 0, dtype=torch.int64)
-    batch = Batch(torch.zeros(share, 0), torch.zeros_like(ids), nothing, nothing, ids, ids, torch.zeros_like(ids))
-    context = StepContext(teacher=_teacher(teachers, share).block if teachers else None)
+    encoded = Encoded(*(_some_rows(side, local) for side in outputs))
+    ids = torch.arange(local)
+    nothing = torch.zeros(local, 0, dtype=torch.int64)
+    batch = Batch(torch.zeros(local, 0), torch.zeros_like(ids), nothing, nothing, ids, ids, torch.zeros_like(ids))
+    context = StepContext(teacher=_teacher(teachers, local).block if teachers else None)
     leaves = [x for side in encoded for x in (side.tokens, side.pooled)]
     parameters = [*model.parameters(), *objective.parameters()]
     with _ranks(size), Recorder([*parameters, *leaves]) as recorder:
@@ -231,15 +231,15 @@ def _some_rows(sequence: TokenSequence, rows: int) -> TokenSequence:
 def _teacher(widths: list[int], rows: int) -> TeacherEnsemble:
     ids = torch.arange(rows)
     table = TeacherTable("planned", ids, ids, torch.zeros_like(ids), {})
-    # Unit vectors, as tables hold: wider scores would be searched for their maxima, which real ones rarely are.
+    # Unit vectors as in real tables: the losses search scores outside of [-1, 1] for their maxima.
     values = [functional.normalize(torch.randn(rows, width), dim=1).half() for width in widths]
     return TeacherEnsemble([TeacherTable(**{**vars(table), "values": {"text": x, "audio": x}}) for x in values])
 
 
 @contextmanager
 def _ranks(size: int) -> Iterator[None]:
-    """This process as rank 0 of `size`; collectives move nothing: gathers repeat what they are given."""
-    # torch has no public process group of a size that no processes are there for.
+    """Make this process rank 0 of `size`. Collectives move nothing; gathers repeat their input."""
+    # torch has no public process group that needs no other processes.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)

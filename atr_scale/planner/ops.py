@@ -1,6 +1,7 @@
-"""What a piece of the real model does, operation by operation: FLOPs, bytes of device memory, live bytes, collectives.
+"""The operations of a part of the real model: FLOPs, bytes read and written, live bytes, and collectives.
 
-A Recorder sees every operation below autograd, so forward and backward, views apart, on real tensors as on fake ones.
+A Recorder sees every operation below autograd, in the forward and backward pass, except views. Tensors may be real ones
+or have no values.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Collective:
-    """One call: what is called, its type of numbers, and the bytes that one rank gives to it."""
+    """One call of a collective: its name, the dtype, and the bytes that one rank gives to it."""
 
     name: str
     dtype: torch.dtype
@@ -34,10 +35,10 @@ class Collective:
 
 @dataclass(frozen=True)
 class OpTable:
-    """One entry an operation, in the order of execution, all float64 but for the names.
+    """One entry for each operation, in the order of execution; float64 except the names.
 
-    live: bytes after it of tensors made since the recording began, without finished gradients of parameters, which are
-    `gradients`. low: FLOPs in bf16 or fp16 instead of fp32.
+    flops: all FLOPs. low: those of them in bf16 or fp16. nbytes: bytes read and written. live: bytes alive after the
+    operation, of tensors made since the recording began; finished gradients of parameters count as `gradients` instead.
     """
 
     names: list[str]
@@ -49,9 +50,10 @@ class OpTable:
 
 
 class Recorder(TorchDispatchMode):
-    """Use as a context. `known`: tensors there before, such as parameters, which are never counted as live.
+    """Records operations inside a `with` block.
 
-    live, gradients: bytes now, as in OpTable.
+    known: tensors that exist before, such as parameters; they never count as live. live, gradients: bytes now, as in
+    OpTable.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -63,7 +65,7 @@ class Recorder(TorchDispatchMode):
         self.live = self.gradients = 0
 
     def watch_gradients(self, module: nn.Module) -> list[RemovableHandle]:
-        """Finished gradients of the module's parameters leave `live` for `gradients`, until the handles are removed."""
+        """Count finished gradients of parameters as `gradients` instead of `live`, until the handles are removed."""
         return [
             parameter.register_post_accumulate_grad_hook(self._gradient_done)
             for parameter in module.parameters()
@@ -137,7 +139,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _touched(x: Tensor) -> int:
-    """Bytes read or written; a broadcast tensor is no larger than what it stands on."""
+    """Bytes read or written. An expanded tensor is no larger than its storage."""
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
@@ -149,31 +151,35 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -
     return 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
 
 
-def _convolution_backward(args: tuple[Any, ...], out: Any) -> float:
-    """As much as the forward for each of the two gradients; torch's own count forgets the groups."""
-    grad, x, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[10]
-    forward = conv_flop_count(list(x.shape), list(weight.shape), list(grad.shape), transposed)
+def _convolution_backward(args: tuple[Any, ...], out: Any) -> int:
+    """As much as the forward pass for each of the two gradients; torch's own count ignores the groups."""
+    grad, x, weight, transposed = args[0], args[1], args[2], args[7]
+    wanted: list[bool] = args[10]
+    forward: int = conv_flop_count(list(x.shape), list(weight.shape), list(grad.shape), transposed)
     return forward * (bool(wanted[0]) + bool(wanted[1]))
 
 
-def _attention(args: tuple[Any, ...], out: Any) -> float:
+def _attention(args: tuple[Any, ...], out: Any) -> int:
     query, key, value = (x.shape for x in args[:3])
-    return sdpa_flop_count(query, key, value)
+    flops: int = sdpa_flop_count(query, key, value)
+    return flops
 
 
-def _attention_backward(args: tuple[Any, ...], out: Any) -> float:
-    """Five matrix products to the forward's two: the scores are computed again."""
-    _, query, key, value = args[:4]
-    return 2 * prod(query.shape[:-1]) * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
+def _attention_backward(args: tuple[Any, ...], out: Any) -> int:
+    """Five matrix products, two in the forward pass: the scores are computed again."""
+    shapes: list[torch.Size] = [x.shape for x in args[1:4]]
+    query, key, value = shapes
+    return 2 * prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
-def _add_product(args: tuple[Any, ...], out: Any) -> float:
-    """The losses add products in place, which torch's table does not know."""
-    left, right = args[1], args[2]
+def _add_product(args: tuple[Any, ...], out: Any) -> int:
+    """A product added in place, as in the losses; torch's table does not know it."""
+    left: Tensor = args[1]
+    right: Tensor = args[2]
     return 2 * prod(left.shape) * right.shape[1]
 
 
-_OWN_COUNTS: dict[Any, Callable[[tuple[Any, ...], Any], float]] = {
+_OWN_COUNTS: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
     aten.addmm_: _add_product,
     aten.convolution_backward: _convolution_backward,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,

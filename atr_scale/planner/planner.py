@@ -1,4 +1,4 @@
-"""`atr-scale plan`: what a training run needs and costs, before it starts."""
+"""`atr-scale plan`: memory, time and cost of a training run, before it starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from atr_scale.errors import UserError
 from atr_scale.losses import build_objective
 from atr_scale.model import Retriever, count_parameters
 from atr_scale.planner.architecture import build_without_weights
-from atr_scale.planner.estimate import Cluster, Costs, StepEstimate, estimate_step, fitting_micro_batch, largest_share
+from atr_scale.planner.costs import Costs
+from atr_scale.planner.estimate import (
+    Cluster,
+    StepEstimate,
+    estimate_step,
+    fitting_micro_batch,
+    largest_local_batch,
+)
 from atr_scale.planner.gpus import GPU
 from atr_scale.planner.measure import ALWAYS_DENSE, NEVER_DENSE, measure_encoders, measure_heads
 from atr_scale.planner.zero_memory import Parameters
@@ -20,14 +27,14 @@ from atr_scale.training.param_groups import optimizer_groups
 
 WAVCAPS_CLIPS = 403_050  # 7,568 h
 SIZES = tuple(2**k for k in range(11))  # GPUs, 1 to 1024
-DECODE_S = 0.00045  # of one core for a second of flac at 32 kHz: 4.5 ms for 10 s
+DECODE_S = 0.00045  # seconds of one core for a second of flac at 32 kHz: 4.5 ms for 10 s
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cluster size. planned: None where the batch does not divide among the GPUs, or not one clip a GPU fits.
+    """One cluster size. planned: None if the batch does not divide among the GPUs, or not even one pair fits on a GPU.
 
-    largest: most pairs in one loss that fit, in one forward a rank and with GradCache.
+    largest, largest_cached: most pairs in one loss that fit, with a single forward pass and with GradCache.
     """
 
     world_size: int
@@ -39,7 +46,11 @@ class Row:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What is asked and what was found. epochs: over `clips` clips; parameters: by optimizer group and frozen."""
+    """A plan with its inputs.
+
+    epochs: over `clips` clips. seconds: length of a clip. tokens: length of a caption. model: numbers of parameters by
+    optimizer group, and of frozen ones. rows: all cluster sizes. chosen: the given one.
+    """
 
     config: RunConfig
     gpu: GPU
@@ -55,12 +66,12 @@ class RunPlan:
     rows: list[Row]
 
     def hours(self, planned: StepEstimate) -> float:
-        """Of the whole run."""
+        """Hours of the whole run."""
         return self.epochs * self.clips / planned.rate / 3600
 
     def cost(self, planned: StepEstimate) -> float:
         """USD of the whole run."""
-        return self.hours(planned) * planned.world_size * self.gpu.price
+        return self.hours(planned) * planned.split.world_size * self.gpu.price
 
 
 def plan_run(
@@ -73,9 +84,9 @@ def plan_run(
     tokens: int | None = None,
     decode_s: float = DECODE_S,
 ) -> RunPlan:
-    """Measure the model of `config` and plan its run. decode_s: of one core for a second of audio.
+    """Measure the model of `config` and plan its run. decode_s: seconds of one core to decode a second of audio.
 
-    Reads no shards and needs no GPU. Raises UserError for a batch that does not divide, and where nothing fits.
+    Reads no shards and needs no GPU. Raises UserError if the batch does not divide among the GPUs, or if nothing fits.
     """
     train, data = config.train, config.data
     tokens = tokens or data.captions.max_tokens
@@ -93,7 +104,7 @@ def plan_run(
     chosen = _row(costs, cluster(world_size))
     if chosen.planned is None:
         raise UserError(
-            f"not one clip of {data.crop_seconds:g} s with its model fits into {gpu.memory / 2**30:.0f} GiB of a "
+            f"not even one clip of {data.crop_seconds:g} s with its model fits into {gpu.memory / 2**30:.0f} GiB of a "
             f"{gpu.name}: give a larger --gpu, train.zero_stage=3, activation_checkpointing, or a shorter crop"
         )
     if train.steps is None:
@@ -108,7 +119,7 @@ def plan_run(
 
 
 def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = True) -> tuple[Costs, dict[str, int]]:
-    """The costs of a configuration, and its numbers of parameters by group."""
+    """The costs of a configuration, and its numbers of parameters by optimizer group."""
     model = build_without_weights(config)
     groups = [[p.numel() for p in group["params"]] for group in optimizer_groups(model, config.train)]
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
@@ -126,7 +137,7 @@ def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = Tr
 
 
 def _teachers(config: RunConfig, model: Retriever) -> list[int]:
-    """Widths of the distillation tables; of one that is not there yet, that of this model."""
+    """Widths of the teacher tables; of a table that does not exist yet, the width of this model."""
     section = config.objective.distillation
     if section.weight == 0:
         return []
@@ -148,12 +159,13 @@ def _row(costs: Costs, cluster: Cluster) -> Row:
     train, size = costs.config.train, cluster.world_size
     batch, micro, fits = train.global_batch_size, None, False
     if batch % size == 0:
-        share = batch // size
+        local = batch // size
         most = fitting_micro_batch(costs, cluster, batch)
-        fits = most == share
-        asked = train.micro_batch_size if train.micro_batch_size and share % train.micro_batch_size == 0 else share
+        fits = most == local
+        asked = train.micro_batch_size if train.micro_batch_size and local % train.micro_batch_size == 0 else local
         micro = None if most is None else min(asked, most)
     planned = None if micro is None else estimate_step(costs, cluster, batch, micro)
-    largest = largest_share(costs, cluster)
+    largest = largest_local_batch(costs, cluster)
     small = train.micro_batch_size or max(1, largest // 4)
-    return Row(size, planned, fits, size * largest, size * largest_share(costs, cluster, small) if largest else 0)
+    cached = largest_local_batch(costs, cluster, small) if largest else 0
+    return Row(size, planned, fits, size * largest, size * cached)

@@ -17,12 +17,12 @@ GIB, MIB = 2**30, 2**20
 
 
 def describe_plan(plan: RunPlan) -> str:
-    """The plan of the cluster that was asked for, part by part, then the table of all sizes."""
+    """The plan for the given cluster, part by part, then the table of all cluster sizes."""
     return "\n".join([*_head(plan), "", *_step(plan), "", *_table(plan)])
 
 
 def write_plan(plan: RunPlan, folder: Path) -> list[Path]:
-    """plan.json and plan.png in `folder`."""
+    """Write plan.json and plan.png into `folder`. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers, picture = folder / "plan.json", folder / "plan.png"
     numbers.write_text(json.dumps(plan_as_json(plan), indent=1) + "\n")
@@ -62,10 +62,10 @@ def _row_json(plan: RunPlan, row: Row) -> dict[str, Any]:
         return found
     e = row.planned
     return found | {
-        "global_batch": e.global_batch,
-        "micro_batch": e.micro_batch,
+        "global_batch": e.split.global_batch,
+        "micro_batch": e.split.micro_batch,
         "memory_bytes": {**e.memory, "peak": e.peak},
-        "sent_bytes": {t.kind: t.sent(e.world_size) for t in e.transfers},
+        "sent_bytes": {t.kind: t.sent(e.split.world_size) for t in e.transfers},
         "seconds": {**e.seconds, "step": e.step},
         "clips_per_second": e.rate,
         "hours": plan.hours(e),
@@ -77,8 +77,8 @@ def _row_json(plan: RunPlan, row: Row) -> dict[str, Any]:
 def _head(plan: RunPlan) -> list[str]:
     train, model, e = plan.config.train, plan.model, plan.chosen.planned
     assert e is not None
-    share = e.global_batch // e.world_size
-    forwards = "" if e.micro_batch == share else f" in {share // e.micro_batch} forwards of {e.micro_batch} (GradCache)"
+    split = e.split
+    forwards = "" if split.chunks == 1 else f" in {split.chunks} micro-batches of {split.micro_batch} (GradCache)"
     sizes = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in model.items())
     low, full = (f"{x / 1e12:.0f}" for x in (plan.gpu.low, plan.gpu.full))
     notes = []
@@ -86,12 +86,13 @@ def _head(plan: RunPlan) -> list[str]:
         notes.append("note       a V100 has no bf16 units: set train.precision=fp16, whose rate is planned here")
     if not plan.chosen.fits_whole and not train.micro_batch_size:
         notes.append(
-            f"note       a GPU's share does not fit in one forward: set train.micro_batch_size={e.micro_batch}"
+            "note       the local batch does not fit in one forward pass: set "
+            f"train.micro_batch_size={split.micro_batch}"
         )
     return [
         f"model      {sum(model.values()) / 1e6:.1f} M parameters ({sizes})",
-        f"batch      {e.global_batch} pairs a loss, {share} a GPU{forwards}; clips of {plan.seconds:g} s, "
-        f"captions of {plan.tokens} tokens; {train.accum_steps} losses an update",
+        f"batch      {split.global_batch} pairs a loss, {split.local_batch} a GPU{forwards}; clips of "
+        f"{plan.seconds:g} s, captions of {plan.tokens} tokens; {train.accum_steps} losses a step",
         f"cluster    {plan.nodes} x {plan.gpus_per_node} {plan.gpu.name} ({plan.gpu.memory / GIB:.0f} GiB), "
         f"ZeRO {train.zero_stage}, {train.precision}",
         f"assumed    {gpus.COMPUTE_SHARE:.0%} of {low} TFLOP/s (bf16) and {full} (fp32), {gpus.MEMORY_SHARE:.0%} of "
@@ -108,11 +109,11 @@ def _step(plan: RunPlan) -> list[str]:
     assert e is not None
     lines = [f"memory     {e.peak / GIB:.1f} GiB a GPU at the peak, of {plan.gpu.memory / GIB:.0f}"]
     lines += [f"           {size / GIB:8.2f}  {name}" for name, size in e.memory.items() if size >= MIB]
-    total = sum(t.sent(e.world_size) for t in e.transfers)
-    lines.append(f"network    {total / MIB:.1f} MiB sent by a GPU in an update")
-    for t in sorted(e.transfers, key=lambda t: -t.sent(e.world_size)):
-        lines.append(f"           {t.sent(e.world_size) / MIB:8.2f}  {t.kind} ({t.collective}, {t.calls} calls)")
-    lines.append(f"time       {1e3 * e.step:.0f} ms an update, bound by {e.bound}")
+    total = sum(t.sent(e.split.world_size) for t in e.transfers)
+    lines.append(f"network    {total / MIB:.1f} MiB sent by a GPU in a step")
+    for t in sorted(e.transfers, key=lambda t: -t.sent(e.split.world_size)):
+        lines.append(f"           {t.sent(e.split.world_size) / MIB:8.2f}  {t.kind} ({t.collective}, {t.calls} calls)")
+    lines.append(f"time       {1e3 * e.step:.0f} ms a step, bound by {e.bound}")
     lines += [f"           {1e3 * value:8.1f}  {name}" for name, value in e.seconds.items()]
     lines.append(
         f"run        {e.rate:.0f} clips/s; {plan.epochs:g} epochs of {plan.clips} clips: {_duration(plan.hours(e))}, "
@@ -137,9 +138,9 @@ def _table(plan: RunPlan) -> list[str]:
             lines.append((str(row.world_size), *["-"] * 8, why, *ends))
             continue
         assert one is not None
-        efficiency = e.rate / e.world_size / (one.rate / one.world_size)
+        efficiency = e.rate / e.split.world_size / (one.rate / one.split.world_size)
         lines.append((
-            str(row.world_size), str(e.global_batch // e.world_size), str(e.micro_batch), f"{e.peak / GIB:.1f}",
+            str(row.world_size), str(e.split.local_batch), str(e.split.micro_batch), f"{e.peak / GIB:.1f}",
             f"{1e3 * e.step:.0f}", f"{e.rate:.0f}", f"{efficiency:.2f}", _duration(plan.hours(e)),
             f"{plan.cost(e):,.0f}", e.bound, *ends,
         ))  # fmt: skip
@@ -159,7 +160,7 @@ def plot_plan(plan: RunPlan) -> Figure:
 
     planned = [row.planned for row in plan.rows if row.planned]
     return plots.scaling(
-        [e.world_size for e in planned],
+        [e.split.world_size for e in planned],
         rates=[e.rate for e in planned],
         seconds={name: [e.seconds[name] for e in planned] for name in planned[0].seconds},
         memory=[_grouped(e) for e in planned],

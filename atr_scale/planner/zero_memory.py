@@ -1,8 +1,8 @@
-"""What DeepSpeed's ZeRO keeps on a rank and sends between ranks, as this project configures it (`deepspeed_config`).
+"""Memory and transfers of DeepSpeed's ZeRO, as this project configures it (`deepspeed_config`).
 
 Everything is fp32: parameters P (trainable or not), gradients G, the optimizer's own copy and its two moments of G.
 
-    stage   kept between updates              added during an update            sent in an update
+    stage   kept between steps                added during a step               sent in a step
     0       P + 2 G                           G + a flat copy (one bucket)      all-reduce G
     1       P + 3 G / W                       G + (after the backward) bucket   all-reduce G, all-gather G
     2       P + 3 G / W                       bucket + flat copy or G / W       all-reduce G, all-gather G
@@ -10,8 +10,8 @@ Everything is fp32: parameters P (trainable or not), gradients G, the optimizer'
                                                                                 all-gather small P
 
 A bucket is allocated whole, however small the model. Stages 1 and 2 of DeepSpeed reduce with all-reduce and keep their
-slice. Stage 3 lets a parameter go only where 1e9 others are used before it is needed again: in models below half of
-that, all of them stay from the forward to the end of the backward.
+slice. Stage 3 releases a parameter only if 1e9 others are used before it is needed again: in models with less than half
+as many, all of them stay from the forward to the end of the backward pass.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ALIGNMENT = 2  # a group is padded to a multiple of this times the ranks
 
 @dataclass(frozen=True)
 class Parameters:
-    """Sizes (in numbers) of the trainable parameters by optimizer group, and of the frozen ones."""
+    """Numbers of values of each trainable parameter, by optimizer group, and of each frozen one."""
 
     groups: Sequence[Sequence[int]]
     frozen: Sequence[int] = ()
@@ -39,7 +39,7 @@ class Parameters:
         return [size for group in self.groups for size in group]
 
     def states(self, stage: int, world_size: int) -> dict[str, int]:
-        """Bytes of a rank between two updates, without gradients and buffers."""
+        """Bytes of a rank between two steps, without gradients and buffers."""
         learned, frozen = sum(self.trainable), sum(self.frozen)
         if stage == 3:
             shard = sum(_shard(size, world_size) for size in self.trainable)
@@ -52,19 +52,19 @@ class Parameters:
         return {"parameters": FP32 * (learned + frozen), "optimizer": FP32 * 3 * partition}
 
     def gradients(self, stage: int, world_size: int, several_passes: bool) -> int:
-        """Bytes of gradients at the end of a backward pass; several passes before one reduction keep them whole."""
+        """Bytes of gradients at the end of a backward pass. They stay whole if several passes share one reduction."""
         learned = sum(self.trainable)
         return FP32 * (learned if stage < 2 or several_passes else -(-learned // world_size))
 
     def gathered(self, stage: int) -> int:
-        """Bytes of parameters that stage 3 holds whole from the forward to the backward."""
+        """Bytes of parameters that stage 3 holds whole from the forward to the backward pass."""
         large = sum(size for size in (*self.trainable, *self.frozen) if size > PERSISTENT)
         return FP32 * min(large, REUSE_DISTANCE) if stage == 3 else 0
 
     def buffers(self, stage: int, several_passes: bool) -> tuple[int, int]:
-        """Bytes of buckets (during the backward, when the last gradients are reduced).
+        """Bytes of buckets (during the backward pass, when the last gradients are reduced).
 
-        Stages 2 and 3 reduce during a single backward; all else is reduced after the last one.
+        Stages 2 and 3 reduce during a single backward pass; everything else is reduced after the last pass.
         """
         bucket, flat = FP32 * BUCKET, FP32 * min(sum(self.trainable), BUCKET)
         if stage == 3:
@@ -74,17 +74,17 @@ class Parameters:
         return 0, bucket if stage else flat
 
     def transfers(self, stage: int, world_size: int, passes: int = 1) -> list[Transfer]:
-        """What an update sends. passes: forwards over all parameters, which stage 3 gathers for each."""
+        """The transfers of one optimizer step. passes: forward passes, for each of which stage 3 gathers parameters."""
         learned = self.trainable
         norm = Transfer("gradient norm", "all_reduce", (8 if stage == 3 else FP32) * len(self.groups), len(self.groups))
         if stage == 0:
             return [Transfer("gradients", "all_reduce", FP32 * sum(learned))]
         if stage < 3:
-            shares = [_padded(sum(group), world_size) // world_size for group in self.groups]
+            slices = [_padded(sum(group), world_size) // world_size for group in self.groups]
             return [
                 Transfer("gradients", "all_reduce", FP32 * sum(learned)),
                 norm,
-                Transfer("parameters", "all_gather", FP32 * sum(shares), len(shares)),
+                Transfer("parameters", "all_gather", FP32 * sum(slices), len(slices)),
             ]
         large = [_shard(size, world_size) for size in (*learned, *self.frozen) if size > PERSISTENT]
         small = [_shard(size, world_size) for size in learned if size <= PERSISTENT]
@@ -99,9 +99,9 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Some collectives of one kind.
+    """Collectives of one kind.
 
-    nbytes: what one rank gives to an all-gather or gets from a reduce-scatter, or the size of what is all-reduced.
+    nbytes: bytes that one rank gives to an all-gather, gets from a reduce-scatter, or has all-reduced.
     """
 
     kind: str
@@ -126,7 +126,7 @@ def _padded(size: int, world_size: int) -> int:
 
 
 def _used_again(sizes: Sequence[int], world_size: int) -> int:
-    """Numbers of a shard that stage 3 has let go of before the backward: those used more than the distance ago."""
+    """Values of a shard that stage 3 has released before the backward pass, and must gather again."""
     after, again = sum(sizes), 0
     for size in sizes:
         after -= size

@@ -1,24 +1,17 @@
-"""What a run is made of, from its configuration; shared by the run itself and by its dry run."""
+"""Checks of a run before its model is built: batch sizes, run folder, and the checkpoint that it continues."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atr_scale.checkpoint import build_retriever, check_checksums, find_checkpoint
+from atr_scale import checkpoint
 from atr_scale.config import RunConfig
-from atr_scale.data.shard_reader import ShardSet
-from atr_scale.data.stream import TrainingStream
-from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.model import Retriever
-from atr_scale.teachers.tables import TeacherEnsemble
 
-# What may differ when a run is resumed; everything else would make it another run.
+# Keys that may differ when a run is resumed. Any other difference would make it another run.
 FREE_TO_CHANGE = (
     "run.dir", "data.workers", "data.validation", "data.test", "data.max_drop_rate", "evaluation.",
     "train.micro_batch_size", "train.kept_chunks", "train.evaluate_every", "train.checkpoint_every",
@@ -27,24 +20,25 @@ FREE_TO_CHANGE = (
 
 
 def check_batch_size(config: RunConfig, world_size: int) -> None:
-    """UserError where the global batch does not divide into the ranks' forwards, or must not."""
+    """UserError if the global batch cannot be divided into local batches, or these into micro-batches."""
     train = config.train
     if train.global_batch_size % world_size:
         raise UserError(
             f"train.global_batch_size = {train.global_batch_size} does not divide among {world_size} ranks: "
             f"set it to a multiple, for example {-(-train.global_batch_size // world_size) * world_size}"
         )
-    share = train.global_batch_size // world_size
-    micro = train.micro_batch_size or share
-    if share % micro:
+    local = train.global_batch_size // world_size
+    micro = train.micro_batch_size or local
+    if local % micro:
         raise UserError(
-            f"train.micro_batch_size = {micro} does not divide a rank's share of train.global_batch_size, {share} on "
-            f"{world_size} ranks: set it to {_largest_divisor(share, micro)}, or to null for one forward"
+            f"train.micro_batch_size = {micro} does not divide the local batch of {local} pairs "
+            f"(train.global_batch_size on {world_size} ranks): set it to {_largest_divisor(local, micro)}, or to null "
+            "for a single forward pass"
         )
-    if micro < share and config.model.audio.batch_norm == "local":
+    if micro < local and config.model.audio.batch_norm == "local":
         raise UserError(
-            f"model.audio.batch_norm is local, but train.micro_batch_size = {micro} cuts a rank's {share} pairs into "
-            "chunks with statistics of their own: set it to frozen, or train.micro_batch_size to null"
+            f"model.audio.batch_norm is local, but train.micro_batch_size = {micro} cuts the local batch of {local} "
+            "pairs into chunks with statistics of their own: set it to frozen, or train.micro_batch_size to null"
         )
 
 
@@ -53,7 +47,7 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Make the run folder. UserError where it cannot be made or written to."""
+    """Create the run folder. UserError if it cannot be created or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,55 +56,44 @@ def check_run_folder(folder: Path) -> None:
         raise UserError(f"the run folder {folder} is not writable: give another run.dir")
 
 
-def new_model(config: RunConfig, world: World, resume_from: Path | None = None) -> Retriever:
-    """The model of a run as its updates need it, with its first weights: those of the checkpoint it goes on from, else
-    those of train.initial_checkpoint, else pretrained and new ones. Raises UserError if they are another model's."""
-    start = resume_from
-    if start is None and config.train.initial_checkpoint:
-        start = find_checkpoint(config.train.initial_checkpoint)
-        check_checksums(start)
-    # ZeRO 3 gathers parameters inside every forward: all ranks must make equally many.
-    rounds = world.max_int if config.train.zero_stage == 3 else None
-    options: dict[str, Any] = {"precision": config.train.precision, "equal_rounds": rounds}
-    if start is None:
-        return Retriever(config.model, config.objective, **options)
-    return build_retriever(config, start, **options)
+def checkpoint_to_resume(config: RunConfig, world: World) -> Path | None:
+    """The checkpoint that a run continues, None if it starts anew. All ranks call this and get the same answer.
+
+    UserError if the run folder's checkpoint is of another configuration or number of ranks, or if all are damaged.
+    """
+    run_dir = Path(config.run.dir)
+    found: Path | UserError | None = None
+    if world.is_main:
+        try:
+            found = checkpoint.newest_sound(run_dir)
+        except UserError as error:
+            found = error
+    found = world.gather_objects(found)[0]
+    if isinstance(found, UserError):
+        raise found
+    if found is not None:
+        _check_same_run(config, found, world.size)
+    return found
 
 
-def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate: int, world: World) -> TrainingStream:
-    return TrainingStream(
-        config.data,
-        tokenizer=tokenizer,
-        sample_rate=sample_rate,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.run.seed,
-        world=world,
-    )
-
-
-def read_teacher(config: RunConfig, sources: Sequence[ShardSet]) -> TeacherEnsemble | None:
-    """The tables of objective.distillation where it has a weight. UserError where they are not about `sources`."""
-    section = config.objective.distillation
-    if section.weight == 0:
-        return None
-    teacher = TeacherEnsemble.read(section.tables)
-    for shards in sources:
-        teacher.check(shards)
-    return teacher
-
-
-def num_steps(config: RunConfig, stream: TrainingStream) -> tuple[int, int]:
-    """(updates in all, updates of the warm-up)."""
-    train = config.train
-    steps = train.steps
-    if steps is None:
-        assert train.epochs is not None
-        steps = max(1, math.ceil(train.epochs * stream.order.epoch_batches / train.accum_steps))
-    return steps, round(0.05 * steps) if train.warmup_steps is None else train.warmup_steps
+def _check_same_run(config: RunConfig, folder: Path, world_size: int) -> None:
+    saved = checkpoint.read_config(folder, config.plugins)
+    changed = differences(saved.model_dump(mode="json"), config.model_dump(mode="json"))
+    if changed:
+        raise UserError(
+            f"{config.run.dir} was trained with another configuration ({'; '.join(changed)}): "
+            "restore these values, or give another run.dir"
+        )
+    saved_size = checkpoint.read_state(folder)["world_size"]
+    if saved_size != world_size and config.train.zero_stage > 0:
+        raise UserError(
+            f"{folder} holds the optimizer state of ZeRO {config.train.zero_stage} on {saved_size} ranks, not on "
+            f"{world_size}: start {saved_size} ranks, or give another run.dir with train.initial_checkpoint={folder}"
+        )
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys whose values differ between two configurations, with both values, but for those free to change."""
+    """Keys whose values differ between two configurations, with both values, except those in FREE_TO_CHANGE."""
     found = []
     for key in sorted({*saved, *current}):
         name, old, new = f"{prefix}{key}", saved.get(key), current.get(key)

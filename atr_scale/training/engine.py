@@ -1,8 +1,8 @@
-"""One update over all ranks: the only file that knows DeepSpeed.
+"""One optimizer step over all ranks. Only this file knows DeepSpeed.
 
-DeepSpeed shards gradients, moments and (stage 3) parameters. Precision, loss scaling, the learning rate and the
-decision whether an update happens are made here: parameters stay fp32 under autocast, and a non-finite value anywhere
-leaves parameters and moments of all ranks as they were.
+DeepSpeed shards gradients, optimizer state and (stage 3) parameters. Precision, loss scaling, the learning rate and the
+decision whether to step are made here: parameters stay fp32 under autocast, and a non-finite value on any rank leaves
+parameters and optimizer state of all ranks unchanged.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ FP16_INITIAL_SCALE, FP16_GROWTH_STEPS = 2.0**16, 1000
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an update has done. Its numbers stay on the device until they are asked for: reading them waits for it.
+    """The result of one optimizer step. Its numbers stay on the device; reading one waits for the device.
 
-    values: loss terms of the update (means over its losses) and "temperature". norm: of the whole gradient.
-    bad_ranks: ranks that saw a non-finite value.
+    values: loss terms (means over the losses of the step) and "temperature". norm: of the whole gradient.
+    bad_ranks: ranks that saw a non-finite value. overflow: the loss scale of fp16 was too large.
     """
 
     values: dict[str, Tensor]
@@ -71,10 +71,9 @@ class StepResult:
 
 
 class _SkippableAdamW(torch.optim.AdamW):
-    """AdamW in one kernel, which unscales gradients and, when told to, leaves everything as it is.
+    """AdamW in one kernel, which divides gradients by `grad_scale` (None for 1). With `skip` a step changes nothing.
 
     Every ZeRO stage ends in this optimizer's step on the parameters or on their shards, so one switch serves all.
-    grad_scale: what the kernel divides gradients by, None for 1.
     """
 
     skip = False
@@ -88,7 +87,7 @@ class _SkippableAdamW(torch.optim.AdamW):
 
 
 class Engine:
-    """A retriever under DeepSpeed."""
+    """A retriever under DeepSpeed. All ranks make every call together."""
 
     def __init__(self, model: Retriever, train: TrainSection, world: World, device: torch.device) -> None:
         self.world, self.device, self.train = world, device, train
@@ -96,9 +95,9 @@ class Engine:
         self._quiet_deepspeed()
         model.to(device)
         self._probe = torch.zeros((), device=device)
-        share = train.global_batch_size // world.size
-        chunked = train.micro_batch_size is not None and train.micro_batch_size < share
-        # Of a single backward pass, ZeRO 2 and 3 reduce gradients while it runs, and never hold them whole.
+        local_batch = train.global_batch_size // world.size
+        chunked = train.micro_batch_size is not None and train.micro_batch_size < local_batch
+        # ZeRO 2 and 3 reduce the gradients of a single backward pass while it runs, and never hold them whole.
         self._reduces_at_end = train.zero_stage < 2 or chunked or train.accum_steps > 1
         if not self._reduces_at_end:
             for parameter in model.parameters():
@@ -126,10 +125,10 @@ class Engine:
         seeds: Iterable[Seeds],
         context: StepContext = NO_CONTEXT,
     ) -> StepResult:
-        """One update from the losses of `batches`, one global batch each, with a seed pair for each.
+        """One optimizer step on the mean loss of `batches`, the local parts of one global batch each.
 
-        learning_rates: of the groups "audio", "text" and "heads", that of their fastest layer. context: of all forwards
-        of the update, but for the seed of augmentation, which is each batch's own.
+        learning_rates: by group ("audio", "text", "heads"), the rate of its fastest layer. seeds: one pair for each
+        batch. context: of all forward passes; each batch gets its own seed of augmentation instead of the context's.
         """
         for group in self.deepspeed.optimizer.param_groups:
             # Groups of checkpoints from before there was layer decay have no scale.
@@ -143,8 +142,8 @@ class Engine:
                 own = replace(context, augment_seed=seed.augmentation)
                 terms = self._add_gradients(batch, seed.dropout, own)
                 for name, value in terms.items():
-                    share = value.detach().float() / self.train.accum_steps
-                    values[name] = values[name] + share if name in values else share
+                    part = value.detach().float() / self.train.accum_steps
+                    values[name] = values[name] + part if name in values else part
         self._probe += values["loss"] * 0
         bad_ranks = self._bad_ranks()
         self.optimizer.skip = bool(bad_ranks)
@@ -153,19 +152,19 @@ class Engine:
         return StepResult(values, norm, bad_ranks, self._adapt_scale(bool(bad_ranks)))
 
     def _add_gradients(self, batch: Batch, seed: int, context: StepContext) -> dict[str, Tensor]:
-        """Adds the gradient of one loss to the parameters; returns its terms."""
-        # Gradients are averaged over ranks, the loss is one sum over them: hence the world's size.
+        """Add the gradient of one loss to the parameters. Returns the terms of the loss."""
+        # Gradients are averaged over ranks, but the loss is one sum over them: hence the world size.
         factor = self.world.size * self.scale / self.train.accum_steps
         if self._grad_cache:
             return self._grad_cache.accumulate(batch, seed, factor, context)
         torch.manual_seed(seed)
-        terms = self.deepspeed(batch.to(self.device), context)
+        terms: dict[str, Tensor] = self.deepspeed(batch.to(self.device), context)
         self.deepspeed.backward(terms["loss"] * factor)
         return terms
 
     @contextmanager
     def _reduced_once(self) -> Iterator[None]:
-        """Gradients of all backward passes stay on their ranks, are looked at, and meet once, at the end."""
+        """Gradients of all backward passes stay on their ranks, are checked, and are reduced once, at the end."""
         if not self._reduces_at_end:
             yield
             return
@@ -176,7 +175,7 @@ class Engine:
             self.deepspeed.allreduce_gradients()
 
     def full_weights(self) -> dict[str, Tensor]:
-        """The model's state as fp32 CPU tensors on the main rank ({} elsewhere), gathered where sharded."""
+        """The model's state as fp32 CPU tensors on the main rank ({} on others); sharded parameters are gathered."""
         out = {}
         for name, value in self.model.state_dict(keep_vars=True).items():
             shards = [value] if hasattr(value, "ds_id") else []
@@ -186,37 +185,38 @@ class Engine:
         return out
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Everything a resume needs beside the frozen weights, one file a rank; all ranks call this."""
+        """Write all that a resume needs except the frozen weights, one file for each rank."""
         state = {**state, "scale": self.scale, "good_steps": self._good_steps}
         self.deepspeed.save_checkpoint(
             str(folder), tag="deepspeed", client_state=state, save_latest=False, exclude_frozen_parameters=True
         )
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """The state given to `save`; frozen weights are those that the model had when this engine was made.
+        """Load what `save` has written and return the state that was given to it. Frozen weights stay as they are.
 
-        Only for files whose checksums were verified: DeepSpeed unpickles them.
+        Only for files with verified checksums: DeepSpeed unpickles them. UserError if there are none for these ranks.
         """
         path, state = self.deepspeed.load_checkpoint(str(folder), tag="deepspeed", custom_load_fn=_load_learned)
         if path is None:
             raise UserError(f"no DeepSpeed state for {self.world.size} ranks in {folder}: start a new run folder")
-        self.scale, self._good_steps = state["scale"], state["good_steps"]
-        return state
+        saved: dict[str, Any] = state
+        self.scale, self._good_steps = saved["scale"], saved["good_steps"]
+        return saved
 
     def _watch(self, gradient: Tensor) -> None:
-        # A sum is finite only where all of its parts are; times zero it adds up without growing.
+        # A sum is finite only if all of its parts are; times zero it adds up without growing.
         self._probe += gradient.detach().sum().float() * 0
 
     def _bad_ranks(self) -> tuple[int, ...]:
-        """Ranks on which a loss or gradient of this update is not finite; the same answer everywhere.
+        """Ranks on which a loss or gradient of this step is not finite; the same answer on every rank.
 
-        The update's one wait for the device.
+        This is the only wait for the device in a step.
         """
         flags = self.world.gather((~self._probe.isfinite()).int().reshape(1))
         return tuple(rank for rank, bad in enumerate(flags.tolist()) if bad)
 
     def _adapt_scale(self, bad: bool) -> bool:
-        """fp16 loss scaling: halve after an overflow, double after a long good stretch. True on an overflow."""
+        """fp16 loss scaling: halve after an overflow, double after many good steps in a row. True on an overflow."""
         if self.train.precision != "fp16":
             return False
         if bad:
@@ -228,8 +228,10 @@ class Engine:
         return False
 
     def _step(self) -> Tensor:
-        """Clips the scaled gradient, here without ZeRO, where it is whole, else in DeepSpeed's step, and updates.
-        Returns its norm before that."""
+        """Clip the scaled gradient and step. Returns the norm of the scaled gradient before clipping.
+
+        Without ZeRO the gradient is whole and is clipped here; DeepSpeed's step clips a sharded one.
+        """
         limit = self.train.gradient_clipping * self.scale
         if self.train.zero_stage > 0:
             self.deepspeed.optimizer.clip_grad = limit
@@ -242,23 +244,26 @@ class Engine:
 
     def _quiet_deepspeed(self) -> None:
         deepspeed.utils.logger.setLevel(logging.ERROR)
-        # It calls collectives by their older names.
+        # DeepSpeed calls collectives by their older names.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         if self.device.type == "cpu":
-            # Otherwise compiled at every start (minutes on two cores) for a reduction that gloo also does.
+            # DeepSpeed would compile it at every start (minutes on two cores) for a reduction that gloo does too.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _load_learned(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """The state of all but frozen parameters; checkpoints of version 0.1 hold these too. Names are DeepSpeed's."""
+    """Load all parameters except frozen ones, which only checkpoints of version 0.1 hold. Names are DeepSpeed's."""
     found = dst.load_state_dict(src, strict=False)
     frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
     assert not found.unexpected_keys and frozen.issuperset(found.missing_keys), found
 
 
 def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
-    """What DeepSpeed is told. It knows nothing of precision: its own modes round parameters or clip by group; nor of
-    accumulation: it sees one step an update."""
+    """DeepSpeed's configuration.
+
+    It does not set a precision, for DeepSpeed's modes round parameters or clip by group, and no gradient accumulation:
+    DeepSpeed sees a single accumulated gradient in each step.
+    """
     return {
         "train_micro_batch_size_per_gpu": train.global_batch_size // world_size,
         "gradient_accumulation_steps": 1,

@@ -1,7 +1,7 @@
-"""GradCache (Gao et al. 2021, arXiv 2101.06983): the exact gradient of a loss over more pairs than a forward can hold.
+"""GradCache (Gao et al. 2021, arXiv 2101.06983): the exact gradient of a loss over more pairs than one forward holds.
 
-    encode chunk by chunk without graphs -> the loss and its gradient by all that was encoded
-        -> encode each chunk again, now with a graph, and send its part of that gradient through it
+    encode chunk by chunk without graphs -> compute the loss and its gradient by all encoder outputs
+        -> encode each chunk again, now with a graph, and backpropagate its part of that gradient
 
 A chunk that keeps its graph from the first pass needs no second one.
 """
@@ -21,9 +21,10 @@ from atr_scale.model import NO_CONTEXT, Encoded, StepContext
 
 @dataclass(frozen=True)
 class GradCache:
-    """forward: a Retriever's call, as it is or wrapped. backward: takes a scalar; gradients of its calls add up.
+    """Adds up the gradient of a batch, chunk by chunk.
 
-    chunk_size: rows of a forward. kept_chunks: how many chunks, the first ones, keep their graph.
+    forward: a Retriever's call, wrapped or not. backward: takes a scalar; gradients of its calls add up.
+    chunk_size: rows of a forward pass. kept_chunks: number of first chunks that keep their graph.
     """
 
     forward: Callable[..., Any]
@@ -35,10 +36,10 @@ class GradCache:
     def accumulate(
         self, batch: Batch, seed: int, factor: float, context: StepContext = NO_CONTEXT
     ) -> dict[str, Tensor]:
-        """Adds the gradient of factor * loss of `batch` to the parameters; returns the loss terms.
+        """Add the gradient of factor * loss of `batch` to the parameters. Returns the loss terms.
 
-        `batch` stays where it is, chunks of it go to the device one by one. Random draws follow from `seed` and the
-        chunk's number, so both forwards of a chunk make the same ones.
+        `batch` stays on its device; its chunks are copied to `self.device` one by one. Random draws follow from `seed`
+        and the chunk's number, so both forward passes of a chunk draw the same.
         """
         order = batch.lengths.argsort(stable=True)  # clips of one length run together
         chunks = order.split(self.chunk_size)
@@ -52,7 +53,7 @@ class GradCache:
 
         torch.manual_seed(seed)
         without_audio = replace(batch, waveform=batch.waveform[:, :0])
-        terms = self.forward(without_audio.take(order).to(self.device), context, encoded=leaves)
+        terms: dict[str, Tensor] = self.forward(without_audio.take(order).to(self.device), context, encoded=leaves)
         self.backward(terms["loss"] * factor)
 
         first = 0
@@ -65,15 +66,16 @@ class GradCache:
 
     def _encode(self, batch: Batch, rows: Tensor, seed: int, context: StepContext) -> Encoded:
         torch.manual_seed(seed)
-        return self.forward(cut(batch, rows).take(rows).to(self.device), context, encode_only=True)
+        encoded: Encoded = self.forward(cut(batch, rows).take(rows).to(self.device), context, encode_only=True)
+        return encoded
 
     def _send_back(self, chunk: Encoded, leaves: Encoded, first: int) -> None:
-        """The gradient of the rows from `first` on through the graph of `chunk`, which has encoded them."""
+        """Backpropagate the gradient of the rows from `first` on through the graph of `chunk`, their encoding."""
         sums = []
         for own, whole in zip(chunk, leaves, strict=True):
             for out, leaf in ((own.tokens, whole.tokens), (own.pooled, whole.pooled)):
                 if out.requires_grad and leaf.grad is not None:
-                    # A chunk's token axis may be shorter than that of all.
+                    # The token axis of a chunk may be shorter than that of the whole batch.
                     gradient = leaf.grad[first : first + out.shape[0], : out.shape[1]]
                     sums.append((out * gradient).sum())
         if sums:
@@ -81,14 +83,14 @@ class GradCache:
 
 
 def cut(batch: Batch, rows: Tensor) -> Batch:
-    """All rows, cut to the longest clip and the longest caption of `rows`."""
+    """All rows of a batch, cut to the longest clip and the longest caption of `rows`."""
     samples = int(batch.lengths[rows].max())
-    words = int(batch.attention_mask[rows].any(0).nonzero().max()) + 1
+    tokens = int(batch.attention_mask[rows].any(0).nonzero().max()) + 1
     return replace(
         batch,
         waveform=batch.waveform[:, :samples],
-        input_ids=batch.input_ids[:, :words],
-        attention_mask=batch.attention_mask[:, :words],
+        input_ids=batch.input_ids[:, :tokens],
+        attention_mask=batch.attention_mask[:, :tokens],
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl, TensorBoard, the progress bar. Only this file knows tensorboard."""
+"""The record of a run: metrics.jsonl, TensorBoard and the progress bar. Only this file knows tensorboard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAYER_SECONDS = 10.0  # event files keep PCM: longer players would outgrow the 
 
 @dataclass(frozen=True)
 class Player:
-    """A retrieved clip that can be listened to: waveform float [samples] in [-1, 1], sample_rate in Hz."""
+    """A retrieved clip with its audio: waveform float [samples] in [-1, 1], sample_rate in Hz."""
 
     clip_id: str
     score: float
@@ -41,7 +41,7 @@ class Player:
 
 @dataclass(frozen=True)
 class RetrievedClips:
-    """A caption and the clips found for it, best first; rank is that of the right clip."""
+    """A caption and the clips retrieved for it, best first. rank: retrieval rank of the right clip."""
 
     query: str
     rank: int
@@ -49,11 +49,11 @@ class RetrievedClips:
 
 
 class Monitor:
-    """Writes run_dir/metrics.jsonl and run_dir/tensorboard and shows progress; on other ranks every call does nothing.
+    """Writes run_dir/metrics.jsonl and run_dir/tensorboard, and shows progress. Only the main rank does so.
 
-    resume_step: None starts the record anew; N continues a run whose checkpoint is of step N, so what was logged after
-    it is cut and the file becomes what an uninterrupted run writes. Hence log and evaluate a step before saving it.
-    total_steps gives the progress bar its end. Counters (`dropped/...`, `skipped_steps`) are totals since the start.
+    resume_step: None starts a new record. N continues a run from its checkpoint of step N: lines of later steps are
+    removed, so the file becomes the one of an uninterrupted run. Hence log and evaluate a step before saving it.
+    total_steps: the end of the progress bar. Counters (`dropped/...`, `skipped_steps`) are totals since the start.
     """
 
     def __init__(
@@ -102,14 +102,14 @@ class Monitor:
         names: Sequence[str] = (),
         split: str = "validation",
     ) -> None:
-        """Similarity [texts, audios] of a few pairs, the right ones on the diagonal; names [texts]: their captions."""
+        """A picture of the similarity [texts, audios] of a few pairs, which lie on the diagonal. names: captions."""
         if self._writer is None:
             return
         figure = plots.heatmap(_numpy(scores), f"similarity, {split}, step {step}", names=names)
         self._writer.add_figure(f"{split}/similarity", figure, step, close=False)
 
     def retrieved(self, step: int, examples: Sequence[RetrievedClips], split: str = "validation") -> None:
-        """A few queries with what they found: a table, and a player (the first 10 s) for every clip."""
+        """A few queries with their retrieved clips: a table, and a player (the first 10 s) for every clip."""
         if self._writer is None:
             return
         for number, example in enumerate(examples):
@@ -126,24 +126,18 @@ class Monitor:
                 self._writer.add_audio(f"{tag}/rank-{place}", _playable(clip), step, sample_rate=clip.sample_rate)
 
     def text(self, tag: str, markdown: str) -> None:
-        """Markdown, without secrets; YAML wants a code fence around it."""
+        """Markdown, from which secrets are removed. Put YAML into a code fence."""
         if self._writer is not None:
             self._writer.add_text(tag, redact(markdown), 0)
 
-    def hparams(self, values: Mapping[str, bool | int | float | str], metrics: Mapping[str, float]) -> None:
-        """The run's row in TensorBoard's table of runs; call it once, at the end."""
-        if self._writer is not None:
-            clean = {key: redact(value) if isinstance(value, str) else value for key, value in values.items()}
-            self._writer.add_hparams(clean, {f"final/{key}": value for key, value in metrics.items()}, run_name=".")
-
     def flush(self) -> None:
-        """Bring everything logged so far to the disk: call it before a checkpoint becomes the latest one."""
+        """Write everything logged so far to the disk. Call this before a checkpoint becomes the latest one."""
         if self._writer is not None:
             self._writer.flush()
             os.fsync(self._lines.fileno())
 
     def close(self) -> None:
-        """Flush and end; further calls do nothing."""
+        """Write everything to the disk and close the files. Later calls do nothing."""
         if self._writer is not None:
             self._bar.close()
             self._writer.close()
@@ -153,7 +147,7 @@ class Monitor:
     def _write(self, kind: str, step: int, values: Mapping[str, float | str]) -> None:
         line: dict[str, object] = {"kind": kind, "step": step, **values}
         wild = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-        if wild:  # JSON has no NaN, and readers of the file must not mistake a gap for a missing metric
+        if wild:  # JSON has no NaN, and a reader must be able to tell a non-finite metric from a missing one
             line |= dict.fromkeys(wild) | {"nonfinite": wild}
         self._lines.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -171,7 +165,7 @@ class Monitor:
 
 
 def _cut(path: Path, last_step: int | None) -> None:
-    """Drop the lines after last_step (all of them if None) and a line that a kill cut short."""
+    """Drop the lines of steps after last_step (all lines if None), and a line that a kill has cut short."""
     if not path.exists():
         return
     kept = []
@@ -181,7 +175,7 @@ def _cut(path: Path, last_step: int | None) -> None:
                 if json.loads(line)["step"] <= last_step:
                     kept.append(line + b"\n")
             except (ValueError, KeyError, TypeError):
-                logger.warning("%s: a line that cannot be read is dropped", path)
+                logger.warning("%s: dropping a line that cannot be read", path)
     with atomic_write(path) as temporary:
         temporary.write_bytes(b"".join(kept))
 

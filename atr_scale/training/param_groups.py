@@ -1,6 +1,7 @@
-"""The optimizer's parameter groups, and the layers of the encoders: which of them learn, and at what share of the rate.
+"""The optimizer's parameter groups, frozen layers, and layer-wise decay of the learning rate.
 
-An encoder's `layers` names them from the lowest (next to the input) to the highest, by prefixes of parameter names.
+An encoder's `layers` lists its layers from the lowest (next to the input) to the highest, each by prefixes of the names
+of its parameters.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ ENCODERS = ("audio", "text")
 
 
 def freeze(model: Retriever, train: TrainSection) -> None:
-    """Frozen layers compute no gradients; all layers are frozen in an encoder with a learning rate of 0.
+    """Freeze the lowest train.frozen_layers_* layers of each encoder, and all layers of one with a learning rate of 0.
 
-    UserError where train.frozen_layers_* is more than the encoder has.
+    UserError if an encoder has fewer layers.
     """
     for kind in ENCODERS:
         encoder = getattr(model, f"{kind}_encoder")
@@ -37,9 +38,9 @@ def freeze(model: Retriever, train: TrainSection) -> None:
 
 
 def rate_scales(model: Retriever, train: TrainSection) -> dict[str, float]:
-    """Each trainable parameter's share of its group's learning rate, by its name in the model.
+    """The factor on the learning rate of each trainable parameter, by the parameter's name in the model.
 
-    Layer k of n learns at decay ** (n - 1 - k), heads at 1: layer-wise decay of ELECTRA (Clark et al. 2020,
+    It is decay ** (n - 1 - k) for layer k of n, and 1 for heads: layer-wise decay as in ELECTRA (Clark et al. 2020,
     arXiv 2003.10555) and BEiT (Bao et al. 2021, arXiv 2106.08254).
     """
     scales = {}
@@ -53,8 +54,8 @@ def rate_scales(model: Retriever, train: TrainSection) -> dict[str, float]:
 
 
 def optimizer_groups(model: Retriever, train: TrainSection) -> Iterable[dict[str, Any]]:
-    """Parameter groups "audio", "text" and "heads", each split by weight decay (none for vectors and scalars) and by
-    the share of the learning rate."""
+    """Parameter groups "audio", "text" and "heads", each split by weight decay (none for biases, norms and scalars) and
+    by the factor on the learning rate (`lr_scale`)."""
     scales = rate_scales(model, train)
     for name, members in model.parameter_groups().items():
         for weight_decay, chosen in (
@@ -76,7 +77,7 @@ def layer_of(name: str, layers: Sequence[tuple[str, ...]]) -> int:
 
 
 def describe_layers(model: Retriever, train: TrainSection) -> list[str]:
-    """What is frozen and what learns more slowly: one line each, none where nothing is."""
+    """One line about frozen layers and one about decay of the learning rate, each only if there is any."""
     frozen, decayed = [], []
     for kind in ENCODERS:
         count = len(getattr(model, f"{kind}_encoder").layers)

@@ -1,4 +1,4 @@
-"""Preemption: a signal sets a flag, the flag meets at a step boundary, all ranks save together."""
+"""Preemption: a signal sets a flag, ranks compare their flags between steps, and all of them save together."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from types import FrameType
 
 from atr_scale.distributed.world import World
 
-# USR1 is what SLURM scripts commonly ask for; USR2 because NCCL uses USR1 itself in places.
+# SLURM scripts commonly ask for USR1. USR2 is for NCCL, parts of which use USR1 themselves.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class PreemptionFlag:
-    """Whether any rank was told to stop. Install before training; `agreed` is a collective call."""
+    """Whether a signal has asked any rank to stop. Creating it installs the signal handlers."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -20,6 +20,7 @@ class PreemptionFlag:
             signal.signal(number, self._receive)
 
     def agreed(self, world: World) -> bool:
+        """Whether any rank has received a signal; a collective call."""
         return world.any(self.received is not None)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

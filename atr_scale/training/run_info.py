@@ -1,4 +1,4 @@
-"""What a run ran on: `environment.json`, and the removal of secrets from anything written down."""
+"""The environment of a run (`environment.json`), and the removal of secrets from everything that is written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PACKAGES = (
     "pydantic",
     "omegaconf",
 )
-# Variables that change speed or results. Launcher and scheduler variables stay out: they name hosts.
+# Variables that change speed or results. Variables of launchers and schedulers are left out: they name hosts.
 VARIABLES = ("OMP_", "MKL_", "CUDA_", "CUBLAS_", "NCCL_", "PYTORCH_", "DS_")
 
 REDACTED = "[redacted]"
@@ -55,7 +55,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The text without secrets: values of secret-looking environment variables and keys, and tokens of known form."""
+    """The text without secrets: values of variables and keys with a secret's name, and tokens of a known form."""
     values = {value for name, value in environ.items() if is_secret_name(name) and len(value) >= SHORTEST_SECRET}
     for value in sorted(values, key=len, reverse=True):  # a secret may contain another
         text = text.replace(value, REDACTED)
@@ -110,7 +110,7 @@ def _git(source: Path) -> dict[str, object] | None:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
 
     try:
-        # A copy installed below somebody else's checkout must not claim that checkout's revision.
+        # A copy that is installed below another project's checkout must not claim that checkout's revision.
         git("ls-files", "--error-unmatch", str(source))
         return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):

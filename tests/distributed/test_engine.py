@@ -15,9 +15,9 @@ from atr_scale.checkpoint import load_weights
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.model import Retriever
-from atr_scale.training.checks import new_model
 from atr_scale.training.engine import Engine
 from atr_scale.training.param_groups import freeze
+from atr_scale.training.parts import new_model
 from atr_scale.training.schedule import seeds
 from tests.tiny_run import tiny_config
 from tools.parity import curves, parameters, start, with_train

@@ -18,8 +18,8 @@ from atr_scale.distributed.world import World
 from atr_scale.encoders.spec_augment import SpecAugmentSection
 from atr_scale.model import Retriever, StepContext
 from atr_scale.teachers.tables import TeacherTable
-from atr_scale.training.checks import training_stream
 from atr_scale.training.grad_cache import GradCache, cut
+from atr_scale.training.parts import training_stream
 from atr_scale.training.schedule import seeds
 from tests.losses import unit
 from tests.tiny_run import tiny_config

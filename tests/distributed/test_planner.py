@@ -14,10 +14,12 @@ import pytest
 from torch.autograd.profiler import profile
 
 from atr_scale.config import RunConfig
-from atr_scale.planner.estimate import Cluster, Costs, estimate_step, transfers
+from atr_scale.planner.costs import BatchSplit, Costs
+from atr_scale.planner.estimate import Cluster, estimate_step
 from atr_scale.planner.gpus import find_gpu
 from atr_scale.planner.ops import Collective, Recorder
 from atr_scale.planner.planner import measure_costs
+from atr_scale.planner.traffic import transfers
 from atr_scale.training.schedule import seeds
 from tests.tiny_run import tiny_config
 from tools.parity import start, with_train
@@ -84,7 +86,7 @@ def planned(costs: Costs, world_size: int) -> dict[str, int]:
     train = costs.config.train
     sums: Counter[str] = Counter()
     micro = train.micro_batch_size or train.global_batch_size // world_size
-    for transfer in transfers(costs, world_size, train.global_batch_size, micro):
+    for transfer in transfers(costs, BatchSplit(world_size, train.global_batch_size, micro)):
         sums[transfer.collective] += transfer.nbytes
     return dict(sums)
 

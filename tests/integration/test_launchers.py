@@ -87,3 +87,73 @@ def test_two_processes_lose_as_one(name: str, tiny: TinyInputs, alone: list[floa
     assert ranks == 2
     assert len(set(values)) == STEPS, "the model does not move"
     assert values == pytest.approx(alone, rel=1e-5)
+
+
+def report_of(launcher: list[str], folder: Path, *arguments: str) -> list[str]:
+    """Lines of what a failing launcher and its ranks print, without the rule that closes the launcher's report."""
+    launchers_own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in launchers_own}
+    path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [*launcher, *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
+    )
+    assert done.returncode == 1, done.stdout  # the launcher's own code
+    lines = done.stdout.rstrip().splitlines()
+    assert set(lines.pop()) == {"="}, done.stdout
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "cause"),
+    [
+        ("torchrun", "trian.lr=1", "unknown key 'trian'; did you mean 'train'?"),
+        ("torchrun", "data.train[0].shards=nowhere", "no shards in nowhere"),  # seen after the ranks have met
+        ("accelerate", "trian.lr=1", "unknown key 'trian'; did you mean 'train'?"),
+    ],
+)
+def test_a_mistake_of_all_ranks_is_told_once_and_last(
+    name: str, override: str, cause: str, tiny: TinyInputs, tmp_path: Path
+) -> None:
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run")
+    lines = report_of(LAUNCHERS[name][0], tmp_path, str(config), override)
+    text = "\n".join(lines)
+    assert text.count(cause) == 1 and lines[-1].startswith("  traceback : error: ") and cause in lines[-1], text
+    assert "Traceback" not in text.partition("Traceback")[2], "only the launcher's own"
+    codes = [line.split()[2] for line in lines if line.startswith("  exitcode  :")]
+    assert codes == ["2", "2"], text
+
+
+def test_a_mistake_of_one_rank_is_told_by_it(tiny: TinyInputs, tmp_path: Path) -> None:
+    """The other rank waits for it in a collective meanwhile, and does not fail first."""
+    (tmp_path / "second_rank_lacks.py").write_text(
+        "import os\n"
+        "from atr_scale import errors\n"
+        "from atr_scale.training import parts\n"
+        "errors.GRACE_S = 1.0\n"
+        "read = parts.read_teacher\n"
+        "def read_teacher(*arguments):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise errors.UserError('no table here')\n"
+        "    return read(*arguments)\n"
+        "parts.read_teacher = read_teacher\n"
+    )
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run")
+    lines = report_of(LAUNCHERS["torchrun"][0], tmp_path, str(config), "--plugins", "second_rank_lacks")
+    text = "\n".join(lines)
+    assert text.count("no table here") == 1 and lines[-1] == "  traceback : error: no table here", text
+    assert "rank      : 1" in "\n".join(lines[-5:])
+
+
+def test_a_failure_ends_the_report(tiny: TinyInputs, tmp_path: Path) -> None:
+    """No mistake of the user: the last text is the traceback of the rank that failed first."""
+    (tmp_path / "failing.py").write_text(
+        "from atr_scale.training import engine\n"
+        "def fail(*_):\n"
+        "    raise RuntimeError('out of order')\n"
+        "engine.Engine.update = fail\n"
+    )
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run")
+    lines = report_of(LAUNCHERS["torchrun"][0], tmp_path, str(config), "--plugins", "failing")
+    assert "RuntimeError: out of order" in "\n".join(lines[-3:]), "\n".join(lines[-60:])

@@ -100,7 +100,7 @@ def test_a_killed_rank_ends_the_others(folder: Path, uninterrupted: list[dict[st
         ["pgrep", "-P", str(process.pid), "-f", "atr_scale.train"], capture_output=True, text=True
     ).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=240) != 0
 
     newest = (run / "latest").resolve()
     assert newest.name == "step-6"
@@ -123,7 +123,7 @@ def test_told_to_stop(folder: Path, uninterrupted: list[dict[str, Any]]) -> None
         ["pgrep", "-P", str(process.pid), "-f", "atr_scale.train"], capture_output=True, text=True
     ).stdout.split()[0]
     os.kill(int(rank), signal.SIGUSR1)
-    assert process.wait(timeout=120) == 0, output(process)
+    assert process.wait(timeout=240) == 0, output(process)
     stopped_at = int((run / "latest").resolve().name.removeprefix("step-"))
     assert (run / "preempted").exists() and 4 <= stopped_at < STEPS
     process = start(folder, run)
@@ -138,21 +138,21 @@ def test_resume_refuses_another_run(folder: Path, uninterrupted: list[dict[str, 
     before = (run / "metrics.jsonl").read_bytes()
     for changes, words in (
         ({"lr": 5e-4}, "train.lr was 0.001, now 0.0005"),
-        ({"ranks": 1}, "shards of 2 ranks, not 1"),
+        ({"ranks": 1}, "on 2 ranks, not on 1"),
     ):
         process = start(folder, run, **changes)
         _, said = process.communicate(timeout=240)
-        assert process.returncode != 0 and words in said, said[-3000:]
-        assert [line for line in said.splitlines() if line.startswith("error: ")]
+        assert process.returncode != 0 and said.count(words) == 1, said[-3000:]
+        assert [line for line in said.splitlines() if "error: " in line and words in line]
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_diverged_run_stops(folder: Path) -> None:
-    """Weights blown up by an absurd rate: three skipped updates in a row, then the end, with the samples named."""
+    """Weights blown up by an absurd rate: three skipped steps in a row, then the end, with the samples named."""
     run = folder / "diverged"
     process = start(folder, run, lr=1e30, gradient_clipping=0.0, warmup_steps=0, zero_stage=1, checkpoint_every=100)
     _, said = process.communicate(timeout=240)
     assert process.returncode != 0
-    assert "3 non-finite updates in a row" in said, said[-3000:]
+    assert "3 non-finite steps in a row" in said, said[-3000:]
     assert len(list(run.glob("nonfinite-step-*-rank-0.json"))) == 3
     assert not (run / "checkpoints").exists()

@@ -46,7 +46,7 @@ def server() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         for name, value in environment.items():
             patch.setenv(name, value)
-        for _ in range(300):
+        for _ in range(1200):
             try:
                 urllib.request.urlopen(url, timeout=5).close()
                 break
@@ -127,7 +127,7 @@ def test_a_child_process_reads_after_its_parent_did(pair: tuple[str, str], metho
     queue = context.Queue()
     child = context.Process(target=_read_in_child, args=(shards, queue))
     child.start()
-    assert queue.get(timeout=60) == expected
+    assert queue.get(timeout=240) == expected
     child.join(60)
     assert child.exitcode == 0
 

@@ -14,7 +14,7 @@ from atr_scale.errors import UserError
 from tests.coded import open_stream, rows_of, write_shards
 from tests.integration.test_s3 import BUCKET, server  # noqa: F401
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server"), pytest.mark.timeout(300)]
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ class Cluster:
 
     def call(self, *command: str, **variables: str) -> str:
         environment = self.environment | variables
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, f"{command}: {result.stderr}"
         return result.stdout.strip()
 
@@ -60,7 +60,7 @@ class Cluster:
         path = self.folder / f"job-{number}.log"
         return path.read_text() if path.exists() else ""
 
-    def wait(self, number: str, reached: Callable[[], bool], seconds: float = 200) -> None:
+    def wait(self, number: str, reached: Callable[[], bool], seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not reached():
             assert time.monotonic() < deadline, f"{self.job(number)}\n{self.log(number)}"
@@ -82,10 +82,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(f"not installed: {', '.join(missing)}")
     folder = tmp_path_factory.mktemp("cluster") / "lab"
     try:
-        subprocess.run([LAB, folder, "start", "2"], check=True, timeout=90)
+        subprocess.run([LAB, folder, "start", "2"], check=True, timeout=240)
         yield Cluster(folder)
     finally:
-        subprocess.run([LAB, folder, "stop"], check=True, timeout=30)
+        subprocess.run([LAB, folder, "stop"], check=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,15 @@ def test_mistake_in_the_configuration_is_not_tried_again(cluster: Cluster, tiny:
     job = cluster.finish(number)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
     assert "did you mean 'steps'" in cluster.log(number)
+
+
+def test_a_mistake_of_all_ranks_is_told_once(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
+    """One that is found only by the ranks, on both nodes."""
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run")
+    number = cluster.submit(config, "data.train[0].shards=nowhere")
+    job = cluster.finish(number)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), cluster.log(number)
+    assert cluster.log(number).count("error: no shards in nowhere") == 1, cluster.log(number)
 
 
 def test_cancelled_job_stays_cancelled(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:

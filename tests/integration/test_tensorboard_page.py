@@ -66,7 +66,7 @@ def address(run_dir: Path) -> Iterator[str]:
         yield url
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=120)
 
 
 def get(url: str, path: str, **query: object) -> bytes:

@@ -6,15 +6,21 @@ import os
 import socket
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import torch
 
 from atr_scale.distributed.start import Place, distributed
+from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.planner.dry_run import dry_run
+from atr_scale.training import loop, parts
 from atr_scale.training.checks import check_batch_size, differences
+from atr_scale.training.loop import Training
 from atr_scale.training.param_groups import freeze
+from atr_scale.training.parts import RunLength, run_length, training_stream
 from atr_scale.training.schedule import learning_rate
 from tests.tiny_run import tiny_config
 
@@ -79,14 +85,52 @@ def test_batch_sizes_that_do_not_divide(folder: Path) -> None:
         config.train.micro_batch_size = micro
         check_batch_size(config, ranks)
     config.train.micro_batch_size = 5
-    with pytest.raises(UserError, match=r"= 5 does not divide .* 6 on 2 ranks: set it to 3, or to null"):
+    with pytest.raises(UserError, match=r"= 5 does not divide .* 6 pairs .* on 2 ranks.*: set it to 3, or to null"):
         check_batch_size(config, 2)
-    with pytest.raises(UserError, match="3 on 4 ranks: set it to 3"):
+    with pytest.raises(UserError, match=r"of 3 pairs .* on 4 ranks.*: set it to 3"):
         check_batch_size(config, 4)
     config.train.micro_batch_size, config.model.audio.batch_norm = 3, "local"
     check_batch_size(config, 4)
-    with pytest.raises(UserError, match=r"batch_norm is local, but train.micro_batch_size = 3 cuts a rank's 6 pairs"):
+    with pytest.raises(UserError, match=r"batch_norm is local, but train.micro_batch_size = 3 cuts .* of 6 pairs"):
         check_batch_size(config, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cause"),
+    [
+        ({"train.micro_batch_size": 5}, "micro_batch_size = 5"),
+        ({"run.dir": "FILE"}, "the run folder"),
+        ({"data.validation": "nowhere"}, "no shards in nowhere"),
+        ({"evaluation.select": "t2a/R@2"}, "evaluation.select"),
+    ],
+)
+def test_cheap_checks_come_before_the_model_is_built(
+    overrides: dict[str, Any], cause: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("the model is built before all cheap checks are made")
+
+    monkeypatch.setattr(parts, "new_model", build)
+    monkeypatch.setattr(loop, "PreemptionFlag", lambda: None)
+    config = tiny_config(folder, tmp_path / "run")
+    (tmp_path / "file").touch()
+    for key, value in overrides.items():
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, str(tmp_path / "file") if value == "FILE" else value)
+    with pytest.raises(UserError, match=cause):
+        Training(config, World(), torch.device("cpu"))
+
+
+def test_length_of_a_run(folder: Path) -> None:
+    """40 clips in batches of 12 are 10 batches in 3 epochs; two losses a step."""
+    for train, expected in (
+        ({"steps": None, "epochs": 3}, RunLength(10, 2, 4)),
+        ({"steps": None, "epochs": 3, "accum_steps": 2, "warmup_steps": None}, RunLength(5, 0, 2)),
+        ({"steps": 60, "warmup_steps": None}, RunLength(60, 3, 4)),
+    ):
+        config = tiny_config(folder, folder / "run", **train)
+        stream = training_stream(config, cast(Any, None), 16_000, World())
+        assert run_length(config, stream) == expected, train
 
 
 def test_drift_names_keys_and_leaves_the_free_ones(folder: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import logging
 import math
+import os
+import pty
+import struct
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +70,6 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     monitor.heatmap(1, torch.zeros(2, 2))
     monitor.retrieved(1, [])
     monitor.text("config", "a: 1")
-    monitor.hparams({"lr": 1.0}, {"t2a/R@1": 0.5})
     monitor.flush()
     monitor.close()
     assert not (tmp_path / "run").exists()
@@ -128,7 +132,6 @@ def test_pictures_text_and_players(tmp_path: Path) -> None:
     clips = [Player("demo/1", 0.5, True, loud, 8000), Player("demo/2", 0.25, False, np.zeros(800), 8000)]
     monitor.retrieved(5, [RetrievedClips("a dog barks", 1, clips)])
     monitor.text("configuration", "lr: 0.1")
-    monitor.hparams({"lr": 0.1, "scorer": "meanmax"}, {"t2a/R@1": 0.25})
     monitor.close()
     board = events(tmp_path)
     assert board.Tags()["images"] == ["validation/similarity"]
@@ -143,7 +146,6 @@ def test_pictures_text_and_players(tmp_path: Path) -> None:
     assert "a dog barks" in texts["validation/retrieved-0/text_summary"]
     assert "| 1 | ✓ | demo/1 | 0.500 |" in texts["validation/retrieved-0/text_summary"]
     assert texts["configuration/text_summary"] == "lr: 0.1"
-    assert board.Scalars("final/t2a/R@1")[0].value == 0.25
 
 
 def test_no_secret_reaches_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +153,6 @@ def test_no_secret_reaches_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", canary)
     monitor = Monitor(tmp_path, True)
     monitor.text("configuration", f"endpoint: http://me:{canary}@host\nother: {canary}")
-    monitor.hparams({"location": f"s3://{canary}/x"}, {"t2a/R@1": 0.5})
     monitor.retrieved(1, [RetrievedClips(canary, 1, [])])
     monitor.close()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -178,3 +179,38 @@ def test_a_terminal_gets_a_bar_with_speed_and_end(tmp_path: Path, monkeypatch: p
     monitor.train(20, {"loss": 1.25, "samples_per_s": 80.04})
     monitor.close()
     assert "20/40" in terminal.getvalue() and "loss=1.25, samples_per_s=80.04" in terminal.getvalue()
+
+
+LOGS_BESIDE_A_BAR = """
+import logging, sys
+from pathlib import Path
+from atr_scale.console import ConsoleHandler
+from atr_scale.training.monitor import Monitor
+
+logging.basicConfig(level=logging.INFO, format="LOG %(message)s", handlers=[ConsoleHandler()])
+monitor = Monitor(Path(sys.argv[1]), True, total_steps=3)
+for step in (1, 2):
+    logging.info("before step %d", step)
+    monitor.train(step, {"loss": 1.25, "samples_per_s": 80.0})
+monitor.close()
+"""
+
+
+def test_log_lines_on_a_terminal_stand_apart_from_the_bar(tmp_path: Path) -> None:
+    """Each one begins at the left edge of a cleared line; the bar is drawn again below it."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        os.execv(sys.executable, [sys.executable, "-c", LOGS_BESIDE_A_BAR, str(tmp_path)])
+    written = b""
+    try:
+        while chunk := os.read(terminal, 65536):
+            written += chunk
+    except OSError:  # a terminal ends so
+        pass
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, written
+    screen = written.decode()
+    for step in (1, 2):
+        before, line, after = screen.partition(f"LOG before step {step}\r\n")
+        assert line and "training:" in before and "training:" in after
+        assert before.endswith((" \r", "\n")), f"not on a cleared line: {before[-30:]!r}"

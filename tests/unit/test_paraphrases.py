@@ -26,7 +26,7 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from tests.coded import CAPTIONS, CROP, QUANTUM, RATE, NumberTokenizer, clip_and_start, write_shards
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 CLIPS = 20
 ORIGIN = {"model": "m", "text_encoder": "e", "prompt_version": 1}
 

@@ -19,11 +19,13 @@ from atr_scale.losses import build_objective
 from atr_scale.planner import measure as measuring
 from atr_scale.planner import zero_memory
 from atr_scale.planner.architecture import build_without_weights
+from atr_scale.planner.costs import BatchSplit, Costs
 from atr_scale.planner.dry_run import dry_run
-from atr_scale.planner.estimate import Cluster, Costs, estimate_step, fitting_micro_batch, largest_share, transfers
+from atr_scale.planner.estimate import Cluster, estimate_step, fitting_micro_batch, largest_local_batch
 from atr_scale.planner.gpus import find_gpu
 from atr_scale.planner.ops import Recorder
 from atr_scale.planner.planner import measure_costs
+from atr_scale.planner.traffic import transfers
 from atr_scale.planner.zero_memory import Parameters, Transfer
 from tests.tiny_run import tiny_config
 from tools.bench.measure import peak_mib
@@ -159,7 +161,7 @@ def test_heads_at_other_sizes(config: RunConfig, way: str) -> None:
 
 def test_losses_of_small_batches_are_planned_dense(costs: Costs) -> None:
     """Up to 1,024 pairs scores travel, above statistics do."""
-    small, large = ({t.kind for t in transfers(costs, 2, batch, batch // 2)} for batch in (1024, 1026))
+    small, large = ({t.kind for t in transfers(costs, BatchSplit(2, batch, batch // 2))} for batch in (1024, 1026))
     assert small - large == {"scores", "gradients of scores"} and large - small == {"statistics"}
     assert costs.pairs_at_once(1024, 1024) == 1024**2 and costs.pairs_at_once(1026, 1026) == 1026 * 512
 
@@ -226,13 +228,13 @@ def test_the_largest_batch_just_fits(costs: Costs) -> None:
     tight = cluster(2)
     tight = replace(tight, gpu=replace(tight.gpu, memory=3 * 2**30))
     for micro in (None, 8):
-        most = largest_share(costs, tight, micro)
+        most = largest_local_batch(costs, tight, micro)
         room = 0.94 * tight.gpu.memory
         step = micro or 1
         assert estimate_step(costs, tight, 2 * most, micro).peak <= room
         assert estimate_step(costs, tight, 2 * (most + step), micro).peak > room
-    share = 2 * largest_share(costs, tight)
-    assert fitting_micro_batch(costs, tight, 2 * share) in range(1, share)
+    local = 2 * largest_local_batch(costs, tight)
+    assert fitting_micro_batch(costs, tight, 2 * local) in range(1, local)
     assert fitting_micro_batch(costs, replace(tight, gpu=replace(tight.gpu, memory=1e6)), 2) is None
 
 

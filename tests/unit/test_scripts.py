@@ -22,7 +22,7 @@ def name(path: Path) -> str:
 def call(*command: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **variables}
     return subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
     )
 
 
@@ -94,5 +94,5 @@ def test_cloud_script_says_what_it_wants() -> None:
 def test_job_script_outside_of_a_job(script: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     command = [str(ROOT / f"slurm/{script}.sh")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert "sbatch" in one_line(result)

@@ -110,7 +110,7 @@ def test_a_killed_build_goes_on_where_it_stopped(corpus: Path, reference: Path, 
         shard_writer.encode = deadly
         shard_builder.build_shards("folder", {str(corpus)!r}, {str(out)!r}, **{BUILD!r})
     """
-    died = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, timeout=120)
+    died = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, timeout=240)
     assert died.returncode == -signal.SIGKILL
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
     assert sorted(kept) == ["shard-000000.tar", "shard-000001.tar"] and list(out.glob(".*.tmp"))

@@ -17,7 +17,7 @@ from atr_scale.data.shard_reader import HEAD_BYTES, open_shards
 from tests.coded import CROP, RATE, duration, open_stream, rows_of, write_shards
 from tests.unit.test_stream import _quick_workers, copy, equal, left, read, right, spoil, write_laion  # noqa: F401
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore:This DataLoader will create")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore:This DataLoader will create")]
 
 
 def test_of_a_long_pcm_clip_only_the_crop_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

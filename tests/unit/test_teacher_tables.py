@@ -24,7 +24,7 @@ from atr_scale.model import Retriever, StepContext
 from atr_scale.score_block import EmbeddingScores, StoredScores
 from atr_scale.teachers.comparison import compare_teachers
 from atr_scale.teachers.tables import TeacherEnsemble, TeacherTable, shards_checksum
-from atr_scale.training.checks import read_teacher, training_stream
+from atr_scale.training.parts import read_teacher, training_stream
 from tests.losses import unit
 from tests.tiny import TinyInputs, make_tiny_inputs, write_tiny_config
 from tools.bench.measure import peak_mib

@@ -17,10 +17,12 @@ from typing import Any
 
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
-from atr_scale.planner.estimate import Cluster, StepEstimate, estimate_step, transfers
+from atr_scale.planner.costs import BatchSplit
+from atr_scale.planner.estimate import Cluster, StepEstimate, estimate_step
 from atr_scale.planner.gpus import GPU
 from atr_scale.planner.ops import Recorder
 from atr_scale.planner.planner import measure_costs
+from atr_scale.planner.traffic import transfers
 from atr_scale.planner.zero_memory import BUCKET, FP32
 from tools.bench import updates
 from tools.bench.measure import peak_mib
@@ -71,7 +73,8 @@ def planned(name: str, config: RunConfig, seconds: float) -> Iterator[Row]:
     costs, _ = measure_costs(config, seconds, updates.NUM_WORDS, gpu=False)
     pairs = config.train.global_batch_size
     given = sum(
-        t.nbytes * (2 if t.collective == "reduce_scatter" else 1) for t in transfers(costs, 2, pairs, pairs // 2)
+        t.nbytes * (2 if t.collective == "reduce_scatter" else 1)
+        for t in transfers(costs, BatchSplit(2, pairs, pairs // 2))
     )
     yield error(f"bytes to collectives, {name}", given / 2**20, found.given / 2**20, "counted", 0.0)
     bucket = BUCKET_MIB if config.train.zero_stage else 0.0

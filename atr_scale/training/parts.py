@@ -1,0 +1,138 @@
+"""The parts of a run, opened from its configuration; shared by the run itself and by its dry run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atr_scale.checkpoint import build_retriever, check_checksums, find_checkpoint
+from atr_scale.config import RunConfig
+from atr_scale.data.shard_reader import ShardSet, open_shards
+from atr_scale.data.stream import TrainingStream
+from atr_scale.data.tokenizer import CaptionTokenizer, caption_tokenizer
+from atr_scale.distributed.world import World
+from atr_scale.evaluation.selection import check_labels, check_selection
+from atr_scale.model import Retriever
+from atr_scale.teachers.tables import TeacherEnsemble
+from atr_scale.training.param_groups import freeze
+
+logger = logging.getLogger(__name__)
+
+LONG_S = 3.0
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """Lengths in optimizer steps: of the whole run, of its warm-up, and of an epoch (rounded up)."""
+
+    steps: int
+    warmup_steps: int
+    epoch_steps: int
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """All that a run reads, and the model that it trains (with its frozen layers), before DeepSpeed takes it over."""
+
+    model: Retriever
+    tokenizer: CaptionTokenizer
+    stream: TrainingStream
+    teacher: TeacherEnsemble | None
+    length: RunLength
+
+
+def open_parts(config: RunConfig, world: World, resume_from: Path | None = None) -> RunParts:
+    """Build the model and open the training data. Raises UserError if a part is missing or does not fit the others."""
+    text, audio = config.model.text.name, config.model.audio
+    weights = f" from {audio.checkpoint}" if audio.checkpoint and resume_from is None else ""
+    with announced("loading", f"text encoder {text} and audio encoder {audio.name}{weights}"):
+        model = new_model(config, world, resume_from)
+    freeze(model, config.train)
+    tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
+    with announced("opening", f"training shards {', '.join(source.shards for source in config.data.train)}"):
+        stream = training_stream(config, tokenizer, model.sample_rate, world)
+        teacher = read_teacher(config, stream.sources)
+    return RunParts(model, tokenizer, stream, teacher, run_length(config, stream))
+
+
+@contextmanager
+def announced(action: str, what: str) -> Iterator[None]:
+    """Log a part of the start when it begins, and its seconds if it has taken longer than LONG_S."""
+    logger.info("%s %s", action, what)
+    start = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - start
+    if seconds > LONG_S:
+        logger.info("%s took %.0f s", action, seconds)
+
+
+def open_validation(config: RunConfig) -> dict[str, ShardSet]:
+    """The sets of data.validation by name. UserError if one is missing, or if none can give evaluation.select."""
+    if not config.data.validation_sets:
+        return {}
+    with announced("opening", f"validation shards {', '.join(config.data.validation_sets.values())}"):
+        sets = {name: open_shards(place) for name, place in config.data.validation_sets.items()}
+    check_selection(config.evaluation.select, list(sets))
+    check_labels(config.evaluation.select, sets)
+    return sets
+
+
+def new_model(config: RunConfig, world: World, resume_from: Path | None = None) -> Retriever:
+    """The model of a run as its optimizer steps need it, with its first weights.
+
+    These are the weights of the checkpoint that the run continues, else of train.initial_checkpoint, else pretrained
+    and new ones. Raises UserError if a checkpoint is of another model.
+    """
+    start = resume_from
+    if start is None and config.train.initial_checkpoint:
+        start = find_checkpoint(config.train.initial_checkpoint)
+        check_checksums(start)
+    # ZeRO 3 gathers parameters inside every forward pass: all ranks must make equally many.
+    rounds = world.max_int if config.train.zero_stage == 3 else None
+    options: dict[str, Any] = {"precision": config.train.precision, "equal_rounds": rounds}
+    if start is None:
+        return Retriever(config.model, config.objective, **options)
+    return build_retriever(config, start, **options)
+
+
+def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate: int, world: World) -> TrainingStream:
+    """This rank's stream of training batches at `sample_rate` Hz."""
+    return TrainingStream(
+        config.data,
+        tokenizer=tokenizer,
+        sample_rate=sample_rate,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.run.seed,
+        world=world,
+    )
+
+
+def read_teacher(config: RunConfig, sources: Sequence[ShardSet]) -> TeacherEnsemble | None:
+    """The teacher tables of objective.distillation, None if it has no weight.
+
+    Raises UserError if the tables are not about the clips of `sources`.
+    """
+    section = config.objective.distillation
+    if section.weight == 0:
+        return None
+    teacher = TeacherEnsemble.read(section.tables)
+    for shards in sources:
+        teacher.check(shards)
+    return teacher
+
+
+def run_length(config: RunConfig, stream: TrainingStream) -> RunLength:
+    """The lengths that train.steps or train.epochs, and train.warmup_steps, ask for."""
+    train, epoch = config.train, stream.order.epoch_batches / config.train.accum_steps
+    steps = train.steps
+    if steps is None:
+        assert train.epochs is not None
+        steps = max(1, math.ceil(train.epochs * stream.order.epoch_batches / train.accum_steps))
+    warmup = round(0.05 * steps) if train.warmup_steps is None else train.warmup_steps
+    return RunLength(steps, warmup, max(1, math.ceil(epoch)))

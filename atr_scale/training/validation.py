@@ -1,0 +1,80 @@
+"""Validation during training: metrics of every set of data.validation, in the record and in TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from atr_scale.config import RunConfig
+from atr_scale.data.decode import Crop, decode
+from atr_scale.data.shard_reader import ShardSet
+from atr_scale.data.tokenizer import CaptionTokenizer
+from atr_scale.distributed.world import World
+from atr_scale.evaluation.evaluate import Evaluation, evaluate
+from atr_scale.model import Retriever
+from atr_scale.training.monitor import Monitor, Player, RetrievedClips
+
+logger = logging.getLogger(__name__)
+
+SHOWN = ("t2a/R@1", "t2a/mAP@10", "a2t/R@1", "zero_shot/accuracy")  # metrics in the log line
+PLAYER_RATE, PLAYER_CROP = 16_000, Crop(0.0, 10.0)  # Hz; seconds
+PLAYED_CLIPS = 3  # of each query
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Evaluates a model on the validation sets. All ranks call it together."""
+
+    config: RunConfig
+    sets: Mapping[str, ShardSet]
+    tokenizer: CaptionTokenizer
+    world: World
+    device: torch.device
+    monitor: Monitor
+
+    def evaluate(self, model: Retriever, step: int) -> dict[str, dict[str, float]]:
+        """Metrics of every set by its name, recorded as those of the model after `step` optimizer steps."""
+        return {name: self._evaluate_set(model, step, name, shards) for name, shards in self.sets.items()}
+
+    def _evaluate_set(self, model: Retriever, step: int, name: str, shards: ShardSet) -> dict[str, float]:
+        start = time.perf_counter()
+        evaluation = evaluate(
+            model,
+            shards,
+            self.config,
+            split=name,
+            step=step,
+            world=self.world,
+            device=self.device,
+            tokenizer=self.tokenizer,
+            lockstep=self.config.train.zero_stage == 3,
+        )
+        self.monitor.evaluation(step, name, evaluation.metrics)
+        for result in evaluation.results:
+            self.monitor.heatmap(step, result.excerpt, result.excerpt_names, result.split)
+        if evaluation.results:
+            self.monitor.retrieved(step, retrieved_clips(evaluation, shards), name)
+            shown = ", ".join(f"{key} {evaluation.metrics[key]:.3f}" for key in SHOWN if key in evaluation.metrics)
+            logger.info("step %d: %s %s (%.0f s)", step, name, shown, time.perf_counter() - start)
+        return evaluation.metrics
+
+
+def retrieved_clips(evaluation: Evaluation, shards: ShardSet) -> list[RetrievedClips]:
+    """The text queries of the first result's examples, with the audio of the clips retrieved for them."""
+    shown = []
+    for example in evaluation.results[0].examples:
+        if example.direction != "t2a":
+            continue
+        clips = []
+        for item in example.retrieved[:PLAYED_CLIPS]:
+            sample = shards.read(evaluation.embedded.index[item.index])
+            waveform = decode(
+                sample.audio, sample.extension, PLAYER_RATE, pcm_rate=sample.sample_rate, crop=PLAYER_CROP
+            )
+            clips.append(Player(item.name, item.score, item.hit, waveform, PLAYER_RATE))
+        shown.append(RetrievedClips(example.query, example.rank, clips))
+    return shown

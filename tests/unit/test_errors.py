@@ -1,0 +1,116 @@
+"""A mistake on one rank or on many: who reports it, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from atr_scale import errors
+from atr_scale.errors import UserError, exit_with_mistake
+
+LINE = "error: no shards in nowhere"
+VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RESTART_COUNT")
+
+
+@pytest.fixture(autouse=True)
+def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process that no launcher has started, with the signal handler of before put back."""
+    for name in (*VARIABLES, "TORCHELASTIC_MAX_RESTARTS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(errors, "GRACE_S", 0.2)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def stderr_of(message: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a rank prints about its mistake; asserts exit code 2."""
+    with pytest.raises(SystemExit) as left:
+        exit_with_mistake(UserError(message))
+    assert left.value.code == 2
+    return capsys.readouterr().err
+
+
+def stop_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM arrives while the rank waits, long before the wait would end by itself."""
+    monkeypatch.setattr(errors, "GRACE_S", 60.0)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+
+@pytest.mark.parametrize("variables", [{}, {"RANK": "0"}, {"RANK": "0", "SLURM_PROCID": "3"}, {"SLURM_PROCID": "0"}])
+def test_the_first_rank_prints_at_once(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(errors.time, "sleep", lambda _: pytest.fail("the first rank waits"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert stderr_of("no shards in nowhere", capsys) == LINE + "\n"
+
+
+def test_another_rank_is_silent_if_the_launcher_stops_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    stop_soon(monkeypatch)
+    assert stderr_of("no shards in nowhere", capsys) == ""
+
+
+def test_a_mistake_of_one_rank_alone_is_printed_by_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert stderr_of("no shards in nowhere", capsys) == LINE + "\n"
+
+
+def elastic(folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch, attempt: int = 0, most: int = 0) -> Path:
+    """The variables that torchrun sets; returns the rank's error file."""
+    file = folder / f"attempt_{attempt}" / str(rank) / "error.json"
+    file.parent.mkdir(parents=True)
+    for name, value in zip(
+        (*VARIABLES, "TORCHELASTIC_MAX_RESTARTS"), (rank, rank, 0, file, attempt, most), strict=True
+    ):
+        monkeypatch.setenv(name, str(value))
+    return file
+
+
+def reported(file: Path) -> str:
+    message = json.loads(file.read_text())["message"]
+    assert message["message"] == message["extraInfo"]["py_callstack"] and int(message["extraInfo"]["timestamp"]) > 0
+    return str(message["message"])
+
+
+def test_a_launcher_with_a_report_gets_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first rank hands it over; another one with the same mistake adds nothing, one with its own adds it."""
+    first = elastic(tmp_path, 0, monkeypatch)
+    assert stderr_of("no shards in nowhere", capsys) == "" and reported(first) == LINE
+    second = elastic(tmp_path, 1, monkeypatch)
+    stop_soon(monkeypatch)
+    assert stderr_of("no shards in nowhere", capsys) == "" and not second.exists()
+    monkeypatch.setattr(errors, "GRACE_S", 0.2)
+    assert stderr_of("another mistake", capsys) == "" and reported(second) == "error: another mistake"
+
+
+def test_an_attempt_without_a_report_prints_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elastic(tmp_path, 0, monkeypatch, attempt=0, most=1)
+    assert stderr_of("no shards in nowhere", capsys) == LINE + "\n"
+    elastic(tmp_path, 0, monkeypatch, attempt=1, most=1)
+    assert stderr_of("no shards in nowhere", capsys) == ""
+
+
+def test_a_rank_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the process group is still open, and not again when the command ends."""
+    monkeypatch.setenv("RANK", "1")
+    error = UserError("no shards in nowhere")
+    errors.defer_to_first_rank(error)
+    monkeypatch.setattr(errors.time, "sleep", lambda _: pytest.fail("it waits again"))
+    errors.defer_to_first_rank(error)
