@@ -42,7 +42,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
 
 
 def _collect(queue: Any, processes: list[Any]) -> dict[int, Any]:
-    """What every rank put; TimeoutError if one ended without a word, or hangs."""
+    """The results of all ranks. Raises TimeoutError if a rank hangs or ends without a result."""
     found: dict[int, Any] = {}
     end = time.monotonic() + TIMEOUT_S
     while len(found) < len(processes):

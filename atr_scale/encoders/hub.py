@@ -43,6 +43,7 @@ def must_use_cache(place: str) -> bool:
         reason = one_line(error)
         raise UserError(
             f"no folder '{place}', no model '{place}' in the cache, and {hub} cannot be asked for it ({reason}): "
-            "give a folder with config.json, weights and tokenizer files, or a model's name where a hub can be reached"
+            "give a folder with config.json, weights and tokenizer files, or the name of a model on a hub that can be "
+            "reached"
         ) from None
     return False

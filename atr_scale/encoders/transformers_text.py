@@ -75,7 +75,7 @@ class TransformersTextEncoder(TextEncoder):
         except Exception as error:
             raise UserError(
                 f"cannot load a text encoder from '{name}' ({one_line(error)}): give a folder with config.json, weights"
-                " and tokenizer files, or a model's name where a hub can be reached"
+                " and tokenizer files, or the name of a model on a hub that can be reached"
             ) from None
         _check_is_encoder(transformer.config, name)
         if report["missing_keys"]:

@@ -24,7 +24,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path) -> None:
     kind, message = done.stdout.split(" ", 1)
     assert kind == "UserError" and message.count("\n") == 1
     assert f"no model 'no-such/model' in the cache, and {NO_HUB} cannot be asked for it (" in message
-    assert message.endswith("or a model's name where a hub can be reached\n")
+    assert message.endswith("or the name of a model on a hub that can be reached\n")
     assert "Retry" not in done.stderr
 
 

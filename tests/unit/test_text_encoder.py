@@ -132,7 +132,7 @@ def test_what_cannot_be_loaded_is_one_clear_line(tmp_path: Path) -> None:
             assert part in str(error.value)
 
     refused(tmp_path / "nowhere", "give a folder that exists")
-    refused("no-such/model", "where a hub can be reached")
+    refused("no-such/model", "on a hub that can be reached")
     refused(tmp_path, "config.json")
 
     names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
