@@ -23,10 +23,8 @@ from tools.write_docs import config_page as pages
 from tools.write_docs.api_page import api_page
 from tools.write_docs.config_page import config_page
 
-IGNORED = (".venv", "demo", "runs", "build", "tests/golden")
-MARKDOWN = sorted(
-    path for path in ROOT.rglob("*.md") if not path.relative_to(ROOT).as_posix().startswith((*IGNORED, "."))
-)
+FOLDERS = ("docs", "examples", "tests", "tools")
+MARKDOWN = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
 # Python blocks of these are signatures, or run in test_self_contained.py and in the two test_extending.py.
 RUN_ELSEWHERE = ("docs/api.md", "README.md", "docs/extending.md")
 NO_SHELL = re.compile(r"\.\.\.|\$@|\bCONFIG\b|[A-Z_]{3,}\.yaml")
