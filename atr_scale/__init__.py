@@ -26,14 +26,17 @@ if not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/kfd", "
 
 
 def load(
-    run_or_checkpoint: str | Path, device: str | torch.device | None = None, plugins: Sequence[str] = ()
+    run_or_checkpoint: str | Path, device: str | torch.device | None = None, plugins: Sequence[str] | None = None
 ) -> TrainedModel:
-    """A trained model, ready to embed and to score: its best checkpoint (else the latest) or the checkpoint given.
+    """Load a trained model that embeds and scores texts and audio.
 
-    device: default a GPU if there is one, else the CPU. plugins: modules that define what the model was trained with
-    beyond this package; a checkpoint names them but never imports them by itself.
-    Raises UserError (a ValueError), in one line, if there is no checkpoint, or it is damaged, or a plug-in is missing.
+    run_or_checkpoint: a run folder (its best checkpoint is loaded, else the latest) or the folder of a checkpoint.
+    device: default a GPU if there is one, else the CPU.
+    plugins: names of the modules outside this package that define parts of the model. A checkpoint names them, but they
+    are imported only if they are given here.
+    Raises UserError (a ValueError) with one line if there is no checkpoint, if it is damaged, or if a plug-in is
+    missing.
     """
-    from atr_scale.inference import load_trained  # torch is imported when something is loaded
+    from atr_scale.inference import load_trained  # importing torch takes seconds: only when a model is loaded
 
-    return load_trained(run_or_checkpoint, device, plugins)
+    return load_trained(run_or_checkpoint, device, plugins or ())

@@ -1,6 +1,7 @@
-"""The types that pass between rooms: a batch of clips and captions, and what encoders make of either.
+"""The types that pass between packages: a batch of clips and captions, and the token sequences of the encoders.
 
-Shape suffixes: B batch, b rows of this rank, T tokens (audio frames or words), L word pieces, D width.
+Shape suffixes: B batch, b rows of this rank, T tokens (of a caption, or frames of a clip), L tokens of a padded
+caption, D width.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch import Tensor
 
 
 def stable_id(text: str) -> int:
-    """A 63-bit id of a string: the same in every process and on every machine."""
+    """A 63-bit id of a string that is the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def caption_id(caption: str) -> int:
-    """Id of a caption's text: captions that read the same (letter case and spacing aside) share it."""
+    """Id of the text of a caption. Captions that differ only in letter case and spacing have the same id."""
     return stable_id(" ".join(unicodedata.normalize("NFC", caption).casefold().split()))
 
 
@@ -31,16 +32,17 @@ FULL_SCALE = 1 / 32768  # of 16-bit samples, a power of two: scaling by it is ex
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's rows of one global batch.
+    """The local batch: the rows of a global batch that belong to one rank.
 
-    waveform:       [b, samples] float32 at the audio encoder's rate, zeros after each clip's end. On its way to a GPU
-                    int16 where every clip is stored so: half of the bytes to read and move, and `to` scales them.
-    lengths:        [b] int64, samples of each clip.
+    waveform:       [b, samples] float32 at the sample rate of the audio encoder, with zeros after the end of each clip.
+                    Until `to` moves it to a device it is int16 if all clips are stored in 16 bits, to halve the bytes
+                    that are read and moved.
+    lengths:        [b] int64, number of samples of each clip.
     input_ids, attention_mask: [b, L] int64.
-    clip_ids, caption_ids: [b] int64, stable over processes and runs; rows that agree in either are positives.
-    caption_index:  [b] int64, which of the sample's captions it is.
-    keys:           where each row came from, "corpus/shard/key", for audits and error reports.
-    dropped:        unreadable samples by reason; each row they left holds a copy of a good one.
+    clip_ids, caption_ids: [b] int64, equal over processes and runs; rows that agree in one of them are positives.
+    caption_index:  [b] int64, number of the caption among the captions of the clip.
+    keys:           source of each row, "corpus/shard/key", for audits and error reports.
+    dropped:        number of unreadable samples by reason; their rows hold copies of readable ones.
     """
 
     waveform: Tensor
@@ -55,12 +57,14 @@ class Batch:
 
     @property
     def ids(self) -> Tensor:
-        """[b, 2] int64 (clip, caption text): the columns that decide which pairs are positives."""
+        """[b, 2] int64: id of the clip and id of the caption. A pair that agrees in one of them is a positive."""
         return torch.stack([self.clip_ids, self.caption_ids], 1)
 
     def to(self, device: torch.device) -> Batch:
-        """On `device`, the waveform as float32, but for `lengths`: the host cuts waveforms by them and would wait for
-        the device."""
+        """The batch on `device`, with the waveform as float32.
+
+        `lengths` stays on the host, which cuts waveforms by it and would otherwise wait for the device.
+        """
         moved = self._map(lambda x: x.to(device, non_blocking=True))
         waveform = moved.waveform
         if waveform.dtype == torch.int16:
@@ -68,7 +72,7 @@ class Batch:
         return replace(moved, waveform=waveform, lengths=self.lengths)
 
     def take(self, rows: Tensor) -> Batch:
-        """Copies of the rows `rows` (int64); pinned memory stays pinned."""
+        """Copies of the rows `rows` (int64). Copies of pinned memory are pinned."""
 
         def chosen(x: Tensor) -> Tensor:
             out = torch.empty(len(rows), *x.shape[1:], dtype=x.dtype, device=x.device, pin_memory=x.is_pinned())
@@ -88,12 +92,12 @@ class Batch:
 class TokenSequence(NamedTuple):
     """A batch of encoded clips or captions.
 
-    A tuple, so that DeepSpeed finds the tensors in it: parameters that a module uses itself, rather than in a
-    submodule, are gathered for the backward pass by a hook on what it returns.
+    tokens: [B, T, D] one embedding per frame of a clip or token of a caption.
+    mask:   [B, T] bool, True for real tokens; padding and special tokens of a tokenizer are False.
+    pooled: [B, D] one embedding per clip or caption, by the pooling of the encoder.
 
-    tokens: [B, T, D] one vector a frame or word.
-    mask:   [B, T] bool, True where the token is real; special tokens of a tokenizer are masked out.
-    pooled: [B, D] the encoder's own summary of the whole clip or caption.
+    It is a tuple so that DeepSpeed finds the tensors in it. A hook on the output of a module gathers the parameters
+    that the module itself uses, for the backward pass.
     """
 
     tokens: Tensor
@@ -102,11 +106,11 @@ class TokenSequence(NamedTuple):
 
     @staticmethod
     def unpadded(tokens: Tensor, pooled: Tensor) -> TokenSequence:
-        """A batch in which every token is real."""
+        """A sequence in which every token is real."""
         return TokenSequence(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), pooled)
 
     def map(self, tokens: Callable[[Tensor], Tensor], pooled: Callable[[Tensor], Tensor]) -> TokenSequence:
-        """The sequence with `tokens` and `pooled` passed through the given functions; the mask stays."""
+        """Apply one function to the tokens and one to the pooled embeddings; the mask stays."""
         return TokenSequence(tokens(self.tokens), self.mask, pooled(self.pooled))
 
     def take(self, rows: Tensor) -> TokenSequence:
@@ -118,7 +122,7 @@ class TokenSequence(NamedTuple):
 
     @staticmethod
     def cat(parts: list[TokenSequence]) -> TokenSequence:
-        """Batches joined along B; shorter token axes are padded with masked zeros."""
+        """Join batches along B. Shorter token axes are padded with masked zeros."""
         length = max(part.tokens.shape[1] for part in parts)
         tokens = [torch.nn.functional.pad(p.tokens, (0, 0, 0, length - p.tokens.shape[1])) for p in parts]
         masks = [torch.nn.functional.pad(p.mask, (0, length - p.mask.shape[1])) for p in parts]

@@ -1,16 +1,16 @@
-"""Checkpoints: written whole or not at all, verified before they are read, complete in themselves.
+"""Checkpoints: written whole or not at all, and verified before they are read.
 
     RUN/checkpoints/step-N/
         model.safetensors       the full fp32 weights
-        config.resolved.yaml    what they belong to
-        text_encoder/           its configuration and tokenizer, no weights
-        deepspeed/              moments and shards, one file a rank
+        config.resolved.yaml    the configuration of the run
+        text_encoder/           configuration and tokenizer of the text encoder, no weights
+        deepspeed/              optimizer state, one file per rank
         state.json              step and samples seen
         manifest.json           size and sha256 of every file above
-    RUN/latest, RUN/best        links to one of them
+    RUN/latest, RUN/best        links to one of the checkpoints
 
-A checkpoint is built in a temporary folder, synced, renamed, and only then linked. To load a model nothing else is
-needed: neither the text encoder nor the audio checkpoint that training started from, nor a network.
+A checkpoint is written to a temporary folder, synced, renamed, and only then linked. It is enough to load the model:
+the text encoder and the audio checkpoint that training started from are not needed, and no network is.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ WEIGHTS, CONFIG, TEXT_ENCODER, STATE, MANIFEST = (
 
 
 class Trained(Protocol):
-    """What a checkpoint is written from: a model under training, on all ranks."""
+    """A model in training, on all ranks, that a checkpoint can be written from."""
 
     model: Retriever
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Writes what a resume needs beside the weights, every rank its own files."""
+        """Write what resuming needs beside the weights. Every rank writes its own files."""
 
     def full_weights(self) -> dict[str, Tensor]:
-        """The weights on the main rank, {} elsewhere."""
+        """The weights on the main rank, {} on the others."""
 
 
 def save(run: Path, trained: Trained, world: World, config_yaml: str, state: dict[str, Any]) -> Path:
-    """Write checkpoint step-`state["step"]` and link it as latest. All ranks call this; returns its folder."""
+    """Write checkpoint step-`state["step"]`, link it as latest, and return its folder. All ranks call this."""
     final = run / "checkpoints" / f"step-{state['step']}"
     temporary = final.with_name(f".{final.name}.partial")
     if world.is_main:
@@ -74,19 +74,17 @@ def save(run: Path, trained: Trained, world: World, config_yaml: str, state: dic
     world.barrier()  # every rank's files are there
     if world.is_main:
         _seal(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        sync(final.parent)
+        _rename(temporary, final)
         link(run, "latest", final)
     world.barrier()
     return final
 
 
 def build_retriever(config: RunConfig, folder: Path, **options: Any) -> Retriever:
-    """The model of `config` with the weights of the checkpoint in `folder`; no pretrained weights are read for it.
+    """Build the model of `config` with the weights of the checkpoint in `folder`. Pretrained weights are not read.
 
-    options: of `Retriever`. Raises UserError if the weights are another model's, or if a checkpoint of version 0.1,
-    which holds no text encoder files, names a text encoder that is not there.
+    options: of `Retriever`. Raises UserError if the weights belong to another model, or if the text encoder of a
+    checkpoint of version 0.1, which holds no files of it, is not found.
     """
     config = config.model_copy(deep=True)
     config.model.audio.checkpoint = None
@@ -104,7 +102,7 @@ def build_retriever(config: RunConfig, folder: Path, **options: Any) -> Retrieve
 
 
 def _text_encoder_of_version_0_1(folder: Path, name: str, settings: dict[str, Any]) -> TextEncoder:
-    """One of a hub, for checkpoints stored no files of it then."""
+    """The text encoder by its name on a hub, because checkpoints of version 0.1 hold no files of it."""
     try:
         return build_text_encoder(name, **settings)
     except UserError as error:
@@ -115,9 +113,9 @@ def _text_encoder_of_version_0_1(folder: Path, name: str, settings: dict[str, An
 
 
 def load_retriever(location: str | Path, plugins: Sequence[str] = ()) -> tuple[Retriever, RunConfig, Path]:
-    """A trained model with its configuration and the folder it came from.
+    """Load a trained model. Returns it with its configuration and the folder of its checkpoint.
 
-    plugins: as for `read_config`. Raises UserError if it cannot be loaded.
+    plugins: as for `read_config`. Raises UserError if the model cannot be loaded.
     """
     folder = find_checkpoint(location)
     check_checksums(folder)
@@ -126,16 +124,19 @@ def load_retriever(location: str | Path, plugins: Sequence[str] = ()) -> tuple[R
 
 
 def read_config(folder: Path, plugins: Sequence[str] = ()) -> RunConfig:
-    """The configuration of the checkpoint in `folder`.
+    """Read the configuration of the checkpoint in `folder`.
 
-    plugins: the modules that may be imported for it. A checkpoint may come from anywhere, so none is imported because
-    the checkpoint names it: UserError names those that are missing here.
+    plugins: the modules that are imported for it. A checkpoint may come from an untrusted source, so no module is
+    imported because the checkpoint names it. Raises UserError that lists the modules that it needs beyond these.
     """
     return load_config(folder / CONFIG, plugins=plugins, trusted=False)
 
 
 def find_checkpoint(location: str | Path) -> Path:
-    """The folder that holds the weights of a run (best, else latest, else newest) or of a checkpoint."""
+    """Find the checkpoint folder of a run (best, else latest, else newest); that of a checkpoint is the folder itself.
+
+    Raises UserError if there is none.
+    """
     if not isinstance(location, str | os.PathLike):
         raise UserError(f"no checkpoint at {location!r}: give the path of a run folder or of one of its checkpoints")
     location = Path(location)
@@ -143,13 +144,13 @@ def find_checkpoint(location: str | Path) -> Path:
         for folder in (location, location / "best", location / "latest", *newest_first(location)):
             if (folder / WEIGHTS).is_file():
                 return folder.resolve()
-    except OSError as error:  # a name that is too long, say
+    except OSError as error:  # for example a name that is too long
         raise UserError(f"no checkpoint at {location!s:.200} ({error.strerror}): give a run folder") from None
     raise UserError(f"no checkpoint at {location}: give a run folder or one of its checkpoints/step-N")
 
 
 def read_weights(location: str | Path) -> dict[str, Tensor]:
-    """The weights of a run folder (its best checkpoint, else its latest) or of one checkpoint folder."""
+    """Read the weights of a run folder or a checkpoint folder. Raises UserError if they are damaged."""
     path = find_checkpoint(location) / WEIGHTS
     try:
         return load_file(path)
@@ -158,7 +159,10 @@ def read_weights(location: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str) -> None:
-    """Load `weights` strictly. Raises UserError naming the first keys that do not fit."""
+    """Load `weights` strictly. Raises UserError that names the first keys that do not fit.
+
+    place: source of the weights, for the message.
+    """
     own = model.state_dict()
     wrong = [f"missing {k}" for k in own if k not in weights]
     wrong += [f"unexpected {k}" for k in weights if k not in own]
@@ -177,7 +181,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str) -> No
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `save` was given as state: at least the step."""
+    """The `state` that `save` was called with; it holds at least the step. Raises UserError if it is not readable."""
     try:
         state = dict(json.loads((folder / STATE).read_text()))
         return {**state, "step": int(state["step"])}
@@ -188,7 +192,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def link(run: Path, name: str, checkpoint: Path) -> None:
-    """Point RUN/`name` at a checkpoint, in one step."""
+    """Make RUN/`name` a link to a checkpoint, in one atomic step."""
     temporary = run / f".{name}.partial"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(checkpoint.relative_to(run))
@@ -197,9 +201,9 @@ def link(run: Path, name: str, checkpoint: Path) -> None:
 
 
 def newest_sound(run: Path) -> Path | None:
-    """The newest checkpoint of a run whose checksums hold; None where the run has none at all.
+    """The newest checkpoint of a run with correct checksums, None if the run has no checkpoint.
 
-    Raises UserError where there are checkpoints and all of them are broken: a run never starts over silently.
+    Raises UserError if all checkpoints are broken, because a run must not silently start over.
     """
     checkpoints = newest_first(run)
     for checkpoint in checkpoints:
@@ -213,15 +217,15 @@ def newest_sound(run: Path) -> Path | None:
 
 
 def newest_first(run: Path) -> list[Path]:
-    """The run's checkpoints by falling step."""
+    """The checkpoints of the run, sorted by falling step."""
     found = [(int(m[1]), p) for p in run.glob("checkpoints/step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def check_checksums(checkpoint: Path) -> None:
-    """UserError if the weights or the text encoder's files are not those of the manifest.
+    """Raise UserError if the weights or the files of the text encoder do not match the manifest.
 
-    Without a manifest they are taken as they are. The configuration may be edited.
+    A checkpoint without a manifest is not checked. The configuration may be edited.
     """
     if (checkpoint / MANIFEST).is_file():
         faults = verify(checkpoint, (WEIGHTS, TEXT_ENCODER))
@@ -230,7 +234,10 @@ def check_checksums(checkpoint: Path) -> None:
 
 
 def verify(checkpoint: Path, only: tuple[str, ...] = ("",)) -> list[str]:
-    """What is wrong with a checkpoint by its manifest; empty where nothing is. only: beginnings of the files' names."""
+    """Compare a checkpoint with its manifest and return one line per fault.
+
+    only: beginnings of the names of the files to check, by default all files.
+    """
     try:
         files = dict(json.loads((checkpoint / MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -250,7 +257,7 @@ def verify(checkpoint: Path, only: tuple[str, ...] = ("",)) -> list[str]:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one, and what interrupted saving has left."""
+    """Remove all checkpoints except the newest `keep` and the best one, and the remains of interrupted saving."""
     for partial in run.glob("checkpoints/.step-*.partial"):
         shutil.rmtree(partial)
     best = (run / "best").resolve() if (run / "best").exists() else None
@@ -259,8 +266,19 @@ def prune(run: Path, keep: int) -> None:
             shutil.rmtree(checkpoint)
 
 
+def _rename(finished: Path, final: Path) -> None:
+    """Rename a finished checkpoint. An older one of the same step moves aside first and is deleted last."""
+    aside = final.with_name(f".{final.name}.replaced.partial")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(final, aside)
+    os.replace(finished, final)
+    sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def _seal(folder: Path) -> None:
-    """Sync every file and write the manifest over them."""
+    """Sync every file and write the manifest of all files."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         sync(path)

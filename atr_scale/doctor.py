@@ -1,4 +1,4 @@
-"""What an audio encoder is, whether a checkpoint loads into it, what it costs here and what it hears.
+"""Check an audio encoder: its sizes, whether a checkpoint loads, its speed and memory, the tags of a recording.
 
 Shape suffixes: B batch, S samples, L classes.
 """
@@ -32,7 +32,11 @@ NUM_TAGS = 5
 
 @dataclass(frozen=True)
 class Measurement:
-    """Clips per second, and peak memory in bytes beyond the weights; None where the system does not tell."""
+    """Speed and memory of an encoder.
+
+    seconds: length of the clips. forward, training: clips per second. forward_memory, training_memory: peak memory in
+    bytes beyond the weights, None if the system does not report it.
+    """
 
     device: str
     dtype: str
@@ -45,10 +49,10 @@ class Measurement:
 
 
 def time_encoder(encoder: AudioEncoder, seconds: float = 10.0, batch_size: int = 4, repeats: int = 3) -> Measurement:
-    """Times `encoder`, where it is, on noise; the median of `repeats` after a first call that does not count.
+    """Time `encoder` on noise, on its device: the median of `repeats` calls after one warm-up call.
 
-    forward: in evaluation without gradients; training: forward and backward. Memory on a GPU is what tensors take; on a
-    CPU the growth of the process, which is exact in a fresh one alone.
+    forward is evaluation without gradients, training is a forward and a backward pass. On a GPU memory is the memory of
+    tensors. On a CPU it is the growth of the process, which is exact only in a new process.
     """
     parameter = next(encoder.parameters())
     device, was_training = parameter.device, encoder.training
@@ -85,7 +89,7 @@ def time_encoder(encoder: AudioEncoder, seconds: float = 10.0, batch_size: int =
 
 
 def time_encoder_by_name(name: str, seconds: float, batch_size: int, repeats: int) -> Measurement:
-    """`time_encoder` of a randomly initialised encoder, on a GPU if there is one."""
+    """Call `time_encoder` with a randomly initialised encoder, on a GPU if there is one."""
     encoder = build_audio_encoder(name).to("cuda" if torch.cuda.is_available() else "cpu")
     return time_encoder(encoder, seconds, batch_size, repeats)
 
@@ -103,8 +107,11 @@ def _median_time(step: Callable[[], None], repeats: int, device: torch.device) -
 
 @torch.no_grad()
 def top_tags(encoder: AudioEncoder, waveform_S: Tensor, labels: list[str], count: int = NUM_TAGS) -> dict[str, float]:
-    """The most probable classes of a clip, the most probable first. UserError where the encoder has no classifier, or
-    `labels` (none: indices are the names) are not as many as its classes."""
+    """The `count` most probable classes of a clip [S] with their probabilities, the most probable first.
+
+    labels: names of the classes; if empty, the names are the indices. Raises UserError if the encoder has no classifier
+    or if the number of labels is not that of its classes.
+    """
     probabilities_L = encoder.tags(waveform_S.unsqueeze(0))[0].sigmoid()
     names = labels or [f"class {i}" for i in range(len(probabilities_L))]
     if len(names) != len(probabilities_L):
@@ -114,7 +121,10 @@ def top_tags(encoder: AudioEncoder, waveform_S: Tensor, labels: list[str], count
 
 
 def read_labels(path: Path) -> list[str]:
-    """Class names by index, from AudioSet's class_labels_indices.csv (index, mid, display_name)."""
+    """Names of the classes, from AudioSet's class_labels_indices.csv (index, mid, display_name).
+
+    Raises UserError if the file is not such a list.
+    """
     try:
         with open(path, newline="", encoding="utf-8") as file:
             names = {int(row["index"]): row["display_name"] for row in csv.DictReader(file)}
@@ -128,13 +138,13 @@ def read_labels(path: Path) -> list[str]:
 
 
 def read_audio(path: Path, sample_rate: int) -> Tensor:
-    """float32 [samples], mono, at `sample_rate` Hz."""
+    """Read a recording as mono float32 [samples] at `sample_rate` Hz. Raises UserError if it is not audio."""
     try:
         return torch.from_numpy(decode(path.read_bytes(), path.suffix.lstrip("."), sample_rate))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): give an audio file") from None
     except BadSample as error:
-        raise UserError(f"{path} cannot be heard ({error}): give an audio file") from None
+        raise UserError(f"{path} cannot be decoded ({error}): give an audio file") from None
 
 
 def diagnose(
@@ -147,15 +157,16 @@ def diagnose(
     batch_size: int = 4,
     repeats: int = 3,
 ) -> dict[str, Any]:
-    """All facts about the encoder called `name`, or about the one that `checkpoint` belongs to.
+    """Examine the encoder `name`, by default the one that `checkpoint` fits. Returns all results by name.
 
-    Raises UserError where the checkpoint does not load, belongs to no encoder or to several, and where there is nothing
-    that could tag `audio`.
+    audio: recording to tag. labels: file with the names of the classes. seconds, batch_size: length and number of the
+    timed clips. repeats: number of timed calls.
+    Raises UserError if the checkpoint does not load or fits no encoder or several, or if `audio` cannot be tagged.
     """
     if audio is not None and checkpoint is None:
-        raise UserError("--audio without --checkpoint: random weights hear nothing, give the original file too")
+        raise UserError("--audio without --checkpoint: random weights cannot tag, give the original file too")
     if labels is not None and audio is None:
-        raise UserError("--labels without --audio: give a recording whose tags shall be named")
+        raise UserError("--labels without --audio: give a recording to tag")
     names = read_labels(labels) if labels is not None else []
     if name is None:
         if checkpoint is None:
@@ -190,7 +201,7 @@ def diagnose(
 
 
 def _measure_in_fresh_process(name: str, seconds: float, batch_size: int, repeats: int) -> Measurement:
-    """In this one, memory that was given back already would hide the growth."""
+    """Time in a new process, because memory that this process has freed would hide the growth."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         try:
             return fresh.submit(time_encoder_by_name, name, seconds, batch_size, repeats).result()
@@ -205,12 +216,12 @@ def _only(names: list[str], checkpoint: Path) -> str:
     if len(names) == 1:
         return names[0]
     if not names:
-        raise UserError(f"{checkpoint} is no checkpoint of an encoder known here: say with --encoder what it should be")
+        raise UserError(f"{checkpoint} fits no known encoder: give --encoder NAME to see what is wrong with it")
     raise UserError(f"{checkpoint} loads into {' and '.join(names)}: choose one with --encoder")
 
 
 def describe_facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """The facts of `diagnose` for people: a name and a text in each row."""
+    """The results of `diagnose` as rows of a table: a name and a text."""
     measured, native = facts["measured"], facts["native_seconds"]
     rows = [("encoder", facts["encoder"])]
     if "layout" in facts:
@@ -252,6 +263,7 @@ def _cost(rate: float, memory: int | None) -> str:
 
 
 def write_facts(facts: dict[str, Any], path: Path) -> None:
+    """Write the results of `diagnose` as JSON. Raises UserError if the file cannot be written."""
     try:
         path.write_text(json.dumps(facts, indent=2) + "\n")
     except OSError as error:

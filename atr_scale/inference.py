@@ -1,6 +1,6 @@
-"""A trained model as a library: sentences and sounds in, vectors and scores out.
+"""A trained model as a library: embeddings and scores of texts and audio.
 
-Shape suffixes: n sentences or clips, d width of the vectors.
+Shape suffixes: n texts or clips, d width of the embeddings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Waveform = NDArray[Any] | Tensor
 Audio = str | Path | Waveform
 T = TypeVar("T")
 BAR_AFTER = 2.0  # seconds of work after which a progress bar appears
-MAX_PEAK = 10.0  # samples beyond it are integers in the shape of floats, or no audio
+MAX_PEAK = 10.0  # larger samples are integers stored as floats, or not audio
 
 
 def load_trained(
@@ -56,10 +56,12 @@ def load_trained(
 
 
 class TrainedModel:
-    """What `atr_scale.load` returns.
+    """A trained model that embeds and scores texts and audio; `atr_scale.load` returns it.
 
-    module: the Retriever, a torch module in evaluation mode. config: the configuration of its run. device: where it is.
-    tokenizer: sentences -> token ids, cleaned as in training.
+    module: the Retriever, a torch module in evaluation mode.
+    config: the configuration of its run.
+    device: the device of the module.
+    tokenizer: texts -> token ids, with the caption cleaning of training.
     """
 
     def __init__(self, module: Retriever, config: RunConfig, device: torch.device) -> None:
@@ -68,16 +70,16 @@ class TrainedModel:
 
     @property
     def sample_rate(self) -> int:
-        """Rate that the audio encoder takes, Hz; other rates are resampled."""
+        """Sample rate of the audio encoder in Hz. Audio with another rate is resampled."""
         return self.module.sample_rate
 
     def embed_text(self, texts: Sequence[str], batch_size: int | None = None) -> NDArray[np.float32]:
-        """Unit vectors [n, d] of sentences.
+        """Embeddings [n, d] of texts, of unit length.
 
-        batch_size: sentences encoded at once, default evaluation.batch_size of the run. Raises UserError if the model's
-        scorer has no vectors (use `similarity`), or if `texts` is no list of strings.
+        batch_size: number of texts encoded at once, by default evaluation.batch_size of the run.
+        Raises UserError if the model is a pairwise scorer (use `similarity`) or if `texts` is not a list of strings.
         """
-        self._need_vectors("embed_text")
+        self._need_dual_encoder("embed_text")
         return self._encode_text(texts, batch_size).pooled.numpy()
 
     def embed_audio(
@@ -87,14 +89,16 @@ class TrainedModel:
         batch_size: int | None = None,
         seconds: float | None = None,
     ) -> NDArray[np.float32]:
-        """Unit vectors [n, d] of clips.
+        """Embeddings [n, d] of clips, of unit length.
 
-        audio: paths of sound files, or mono waveforms [samples] (numpy or torch, floats or int16) of `sample_rate` Hz.
-        seconds: how much of a clip's start is read, default data.evaluation_seconds of the run. batch_size: clips
-        encoded at once, default evaluation.batch_size. Raises UserError if the model's scorer has no vectors (use
-        `similarity`), or if a clip cannot be used; it names the clip and the reason.
+        audio: paths of audio files, or mono waveforms [samples] (numpy or torch, floats in [-1, 1] or int16).
+        sample_rate: of the waveforms, in Hz.
+        batch_size: number of clips encoded at once, by default evaluation.batch_size of the run.
+        seconds: only this much from the start of each clip is read, by default data.evaluation_seconds of the run.
+        Raises UserError if the model is a pairwise scorer (use `similarity`), or if a clip cannot be used; it names the
+        clip and the reason.
         """
-        self._need_vectors("embed_audio")
+        self._need_dual_encoder("embed_audio")
         return self._encode_audio(audio, sample_rate, batch_size, seconds).pooled.numpy()
 
     def similarity(
@@ -105,9 +109,9 @@ class TrainedModel:
         batch_size: int | None = None,
         seconds: float | None = None,
     ) -> NDArray[np.float32]:
-        """Scores [texts, audios] of every sentence with every clip; higher is more alike, for every scorer.
+        """Scores [texts, clips] of every text with every clip. For every scorer a higher score is a better match.
 
-        Arguments as for `embed_text` and `embed_audio`.
+        The arguments are those of `embed_text` and `embed_audio`. Raises UserError like them, for any scorer.
         """
         text = self._encode_text(texts, batch_size)
         clips = self._encode_audio(audio, sample_rate, batch_size, seconds)
@@ -119,9 +123,9 @@ class TrainedModel:
         texts = _as_list(texts, "texts", str)
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
-                raise UserError(f"texts[{number}] is {text!r}: give a sentence")
+                raise UserError(f"texts[{number}] is {text!r}: give a text that is not empty")
             if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise UserError(f"texts[{number}] is {text!r}, no valid Unicode: read it with its right encoding")
+                raise UserError(f"texts[{number}] is {text!r}, not valid Unicode: read it with the right encoding")
         parts = []
         for group in self._groups(texts, batch_size, "embedding texts"):
             ids, mask = self.tokenizer(group)
@@ -149,16 +153,16 @@ class TrainedModel:
             encoded = self.module.encode_audio(waveform.to(self.device), lengths)
             parts.append(as_read(self.module.scorer, encoded, "audio"))
             finite = parts[-1].pooled.isfinite().all(1).tolist()
-            if not all(finite):  # a file of floats may hold anything
+            if not all(finite):  # a file of floats may hold any numbers
                 number = finite.index(False)
                 raise UserError(
-                    f"audio[{done + number}] has no finite vector: its samples reach "
-                    f"{np.abs(waveforms[number]).max():g} where [-1, 1] is expected, or the weights are damaged"
+                    f"audio[{done + number}] has no finite embedding: its largest sample is "
+                    f"{np.abs(waveforms[number]).max():g}; give samples in [-1, 1], or check the weights"
                 )
             done += len(waveforms)
         if cut:
             logger.warning(
-                "only the first %g s were read of %d clips that are longer, %s the first; seconds=... reads more",
+                "only the first %g s of %d longer clips were read, the first is %s; seconds=... reads more",
                 limit, len(cut), cut[0],
             )  # fmt: skip
         return TokenSequence.cat(parts)
@@ -174,7 +178,10 @@ class TrainedModel:
     def _read(
         self, clip: Audio, place: str, sample_rate: int | None, seconds: float, cut: list[str]
     ) -> NDArray[np.float32]:
-        """One clip as mono float32 at the model's rate; its place goes to `cut` if it is longer than `seconds`."""
+        """Read one clip as mono float32 at the rate of the model.
+
+        place: name of the clip in messages. It is added to `cut` if the clip is longer than `seconds`.
+        """
         try:
             if not isinstance(clip, str | Path):
                 return self._resample(_mono(clip, place), place, sample_rate, seconds, cut)
@@ -211,18 +218,19 @@ class TrainedModel:
         if sample_rate == self.sample_rate:
             return waveform
         wanted = max(1, round(len(waveform) * self.sample_rate / sample_rate))
-        return soxr.resample(waveform, sample_rate, self.sample_rate, quality="HQ")[:wanted]
+        resampled: NDArray[np.float32] = soxr.resample(waveform, sample_rate, self.sample_rate, quality="HQ")
+        return resampled[:wanted]
 
-    def _need_vectors(self, method: str) -> None:
+    def _need_dual_encoder(self, method: str) -> None:
         if not self.module.scorer.is_dual_encoder:
             raise UserError(
-                f"{method}: the scorer {self.config.model.scorer.name} of this model compares a sentence and a clip "
-                "directly and has no vectors: use similarity(texts, audio)"
+                f"{method}: the scorer {self.config.model.scorer.name} of this model is pairwise, so it has no "
+                "embeddings: use similarity(texts, audio)"
             )
 
 
 def _as_list(items: Sequence[Any], name: str, *single: type) -> list[Any]:
-    """UserError if `items` is one item, or nothing, in the place of a list."""
+    """The items as a list. Raises UserError if `items` is a single item of the types `single`, no list, or empty."""
     if isinstance(items, single):
         raise UserError(f"{name} is one item, {str(items)!r}: give a list, [{str(items)!r}]")
     try:
@@ -235,19 +243,19 @@ def _as_list(items: Sequence[Any], name: str, *single: type) -> list[Any]:
 
 
 def _positive(number: Any, name: str) -> float:
-    """UserError if `number` is none above 0."""
+    """`number` as a float. Raises UserError if it is not a finite number above 0."""
     if isinstance(number, bool) or not isinstance(number, int | float | np.number) or not 0 < number < np.inf:
         raise UserError(f"{name} = {number!r}: give a number above 0")
     return float(number)
 
 
 def _mono(waveform: Waveform, place: str) -> NDArray[np.float32]:
-    """A copy of the samples, float32."""
+    """A copy of the samples as float32. Raises UserError if they are not a mono waveform of floats or int16."""
     if isinstance(waveform, Tensor):
         try:
             waveform = waveform.detach().to("cpu", torch.float32 if waveform.is_floating_point() else None)
             values = waveform.resolve_neg().numpy()
-        except (RuntimeError, TypeError) as error:  # sparse, or without values
+        except (RuntimeError, TypeError) as error:  # a sparse tensor, or one without values
             raise UserError(f"{place} is a tensor that cannot be read ({one_line(error)}): give samples") from None
     else:
         try:
@@ -264,5 +272,5 @@ def _mono(waveform: Waveform, place: str) -> NDArray[np.float32]:
         return values.astype(np.float32) * np.float32(FULL_SCALE)
     if values.dtype.kind != "f":
         raise UserError(f"{place} holds {values.dtype}: give floats in [-1, 1], or int16")
-    with np.errstate(over="ignore"):  # what becomes infinite is refused with the rest
+    with np.errstate(over="ignore"):  # samples that become infinite are refused later
         return values.astype(np.float32)

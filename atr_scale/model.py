@@ -1,13 +1,14 @@
 """The retriever: two encoders, their projections to a common width, and a scorer.
 
-Shape suffixes: B texts of the global batch, b rows of this rank, L word pieces, T tokens, D common width.
+Shape suffixes: B captions of the global batch, b rows of this rank, L tokens of a padded caption, T tokens, D common
+width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Encoded(NamedTuple):
-    """What the loss reads of a batch's rows. A side whose tokens nothing reads has none (T = 0)."""
+    """The encoded rows of a batch. If neither scorer nor loss reads the tokens of a side, it has none (T = 0)."""
 
     text: TokenSequence
     audio: TokenSequence
@@ -42,10 +43,11 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a forward of training knows beside its batch.
+    """Inputs of a forward pass in training beside its batch.
 
-    step: updates made so far; terms may depend on it. augment_seed: fixes the audio encoder's draws, equal on all
-    ranks. teacher: scores [B, b] of a batch, all captions of the global batch against this rank's clips.
+    step: number of optimizer steps so far; loss terms may depend on it.
+    augment_seed: seed of the random draws of the audio encoder, equal on all ranks.
+    teacher: gives the teacher scores [B, b] of all captions of a global batch with the clips of this rank.
     """
 
     step: int = 0
@@ -57,7 +59,7 @@ NO_CONTEXT = StepContext()
 
 
 class Projection(nn.Module):
-    """A token sequence at the common width, tokens and pooled vector through the same map."""
+    """Projects tokens and pooled embeddings to the common width with the same map."""
 
     def __init__(self, width: int, section: ProjectionSection) -> None:
         super().__init__()
@@ -67,17 +69,17 @@ class Projection(nn.Module):
         elif section.kind == "linear":
             self.map, self.dim = nn.Linear(width, section.dim), section.dim
         else:
-            # Mei et al. and WavCaps: Linear, ReLU, Linear at the joint width.
+            # Linear, ReLU, Linear at the common width: Mei et al. and WavCaps.
             self.map = nn.Sequential(nn.Linear(width, section.dim), nn.ReLU(), nn.Linear(section.dim, section.dim))
             self.dim = section.dim
 
     def forward(self, sequence: TokenSequence, with_tokens: bool) -> TokenSequence:
-        """Tokens are projected only where the scorer reads them; otherwise they keep the encoder's width."""
+        """with_tokens: also project the tokens. Otherwise they keep the width of the encoder."""
         return sequence.map(self.map if with_tokens else lambda tokens: tokens, self.map)
 
 
 class Retriever(nn.Module):
-    """Scores any text against any audio; in training, the loss of a global batch."""
+    """Encodes and scores captions and clips. In training it computes the loss of a global batch."""
 
     def __init__(
         self,
@@ -88,8 +90,13 @@ class Retriever(nn.Module):
         equal_rounds: Callable[[int], int] | None = None,
         text_encoder: TextEncoder | None = None,
     ) -> None:
-        """precision: fp32, bf16 or fp16, what the encoders compute in; parameters stay fp32. equal_rounds: see
-        `AudioEncoder`. text_encoder: in the place of the one that `model` names, which then is not loaded."""
+        """model, objective: sections of a configuration.
+
+        precision: autocast type of the encoders, fp32, bf16 or fp16; parameters stay fp32.
+        equal_rounds: see `encode_in_buckets`.
+        text_encoder: used instead of the text encoder that `model` names, which then is not loaded.
+        Raises UserError if an encoder or scorer cannot be built, or if the widths of the encoders do not fit.
+        """
         super().__init__()
         self.precision = precision
         self.audio_encoder = build_audio_encoder(**model.audio.model_dump(), equal_rounds=equal_rounds)
@@ -111,18 +118,22 @@ class Retriever(nn.Module):
 
     @property
     def sample_rate(self) -> int:
-        """Rate of the waveforms that the audio encoder takes, Hz."""
+        """Sample rate of the waveforms that the audio encoder takes, in Hz."""
         return self.audio_encoder.sample_rate
 
     def encode_audio(self, waveform: Tensor, lengths: Tensor, augment_seed: int = 0) -> TokenSequence:
-        """[b, samples] float32 and [b] int64 -> tokens [b, T, D]."""
+        """Waveforms float32 [b, samples] with lengths int64 [b] -> sequence with tokens [b, T, D]."""
         with self._autocast(waveform):
-            return self.audio_projection(self.audio_encoder(waveform, lengths, augment_seed), self.reads_audio_tokens)
+            encoded: TokenSequence = self.audio_encoder(waveform, lengths, augment_seed)
+            projected: TokenSequence = self.audio_projection(encoded, self.reads_audio_tokens)
+        return projected
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TokenSequence:
-        """[b, L] int64 twice -> tokens [b, L, D]."""
+        """input_ids and attention_mask, both int64 [b, L] -> sequence with tokens [b, L, D]."""
         with self._autocast(input_ids):
-            return self.text_projection(self.text_encoder(input_ids, attention_mask), self.reads_text_tokens)
+            encoded: TokenSequence = self.text_encoder(input_ids, attention_mask)
+            projected: TokenSequence = self.text_projection(encoded, self.reads_text_tokens)
+        return projected
 
     def forward(
         self,
@@ -131,12 +142,14 @@ class Retriever(nn.Module):
         encoded: Encoded | None = None,
         encode_only: bool = False,
     ) -> dict[str, Tensor] | Encoded:
-        """Loss terms over the global batch, each a scalar equal on all ranks, "loss" their weighted sum, "temperature".
+        """Loss terms over the global batch: scalars that are equal on all ranks.
 
-        The backward of "loss" gives this rank's share of the gradient: the sum over ranks is the gradient.
+        "loss" is their weighted sum, "temperature" is the temperature. The backward pass of "loss" gives each rank a
+        part of the gradient; the gradient is the sum over ranks.
 
-        encoded: the batch as encoded before; then neither its waveform nor its captions are read.
-        encode_only: `encode` instead. Both are here because hooks that gather sharded parameters sit on this call.
+        encoded: encoded rows of the batch. If given, waveform and captions of the batch are not read.
+        encode_only: return `encode(batch, context)` instead. It goes through this method because hooks on it gather
+        sharded parameters.
         """
         if encode_only:
             return self.encode(batch, context)
@@ -144,7 +157,7 @@ class Retriever(nn.Module):
         return {**self.objective(inputs), "temperature": inputs.temperature.detach().squeeze()}
 
     def encode(self, batch: Batch, context: StepContext = NO_CONTEXT) -> Encoded:
-        """Both sides of some rows."""
+        """Encode the captions and the clips of a batch."""
         text = self.encode_text(batch.input_ids, batch.attention_mask)
         audio = self.encode_audio(batch.waveform, batch.lengths, context.augment_seed)
         return Encoded(
@@ -153,11 +166,11 @@ class Retriever(nn.Module):
         )
 
     def loss_inputs(self, batch: Batch, encoded: Encoded, context: StepContext = NO_CONTEXT) -> LossInputs:
-        """What the objective is computed from; `encoded` are the rows of `batch`."""
+        """Inputs of the objective. encoded: the encoded rows of `batch`."""
         world, (text, audio) = World.current(), encoded
 
         def teacher() -> ScoreBlock:
-            assert context.teacher is not None, "a term asks for a teacher and there is none"
+            assert context.teacher is not None, "a loss term needs a teacher and none is given"
             return context.teacher(batch, world)
 
         return LossInputs(
@@ -173,11 +186,11 @@ class Retriever(nn.Module):
         )
 
     def _whole_clip(self, audio: TokenSequence) -> Tensor:
-        """One vector a clip [b, D] at the common width, from what the scorer reads of it."""
+        """One embedding per clip [b, D], from the part of the sequence that the scorer reads."""
         return mean_over_frames(audio) if self.scorer.reads_audio_tokens else audio.pooled
 
-    def train(self, mode: bool = True) -> Retriever:
-        """Training mode for what is trained: frozen encoders and layers keep their dropout off."""
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, except for frozen modules, whose dropout stays off."""
         super().train(mode)
         for module in self.modules():
             parameters = list(module.parameters())
@@ -186,12 +199,12 @@ class Retriever(nn.Module):
         return self
 
     def _autocast(self, like: Tensor) -> torch.autocast:
-        """For the encoders alone: scores, logits and losses are fp32."""
+        """Autocast of the encoders. Scores, logits and losses are computed in fp32."""
         dtype = AUTOCAST.get(self.precision)
         return torch.autocast(like.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters by the names "audio", "text" and "heads" (projections, scorer, temperature, loss)."""
+        """Named trainable parameters of "audio", "text" and "heads" (projections, scorer, temperature, loss)."""
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {"audio": [], "text": [], "heads": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -201,6 +214,7 @@ class Retriever(nn.Module):
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """Number of values in all parameters."""
     return sum(p.numel() for p in parameters)
 
 

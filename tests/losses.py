@@ -56,12 +56,13 @@ def dense_loss(
     if name == "distillation":
         return dense.distillation(scores, teacher[0] @ teacher[1].T, temperature)
     if name == "cmsc":
-        inside = [x @ x.T for x in teacher]
-        return dense.cmsc(scores, *inside, temperature, positives=positives, **options)
+        in_text, in_audio = (x @ x.T for x in teacher)
+        return dense.cmsc(scores, in_text, in_audio, temperature, positives=positives, **options)
     if name == "intra_modal":
         same = (None, None) if ids is None else [positives_mask(x, x) for x in ids]
         both = zip((text, audio), same, strict=True)
-        return sum(dense.intra_modal(x @ x.T, temperature, agreeing) for x, agreeing in both) / 2
+        of_text, of_audio = (dense.intra_modal(x @ x.T, temperature, agreeing) for x, agreeing in both)
+        return (of_text + of_audio) / 2
     return getattr(dense, name)(scores, temperature, positives=positives, **options)
 
 
@@ -78,18 +79,19 @@ def tiled_loss(
     """The same over ranks: all arguments are this rank's."""
     world = World.current()
     name, options = CASES[case]
-    kept = {} if name == "pmr" else {"kept_bytes": kept_bytes}
+    kept: dict[str, Any] = {} if name == "pmr" else {"kept_bytes": kept_bytes}
     if name == "intra_modal":
         same = (None, None) if ids is None else [(world.gather(x), x) for x in ids]
         local = case == "intra_modal_local"
         inside = [ModalityScores(x) if local else make(world.gather(x), x) for x in (text, audio)]
         both = zip(inside, same, strict=True)
-        return sum(tiled.intra_modal(b, temperature, agreeing, **kept) for b, agreeing in both) / 2
+        of_text, of_audio = (tiled.intra_modal(b, temperature, agreeing, **kept) for b, agreeing in both)
+        return (of_text + of_audio) / 2
     block = make(world.gather(text), audio)
     if name == "distillation":
         return tiled.distillation(block, make(world.gather(teacher[0]), teacher[1]), temperature, **kept)
     positives = None if ids is None else (world.gather(ids[0]), ids[1])
     if name == "cmsc":
-        inside = [ModalityScores(teacher[0]), make(world.gather(teacher[1]), teacher[1])]
-        return tiled.cmsc(block, *inside, temperature, positives=positives, **options, **kept)
+        in_text, in_audio = ModalityScores(teacher[0]), make(world.gather(teacher[1]), teacher[1])
+        return tiled.cmsc(block, in_text, in_audio, temperature, positives=positives, **options, **kept)
     return getattr(tiled, name)(block, temperature, positives=positives, **options, **kept)

@@ -1,10 +1,10 @@
-"""Does a full-size audio encoder train, and what does it cost? A few updates in the DeepSpeed loop, saved and restored.
+"""Train a full-size audio encoder for a few optimizer steps with DeepSpeed, save it and restore it.
 
     python -m tools.encoder_training NAME [--checkpoint FILE] [--steps 3] [--ranks 2] [--zero-stage 3] [--batch-size 4]
 
-Clips are two seconds of noise, the text encoder is tiny, everything runs on the CPU in fp32. Prints the losses, seconds
-per update (the first apart), the peak memory of each rank, and how far the restored model's embeddings are from those
-of the trained one; ends with 1 where they differ.
+Clips are two seconds of noise, the text encoder is tiny, and everything runs on the CPU in fp32. Prints the losses, the
+seconds per optimizer step, the peak memory of each rank, and the difference between the embeddings of the trained and
+of the restored model. Exits with 1 if they differ.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from tools.ranks import run_ranks
 
 SECONDS = 2.0
 RATE = 1e-4
-TOLERANCE = 1e-5  # of the largest value of an embedding
+TOLERANCE = 1e-5  # relative to the largest value of an embedding
 
 
 def configuration(folder: Path, given: argparse.Namespace) -> RunConfig:
-    """A run of `steps` updates whose batches are synthetic, so that it names shards that do not exist."""
+    """A run of `steps` optimizer steps. Its batches are synthetic, so it names shards that do not exist."""
     build_demo_text_encoder(["a sound of noise", "another sound"], folder / "text", dim=64, heads=2)
     values = {
         "run": {"dir": str(folder / "run")},
@@ -60,19 +60,21 @@ def configuration(folder: Path, given: argparse.Namespace) -> RunConfig:
 
 
 def synthetic(config: RunConfig, step: int, sample_rate: int, world: World) -> Batch:
-    """This rank's share of a global batch of noise with random words."""
+    """The local batch of this rank from a global batch of noise with random tokens."""
     size, samples = config.train.global_batch_size, round(SECONDS * sample_rate)
     generator = torch.Generator().manual_seed(step)
     waveform = 0.1 * torch.randn(size, samples, generator=generator)
-    words = torch.randint(5, 20, (size, 8), generator=generator)
+    tokens = torch.randint(5, 20, (size, 8), generator=generator)
     ids = torch.arange(size) + step * size
     rows = slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
     lengths = torch.full((size,), samples)
-    return Batch(*(x[rows] for x in (waveform, lengths, words, torch.ones_like(words), ids, ids, ids)))
+    return Batch(
+        waveform[rows], lengths[rows], tokens[rows], torch.ones_like(tokens[rows]), ids[rows], ids[rows], ids[rows]
+    )
 
 
 def trained(config: RunConfig) -> dict[str, Any]:
-    """On each rank: losses and seconds of the updates, peak memory, difference after the checkpoint."""
+    """Train on this rank. Returns losses and seconds of the steps, peak memory, and the difference after restoring."""
     world = World.current()
     torch.manual_seed(config.run.seed)
     model = new_model(config, world)
@@ -86,7 +88,7 @@ def trained(config: RunConfig) -> dict[str, Any]:
         result = engine.update([batch], dict.fromkeys(("audio", "text", "heads"), RATE), seeds(0, step, 1, world.rank))
         seconds.append(time.perf_counter() - start)
         losses.append(result.terms["loss"])
-        assert result.applied, f"update {step} was not finite on ranks {result.bad_ranks}"
+        assert result.applied, f"step {step} was not finite on ranks {result.bad_ranks}"
     peak = peak_memory(torch.device("cpu"))
     folder = checkpoint.save(Path(config.run.dir), engine, world, config.to_yaml(), {"step": config.train.steps})
     expected = embedded(engine.model, batch)
@@ -106,18 +108,19 @@ def trained(config: RunConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def embedded(model: Retriever, batch: Batch) -> torch.Tensor:
+    """Pooled embeddings [b, D] of the clips."""
     return model.eval().encode_audio(batch.waveform, batch.lengths).pooled
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a full-size audio encoder for a few updates.")
+    parser = argparse.ArgumentParser(description="Train a full-size audio encoder for a few optimizer steps.")
     parser.add_argument("name", choices=list(AUDIO_ENCODERS), metavar="NAME")
-    parser.add_argument("--checkpoint", help="the original project's file; default: random weights")
+    parser.add_argument("--checkpoint", help="file of the original project; default: random weights")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--zero-stage", type=int, default=3, choices=range(4))
     parser.add_argument("--batch-size", type=int, default=4, help="pairs over all ranks")
-    parser.add_argument("--json", type=Path, help="write the numbers here, too")
+    parser.add_argument("--json", type=Path, help="file for the same numbers")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         ranks = run_ranks(trained, given.ranks, configuration(Path(folder), given))
@@ -139,8 +142,8 @@ def main() -> None:
     peaks = ", ".join(f"{rank['peak_bytes'] / 2**30:.2f}" for rank in ranks)
     print(f"{given.name}: {first['parameters'] / 1e6:.1f} M parameters, {given.ranks} ranks, ZeRO {given.zero_stage}")
     print(f"losses        {', '.join(f'{loss:.4f}' for loss in first['losses'])}")
-    print(f"update        {sum(later) / len(later):.2f} s, the first {first['seconds'][0]:.2f} s")
-    print(f"peak memory   {peaks} GiB a rank")
+    print(f"step          {sum(later) / len(later):.2f} s, the first {first['seconds'][0]:.2f} s")
+    print(f"peak memory   {peaks} GiB per rank")
     print(f"checkpoint    {first['checkpoint_bytes'] / 2**30:.2f} GiB, embeddings {first['difference']:.1e} apart")
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")

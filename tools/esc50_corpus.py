@@ -1,11 +1,11 @@
-"""ESC-50 as a `folder` corpus: class captions; fold 5 is the split "test", the others are "train".
+"""Write ESC-50 as a `folder` corpus with class captions. Fold 5 is the split "test", the others are "train".
 
-With --validation-fold that fold is held back as "validation", to choose hyper-parameters without the test fold.
+With --validation-fold that fold is the split "validation", to choose hyper-parameters without the test fold.
 
-    python -m tools.esc50_corpus --esc50 DIR --out DIR
-    atr-scale shards build folder --root DIR --out shards/esc50/train --split train --sample-rate 32000
+    python -m tools.esc50_corpus --esc50 ESC-50 --out corpus
+    atr-scale shards build folder --root corpus --out shards/esc50/train --split train --sample-rate 32000
 
-DIR holds `audio/` and `esc50.csv` as in the official repository; audio may be wav, flac or ogg.
+The folder of --esc50 holds `audio/` and `esc50.csv` as in the official repository. Audio is wav, flac or ogg.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CAPTION = "the sound of {}"
 
 
 def write_corpus(esc50: Path, out: Path, test_fold: int, validation_fold: int | None) -> Counter[str]:
-    """Write OUT/captions.csv and link OUT/audio; returns clips per split."""
+    """Write OUT/captions.csv and link OUT/audio; returns the number of clips per split."""
     files = {path.stem: path.name for path in (esc50 / "audio").iterdir()}
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "audio").exists():

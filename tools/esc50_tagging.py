@@ -1,10 +1,11 @@
-"""Does a tagger know ESC-50? Its AudioSet tags, read through a stated table of classes, without any training.
+"""Classify ESC-50 with a tagger, without training: a table maps AudioSet tags to the classes of ESC-50.
 
     python -m tools.esc50_tagging --shards shards/esc50/test --encoder mn04 --checkpoint mn04_as_mAP_432.pt \
         --labels class_labels_indices.csv
 
-A clip's class is the one with the most probable tag among those that TAGS lists for it. The table was written from
-AudioSet's names and trimmed once, of tags that name a whole family of sounds, after a look at mistakes in all folds.
+The class of a clip is the one with the most probable tag among the tags that TAGS lists for it. The table was written
+from the names of AudioSet. After a look at mistakes in all folds, tags that name a whole family of classes were removed
+once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from atr_scale.data.decode import decode
 from atr_scale.data.shard_reader import open_shards
-from atr_scale.encoders import build_audio_encoder
+from atr_scale.encoders import AudioEncoder, build_audio_encoder
 
 TAGS: dict[str, tuple[str, ...]] = {
     "airplane": ("Fixed-wing aircraft, airplane", "Aircraft engine"),
@@ -78,7 +79,7 @@ TAGS: dict[str, tuple[str, ...]] = {
 
 
 @torch.no_grad()
-def tag(location: str, encoder: torch.nn.Module) -> tuple[np.ndarray, list[str]]:
+def tag(location: str, encoder: AudioEncoder) -> tuple[np.ndarray, list[str]]:
     """Logits [clips, classes] and the label of every clip."""
     shards = open_shards(location)
     logits, labels = [], []
@@ -91,7 +92,7 @@ def tag(location: str, encoder: torch.nn.Module) -> tuple[np.ndarray, list[str]]
 
 
 def classes_of(logits: np.ndarray, names: list[str]) -> list[str]:
-    """The class of TAGS with the largest of its tags' logits, for each row."""
+    """For each row the class of TAGS that has the tag with the largest logit."""
     classes = list(TAGS)
     scores = np.stack([logits[:, [names.index(tag) for tag in TAGS[kind]]].max(1) for kind in classes], 1)
     return [classes[k] for k in scores.argmax(1)]
@@ -121,7 +122,7 @@ def main() -> None:
     }
     print(f"{facts['clips']} clips, top-1 {facts['accuracy']:.3f}; most frequent mistakes:")
     for (label, guess), count in missed.most_common(8):
-        print(f"  {label} heard as {guess}: {count}")
+        print(f"  {label} taken for {guess}: {count}")
     if given.json:
         given.json.write_text(json.dumps(facts, indent=1))
 

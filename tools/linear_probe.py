@@ -1,8 +1,8 @@
-"""A supervised probe: multinomial logistic regression on an audio encoder's pooled features of a labelled corpus.
+"""Train a linear probe: multinomial logistic regression on pooled embeddings of a frozen audio encoder.
 
     python -m tools.linear_probe --train shards/esc50/train --test shards/esc50/test --checkpoint mn04_as_mAP_432.pt
 
-What a fine-tuned model is measured against.
+It is the baseline for fine-tuned models on a labelled corpus.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from atr_scale.data.decode import decode
 from atr_scale.data.shard_reader import open_shards
-from atr_scale.encoders import build_audio_encoder
+from atr_scale.encoders import AudioEncoder, build_audio_encoder
 from atr_scale.errors import UserError
 
 
 @torch.no_grad()
-def features(location: str, encoder: torch.nn.Module) -> tuple[Tensor, list[str]]:
-    """Pooled features [clips, D] and the label of every clip. UserError where a clip has none."""
+def features(location: str, encoder: AudioEncoder) -> tuple[Tensor, list[str]]:
+    """Pooled embeddings [clips, D] and the label of every clip. Raises UserError if a clip has no label."""
     shards = open_shards(location)
     found, labels = [], []
     for number in range(len(shards)):
@@ -35,7 +35,7 @@ def features(location: str, encoder: torch.nn.Module) -> tuple[Tensor, list[str]
 
 
 def probe(train: tuple[Tensor, list[str]], test: tuple[Tensor, list[str]], decay: float) -> float:
-    """Test accuracy; features are standardised by the training set, `decay` is the L2 penalty."""
+    """Test accuracy. Features are standardised with the training set; decay is the factor of the L2 penalty."""
     classes = sorted(set(train[1]))
     target, wanted = (torch.tensor([classes.index(label) for label in part[1]]) for part in (train, test))
     mean, deviation = train[0].mean(0), train[0].std(0) + 1e-6

@@ -1,9 +1,9 @@
-"""Does a run depend on how it is spread out? The same updates on one and two processes and at every ZeRO stage.
+"""Compare the same optimizer steps on one and two processes and at every ZeRO stage.
 
     python -m tools.parity CONFIG.yaml [key.sub=value ...] [--updates 10]
 
-Prints, against one process without ZeRO, the largest relative differences of the losses, the gradient norms and the
-first update's full gradients. Text dropout is switched off: its draws are per rank.
+The reference is one process without ZeRO. Prints the largest relative differences of the losses, of the gradient norms
+and of the full gradients of the first step. Dropout is switched off, because each rank draws its own.
 """
 
 from __future__ import annotations
@@ -47,17 +47,19 @@ def start(config: RunConfig) -> tuple[Engine, Iterator[Batch]]:
 
 
 def curve(config: RunConfig, updates: int) -> dict[str, Any]:
-    """Losses and norms of some updates, the full gradients of the first, the parameters after the last."""
+    """Losses and gradient norms of some steps, full gradients of the first, parameters after the last."""
     engine, batches = start(config)
     teacher = read_teacher(config, [open_shards(source.shards) for source in config.data.train])
     found: dict[str, Any] = {"loss": [], "norm": []}
 
-    def keep_gradients() -> None:
+    check = engine._bad_ranks  # it is called when gradients are complete and not yet clipped
+
+    def keep_gradients_and_check() -> Any:
         if "gradients" not in found:
             found["gradients"] = {n: safe_get_full_grad(p).numpy().copy() for n, p in trainable(engine)}
+        return check()
 
-    judge = engine._bad_ranks  # called when gradients are complete and not yet clipped
-    engine._bad_ranks = lambda: (keep_gradients(), judge())[1]  # type: ignore[method-assign]
+    engine._bad_ranks = keep_gradients_and_check  # type: ignore[method-assign]
     train = config.train
     rates = {
         "audio": train.lr if train.lr_audio is None else train.lr_audio,
@@ -76,7 +78,7 @@ def curve(config: RunConfig, updates: int) -> dict[str, Any]:
 
 
 def curves(configs: list[RunConfig], updates: int) -> list[dict[str, Any]]:
-    """`curve` of each; one start of the ranks serves all."""
+    """`curve` of each configuration, so that the ranks start only once."""
     return [curve(config, updates) for config in configs]
 
 
@@ -85,13 +87,13 @@ def trainable(engine: Engine) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def parameters(engine: Engine) -> dict[str, np.ndarray]:
-    """The full parameters: without ZeRO the module's own, else from the shards of the optimizer."""
+    """The full parameters: those of the module without ZeRO, else from the shards of the optimizer."""
     found = {n: safe_get_full_fp32_param(p) for n, p in trainable(engine)}
     return {n: (p if found[n] is None else found[n]).detach().numpy().copy() for n, p in trainable(engine)}
 
 
 def with_train(config: RunConfig, **train: Any) -> RunConfig:
-    """`config` with other values in its train section."""
+    """`config` with other values in its section `train`."""
     return config.model_copy(update={"train": config.train.model_copy(update=train)})
 
 
@@ -99,13 +101,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare one and two processes at every ZeRO stage.")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--updates", type=int, default=10)
+    parser.add_argument("--updates", type=int, default=10, help="number of optimizer steps")
     given = parser.parse_args()
     config = load_config(given.config, given.overrides)
     ((reference,),) = run_ranks(curves, 1, [with_train(config, zero_stage=0)], given.updates)
     scale = max(np.abs(g).max() for g in reference["gradients"].values())
     print(f"one process: losses {', '.join(f'{x:.6f}' for x in reference['loss'])}")
-    print("| processes | ZeRO | losses | gradient norms | gradients, of the largest |\n|-|-|-|-|-|")
+    print("| processes | ZeRO | losses | gradient norms | gradients, relative to the largest |\n|-|-|-|-|-|")
     for size, stages in ((1, (1, 2, 3)), (2, (0, 1, 2, 3))):
         found = run_ranks(curves, size, [with_train(config, zero_stage=stage) for stage in stages], given.updates)[0]
         for stage, one in zip(stages, found, strict=True):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._C._distributed_c10d import FileStore
 
 TIMEOUT_S = 900
 
@@ -59,7 +60,7 @@ def _rank(function: Callable[..., Any], rank: int, size: int, store: str, queue:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))  # DeepSpeed looks for them
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+        dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size)
         result = function(*args)
         dist.barrier()
         queue.put((rank, (result, None)))

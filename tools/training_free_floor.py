@@ -1,10 +1,10 @@
-"""A training-free floor for retrieval: the tags of a pretrained tagger, embedded as text.
+"""A baseline for retrieval without training: the tags of a pretrained tagger, embedded as text.
 
     python -m tools.training_free_floor --shards DIR --checkpoint mn04_as_mAP_432.pt --labels class_labels_indices.csv \
         --text sentence-transformers/all-MiniLM-L6-v2
 
-A clip is the mean of its top tags' sentence embeddings, weighted by their probabilities; a caption is its own
-embedding. A trained model should leave this behind.
+The embedding of a clip is the mean of the sentence embeddings of its most probable tags, weighted by probability. A
+trained model should be better than this.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def floor(shards: str, checkpoint: str, labels: Path, text: str, audio_name: str
     def embed(texts: list[str]) -> torch.Tensor:
         return normalize(encoder(*tokenizer(texts)).pooled, dim=-1)
 
-    tag_vectors = embed([f"the sound of {name}" for name in names])
+    tag_embeddings = embed([f"the sound of {name}" for name in names])
     clips, captions, owner = [], [], []
     data = open_shards(shards)
     for number in range(len(data)):
         sample = data.read(number)
         waveform = decode(sample.audio, sample.extension, tagger.sample_rate, pcm_rate=sample.sample_rate)
         weight, index = tagger.tags(torch.from_numpy(waveform)[None]).sigmoid()[0].topk(tags)
-        clips.append(normalize((weight[:, None] * tag_vectors[index]).sum(0), dim=-1))
+        clips.append(normalize((weight[:, None] * tag_embeddings[index]).sum(0), dim=-1))
         captions += sample.captions
         owner += [number] * len(sample.captions)
     return retrieval_metrics(embed(captions) @ torch.stack(clips).T, np.array(owner), np.arange(len(clips)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from atr_scale.demo.events import BACKGROUND_LOUDNESS, BACKGROUNDS, EVENTS, LOUD
 
 Relation = Literal["before", "while"]
 T = TypeVar("T")
-SEVERAL = "several"  # a stated count: three or more
+SEVERAL: Final = "several"  # a stated count: three or more
 
 NOISE_FLOOR = 1e-3  # peak to peak
 _LAYOUTS: dict[int, tuple[tuple[int, ...], ...]] = {

@@ -1,6 +1,6 @@
-"""Audio and text encoders, all returning a TokenSequence.
+"""Audio and text encoders. Each returns a TokenSequence.
 
-A new audio encoder is one file, one line in audio_encoders.py and one golden test.
+A new audio encoder needs one file, one line in audio_encoders.py and one golden test.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ def build_audio_encoder(
     equal_rounds: Callable[[int], int] | None = None,
     **options: Any,
 ) -> AudioEncoder:
-    """The encoder called `name`, in evaluation mode.
+    """Build the audio encoder `name` in evaluation mode.
 
-    checkpoint: the original project's file; without one the weights are random. equal_rounds: see `encode_in_buckets`.
-    options: fields of AudioEncoderOptions, and of the encoder's own `Options`.
-    Raises UserError for an unknown name or option, for an option that this encoder does not have, and if the file is
+    checkpoint: the file of the original project. Without it the weights are random.
+    equal_rounds: see `encode_in_buckets`.
+    options: fields of AudioEncoderOptions and of the encoder's own `Options`.
+    Raises UserError if the name or an option is unknown, if this encoder does not support an option, or if the file is
     not a checkpoint of this encoder.
     """
     if name not in AUDIO_ENCODERS:

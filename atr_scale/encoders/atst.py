@@ -9,12 +9,13 @@ Shape suffixes: B batch, S samples, M mel bands, F frames, D width, T tokens, P 
 from __future__ import annotations
 
 from functools import partial
+from typing import Self
 
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder
-from atr_scale.encoders.front_ends import MinMaxMel
+from atr_scale.encoders.front_ends import MelSettings, MinMaxMel
 from atr_scale.encoders.pretrained.layout import Entry, Layout
 from atr_scale.encoders.vit import EPSILON, Block, embedding, initialise
 from atr_scale.errors import UserError
@@ -53,18 +54,25 @@ LAYOUTS = (
 
 
 class PatchEmbedding(nn.Module):
+    """Linear projection of four consecutive mel frames to one token."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.patch_embed = nn.Linear(NUM_MELS * PATCH_FRAMES, dim)
 
     def forward(self, mel_BMF: Tensor) -> Tensor:
-        """Tokens [B, F // 4, D]; frames beyond a multiple of four are dropped."""
+        """[B, M, F] -> tokens [B, F // 4, D]. Frames beyond a multiple of four are dropped."""
         patches_BMTf = mel_BMF[..., : mel_BMF.shape[2] // PATCH_FRAMES * PATCH_FRAMES].unflatten(2, (-1, PATCH_FRAMES))
-        return self.patch_embed(patches_BMTf.transpose(1, 2).flatten(2))
+        tokens_BTD: Tensor = self.patch_embed(patches_BMTf.transpose(1, 2).flatten(2))
+        return tokens_BTD
 
 
 class Classifier(nn.Module):
-    """Zero until a file brings one, so that `tags` knows, also after a round trip through a checkpoint of ours."""
+    """The classifier of AudioSet.
+
+    Its weights are zero until an original file is loaded. `tags` recognises a missing classifier by this, also after
+    the weights have been saved to and loaded from a checkpoint of this package.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -73,14 +81,16 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, pooled_BD: Tensor) -> Tensor:
-        return self.linear(self.norm(pooled_BD))
+        logits_BL: Tensor = self.linear(self.norm(pooled_BD))
+        return logits_BL
 
 
 class ATSTFrame(AudioEncoder):
-    """Clips up to 10 s, one token per 40 ms (F mel frames of 10 ms give F // 4 tokens).
+    """Encodes clips of up to 10 s. F mel frames of 10 ms give F // 4 tokens, one per 40 ms.
 
-    tokens: the last layer's outputs after the norm; pooled: their mean, as the original fine-tunes on AudioSet. A file
-    of self-supervised weights gives the teacher's, and no classifier: `tags` needs a fine-tuned file.
+    tokens: outputs of the last layer after the norm. pooled: their mean, as the original fine-tunes on AudioSet.
+    From a file of self-supervised weights the weights of the teacher network are loaded. Such a file has no classifier,
+    so `tags` needs a fine-tuned file.
     """
 
     sample_rate = SAMPLE_RATE
@@ -91,13 +101,15 @@ class ATSTFrame(AudioEncoder):
     def __init__(self, dim: int = 768, depth: int = 12, heads: int = 12) -> None:
         super().__init__()
         self.front_end = MinMaxMel(
-            sample_rate=SAMPLE_RATE,
-            n_fft=1024,
-            window_length=1024,
-            hop=HOP,
-            num_mels=NUM_MELS,
-            fmin=60.0,
-            fmax=7_800.0,
+            MelSettings(
+                sample_rate=SAMPLE_RATE,
+                n_fft=1024,
+                window_length=1024,
+                hop=HOP,
+                num_mels=NUM_MELS,
+                fmin=60.0,
+                fmax=7_800.0,
+            ),
             floor=1e-10,
             dynamic_range=80.0,
             minimum=-79.6482,
@@ -106,7 +118,7 @@ class ATSTFrame(AudioEncoder):
         self.dim = dim
         num_tokens = round(self.native_seconds * SAMPLE_RATE) // HOP // PATCH_FRAMES
         self.patch_embed = PatchEmbedding(dim)
-        # The original keeps the first position for a class token that it does not have.
+        # The original reserves the first position for a class token, which it does not use.
         self.pos_embed = embedding(1, 1 + num_tokens, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=False) for _ in range(depth))
         self.norm_frame = nn.LayerNorm(dim, EPSILON)
@@ -123,16 +135,17 @@ class ATSTFrame(AudioEncoder):
         return TokenSequence.unpadded(tokens_BTD, tokens_BTD.sum(1) / (tokens_BTD.shape[1] + 1e-6))
 
     def logits(self, waveform_BS: Tensor) -> Tensor:
-        """[B, 527], AudioSet's classes. UserError if the weights came without a classifier."""
+        """Logits [B, 527] of the AudioSet classes. Raises UserError if the weights came without a classifier."""
         if not self.head.linear.weight.any():
             raise UserError(
                 "these weights of atst_frame came without a classifier: load the file fine-tuned on AudioSet to tag"
             )
-        return self.head(self.encode(waveform_BS).pooled)
+        logits_BL: Tensor = self.head(self.encode(waveform_BS).pooled)
+        return logits_BL
 
-    def train(self, mode: bool = True) -> ATSTFrame:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        self.head.eval()  # kept as loaded, its statistics included, whatever `batch_norm` says
+        self.head.eval()  # the classifier is never trained, so its batch statistics stay as loaded
         return self
 
     @property

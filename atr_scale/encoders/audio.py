@@ -1,4 +1,4 @@
-"""What all audio encoders share: windows, buckets, options, augmentation, tags.
+"""The base class of the audio encoders: windows, buckets, options, augmentation, tags.
 
 Shape suffixes: B batch, S samples, M mel bands, F frames, L classes.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -26,42 +26,66 @@ from atr_scale.errors import UserError
 from atr_scale.sections import Positive, Section
 
 AUDIOSET_CLASSES = 527
-# Options that only some encoders can honour; the others all have.
+# Options that only some encoders support; every encoder supports the others.
 SPECIAL_OPTIONS = frozenset(
     {"long_clips", "s_patchout_t", "s_patchout_f", "fmin_aug_range", "fmax_aug_range", "attention"}
 )
 
 
 class AudioEncoderOptions(Section):
-    """What an audio encoder can be told; an option that it does not have is refused by name."""
+    """Options of an audio encoder. An encoder refuses an option that it does not support, by name."""
 
-    batch_norm: Literal["frozen", "local"] = Field("frozen", description="stored statistics, or those of the batch")
-    long_clips: Literal["windows", "resize"] = Field(
-        "windows", description="clips beyond the window: cut into windows, or the whole spectrogram resized (HTS-AT)"
+    batch_norm: Literal["frozen", "local"] = Field(
+        "frozen", description="Statistics of batch norm: frozen (as stored) or local (of the batch of one rank)."
     )
-    window_seconds: Positive | None = Field(None, description="default: the encoder's native length, if it has one")
-    window_hop_seconds: Positive | None = Field(None, description="default: the window's length")
-    s_patchout_t: Annotated[int, Field(ge=0)] = Field(0, description="columns of patches left out in training (PaSST)")
-    s_patchout_f: Annotated[int, Field(ge=0)] = Field(0, description="rows of patches left out in training (PaSST)")
-    spec_augment: SpecAugmentSection | None = Field(None, description="stripes of the spectrogram zeroed in training")
-    fmin_aug_range: Annotated[int, Field(ge=0)] = Field(0, description="Hz, jitter of the lowest band (PaSST, MN)")
-    fmax_aug_range: Annotated[int, Field(ge=0)] = Field(0, description="Hz, jitter of the highest band (PaSST, MN)")
-    attention: Literal["eager", "sdpa"] = Field("eager", description="sdpa: fused attention")
-    activation_checkpointing: bool = Field(False, description="layers recomputed in the backward pass")
-    compile: bool = Field(False, description="torch.compile of the layers")
+    long_clips: Literal["windows", "resize"] = Field(
+        "windows",
+        description="Clips longer than the window: cut into windows, or their whole spectrogram resized (HTS-AT).",
+    )
+    window_seconds: Positive | None = Field(
+        None, description="Length of a window in seconds; by default the native length of the encoder, if it has one."
+    )
+    window_hop_seconds: Positive | None = Field(
+        None, description="Distance between the starts of two windows in seconds; by default the length of a window."
+    )
+    s_patchout_t: Annotated[int, Field(ge=0)] = Field(
+        0, description="Number of columns of patches left out in training (PaSST)."
+    )
+    s_patchout_f: Annotated[int, Field(ge=0)] = Field(
+        0, description="Number of rows of patches left out in training (PaSST)."
+    )
+    spec_augment: SpecAugmentSection | None = Field(
+        None, description="SpecAugment in training: stripes of the spectrogram are set to zero; none by default."
+    )
+    fmin_aug_range: Annotated[int, Field(ge=0)] = Field(
+        0, description="Range in Hz of the random lower limit of the mel bands in training (PaSST, MN)."
+    )
+    fmax_aug_range: Annotated[int, Field(ge=0)] = Field(
+        0, description="Range in Hz of the random upper limit of the mel bands in training (PaSST, MN)."
+    )
+    attention: Literal["eager", "sdpa"] = Field(
+        "eager", description="Implementation of attention: eager, or sdpa (fused; equal up to rounding)."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Gradient checkpointing: layers are recomputed in the backward pass to save memory."
+    )
+    compile: bool = Field(False, description="Compile each layer with torch.compile.")
 
 
 class AudioEncoder(nn.Module, ABC):
-    """Waveform -> TokenSequence; a clip's result never depends on its batch mates (batch_norm frozen).
+    """Waveform -> TokenSequence. With frozen batch norm the result of a clip never depends on the rest of its batch.
 
-    sample_rate: Hz of the waveform. dim: width of tokens and of pooled.
-    native_seconds: the length beyond which a clip is cut into windows; None if any length goes through in one pass.
-    layouts: the original files it loads. layers: what `frozen_layers` and `layer_decay` count, lowest first, each the
-    prefixes of its parameters' names. special_options: those of SPECIAL_OPTIONS that it has. Options: the section that
-    checks its options; the constructor gets the fields that it adds to AudioEncoderOptions.
+    sample_rate: of the waveform, in Hz.
+    dim: width of the tokens and of the pooled embedding.
+    native_seconds: a longer clip is cut into windows of this length; None if one pass takes any length.
+    layouts: formats of the original files that the encoder loads.
+    layers: the layers that `frozen_layers` and `layer_decay` count, lowest first; each is a tuple of prefixes of
+    parameter names.
+    special_options: the members of SPECIAL_OPTIONS that the encoder supports.
+    Options: the section that checks the options. The constructor takes the fields that it adds to AudioEncoderOptions.
     equal_rounds: see `encode_in_buckets`; needed if parameters are sharded over ranks.
 
-    The draws of training follow from the `augment_seed` of a call, which is equal on all ranks.
+    Random draws in training follow from the `augment_seed` of a call, which is equal on all ranks.
     """
 
     sample_rate: int
@@ -76,18 +100,21 @@ class AudioEncoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
-        """Clips of one length, no longer than the window."""
+        """Encode clips [B, S] of one length, no longer than the window."""
 
     @property
     @abstractmethod
     def layers(self) -> list[tuple[str, ...]]: ...
 
     def logits(self, waveform_BS: Tensor) -> Tensor:
-        """[B, L] of the original's classifier, before the sigmoid, for clips no longer than the window."""
+        """Logits [B, L] of the original classifier, for clips [B, S] no longer than the window.
+
+        Raises UserError if the encoder has no classifier.
+        """
         raise UserError(f"the audio encoder {type(self).__name__} has no classifier: it cannot tag")
 
     def configure(self, options: AudioEncoderOptions, name: str) -> None:
-        """Takes the options of training. Raises UserError, naming it, for one that this encoder does not have."""
+        """Apply the options. Raises UserError, naming the option, if this encoder does not support one of them."""
         default = AudioEncoderOptions()
         for option in sorted(SPECIAL_OPTIONS - self.special_options):
             if getattr(options, option) != getattr(default, option):
@@ -99,18 +126,21 @@ class AudioEncoder(nn.Module, ABC):
             if (window or native) is None:
                 raise UserError(f"window_hop_seconds without windows: {name} takes any length, give window_seconds too")
             if options.window_hop_seconds > (window or native or 0):
-                raise UserError("window_hop_seconds is longer than the window: audio between windows would be unheard")
+                raise UserError(
+                    f"window_hop_seconds = {options.window_hop_seconds} is longer than the window and skips audio: "
+                    f"give at most {window or native}"
+                )
         self.options = options
         if options.compile:
             parts = list(self.compiled_parts())
-            # Layers of other shapes are other variants of one function, and torch gives a function up after eight.
+            # Each shape of a layer is a variant of one function, and torch stops compiling a function after eight.
             limits = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, 4 * len(parts))
             for part in parts:
                 part.compile()
 
     def compiled_parts(self) -> Iterable[nn.Module]:
-        """The modules that `compile` compiles, each by itself: repeated layers share their code."""
+        """The modules that `compile` compiles, one by one, so that repeated layers share their code."""
         for name, child in self.named_children():
             if isinstance(child, nn.Sequential | nn.ModuleList):
                 yield from child
@@ -119,7 +149,7 @@ class AudioEncoder(nn.Module, ABC):
 
     @property
     def window(self) -> int | None:
-        """Samples that `encode` sees at most; None for any number."""
+        """Most samples that `encode` takes; None if it takes any number."""
         seconds = self.options.window_seconds or self.native_seconds
         if seconds is None or self.options.long_clips == "resize":
             return None
@@ -127,17 +157,19 @@ class AudioEncoder(nn.Module, ABC):
 
     @property
     def window_hop(self) -> int:
-        """Samples from the start of a window to the next."""
+        """Number of samples from the start of one window to the start of the next."""
         assert self.window is not None
         seconds = self.options.window_hop_seconds
         return self.window if seconds is None else round(seconds * self.sample_rate)
 
     def forward(self, waveform_BS: Tensor, lengths_B: Tensor | None = None, augment_seed: int = 0) -> TokenSequence:
-        """waveform float32 [B, S]; lengths int64 [B] in samples, None if every clip fills the width; augment_seed: of
-        the draws of training.
+        """Encode clips of any lengths.
 
-        A clip beyond the window is cut into windows, the last filled up with zeros: their tokens and masks are joined,
-        pooled is the mean of theirs.
+        waveform: float32 [B, S]. lengths: int64 [B] in samples, None if every clip has S samples. augment_seed: seed of
+        the random draws in training.
+
+        A clip longer than the window is cut into windows, and the last is padded with zeros. Their tokens and masks are
+        joined; the pooled embedding is the mean over the windows.
         """
         encode = partial(self.encode, augment_seed=augment_seed)
         if self.window is None or waveform_BS.shape[1] <= self.window:
@@ -148,8 +180,11 @@ class AudioEncoder(nn.Module, ABC):
 
     @torch.no_grad()
     def tags(self, waveform_BS: Tensor) -> Tensor:
-        """Logits [B, L] of AudioSet's classes, in the order of its class_labels_indices.csv; for a clip beyond the
-        window, their mean over windows. UserError if the weights came without a classifier."""
+        """Logits [B, L] of the AudioSet classes for clips [B, S], in the order of its class_labels_indices.csv.
+
+        For a clip longer than the window they are the mean over its windows. Raises UserError if the weights came
+        without a classifier.
+        """
         window = self.window or waveform_BS.shape[1]
         hop = self.window_hop if self.window else window
         starts = window_starts(waveform_BS.shape[1], window, hop)
@@ -159,18 +194,20 @@ class AudioEncoder(nn.Module, ABC):
         return torch.stack([self.logits(piece) for piece in pieces]).mean(0)
 
     def mel(self, waveform_BS: Tensor, augment_seed: int) -> Tensor:
-        """The front end's features [B, M, F]; in training with jittered band limits, if the option is set."""
+        """Features [B, M, F] of the front end. In training their band limits are random if the options say so."""
         low, high = self.options.fmin_aug_range, self.options.fmax_aug_range
-        if not self.training or not (low or high):
-            return self.front_end(waveform_BS)
-        # AugmentMelSTFT of PaSST: whole Hz, the upper limit centred on its usual place.
-        draws = for_the_batch(augment_seed, "mel bands")
-        fmin = self.front_end.fmin + (draws.integers(low) if low else 0)
-        fmax = self.front_end.fmax + (high // 2 - draws.integers(high) if high else 0)
-        return self.front_end(waveform_BS, band=(float(fmin), float(min(fmax, self.sample_rate / 2))))
+        band = None
+        if self.training and (low or high):
+            # AugmentMelSTFT of PaSST: whole Hz; the range of the upper limit is centred on its usual value.
+            draws, usual = for_the_batch(augment_seed, "mel bands"), self.front_end.settings
+            fmin = usual.fmin + (draws.integers(low) if low else 0)
+            fmax = usual.fmax + (high // 2 - draws.integers(high) if high else 0)
+            band = float(fmin), float(min(fmax, self.sample_rate / 2))
+        mel_BMF: Tensor = self.front_end(waveform_BS, band)
+        return mel_BMF
 
     def spec_augment(self, features_BMF: Tensor, waveform_BS: Tensor, augment_seed: int) -> Tensor:
-        """Normalised features with SpecAugment's stripes set to 0, in training if the option is set."""
+        """In training set the stripes of SpecAugment to zero in normalised features, if the option is set."""
         widths = self.options.spec_augment
         if not self.training or widths is None:
             return features_BMF
@@ -179,12 +216,13 @@ class AudioEncoder(nn.Module, ABC):
         return features_BMF * keep_BMF.to(features_BMF.dtype)
 
     def run(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """layer(x), recomputed in the backward pass if the option is set."""
+        """layer(x). With gradient checkpointing it is recomputed in the backward pass."""
         if self.options.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, x, use_reentrant=False)
+            recomputed: Tensor = checkpoint(layer, x, use_reentrant=False)
+            return recomputed
         return layer(x)
 
-    def train(self, mode: bool = True) -> AudioEncoder:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.options.batch_norm == "frozen":
             use_stored_statistics(self)
@@ -192,11 +230,21 @@ class AudioEncoder(nn.Module, ABC):
 
 
 def use_stored_statistics(module: nn.Module) -> None:
-    """Puts every batch norm inside `module` into evaluation mode, whatever the mode of the rest.
+    """Put every batch norm inside `module` into evaluation mode, whatever the mode of the other layers.
 
-    With statistics of the local batch, results depend on how many ranks and chunks share the work; with the stored ones
-    they do not. The affine weights are trained either way.
+    With statistics of the local batch, results depend on the number of ranks and chunks; with stored statistics they do
+    not. The affine weights are trained in both cases.
     """
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             layer.eval()
+
+
+def initialise_convolutions(module: nn.Module) -> None:
+    """Draw the weights of convolutions before a ReLU so that they keep the variance of their input.
+
+    Stored statistics of batch norm start at 0 and 1, so batch norm does not normalise an untrained network.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

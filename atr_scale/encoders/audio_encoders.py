@@ -1,6 +1,6 @@
-"""The audio encoders by name. A new one is one file, one line here and one golden test.
+"""The audio encoders by name. A new one needs one file, one line here and one golden test.
 
-One that lives outside of this package is an entry that its module adds to `AUDIO_ENCODERS`.
+A plug-in adds its encoders to `AUDIO_ENCODERS` when its module is imported.
 """
 
 from __future__ import annotations
@@ -46,5 +46,5 @@ def audio_encoder_options(name: str) -> type[AudioEncoderOptions]:
 
 
 def construct(name: str, options: AudioEncoderOptions) -> AudioEncoder:
-    """The encoder with random weights, built with the options of its own; `configure` takes those that all have."""
+    """Build the encoder with random weights from its own options. `configure` applies the common ones."""
     return AUDIO_ENCODERS[name](**own_fields(options, AudioEncoderOptions))

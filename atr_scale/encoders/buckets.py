@@ -1,6 +1,6 @@
-"""Clips of unequal lengths, each encoded as if it were alone.
+"""Clips of unequal lengths, each encoded as if it were the only one.
 
-Convolutions feel the padding beyond a clip's end, so clips run in buckets of exactly equal length.
+Padding after the end of a clip changes the output of convolutions, so a bucket holds clips of exactly one length.
 
 Shape suffixes: B batch, S samples.
 """
@@ -21,14 +21,15 @@ def encode_in_buckets(
     lengths_B: Tensor | None,
     equal_rounds: Callable[[int], int] | None = None,
 ) -> TokenSequence:
-    """Runs `encode` once per distinct length, on the clips of that length cut to it; rows keep their order.
+    """Call `encode` once per distinct length, with the clips of that length. The rows keep their order.
 
-    lengths: int64 [B] in samples, None if all clips fill the whole width. Rows of shorter clips get masked zeros up
-    to the most tokens of the batch.
+    lengths: int64 [B] in samples, None if all clips have S samples. The tokens of shorter clips are padded with masked
+    zeros to the most tokens of the batch.
 
-    equal_rounds: takes this rank's number of calls of `encode` and returns the number every rank must make (parameters
-    sharded over ranks are gathered inside the calls, which would wait for each other forever otherwise). Surplus calls
-    repeat one clip; their results enter with a factor of zero, so that their backward runs too and changes nothing.
+    equal_rounds: takes the number of calls that this rank needs and returns the number that every rank must make.
+    Parameters that are sharded over ranks are gathered inside the calls, so ranks with unequal numbers of calls would
+    wait for each other forever. Surplus calls repeat one clip. Their results are multiplied by zero, so that their
+    backward pass runs too and changes nothing.
     """
     assert len(waveform_BS) > 0, "an empty batch has no clip to encode"
     if lengths_B is None:
@@ -39,7 +40,7 @@ def encode_in_buckets(
             assert 0 <= length <= waveform_BS.shape[1], "a clip's length exceeds its batch's width"
             buckets.setdefault(length, []).append(row)
 
-    # Agreed on before the first call: a rank that asked later would meet the others inside their calls.
+    # The ranks agree before the first call: later, some of them would already be inside their calls.
     surplus = equal_rounds(len(buckets)) - len(buckets) if equal_rounds else 0
     assert surplus >= 0, "equal_rounds returned fewer rounds than this rank needs"
 

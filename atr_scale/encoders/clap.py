@@ -1,4 +1,4 @@
-"""The audio half of LAION-CLAP without feature fusion: HTS-AT's network at 48 kHz, trained against captions.
+"""The audio encoder of LAION-CLAP without feature fusion: the network of HTS-AT at 48 kHz, trained with captions.
 
 Source: LAION-AI/CLAP, `htsat.py`, `model.py` and the preparation of waveforms in `hook.py` (Wu et al., ICASSP 2023,
 arXiv 2211.06687).
@@ -22,19 +22,21 @@ INT16 = 32_767
 
 
 class ClapMel(DecibelMel):
-    """`DecibelMel` of the waveform rounded to 16 bits; a clip below ten seconds is repeated as often as it fits into
-    them, the rest filled up with zeros."""
+    """`DecibelMel` of the waveform rounded to 16 bits.
+
+    A clip below ten seconds is repeated as often as it fits into ten seconds, then padded with zeros.
+    """
 
     def prepare(self, waveform_BS: Tensor) -> Tensor:
         waveform_BS = (waveform_BS.clamp(-1, 1) * INT16).trunc() / INT16
-        length, full = waveform_BS.shape[1], 10 * self.sample_rate
+        length, full = waveform_BS.shape[1], 10 * self.settings.sample_rate
         if 0 < length < full:
             waveform_BS = waveform_BS.repeat(1, full // length)
         return nn.functional.pad(waveform_BS, (0, max(0, full - waveform_BS.shape[1])))
 
 
 def laion_entry(name: str) -> Entry | None:
-    """Our name -> the entry of LAION's file, after "audio_"."""
+    """The entry of LAION's file for a parameter, without the prefix "audio_"."""
     if name.startswith("audio_projection."):
         return Entry(name.removeprefix("audio_"))
     entry = original_entry(name)
@@ -42,7 +44,7 @@ def laion_entry(name: str) -> Entry | None:
 
 
 def clap_model_entry(name: str) -> Entry | None:
-    """Our name -> the entry of a saved `ClapModel`, after "audio_"."""
+    """The entry of a saved `ClapModel` for a parameter, without the prefix "audio_"."""
     if name.startswith("audio_projection."):
         return Entry(name.removeprefix("audio_").replace(".0.", ".linear1.").replace(".2.", ".linear2."))
     entry = transformers_entry(name)
@@ -50,8 +52,10 @@ def clap_model_entry(name: str) -> Entry | None:
 
 
 class CLAP(SwinEncoder):
-    """LAION-CLAP's audio encoder. Its projection to the space it shares with captions is kept as loaded, for `project`;
-    it takes no part in training."""
+    """The audio encoder of LAION-CLAP.
+
+    `project` applies its projection to the joint space of audio and captions. The projection is never trained.
+    """
 
     sample_rate = 48_000
     layouts = (
@@ -76,7 +80,7 @@ class CLAP(SwinEncoder):
     )
 
     def __init__(self, **network: Any) -> None:
-        super().__init__(ClapMel(sample_rate=self.sample_rate, hop=480, **MEL), **network)
+        super().__init__(ClapMel(MEL(sample_rate=self.sample_rate, hop=480)), **network)
         self.audio_projection: Any = nn.Sequential(
             nn.Linear(self.dim, JOINT_DIM), nn.ReLU(), nn.Linear(JOINT_DIM, JOINT_DIM)
         ).requires_grad_(False)
@@ -84,10 +88,11 @@ class CLAP(SwinEncoder):
             nn.init.zeros_(parameter)  # until one is loaded
 
     def project(self, pooled_BD: Tensor) -> Tensor:
-        """Pooled vectors -> [B, 512] in the space that CLAP shares with captions, not normalised.
+        """Pooled embeddings [B, D] -> [B, 512] in the joint space of audio and captions, not normalised.
 
         Raises UserError if the weights came without the projection.
         """
         if not self.audio_projection[0].weight.any():
             raise UserError("these weights of clap came without audio_projection: load the checkpoint of a whole CLAP")
-        return self.audio_projection(pooled_BD)
+        joint_BE: Tensor = self.audio_projection(pooled_BD)
+        return joint_BE

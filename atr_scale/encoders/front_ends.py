@@ -14,22 +14,23 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 MelScale = Literal["kaldi", "htk", "slaney"]
 SLANEY_RANGE = math.log(6.4)  # of 27 mels
-# Of recordings' spectrograms in dB, digital silence left out.
+# Mean and standard deviation of spectrograms of recordings in dB, without digital silence.
 TYPICAL_MEAN, TYPICAL_DEVIATION = -30.0, 25.0
 
 
 def power_spectrogram(waveform_BS: Tensor, n_fft: int, hop: int, window: Tensor) -> Tensor:
-    """Squared magnitudes [B, n_fft // 2 + 1, F] of a centred, reflection-padded STFT, F = 1 + S // hop.
+    """Squared magnitudes [B, n_fft // 2 + 1, F] of a centred STFT with reflection padding, F = 1 + S // hop.
 
-    A window shorter than `n_fft` sits in the middle of each frame. Clips of `n_fft // 2` samples or fewer cannot be
-    reflected and are padded with zeros at their end first.
+    A window shorter than `n_fft` lies in the middle of each frame. Clips of `n_fft // 2` samples or fewer are too short
+    for reflection and are first padded with zeros at their end.
     """
     missing = n_fft // 2 + 1 - waveform_BS.shape[-1]
     if missing > 0:
@@ -41,7 +42,7 @@ def power_spectrogram(waveform_BS: Tensor, n_fft: int, hop: int, window: Tensor)
 
 
 def hertz_to_slaney(hertz: Tensor) -> Tensor:
-    """Mels of Slaney's Auditory Toolbox: linear up to 1 kHz, then 27 mels for a factor of 6.4."""
+    """The mel scale of Slaney's Auditory Toolbox: linear up to 1 kHz, then 27 mels for a factor of 6.4."""
     return torch.where(hertz < 1000, hertz * 3 / 200, 15 + 27 * torch.log(hertz.clamp(min=1) / 1000) / SLANEY_RANGE)
 
 
@@ -55,9 +56,11 @@ def mel_bank(
 ) -> Tensor:
     """Triangular filters [num_mels, n_fft // 2 + 1]; fmin, fmax in Hz.
 
-    scale: kaldi (triangles linear in 1127 ln(1 + f / 700), as `MelBanks` in kaldi/src/feat/mel-computations.cc without
-    vocal tract warping), htk (corners on that scale, triangles linear in Hz, as torchaudio's default), or slaney
-    (corners on Slaney's scale, triangles linear in Hz and of unit area, as librosa's default).
+    scale:
+    kaldi: triangles are linear in 1127 ln(1 + f / 700), as in `MelBanks` of kaldi/src/feat/mel-computations.cc without
+    vocal tract warping.
+    htk: corners lie on that scale and triangles are linear in Hz, the default of torchaudio.
+    slaney: corners lie on Slaney's scale and triangles are linear in Hz with unit area, the default of librosa.
     """
     bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
     limits = torch.tensor([fmin, fmax], dtype=torch.float64, device="cpu")
@@ -80,41 +83,45 @@ def mel_bank(
     return bank.float()
 
 
-class FrontEnd(nn.Module, ABC):
-    """Waveform -> log-mel on the waveform's device: in fp32 whatever the autocast, without gradient.
+@dataclass(frozen=True)
+class MelSettings:
+    """Sizes of an STFT and its mel bank: sample_rate, fmin and fmax in Hz; n_fft, window_length and hop in samples."""
 
-    n_fft, window_length and hop in samples, fmin and fmax in Hz; Hann window, periodic or symmetric. The constants are
-    no part of any checkpoint, and they stay fp32 when the model around them is cast.
+    sample_rate: int
+    n_fft: int
+    window_length: int
+    hop: int
+    num_mels: int
+    fmin: float
+    fmax: float
+
+
+class FrontEnd(nn.Module, ABC):
+    """Waveform -> log-mel on the device of the waveform, without gradient and in fp32 even under autocast.
+
+    The window is a Hann window, periodic or symmetric. The constants are part of no checkpoint, and they stay fp32 when
+    the model around them is cast.
     """
 
+    mel_scale: ClassVar[MelScale]
+    periodic_window: ClassVar[bool] = True
     window: Tensor
     bank: Tensor
 
-    def __init__(
-        self,
-        *,
-        sample_rate: int,
-        n_fft: int,
-        window_length: int,
-        hop: int,
-        num_mels: int,
-        fmin: float,
-        fmax: float,
-        mel_scale: MelScale,
-        periodic_window: bool = True,
-    ) -> None:
+    def __init__(self, settings: MelSettings) -> None:
         super().__init__()
-        self.sample_rate, self.n_fft, self.hop = sample_rate, n_fft, hop
-        self.num_mels, self.fmin, self.fmax, self.mel_scale = num_mels, fmin, fmax, mel_scale
-        self.register_buffer("window", torch.hann_window(window_length, periodic=periodic_window), persistent=False)
-        self.register_buffer("bank", self.bank_between(fmin, fmax), persistent=False)
+        self.settings = settings
+        window = torch.hann_window(settings.window_length, periodic=self.periodic_window)
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("bank", self.bank_between(settings.fmin, settings.fmax), persistent=False)
 
     def bank_between(self, fmin: float, fmax: float) -> Tensor:
-        """The mel bank with other band limits, in Hz."""
-        return mel_bank(self.num_mels, self.n_fft, self.sample_rate, fmin, fmax, self.mel_scale)
+        """The mel bank [M, K] with other band limits, in Hz."""
+        sizes = self.settings
+        return mel_bank(sizes.num_mels, sizes.n_fft, sizes.sample_rate, fmin, fmax, self.mel_scale)
 
     def prepare(self, waveform_BS: Tensor) -> Tensor:
-        """What happens to the waveform before the spectrogram."""
+        """Change the waveform before the spectrogram."""
         return waveform_BS
 
     @abstractmethod
@@ -123,24 +130,34 @@ class FrontEnd(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, waveform_BS: Tensor, band: tuple[float, float] | None = None) -> Tensor:
-        """waveform [B, S] of any float type -> features float32 [B, M, F]; band: (fmin, fmax) for this call, in Hz."""
+        """Waveform [B, S] of any float type -> float32 features [B, M, F].
+
+        band: band limits (fmin, fmax) of this call in Hz, by default those of the settings.
+        """
         with torch.autocast(waveform_BS.device.type, enabled=False):
             bank = self.bank if band is None else self.bank_between(*band).to(self.bank.device)
-            power_BKF = power_spectrogram(self.prepare(waveform_BS.float()), self.n_fft, self.hop, self.window)
+            prepared_BS = self.prepare(waveform_BS.float())
+            power_BKF = power_spectrogram(prepared_BS, self.settings.n_fft, self.settings.hop, self.window)
             return self.compress(bank @ power_BKF)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrontEnd:
-        # .half() and .bfloat16() pass here too: a mel bank rounded to 16 bits is another front end.
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .half() and .bfloat16() come here too. A mel bank rounded to 16 bits would change the features.
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+        return self
+
+
+AUGMENT_MEL_STFT = MelSettings(
+    sample_rate=32_000, n_fft=1024, window_length=800, hop=320, num_mels=128, fmin=0.0, fmax=15_000.0
+)
 
 
 class LogMel(FrontEnd):
     """(ln(mel power + floor) + shift) / scale, [B, num_mels, 1 + S // hop]."""
 
-    def __init__(
-        self, *, floor: float, shift: float, scale: float, mel_scale: MelScale = "kaldi", **spectrogram: Any
-    ) -> None:
-        super().__init__(mel_scale=mel_scale, **spectrogram)
+    mel_scale = "kaldi"
+
+    def __init__(self, settings: MelSettings, *, floor: float, shift: float, scale: float) -> None:
+        super().__init__(settings)
         self.floor, self.shift, self.scale = floor, shift, scale
 
     def compress(self, mel_BMF: Tensor) -> Tensor:
@@ -148,41 +165,40 @@ class LogMel(FrontEnd):
 
 
 class KaldiLogMel(LogMel):
-    """`LogMel` of the pre-emphasised waveform y[n] = x[n + 1] - pre_emphasis * x[n]; symmetric Hann window.
+    """(ln(mel power + 1e-5) + 4.5) / 5 of the waveform y[n] = x[n + 1] - 0.97 x[n], with a symmetric Hann window.
 
     The filter has no value for the last sample, so S samples give 1 + (S - 1) // hop frames.
 
-    Source: `AugmentMelSTFT` of fschmid56/EfficientAT and kkoutini/PaSST as it runs in evaluation; the jitter of its
-    band limits in training is the `band` of a call.
+    Source: `AugmentMelSTFT` of fschmid56/EfficientAT and kkoutini/PaSST as it runs in evaluation, by default with the
+    sizes that both use. The `band` of a call takes the random band limits that it draws in training.
     """
 
-    def __init__(self, *, pre_emphasis: float, **log_mel: Any) -> None:
-        super().__init__(periodic_window=False, mel_scale="kaldi", **log_mel)
-        self.pre_emphasis = pre_emphasis
+    periodic_window = False
+
+    def __init__(self, settings: MelSettings = AUGMENT_MEL_STFT) -> None:
+        super().__init__(settings, floor=1e-5, shift=4.5, scale=5.0)
 
     def prepare(self, waveform_BS: Tensor) -> Tensor:
-        return torch.sub(waveform_BS[..., 1:], waveform_BS[..., :-1], alpha=self.pre_emphasis)
+        return torch.sub(waveform_BS[..., 1:], waveform_BS[..., :-1], alpha=0.97)
 
 
 class DecibelMel(FrontEnd):
-    """10 log10(max(mel power, floor)), [B, num_mels, 1 + S // hop]; normalised by the encoder's first batch norm.
+    """10 log10(max(mel power, 1e-10)), [B, num_mels, 1 + S // hop]. The first batch norm of the encoder normalises it.
 
     Source: `Spectrogram` and `LogmelFilterBank` of qiuqiangkong/torchlibrosa with ref 1 and no top_db.
     """
 
-    def __init__(self, *, floor: float = 1e-10, **spectrogram: Any) -> None:
-        super().__init__(mel_scale="slaney", **spectrogram)
-        self.floor = floor
+    mel_scale = "slaney"
 
     def compress(self, mel_BMF: Tensor) -> Tensor:
-        return 10 * mel_BMF.clamp(min=self.floor).log10()
+        return 10 * mel_BMF.clamp(min=1e-10).log10()
 
 
 class DecibelNorm(nn.BatchNorm2d):
     """Batch norm over mel bands, [B, M, F] -> [B, M, F].
 
-    Without a checkpoint its statistics are typical ones: frozen batch norm, the default, would otherwise hand raw
-    decibels to a network that expects unit variance.
+    Its statistics start at typical values of recordings. Otherwise frozen batch norm, the default, would pass raw
+    decibels to an untrained network that expects unit variance.
     """
 
     def __init__(self, num_mels: int) -> None:
@@ -196,18 +212,20 @@ class DecibelNorm(nn.BatchNorm2d):
 
 
 class MinMaxMel(FrontEnd):
-    """Decibels with `minimum` at -1 and `maximum` at 1, [B, num_mels, 1 + S // hop].
+    """Decibels scaled so that `minimum` is -1 and `maximum` is 1, [B, num_mels, 1 + S // hop].
 
-    What lies more than `dynamic_range` dB below the loudest value of its own clip is raised to that level. The original
+    Values more than `dynamic_range` dB below the loudest value of their clip are raised to that level. The original
     takes `minimum` and `maximum` from its training data.
 
     Source: `melspec_t`, `to_db` and `normalize` in Audio-WestlakeU/audiossl, `methods/atstframe/embedding.py`.
     """
 
+    mel_scale = "htk"
+
     def __init__(
-        self, *, floor: float, dynamic_range: float, minimum: float, maximum: float, **spectrogram: Any
+        self, settings: MelSettings, *, floor: float, dynamic_range: float, minimum: float, maximum: float
     ) -> None:
-        super().__init__(mel_scale="htk", **spectrogram)
+        super().__init__(settings)
         self.floor, self.dynamic_range, self.minimum, self.maximum = floor, dynamic_range, minimum, maximum
 
     def compress(self, mel_BMF: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ Source: RetroCirce/HTS-Audio-Transformer, `model/htsat.py` (Chen et al., ICASSP 
 those of transformers' `ClapAudioModel`, which is the same network.
 
 Shape suffixes: B batch, S samples, M mel bands, F mel frames, P patches of the image, D width, C chunks, Q rows of
-frequency and T frames of the last map; in attention N windows of the batch, W of a clip, H heads, L patches of each.
+frequency and T frames of the last map. In attention: N windows of the batch, W windows of a clip, H heads, L patches of
+a window.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -18,15 +19,16 @@ from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, AudioEncoderOptions
-from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm
+from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm, MelSettings
 from atr_scale.encoders.pretrained.layout import Entry, Layout
 from atr_scale.errors import UserError
 
 NUM_FRAMES = 1024  # of the spectrogram that becomes the image
 NUM_CHUNKS = 4  # of time, one above the other in the image
-MEL: dict[str, Any] = {"n_fft": 1024, "window_length": 1024, "num_mels": 64, "fmin": 50.0, "fmax": 14_000.0}
+NUM_MELS = 64
+MEL = partial(MelSettings, n_fft=1024, window_length=1024, num_mels=NUM_MELS, fmin=50.0, fmax=14_000.0)
 
-# Constants that are computed here; only the first is part of our state.
+# Constants that this package computes itself. Only the first is part of the state dict.
 POSITION_INDEX = "relative_position_index"
 DERIVED = (rf".*\.{POSITION_INDEX}$", r".*\.attn_mask$", r"\w+\.(spectrogram|logmel)_extractor\.")
 FUSION = "is a CLAP with feature fusion, which is another network: give one without (enable_fusion false)"
@@ -34,7 +36,7 @@ PARTS = {"query": 0, "key": 1, "value": 2}
 
 
 def original_entry(name: str) -> Entry | None:
-    """Our name -> the entry of HTS-AT's own code, where query, key and value are thirds of one matrix."""
+    """The entry of HTS-AT's own file for a parameter. Query, key and value are thirds of one matrix in it."""
     if name.endswith(POSITION_INDEX):
         return None
     part = re.search(r"attention\.self\.(query|key|value)\.", name)
@@ -54,7 +56,7 @@ def original_entry(name: str) -> Entry | None:
 
 
 def transformers_entry(name: str) -> Entry | None:
-    """Our name -> the entry of a saved `ClapAudioModel`, which holds the network alone."""
+    """The entry of a saved `ClapAudioModel` for a parameter. Such a file has no classifier and no projection."""
     if name.endswith(POSITION_INDEX) or not name.startswith("swin."):
         return None
     return Entry(name.removeprefix("swin."))
@@ -64,7 +66,7 @@ AUDIO_MODEL = Layout("ClapAudioModel", prefix="audio_encoder.", derived=DERIVED,
 
 
 class FusedWindowAttention(nn.Module):
-    """The attention inside windows as one fused call, with the parameters of the module whose place it takes."""
+    """Attention inside windows as one fused call, with the parameters of the eager module that it replaces."""
 
     relative_position_index: Tensor
 
@@ -79,7 +81,7 @@ class FusedWindowAttention(nn.Module):
         length = x_NLD.shape[1]
         bias_HLL = self.relative_position_bias_table[self.relative_position_index.flatten()]
         bias_HLL = bias_HLL.unflatten(0, (length, length)).permute(2, 0, 1)
-        # A clip's windows stand beside its heads: then one mask serves all clips and is never copied for each.
+        # The windows of a clip share an axis with its heads, so that one mask serves all clips without copies.
         num_windows = 1 if mask_WLL is None else len(mask_WLL)
         mask = bias_HLL if mask_WLL is None else (mask_WLL.unsqueeze(1) + bias_HLL).flatten(0, 1)
         split = (-1, num_windows, length, self.num_heads, x_NLD.shape[2] // self.num_heads)
@@ -92,10 +94,11 @@ class FusedWindowAttention(nn.Module):
 
 
 class SwinEncoder(AudioEncoder):
-    """The network of HTS-AT and of LAION-CLAP: a clip of any length up to ten seconds becomes 32 tokens.
+    """The network of HTS-AT and of LAION-CLAP. A clip of any length up to ten seconds becomes 32 tokens.
 
-    tokens: the last map averaged over its two rows of frequency; pooled: its average over both axes.
-    embed_dim: width of the first stage, doubled by each further one; depths, heads: blocks and heads of the stages.
+    tokens: the last map averaged over its two rows of frequency. pooled: its average over both axes.
+    embed_dim: width of the first stage; each further stage doubles it. depths, heads: number of blocks and of attention
+    heads in each stage.
     """
 
     native_seconds = 10.0
@@ -108,7 +111,7 @@ class SwinEncoder(AudioEncoder):
         depths: tuple[int, ...] = (2, 2, 6, 2),
         heads: tuple[int, ...] = (4, 8, 16, 32),
     ) -> None:
-        # Importing transformers takes seconds, and most encoders do without it.
+        # Importing transformers takes seconds, and most encoders do not need it.
         from transformers.models.clap.configuration_clap import ClapAudioConfig
         from transformers.models.clap.modeling_clap import ClapAudioEncoder
 
@@ -121,10 +124,10 @@ class SwinEncoder(AudioEncoder):
                 hidden_size=self.dim,
                 depths=list(depths),
                 num_attention_heads=list(heads),
-                hidden_dropout_prob=0.0,  # as both projects trained
+                hidden_dropout_prob=0.0,  # as in the training of both projects
             )
         )
-        self.swin.batch_norm = DecibelNorm(MEL["num_mels"])
+        self.swin.batch_norm = DecibelNorm(NUM_MELS)
         for layer in self.swin.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
@@ -146,18 +149,19 @@ class SwinEncoder(AudioEncoder):
         return self.blocks
 
     def image(self, waveform_BS: Tensor, augment_seed: int = 0) -> Tensor:
-        """The network's input [B, 1, 256, 256]: row = chunk * 64 + mel band, column = time inside the chunk.
+        """Waveform [B, S] -> input of the network [B, 1, 256, 256]: row = chunk * 64 + mel band, column = frame of it.
 
-        The normalised spectrogram is resized in time to 1024 frames: a shorter clip is stretched, as the original does.
+        The normalised spectrogram is resized in time to 1024 frames. A shorter clip is stretched, as in the original.
         """
         mel_BMF = self.mel(waveform_BS, augment_seed).to(self.swin.batch_norm.weight.dtype)
         mel_BMF = self.spec_augment(self.swin.batch_norm(mel_BMF), waveform_BS, augment_seed)
         size = (mel_BMF.shape[1], NUM_FRAMES)
         mel_B1MF = nn.functional.interpolate(mel_BMF.unsqueeze(1), size, mode="bicubic", align_corners=True)
-        return mel_B1MF.unflatten(3, (NUM_CHUNKS, -1)).transpose(2, 3).flatten(2, 3)
+        chunks_B1CMF: Tensor = mel_B1MF.unflatten(3, (NUM_CHUNKS, -1)).transpose(2, 3)
+        return chunks_B1CMF.flatten(2, 3)
 
     def feature_map(self, waveform_BS: Tensor, augment_seed: int = 0) -> Tensor:
-        """The last map [B, D, 2, 32]: frequency, time."""
+        """Waveform [B, S] -> last map [B, D, 2, 32], over frequency and time."""
         x_BPD = self.swin.patch_embed(self.image(waveform_BS, augment_seed))
         for stage, resolution in zip(self.swin.layers, self.swin.input_resolutions, strict=True):
             for block in stage.blocks:
@@ -165,7 +169,7 @@ class SwinEncoder(AudioEncoder):
             if stage.downsample is not None:
                 x_BPD = stage.downsample(x_BPD, resolution)
         height, width = self.swin.input_resolutions[-1]
-        map_BCQTD = self.swin.norm(x_BPD).unflatten(1, (NUM_CHUNKS, height // NUM_CHUNKS, width))
+        map_BCQTD: Tensor = self.swin.norm(x_BPD).unflatten(1, (NUM_CHUNKS, height // NUM_CHUNKS, width))
         return map_BCQTD.permute(0, 4, 2, 1, 3).flatten(3)
 
     def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
@@ -183,12 +187,12 @@ class SwinEncoder(AudioEncoder):
         return layers
 
 
-def _first_output(block: nn.Module, resolution: tuple[int, int], x_BPD: Tensor) -> Tensor:
+def _first_output(block: Callable[..., tuple[Tensor, ...]], resolution: tuple[int, int], x_BPD: Tensor) -> Tensor:
     return block(x_BPD, resolution)[0]
 
 
 class HTSAT(SwinEncoder):
-    """HTS-AT at 32 kHz. Its classifier of AudioSet, behind `tags`, is kept as loaded: it takes no part in training."""
+    """HTS-AT at 32 kHz. `tags` applies its AudioSet classifier, which is never trained."""
 
     sample_rate = 32_000
     special_options = frozenset({"attention", "long_clips"})
@@ -206,13 +210,14 @@ class HTSAT(SwinEncoder):
     )
 
     def __init__(self, **network: Any) -> None:
-        super().__init__(DecibelMel(sample_rate=self.sample_rate, hop=320, **MEL), **network)
+        super().__init__(DecibelMel(MEL(sample_rate=self.sample_rate, hop=320)), **network)
         self.tscam_conv = nn.Conv2d(self.dim, AUDIOSET_CLASSES, (2, 3), padding=(0, 1)).requires_grad_(False)
         for parameter in self.tscam_conv.parameters():
             nn.init.zeros_(parameter)  # until a classifier is loaded
 
     def logits(self, waveform_BS: Tensor) -> Tensor:
-        """[B, 527], AudioSet's classes: the mean over frames."""
+        """Logits [B, 527] of the AudioSet classes, the mean over frames."""
         if not self.tscam_conv.weight.any():
             raise UserError("these weights of htsat came without a classifier: load HTS-AT's own checkpoint to tag")
-        return self.tscam_conv(self.feature_map(waveform_BS)).flatten(2).mean(2)
+        logits_BLT: Tensor = self.tscam_conv(self.feature_map(waveform_BS)).flatten(2)
+        return logits_BLT.mean(2)

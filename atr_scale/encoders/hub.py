@@ -1,4 +1,4 @@
-"""Whether a model hub has a model's files, found out in seconds."""
+"""Whether a model hub can be reached and has a model, with an answer within seconds."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ HUB_TIMEOUT = 5.0  # seconds, for the first answer
 
 
 def must_use_cache(place: str) -> bool:
-    """Whether the files of a transformers model come from the hub's cache, because the hub cannot be reached; False for
-    a folder.
+    """Whether the files of a transformers model must come from the local cache because the hub cannot be reached.
 
-    One request decides, without the retries of most of a minute that loading a model would make.
-    Raises UserError if the hub has no such model, or if it cannot be reached and nothing of the model is in its cache.
+    It is False for a folder. One request decides; loading a model would retry for most of a minute.
+    Raises UserError if the hub has no such model, or if it cannot be reached and the model is not in the cache.
     """
     if Path(place).is_dir():
         return False
@@ -38,7 +37,7 @@ def must_use_cache(place: str) -> bool:
         raise UserError(f"no model '{place}' on {hub}: give the name of one that it has, or a folder") from None
     except EntryNotFoundError:
         raise UserError(f"'{place}' on {hub} has no config.json: give a model of transformers") from None
-    except Exception as error:  # each version of the library has its own types of network errors
+    except Exception as error:  # the types of network errors differ between versions of the library
         if isinstance(try_to_load_from_cache(place, "config.json"), str):
             return True
         reason = one_line(error)

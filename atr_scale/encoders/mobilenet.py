@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
-from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder
-from atr_scale.encoders.front_ends import KaldiLogMel
-
-SAMPLE_RATE = 32_000
+from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, initialise_convolutions
+from atr_scale.encoders.front_ends import AUGMENT_MEL_STFT, KaldiLogMel
 
 # kernel, expanded channels, output channels, squeeze-excitation, activation, stride
 BLOCKS: tuple[tuple[int, int, int, bool, type[nn.Module], int], ...] = (
@@ -40,7 +38,7 @@ BLOCKS: tuple[tuple[int, int, int, bool, type[nn.Module], int], ...] = (
 
 
 def round_to_eight(channels: float) -> int:
-    """The multiple of 8 nearest to `channels`, not more than a tenth below it."""
+    """The multiple of 8 nearest to `channels`, but at most a tenth below it."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
@@ -56,7 +54,7 @@ def conv_norm(
 
 
 class ChannelGate(nn.Module):
-    """Channels scaled by a gate computed from their means over frequency and time."""
+    """Scales each channel by a gate that is computed from the means over frequency and time."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -70,18 +68,19 @@ class ChannelGate(nn.Module):
 
 
 class SqueezeExcitation(nn.Module):
-    """The original can gate several axes at once and keeps a list of gates; its checkpoints gate channels alone."""
+    """A list with one gate. The original can gate several axes; its checkpoints gate the channels only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conc_se_layers = nn.ModuleList([ChannelGate(channels)])
 
     def forward(self, x_BCMF: Tensor) -> Tensor:
-        return self.conc_se_layers[0](x_BCMF)
+        gated_BCMF: Tensor = self.conc_se_layers[0](x_BCMF)
+        return gated_BCMF
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter each channel, gate, project; the input is added if shapes allow."""
+    """Expand, filter each channel, gate, project. The input is added if the shapes agree."""
 
     def __init__(
         self,
@@ -105,35 +104,24 @@ class InvertedResidual(nn.Module):
         self.block = nn.Sequential(*layers)
 
     def forward(self, x_BCMF: Tensor) -> Tensor:
-        y_BCMF = self.block(x_BCMF)
+        y_BCMF: Tensor = self.block(x_BCMF)
         return x_BCMF + y_BCMF if self.residual else y_BCMF
 
 
 class MobileNet(AudioEncoder):
-    """Clips of any length in one pass, one token per 0.32 s (F mel frames of 10 ms give ceil(F / 32) tokens).
+    """Encodes clips of any length in one pass. F mel frames of 10 ms give ceil(F / 32) tokens, one per 0.32 s.
 
-    tokens: the last map averaged over frequency; pooled: its average over frequency and time, which is the original's
-    feature vector. The AudioSet classifier behind `tags` is kept as loaded: it takes no part in training.
+    tokens: the last map averaged over frequency. pooled: its average over frequency and time, the embedding of the
+    original. `tags` applies the AudioSet classifier, which is never trained.
+    width: factor for the number of channels.
     """
 
-    sample_rate = SAMPLE_RATE
+    sample_rate = AUGMENT_MEL_STFT.sample_rate
     special_options = frozenset({"fmin_aug_range", "fmax_aug_range"})
 
     def __init__(self, width: float) -> None:
         super().__init__()
-        self.front_end = KaldiLogMel(
-            sample_rate=SAMPLE_RATE,
-            n_fft=1024,
-            window_length=800,
-            hop=320,
-            num_mels=128,
-            fmin=0.0,
-            fmax=15_000.0,
-            pre_emphasis=0.97,
-            floor=1e-5,
-            shift=4.5,
-            scale=5.0,
-        )
+        self.front_end = KaldiLogMel()
         channels = round_to_eight(16 * width)
         features: list[nn.Module] = [conv_norm(1, channels, 3, nn.Hardswish, stride=2)]
         for kernel, expanded, outputs, gated, activation, stride in BLOCKS:
@@ -150,10 +138,7 @@ class MobileNet(AudioEncoder):
                 {"2": nn.Linear(self.dim, hidden), "3": nn.Hardswish(), "5": nn.Linear(hidden, AUDIOSET_CLASSES)}
             )
         ).requires_grad_(False)
-        for layer in self.features.modules():
-            if isinstance(layer, nn.Conv2d):
-                # Stored statistics start at 0 and 1, so the convolutions themselves must keep the signal's variance.
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        initialise_convolutions(self.features)
 
     def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
         mel_BMF = self.spec_augment(self.mel(waveform_BS, augment_seed), waveform_BS, augment_seed)
@@ -166,8 +151,9 @@ class MobileNet(AudioEncoder):
         return TokenSequence.unpadded(tokens_BTC, map_BCMT.mean((2, 3)))
 
     def logits(self, waveform_BS: Tensor) -> Tensor:
-        """[B, 527], AudioSet's classes."""
-        return self.classifier(self.encode(waveform_BS).pooled)
+        """Logits [B, 527] of the AudioSet classes."""
+        logits_BL: Tensor = self.classifier(self.encode(waveform_BS).pooled)
+        return logits_BL
 
     @property
     def layers(self) -> list[tuple[str, ...]]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
-from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder
-from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm
+from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, initialise_convolutions
+from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm, MelSettings
 from atr_scale.encoders.pretrained.layout import Layout
 
 SAMPLE_RATE = 32_000
@@ -32,7 +32,7 @@ def conv3(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class ConvBlock(nn.Module):
-    """Two convolutions; frequency and time are halved if `halve` is set, rounded down."""
+    """Two convolutions. With `halve`, frequency and time are then halved, rounded down."""
 
     def __init__(self, inputs: int, outputs: int, halve: bool = True) -> None:
         super().__init__()
@@ -44,11 +44,15 @@ class ConvBlock(nn.Module):
     def forward(self, x_BCFM: Tensor) -> Tensor:
         x_BCFM = torch.relu(self.bn1(self.conv1(x_BCFM)))
         x_BCFM = torch.relu(self.bn2(self.conv2(x_BCFM)))
-        return self.dropout(self.pool(x_BCFM))
+        pooled_BCFM: Tensor = self.dropout(self.pool(x_BCFM))
+        return pooled_BCFM
 
 
 class ResidualBlock(nn.Module):
-    """Where `halve` is set, both ways average 2 x 2 first and the shortcut changes the number of channels."""
+    """Two convolutions with a shortcut.
+
+    With `halve`, both branches first average 2 x 2, and the shortcut changes the number of channels.
+    """
 
     def __init__(self, inputs: int, outputs: int, halve: bool) -> None:
         super().__init__()
@@ -61,7 +65,7 @@ class ResidualBlock(nn.Module):
             if halve
             else nn.Identity()
         )
-        # Each block starts as its shortcut alone (as the original's does): sixteen branches would add up otherwise.
+        # As in the original each block starts as its shortcut; sixteen random branches would add up.
         nn.init.zeros_(self.bn2.weight)
 
     def forward(self, x_BCFM: Tensor) -> Tensor:
@@ -71,11 +75,11 @@ class ResidualBlock(nn.Module):
 
 
 class Panns(AudioEncoder):
-    """Clips of any length in one pass, one token per 0.32 s: F mel frames of 10 ms give F // 32 tokens, at least one,
-    for which shorter clips are filled up with silence.
+    """Encodes clips of any length in one pass. F mel frames of 10 ms give F // 32 tokens, one per 0.32 s.
 
-    tokens: the last map averaged over frequency; pooled: their maximum over time plus their mean. The AudioSet
-    classifier behind `tags` is kept as loaded: it takes no part in training.
+    A clip too short for one token is padded with silence.
+    tokens: the last map averaged over frequency. pooled: the sum of their maximum and their mean over time.
+    `tags` applies the AudioSet classifier, which is never trained.
     """
 
     sample_rate = SAMPLE_RATE
@@ -90,13 +94,15 @@ class Panns(AudioEncoder):
         super().__init__()
         self.dim = dim
         self.front_end = DecibelMel(
-            sample_rate=SAMPLE_RATE,
-            n_fft=1024,
-            window_length=1024,
-            hop=HOP,
-            num_mels=NUM_MELS,
-            fmin=50.0,
-            fmax=14_000.0,
+            MelSettings(
+                sample_rate=SAMPLE_RATE,
+                n_fft=1024,
+                window_length=1024,
+                hop=HOP,
+                num_mels=NUM_MELS,
+                fmin=50.0,
+                fmax=14_000.0,
+            )
         )
         self.bn0 = DecibelNorm(NUM_MELS)
         self.fc1 = nn.Linear(dim, dim).requires_grad_(False)
@@ -105,16 +111,10 @@ class Panns(AudioEncoder):
     @property
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """What maps go through one after another."""
-
-    def initialize(self) -> None:
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                # Stored statistics start at 0 and 1, so the convolutions themselves must keep the signal's variance.
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        """The layers in the order in which they are applied."""
 
     def normalised_mel(self, waveform_BS: Tensor, augment_seed: int = 0) -> Tensor:
-        """[B, M, F], what the first block sees."""
+        """Waveform [B, S] -> input of the first block [B, M, F]."""
         shortest = (FRAMES_PER_TOKEN - 1) * HOP
         padded_BS = nn.functional.pad(waveform_BS, (0, max(0, shortest - waveform_BS.shape[1])))
         mel_BMF = self.bn0(self.mel(padded_BS, augment_seed).to(self.bn0.weight.dtype))
@@ -129,15 +129,16 @@ class Panns(AudioEncoder):
         return TokenSequence.unpadded(tokens_BTC, tokens_BTC.amax(1) + tokens_BTC.mean(1))
 
     def logits(self, waveform_BS: Tensor) -> Tensor:
-        """[B, 527], AudioSet's classes."""
-        return self.fc_audioset(torch.relu(self.fc1(self.encode(waveform_BS).pooled)))
+        """Logits [B, 527] of the AudioSet classes."""
+        logits_BL: Tensor = self.fc_audioset(torch.relu(self.fc1(self.encode(waveform_BS).pooled)))
+        return logits_BL
 
     def compiled_parts(self) -> Iterable[nn.Module]:
         return self.blocks
 
 
 class Cnn14(Panns):
-    """Six blocks of two convolutions; `channels`: of each."""
+    """Six blocks of two convolutions. channels: the output channels of each block."""
 
     def __init__(self, channels: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)) -> None:
         super().__init__(dim=channels[-1])
@@ -145,7 +146,7 @@ class Cnn14(Panns):
         for i, outputs in enumerate(channels, start=1):
             self.add_module(f"conv_block{i}", ConvBlock(inputs, outputs, halve=i < len(channels)))
             inputs = outputs
-        self.initialize()
+        initialise_convolutions(self)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -157,8 +158,10 @@ class Cnn14(Panns):
 
 
 class ResNet38(Panns):
-    """A block of two convolutions, sixteen residual ones, and another of two; `channels`: of the four stages of
-    residual blocks, whose first is that of the first block too, and of the last block."""
+    """A block of two convolutions, four stages with sixteen residual blocks, and a last block of two convolutions.
+
+    channels: the output channels of each stage, then of the last block. The first block has those of the first stage.
+    """
 
     def __init__(self, channels: tuple[int, ...] = (64, 128, 256, 512, 2048)) -> None:
         *stages, dim = channels
@@ -177,7 +180,7 @@ class ResNet38(Panns):
             inputs = outputs
         self.pool = nn.Sequential(nn.AvgPool2d(2), nn.Dropout(0.2))
         self.conv_block_after1 = ConvBlock(inputs, dim, halve=False)
-        self.initialize()
+        initialise_convolutions(self)
 
     @property
     def residual_blocks(self) -> dict[str, nn.Module]:

@@ -18,52 +18,40 @@ from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, AudioEncoderOptions
-from atr_scale.encoders.front_ends import KaldiLogMel
+from atr_scale.encoders.front_ends import AUGMENT_MEL_STFT, KaldiLogMel
 from atr_scale.encoders.pretrained.layout import Layout
 from atr_scale.encoders.spec_augment import for_the_batch
 from atr_scale.encoders.vit import EPSILON, Block, embedding, initialise
 from atr_scale.errors import UserError
 
-SAMPLE_RATE = 32_000
-HOP = 320
-NUM_MELS = 128
+MEL = AUGMENT_MEL_STFT
 PATCH = 16
 
 
 class PaSST(AudioEncoder):
-    """Clips up to 10 s; one token per column of patches, `stride` mel frames of 10 ms apart.
+    """Encodes clips of up to 10 s, with one token per column of patches.
 
-    tokens: the patches' outputs averaged over frequency; pooled: the mean of the outputs of the class and distillation
-    tokens, which is the original's feature vector. A clip shorter than a patch is followed by silence.
+    tokens: outputs of the patches averaged over frequency. pooled: the mean of the outputs of the class token and the
+    distillation token, the embedding of the original. A clip shorter than a patch is padded with silence.
 
-    s_patchout_t, s_patchout_f: in training so many columns and rows of patches, drawn for the whole batch, are left
-    out, and so are their tokens; a short clip keeps one column at least. In training the original also shifts the time
-    positions of clips below 10 s at random; here they start at the first, as in its evaluation.
+    stride: distance between patches, in mel frames of 10 ms and in mel bands.
+    s_patchout_t, s_patchout_f: the number of columns and rows of patches that are left out in training, with their
+    tokens. They are drawn once for the whole batch. At least one column of a short clip is kept.
+    In training the original also shifts the time positions of clips below 10 s at random. Here they start at the first
+    position, as in its evaluation.
     """
 
-    sample_rate = SAMPLE_RATE
+    sample_rate = MEL.sample_rate
     native_seconds = 10.0
     special_options = frozenset({"s_patchout_t", "s_patchout_f", "fmin_aug_range", "fmax_aug_range", "attention"})
     layouts = (Layout(unused=(r"head_dist\.",)),)
 
     def __init__(self, stride: int, dim: int = 768, depth: int = 12, heads: int = 12) -> None:
         super().__init__()
-        self.front_end = KaldiLogMel(
-            sample_rate=SAMPLE_RATE,
-            n_fft=1024,
-            window_length=800,
-            hop=HOP,
-            num_mels=NUM_MELS,
-            fmin=0.0,
-            fmax=15_000.0,
-            pre_emphasis=0.97,
-            floor=1e-5,
-            shift=4.5,
-            scale=5.0,
-        )
+        self.front_end = KaldiLogMel()
         self.dim = dim
-        self.rows = (NUM_MELS - PATCH) // stride + 1
-        self.columns = (round(self.native_seconds * SAMPLE_RATE) // HOP - PATCH) // stride + 1
+        self.rows = (MEL.num_mels - PATCH) // stride + 1
+        self.columns = (round(self.native_seconds * MEL.sample_rate) // MEL.hop - PATCH) // stride + 1
         self.cls_token = embedding(1, 1, dim)
         self.dist_token = embedding(1, 1, dim)
         self.new_pos_embed = embedding(1, 2, dim)
@@ -85,7 +73,7 @@ class PaSST(AudioEncoder):
         super().configure(options, name)
 
     def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
-        shortest = (PATCH - 1) * HOP + 1
+        shortest = (PATCH - 1) * MEL.hop + 1
         if waveform_BS.shape[1] < shortest:
             waveform_BS = nn.functional.pad(waveform_BS, (0, shortest - waveform_BS.shape[1]))
         mel_BMF = self.spec_augment(self.mel(waveform_BS, augment_seed), waveform_BS, augment_seed)
@@ -95,12 +83,12 @@ class PaSST(AudioEncoder):
         return TokenSequence.unpadded(tokens_BTD, x_BND[:, :2].mean(1))
 
     def patches(self, mel_BMF: Tensor) -> Tensor:
-        """Projected patches with their positions, [B, D, R, T]."""
-        patches_BDRT = self.patch_embed(mel_BMF.unsqueeze(1).to(self.cls_token.dtype))
+        """Spectrogram [B, M, F] -> projected patches with their positions [B, D, R, T]."""
+        patches_BDRT: Tensor = self.patch_embed(mel_BMF.unsqueeze(1).to(self.cls_token.dtype))
         return patches_BDRT + self.time_new_pos_embed[..., : patches_BDRT.shape[3]] + self.freq_new_pos_embed
 
     def patchout(self, patches_BDRT: Tensor, augment_seed: int) -> Tensor:
-        """In training, without the rows and columns that the options leave out; the others keep their order."""
+        """In training leave out random rows and columns of patches, as many as the options say, and keep the order."""
         if not self.training:
             return patches_BDRT
         draws = for_the_batch(augment_seed, "patchout")
@@ -112,16 +100,18 @@ class PaSST(AudioEncoder):
         return patches_BDRT
 
     def transform(self, patches_BDRT: Tensor) -> Tensor:
-        """The transformer's outputs [B, 2 + R * T, D]."""
+        """Patches [B, D, R, T] -> outputs of the transformer [B, 2 + R * T, D]."""
         special_1ND = torch.cat([self.cls_token, self.dist_token], 1) + self.new_pos_embed
         x_BND = torch.cat([special_1ND.expand(len(patches_BDRT), -1, -1), patches_BDRT.flatten(2).transpose(1, 2)], 1)
         for block in self.blocks:
             x_BND = self.run(partial(block, fused=self.options.attention == "sdpa"), x_BND)
-        return self.norm(x_BND)
+        outputs_BND: Tensor = self.norm(x_BND)
+        return outputs_BND
 
     def logits(self, waveform_BS: Tensor) -> Tensor:
-        """[B, 527], AudioSet's classes."""
-        return self.head(self.encode(waveform_BS).pooled)
+        """Logits [B, 527] of the AudioSet classes."""
+        logits_BL: Tensor = self.head(self.encode(waveform_BS).pooled)
+        return logits_BL
 
     @property
     def layers(self) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Texts to unit vectors, by a text encoder with mean pooling.
+"""Sentence embeddings of unit length, from a text encoder with mean pooling.
 
 Shape suffixes: N texts, D width.
 """
@@ -16,9 +16,9 @@ MAX_TOKENS = 128
 
 
 class SentenceEncoder:
-    """`encoder(texts) -> float32 [N, D]` of unit length, on the accelerator if there is one.
+    """`encoder(texts)` gives embeddings float32 [N, D] of unit length. It runs on a GPU if there is one.
 
-    name: a transformers folder, or a model's name on a hub. Raises UserError as build_text_encoder does.
+    name: a transformers folder or the name of a model on a hub. Raises UserError like `build_text_encoder`.
     """
 
     def __init__(self, name: str) -> None:

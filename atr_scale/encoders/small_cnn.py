@@ -1,4 +1,4 @@
-"""A light network of our own, for runs on a CPU and for tests. Nothing in it depends on other clips.
+"""A small network of this project, for runs on a CPU and for tests. Its group norms do not depend on other clips.
 
 Shape suffixes: B batch, S samples, C channels, M mel bands, F frames, T tokens.
 """
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AudioEncoder
-from atr_scale.encoders.front_ends import LogMel
+from atr_scale.encoders.front_ends import LogMel, MelSettings
 
 SAMPLE_RATE = 16_000
 NUM_MELS = 64
@@ -17,18 +17,18 @@ GROUPS = 8
 
 
 def halve(inputs: int, outputs: int) -> nn.Sequential:
-    """Frequency and time halved, rounded up."""
+    """A convolution that halves frequency and time, rounded up."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.GroupNorm(GROUPS, outputs), nn.GELU()
     )
 
 
 class SmallCNN(AudioEncoder):
-    """Four by four patches of the log-mel, two halving convolutions, then two convolutions over time.
+    """Patches of four by four on the log-mel, two convolutions that halve it, then two convolutions over time.
 
-    One token per 0.32 s (16 mel frames of 20 ms), which sees about 2 s; pooled is the tokens' mean and maximum, added.
-    The patches are not normalised, so that loudness survives the group norms that follow; the frequency axis goes into
-    the channels rather than into a mean, so that pitch does.
+    One token per 0.32 s (16 mel frames of 20 ms); its receptive field is about 2 s. pooled: the sum of the mean and the
+    maximum of the tokens. The patches are not normalised, so that loudness survives the group norms that follow. The
+    frequency axis is joined with the channels rather than averaged, so that pitch survives.
     """
 
     sample_rate = SAMPLE_RATE
@@ -37,13 +37,15 @@ class SmallCNN(AudioEncoder):
     def __init__(self) -> None:
         super().__init__()
         self.front_end = LogMel(
-            sample_rate=SAMPLE_RATE,
-            n_fft=512,
-            window_length=512,
-            hop=320,
-            num_mels=NUM_MELS,
-            fmin=50.0,
-            fmax=8_000.0,
+            MelSettings(
+                sample_rate=SAMPLE_RATE,
+                n_fft=512,
+                window_length=512,
+                hop=320,
+                num_mels=NUM_MELS,
+                fmin=50.0,
+                fmax=8_000.0,
+            ),
             floor=1e-5,
             shift=4.0,
             scale=5.0,

@@ -1,7 +1,7 @@
-"""Random draws of training that do not depend on how many ranks or forwards share a global batch.
+"""Random draws in training that depend neither on the world size nor on the micro-batch size.
 
-What is drawn for the whole batch (patchout, band limits) follows from the step's seed alone. What is drawn for each
-clip (SpecAugment) follows from the seed and the clip's own samples.
+Draws for the whole global batch (patchout, band limits) follow from the seed of the step. Draws for a clip
+(SpecAugment) follow from the seed of the step and the samples of the clip.
 
 Shape suffixes: B batch, S samples, N draws, M mel bands, F frames.
 """
@@ -22,22 +22,22 @@ MASK = (1 << 64) - 1
 
 
 class SpecAugmentSection(Section):
-    """Names and values of PANNs and HTS-AT; widths in mel frames and mel bands."""
+    """SpecAugment with the names and default values of PANNs and HTS-AT."""
 
-    time_drop_width: Count = 64
-    time_stripes_num: Annotated[int, Field(ge=0)] = 2
-    freq_drop_width: Count = 8
-    freq_stripes_num: Annotated[int, Field(ge=0)] = 2
+    time_drop_width: Count = Field(64, description="Upper limit of the width of a stripe of time, in mel frames.")
+    time_stripes_num: Annotated[int, Field(ge=0)] = Field(2, description="Number of stripes of time per clip.")
+    freq_drop_width: Count = Field(8, description="Upper limit of the width of a stripe of frequency, in mel bands.")
+    freq_stripes_num: Annotated[int, Field(ge=0)] = Field(2, description="Number of stripes of frequency per clip.")
 
 
 def for_the_batch(seed: int, purpose: str) -> np.random.Generator:
-    """Draws that are the same for all clips of a step."""
+    """A generator whose draws are the same for all clips of a step."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
 
 
 def for_each_clip(seed: int, waveform_BS: Tensor, count: int) -> Tensor:
-    """[B, count] float64 in [0, 1), from the seed and each clip's samples."""
-    # A sum of integers is the same in any order, so on any device and in any batch.
+    """Random numbers float64 [B, count] in [0, 1) that follow from the seed and the samples of each clip."""
+    # A sum of integers does not depend on its order, so it is the same on any device and in any batch.
     content_B = waveform_BS.float().contiguous().view(torch.int32).to(torch.int64).sum(1)
     numbers_N = torch.arange(count, device=waveform_BS.device)
     state = _mix(content_B.unsqueeze(1) + _signed(seed)) + numbers_N * _signed(0x9E3779B97F4A7C15)
@@ -47,8 +47,11 @@ def for_each_clip(seed: int, waveform_BS: Tensor, count: int) -> Tensor:
 def keep_outside_stripes(
     seed: int, waveform_BS: Tensor, num_mels: int, num_frames: int, widths: SpecAugmentSection
 ) -> Tensor:
-    """bool [B, M, F], False inside random stripes of time and of frequency: SpecAugment (Park et al. 2019,
-    arXiv 1904.08779) as torchlibrosa's `SpecAugmentation` draws it: a width below the limit, then a place for it."""
+    """Mask bool [B, M, F] that is False inside random stripes of time and of frequency.
+
+    Source: SpecAugment (Park et al. 2019, arXiv 1904.08779), drawn as in `SpecAugmentation` of torchlibrosa: first a
+    width below the limit, then a place for it.
+    """
     kinds = (
         (num_frames, widths.time_drop_width, widths.time_stripes_num),
         (num_mels, widths.freq_drop_width, widths.freq_stripes_num),
@@ -68,13 +71,13 @@ def keep_outside_stripes(
 
 
 def _signed(number: int) -> int:
-    """The same 64 bits as a signed number."""
+    """The 64 bits of `number` read as a signed number."""
     number &= MASK
     return number - (1 << 64) if number >> 63 else number
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64, whose products wrap around."""
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64 with products that wrap around."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> shift & (MASK >> shift))) * _signed(factor)
     return x ^ (x >> 31 & (MASK >> 31))

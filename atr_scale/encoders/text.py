@@ -1,4 +1,4 @@
-"""What all text encoders share: their options and what they promise.
+"""The base class and the options of the text encoders.
 
 Shape suffixes: B batch, T tokens.
 """
@@ -19,17 +19,25 @@ from atr_scale.sections import Section, own_fields
 
 
 class TextEncoderOptions(Section):
-    """What a text encoder can be told; an option that it does not have is refused by name."""
+    """Options of a text encoder. An encoder refuses an option that it does not support, by name."""
 
-    pooling: Literal["first", "mean"] = "first"
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="default: the model's own")
-    attention: Literal["eager", "sdpa"] = "sdpa"
-    activation_checkpointing: bool = Field(False, description="layers recomputed in the backward pass")
-    compile: bool = Field(False, description="torch.compile of the layers")
+    pooling: Literal["first", "mean"] = Field(
+        "first", description="Pooled embedding: that of the first token, or the mean over all tokens."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Dropout probability of hidden states and attention; by default that of the model."
+    )
+    attention: Literal["eager", "sdpa"] = Field(
+        "sdpa", description="Implementation of attention: eager, or sdpa (fused; equal up to rounding)."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Gradient checkpointing: layers are recomputed in the backward pass to save memory."
+    )
+    compile: bool = Field(False, description="Compile each layer with torch.compile.")
 
 
 class Tokenizer(Protocol):
-    """Called as a tokenizer of transformers is: captions -> "input_ids" and "attention_mask", int64 [captions, L]."""
+    """Called like a tokenizer of transformers: captions -> "input_ids" and "attention_mask", int64 [captions, T]."""
 
     def __call__(
         self, captions: list[str], *, padding: bool, truncation: bool, max_length: int, return_tensors: str
@@ -39,10 +47,12 @@ class Tokenizer(Protocol):
 class TextEncoder(nn.Module, ABC):
     """Token ids -> TokenSequence.
 
-    dim: width of tokens and of pooled. tokenizer: makes the token ids; it is no part of the state dict.
-    layers: what `frozen_layers` and `layer_decay` count, lowest first, each the prefixes of its parameters' names.
-    Options: the section that checks its options; the constructor gets the fields that it adds to TextEncoderOptions.
-    common_options: those of TextEncoderOptions that it has; the others must keep their defaults.
+    dim: width of the tokens and of the pooled embedding.
+    tokenizer: makes the token ids; it is not part of the state dict.
+    layers: the layers that `frozen_layers` and `layer_decay` count, lowest first; each is a tuple of prefixes of
+    parameter names.
+    Options: the section that checks the options. The constructor takes the fields that it adds to TextEncoderOptions.
+    common_options: the fields of TextEncoderOptions that the encoder supports; the others must keep their defaults.
     """
 
     dim: int
@@ -57,28 +67,31 @@ class TextEncoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> TokenSequence:
-        """input_ids int64 [B, T]; attention_mask [B, T], 1 or True if a token is real, special or not.
+        """input_ids int64 [B, T] and attention_mask [B, T], 1 or True for every token that is not padding.
 
-        The mask of what comes back leaves special tokens out, so that scorers over tokens never see them.
+        The mask of the result is False for special tokens, so that scorers over tokens never use them.
         """
 
     @classmethod
     def build(cls, name: str, options: TextEncoderOptions) -> Self:
-        """A new encoder for `model.text.name`; here one that its own options say all about."""
+        """A new encoder for `model.text.name`. By default it is built from its own options alone."""
         return cls(**own_fields(options, TextEncoderOptions))
 
     @abstractmethod
     def save_files(self, folder: Path) -> None:
-        """Writes to the existing `folder` all that `load` needs besides the weights: sizes, the tokenizer's files."""
+        """Write the files that `load` needs besides the weights (sizes, tokenizer) to the existing `folder`."""
 
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, options: TextEncoderOptions) -> Self:
-        """The encoder whose files `save_files` wrote. Its weights may have any values, for they are overwritten; its
-        state dict has the keys of the one that was saved. Reads no weights, and nothing from outside of `folder`."""
+        """Build the encoder from the files of `save_files`, without weights.
+
+        The weights may have any values, because the caller overwrites them. The state dict has the same keys as that of
+        the saved encoder. Nothing outside of `folder` is read.
+        """
 
     def configure(self, options: TextEncoderOptions, name: str) -> None:
-        """Takes the common options. Raises UserError, naming it, for one that this encoder does not have."""
+        """Apply the common options. Raises UserError, naming the option, if this encoder does not support one."""
         default = TextEncoderOptions()
         for option in sorted(TextEncoderOptions.model_fields.keys() - self.common_options):
             if getattr(options, option) != getattr(default, option):

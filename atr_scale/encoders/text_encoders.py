@@ -1,6 +1,6 @@
-"""The text encoders by name: those of transformers, and others.
+"""The text encoders by name.
 
-One that lives outside of this package is an entry that its module adds to `TEXT_ENCODERS`.
+A plug-in adds its encoders to `TEXT_ENCODERS` when its module is imported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from atr_scale.encoders.text import TextEncoder, TextEncoderOptions
 from atr_scale.encoders.transformers_text import TransformersTextEncoder
 from atr_scale.sections import check_options, options_of
 
-TEXT_ENCODERS: dict[str, type[TextEncoder]] = {}  # any other name is that of a transformers model
+TEXT_ENCODERS: dict[str, type[TextEncoder]] = {}  # any other name is the folder or name of a transformers model
 
 
 def text_encoder_options(name: str) -> type[TextEncoderOptions]:
@@ -21,12 +21,14 @@ def text_encoder_options(name: str) -> type[TextEncoderOptions]:
 
 
 def build_text_encoder(name_or_path: str | Path, pooling: str = "first", **options: Any) -> TextEncoder:
-    """The encoder in evaluation mode: an entry of TEXT_ENCODERS, else the trained one of transformers in fp32, from a
-    folder with model and tokenizer, or by its name on a model hub.
+    """Build a text encoder in evaluation mode.
 
-    pooling: first or mean. options: the other fields of TextEncoderOptions, and of the encoder's own `Options`.
-    Raises UserError, in one line, for an unknown option, and if the encoder cannot be loaded, is no text encoder,
-    lacks some of its weights, or cannot do what an option asks.
+    name_or_path: an entry of TEXT_ENCODERS, or a pretrained transformers model, which is loaded in fp32: a folder with
+    model and tokenizer, or a name on a model hub.
+    pooling: first or mean.
+    options: the other fields of TextEncoderOptions and of the encoder's own `Options`.
+    Raises UserError with one line if an option is unknown or not supported, or if the encoder cannot be loaded, is not
+    a text encoder, or lacks some of its weights.
     """
     name = str(name_or_path)
     chosen = check_options(text_encoder_options(name), {"pooling": pooling, **options}, f"the text encoder {name}")
@@ -36,11 +38,11 @@ def build_text_encoder(name_or_path: str | Path, pooling: str = "first", **optio
 
 
 def load_text_encoder(folder: str | Path, name: str = "", **options: Any) -> TextEncoder:
-    """The encoder `name` as `build_text_encoder` builds it, from the files that its `save_files` wrote to `folder`.
+    """Build a text encoder, without its weights, from the files that its `save_files` wrote to `folder`.
 
-    Its weights are random, for the caller to overwrite: none are read, and nothing is downloaded. name: that of the
-    configuration; transformers' encoders need none. options: as for `build_text_encoder`.
-    Raises UserError, in one line, for an unknown option, and if the folder does not hold the files.
+    The weights are not initialised; the caller must overwrite them. Nothing is downloaded.
+    name: the name in the configuration; encoders of transformers need none. options: as for `build_text_encoder`.
+    Raises UserError with one line if an option is unknown or if the folder does not hold the files.
     """
     chosen = check_options(text_encoder_options(name), options, f"the text encoder {name or folder}")
     encoder = TEXT_ENCODERS.get(name, TransformersTextEncoder).load(Path(folder), chosen)

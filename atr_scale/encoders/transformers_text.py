@@ -19,9 +19,9 @@ from atr_scale.encoders.hub import must_use_cache
 from atr_scale.encoders.text import TextEncoder, TextEncoderOptions
 from atr_scale.errors import UserError, one_line
 
-# Not the unknown token: it stands for a real word.
+# The unknown token is not among them: it stands for a real word.
 SPECIAL_TOKEN_IDS = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
-# Settings of dropout inside the encoder, over the families.
+# Names of the dropout settings inside the encoder, over all families.
 DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout",
     "mlp_dropout",
@@ -31,11 +31,12 @@ DROPOUTS = (
 class TransformersTextEncoder(TextEncoder):
     """An encoder model of transformers with its tokenizer.
 
-    tokens: the last hidden states of ALL tokens; mask: those of the caption, without special ones. pooled: as
-    options.pooling says, `first` (the first token) or `mean` (over all attended tokens, special ones included, as
-    sentence encoders do).
+    tokens: the last hidden states of all tokens. mask: True for the tokens of the caption, without special tokens.
+    pooled: the first token, or the mean over all tokens that are not padding. Like in sentence encoders the mean
+    includes special tokens.
 
-    transformer: without a pooling layer. tokenizer: None for a model that is only measured; then no token is special.
+    transformer: the model without a pooling layer. tokenizer: None for a model that is only measured; then no token is
+    special.
     """
 
     tokenizer: Any
@@ -52,8 +53,8 @@ class TransformersTextEncoder(TextEncoder):
 
     @classmethod
     def build(cls, name: str, options: TextEncoderOptions) -> TransformersTextEncoder:
-        """The trained encoder in fp32: a folder with model and tokenizer, or a name on a model hub."""
-        # Seconds to import, and audio encoders do without it.
+        """Load the pretrained encoder in fp32 from a folder with model and tokenizer, or by its name on a model hub."""
+        # The import takes seconds, and most audio encoders do not need it.
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
@@ -85,19 +86,21 @@ class TransformersTextEncoder(TextEncoder):
         return cls(transformer, tokenizer, options)
 
     def save_files(self, folder: Path) -> None:
-        """config.json and the tokenizer's files."""
+        """Write config.json and the files of the tokenizer."""
         self.transformer.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     @classmethod
     def load(cls, folder: Path, options: TextEncoderOptions) -> TransformersTextEncoder:
         from transformers import AutoConfig, AutoTokenizer
+        from transformers.initialization import no_init_weights
 
         source: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
             with quiet_transformers():
                 config = AutoConfig.from_pretrained(folder, **source)
-                transformer = untrained(config, options)
+                with no_init_weights():  # the caller overwrites them
+                    transformer = untrained(config, options)
                 tokenizer = AutoTokenizer.from_pretrained(folder, **source)
         except Exception as error:
             raise UserError(
@@ -114,19 +117,21 @@ class TransformersTextEncoder(TextEncoder):
                 family = self.transformer.config.model_type
                 raise UserError(f"a {family} model has no activation_checkpointing: leave it at false")
             enable_gradient_checkpointing(self.transformer)
-            # It would carry the backward pass through frozen layers too.
+            # Otherwise the backward pass would run through frozen layers too.
             self.transformer.disable_input_require_grads()
         if options.compile:
-            # Each layer by itself: they share their code.
+            # Layers that are compiled one by one share their code.
             place = self._stack()
             for layer in self.transformer.get_submodule(place) if place else [self.transformer]:
                 layer.compile()
 
     @property
     def layers(self) -> list[tuple[str, ...]]:
-        """The embeddings, then each layer. What lies outside of both goes to the embeddings (MPNet's shared position
-        biases), a norm after the layers to the last of them. A model whose layers share their weights (ALBERT) counts
-        as one."""
+        """The embeddings, then each layer.
+
+        Parameters outside of both (the shared position biases of MPNet) belong to the embeddings, and a norm after the
+        layers belongs to the last layer. A model whose layers share their weights (ALBERT) counts as one layer.
+        """
         place = self._stack()
         if place is None:
             return [("transformer.",)]
@@ -143,7 +148,8 @@ class TransformersTextEncoder(TextEncoder):
         return [tuple(embeddings), *map(tuple, layers)]
 
     def _stack(self) -> str | None:
-        """The place of the list of layers in the transformer."""
+        """Name of the module list of the layers in the transformer, None if the layers share their weights."""
+        name: str
         for name, module in self.transformer.named_modules():
             if isinstance(module, nn.ModuleList) and len(module) == self.transformer.config.num_hidden_layers:
                 return name
@@ -162,7 +168,7 @@ class TransformersTextEncoder(TextEncoder):
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bar and no table of unused weights: the weights that matter are checked here."""
+    """Show no progress bar and no table of unused weights. Missing weights are checked in this module."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -177,7 +183,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def untrained(config: Any, options: TextEncoderOptions) -> Any:
-    """The model of a transformers configuration, without pooling layer, with random weights in fp32."""
+    """Build the model of a transformers configuration without pooling layer, with random weights in fp32."""
     from transformers import AutoModel
 
     settings = _settings(options)
@@ -188,7 +194,7 @@ def _without_pooling(build: Callable[..., Any], *arguments: Any, **settings: Any
     try:
         return build(*arguments, add_pooling_layer=False, **settings)
     except TypeError:
-        # Families without a pooling layer (DistilBERT) do not know the argument.
+        # Families without a pooling layer (DistilBERT) do not take the argument.
         return build(*arguments, **settings)
 
 
@@ -200,7 +206,7 @@ def _with_dropout(config: Any, options: TextEncoderOptions) -> Any:
 
 
 def _settings(options: TextEncoderOptions) -> dict[str, Any]:
-    # Fused attention is what transformers itself takes if a family has it.
+    # By default transformers uses fused attention for every family that supports it.
     attention = {"attn_implementation": "eager"} if options.attention == "eager" else {}
     return {"dtype": torch.float32, **attention}
 

@@ -15,7 +15,7 @@ EPSILON = 1e-6
 
 
 class PatchAttention(nn.Module):
-    """Multi-head self-attention over all patches."""
+    """Multi-head self-attention over all tokens. fused: use the fused kernel of torch."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -30,7 +30,8 @@ class PatchAttention(nn.Module):
         else:
             scores_BHNN = (q_BHNE * q_BHNE.shape[3] ** -0.5) @ k_BHNE.transpose(2, 3)
             mixed_BHNE = scores_BHNN.softmax(3).to(v_BHNE.dtype) @ v_BHNE
-        return self.proj(mixed_BHNE.transpose(1, 2).flatten(2))
+        projected_BND: Tensor = self.proj(mixed_BHNE.transpose(1, 2).flatten(2))
+        return projected_BND
 
 
 class MLP(nn.Module):
@@ -40,11 +41,15 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x_BND)))
+        y_BND: Tensor = self.fc2(nn.functional.gelu(self.fc1(x_BND)))
+        return y_BND
 
 
 class Block(nn.Module):
-    """fused: attention by torch's kernel, with the same result up to rounding."""
+    """A pre-norm layer: attention, then a network of two linear layers.
+
+    fused: use the fused attention kernel of torch. The result is the same up to rounding.
+    """
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -55,7 +60,8 @@ class Block(nn.Module):
 
     def forward(self, x_BND: Tensor, fused: bool) -> Tensor:
         x_BND = x_BND + self.attn(self.norm1(x_BND), fused)
-        return x_BND + self.mlp(self.norm2(x_BND))
+        y_BND: Tensor = x_BND + self.mlp(self.norm2(x_BND))
+        return y_BND
 
 
 def embedding(*shape: int) -> nn.Parameter:
@@ -64,7 +70,7 @@ def embedding(*shape: int) -> nn.Parameter:
 
 
 def initialise(encoder: nn.Module) -> None:
-    """Linear layers and patch projections at Glorot's scale whatever their width; biases 0."""
+    """Draw the weights of linear layers and patch projections with Glorot's scale; set biases to zero."""
     for layer in encoder.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight.detach().flatten(1))

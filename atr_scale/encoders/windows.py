@@ -1,4 +1,4 @@
-"""Clips beyond an encoder's native length, as windows of that length.
+"""Clips longer than the native length of an encoder, cut into windows of that length.
 
 Shape suffixes: B clips, P pieces, S samples, W samples of a window, T tokens.
 """
@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from atr_scale.batch import TokenSequence
 
-# A tail shorter than this share of the window gets no window of its own: files cut to ten seconds are often some
-# milliseconds longer, and the mean over windows would give that silence half of the weight.
+# A tail shorter than this fraction of the window is dropped. Files cut to ten seconds are often some milliseconds
+# longer, and in the mean over windows a window of silence would have half of the weight.
 SHORTEST_TAIL = 0.01
 
 
@@ -27,19 +27,25 @@ def window_starts(length: int, window: int, hop: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Windows:
-    """waveform [P, W]; lengths [P], what `encode` shall see: W for windows, its own for a clip that fits into one.
-    heard [P]: the share of a window that is audio; counts: pieces of each clip, which follow one another."""
+    """Pieces of clips; the pieces of one clip follow one another.
+
+    waveform: [P, W]. lengths: [P] samples to encode: W for a window, the length of the clip for a clip that fits into
+    one. filled: [P] fraction of each window that holds audio. counts: [B] number of pieces of each clip.
+    """
 
     waveform: Tensor
     lengths: Tensor
-    heard: list[float]
+    filled: list[float]
     counts: list[int]
 
 
 def cut_into_windows(waveform_BS: Tensor, lengths_B: Tensor | None, window: int, hop: int) -> Windows:
-    """The last window of a clip is filled up with zeros."""
+    """Cut clips [B, S] into windows of `window` samples that start `hop` samples apart.
+
+    lengths: int64 [B] in samples, None if all clips have S samples. The last window of a clip is padded with zeros.
+    """
     lengths = [waveform_BS.shape[1]] * len(waveform_BS) if lengths_B is None else lengths_B.tolist()
-    pieces, piece_lengths, heard, counts = [], [], [], []
+    pieces, piece_lengths, filled, counts = [], [], [], []
     for clip, length in zip(waveform_BS, lengths, strict=True):
         starts = window_starts(length, window, hop)
         counts.append(len(starts))
@@ -47,12 +53,15 @@ def cut_into_windows(waveform_BS: Tensor, lengths_B: Tensor | None, window: int,
             audio = clip[start : min(start + window, length)]
             pieces.append(nn.functional.pad(audio, (0, window - len(audio))))
             piece_lengths.append(window if len(starts) > 1 else min(length, window))
-            heard.append(len(audio) / window if len(starts) > 1 else 1.0)
-    return Windows(torch.stack(pieces), torch.tensor(piece_lengths), heard, counts)
+            filled.append(len(audio) / window if len(starts) > 1 else 1.0)
+    return Windows(torch.stack(pieces), torch.tensor(piece_lengths), filled, counts)
 
 
 def join_windows(encoded: TokenSequence, windows: Windows) -> TokenSequence:
-    """Pieces [P, T, D] -> clips: tokens one after another, those of the filled-up end masked zeros, pooled averaged."""
+    """Encoded pieces [P, T, D] -> clips. Tokens of the padded end are left out, pooled embeddings are averaged.
+
+    The tokens of shorter clips are padded with masked zeros.
+    """
     tokens, pooled, first = [], [], 0
     for count in windows.counts:
         rows = range(first, first + count)
@@ -60,7 +69,7 @@ def join_windows(encoded: TokenSequence, windows: Windows) -> TokenSequence:
         parts = []
         for row in rows:
             full = encoded.tokens[row][encoded.mask[row]]
-            parts.append(full[: math.ceil(len(full) * windows.heard[row])])
+            parts.append(full[: math.ceil(len(full) * windows.filled[row])])
         tokens.append(torch.cat(parts))
         pooled.append(encoded.pooled[rows[0] : rows[-1] + 1].mean(0))
     counts = torch.tensor([len(t) for t in tokens], device=encoded.mask.device)

@@ -14,14 +14,16 @@ from atr_scale.sections import Positive
 
 
 class SigmoidSection(TermSection):
-    """What `objective.sigmoid` of a configuration can say, beside `weight`."""
+    """Keys of `objective.sigmoid`, beside `weight`."""
 
-    initial_scale: Positive = Field(10.0, description="of the scores; its logarithm is learned")
-    initial_bias: float = Field(-10.0, description="of the logits; far below 0, for most pairs are negatives")
+    initial_scale: Positive = Field(10.0, description="Initial scale of the scores; its logarithm is learned.")
+    initial_bias: float = Field(
+        -10.0, description="Initial bias of the logits; far below 0, because most pairs are negatives."
+    )
 
 
 class SigmoidLoss(LossTerm):
-    """Every pair is a question of its own, is it a match or not: no softmax, and no temperature of the model's."""
+    """Binary classification of every pair as match or no match, without softmax and without the temperature."""
 
     Section = SigmoidSection
 

@@ -14,7 +14,7 @@ import torch
 from atr_scale import checkpoint
 from atr_scale.batch import Batch
 from atr_scale.checkpoint import load_retriever
-from atr_scale.config import AudioEncoderSection, RunConfig
+from atr_scale.config import AudioEncoderSection, RunConfig, TrainSection
 from atr_scale.distributed.world import World
 from atr_scale.encoders import AUDIO_ENCODERS
 from atr_scale.encoders.spec_augment import SpecAugmentSection
@@ -58,17 +58,17 @@ def shard_small_parameters() -> None:
     """ZeRO 3 as for large encoders: by default it keeps parameters as small as these whole on every rank."""
     original = engine.deepspeed_config
 
-    def with_all_sharded(*args: Any) -> dict[str, Any]:
-        options = original(*args)
+    def with_all_sharded(train: TrainSection, world_size: int) -> dict[str, Any]:
+        options = original(train, world_size)
         options["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return options
 
-    engine.deepspeed_config = with_all_sharded
+    engine.deepspeed_config = with_all_sharded  # for the rest of this process
 
 
 def trained(config: RunConfig) -> dict[str, Any]:
     """What one rank sees of a training that is saved, restored and gone on with, in fp32 and bf16."""
-    found = {"curve": curve(config, UPDATES)}
+    found: dict[str, Any] = {"curve": curve(config, UPDATES)}
     bf16 = with_train(config, precision="bf16", zero_stage=1).model_copy(deep=True)
     bf16.model.audio.activation_checkpointing = False
     found["bf16"] = curve(bf16, 1)["loss"]
@@ -100,7 +100,9 @@ def uneven(config: RunConfig) -> tuple[float, float]:
     waveform *= torch.arange(waveform.shape[1]) < lengths.unsqueeze(1)
     words, ids = torch.randint(5, 40, (4, 6), generator=generator), torch.arange(4)
     rows = slice(one.world.rank * 4 // one.world.size, (one.world.rank + 1) * 4 // one.world.size)
-    batch = Batch(*(x[rows] for x in (waveform, lengths, words, torch.ones_like(words), ids, ids, ids)))
+    batch = Batch(
+        waveform[rows], lengths[rows], words[rows], torch.ones_like(words[rows]), ids[rows], ids[rows], ids[rows]
+    )
     result = one.update([batch], RATES, seeds(0, 0, 1, one.world.rank))
     return result.terms["loss"], result.gradient_norm
 

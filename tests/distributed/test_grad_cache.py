@@ -142,7 +142,9 @@ def uneven(configs: list[RunConfig]) -> list[tuple[float, float]]:
         waveform *= torch.arange(8000) < lengths.unsqueeze(1)
         words, ids = torch.randint(5, 40, (12, 6), generator=torch.Generator().manual_seed(1)), torch.arange(12)
         rows = slice(world.rank * 12 // world.size, (world.rank + 1) * 12 // world.size)
-        batch = Batch(*(x[rows] for x in (waveform, lengths, words, torch.ones_like(words), ids, ids, ids)))
+        batch = Batch(
+            waveform[rows], lengths[rows], words[rows], torch.ones_like(words[rows]), ids[rows], ids[rows], ids[rows]
+        )
         result = engine.update([batch], RATES, seeds(0, 0, 1, world.rank))
         found.append((result.terms["loss"], result.gradient_norm))
     return found

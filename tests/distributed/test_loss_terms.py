@@ -80,10 +80,11 @@ class Towers(nn.Module):
 
     def tokens(self, rows: slice) -> tuple[TokenSequence, TokenSequence]:
         """Of other lengths on every rank, made of the parameters of both sides."""
-        found = []
+        found, last = [], self.audio[-1]
+        assert isinstance(last, nn.Linear)
         for lengths, weight, seed in (
             (list(range(1, B + 1)), self.text.weight[:, :D], 3),
-            ([4] * B, self.audio[-1].weight[:, :D], 4),
+            ([4] * B, last.weight[:, :D], 4),
         ):
             whole = random_sequence(lengths, D, seed, filler=0.0)
             longest = max(lengths[rows])

@@ -59,8 +59,9 @@ def gradients(model: nn.Module) -> list[np.ndarray]:
 def averaged(model: nn.Module, size: int) -> list[np.ndarray]:
     """What data parallel training makes of the ranks' gradients."""
     for parameter in model.parameters():
+        assert parameter.grad is not None
         dist.all_reduce(parameter.grad)
-        parameter.grad /= size  # type: ignore[operator]
+        parameter.grad.div_(size)
     return gradients(model)
 
 

@@ -68,6 +68,11 @@ def data(frames: list[int] = FRAMES) -> tuple[TokenSequence, TokenSequence, Tens
     return random_sequence([1] * B, DIM, 1), random_sequence(frames, DIM, 2), ids
 
 
+def gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def loss_of_ranks(scorer: str, objective: str) -> tuple[float, list[np.ndarray]]:
     blocks.STRIPE_COLUMNS, tap.TEXTS_PER_TILE = 3, 5
     world, model = World.current(), Model(*SCORERS[scorer])
@@ -77,7 +82,7 @@ def loss_of_ranks(scorer: str, objective: str) -> tuple[float, list[np.ndarray]]
     pairs = (world.gather(ids[mine]), ids[mine])
     loss = getattr(tiled, objective)(block, 0.2, positives=pairs, **OBJECTIVES[objective])
     loss.backward()
-    gradients = [world.sum(p.grad).numpy() for p in used(model)]
+    gradients = [world.sum(gradient(p)).numpy() for p in used(model)]
     return loss.item(), gradients
 
 
@@ -87,7 +92,7 @@ def loss_of_one(scorer: str, objective: str) -> tuple[float, list[np.ndarray]]:
     scores = model.scorer.scores(*model.encode(text, audio))
     loss = getattr(dense, objective)(scores, 0.2, positives=positives_mask(ids, ids), **OBJECTIVES[objective])
     loss.backward()
-    return loss.item(), [p.grad.numpy() for p in used(model)]
+    return loss.item(), [gradient(p).numpy() for p in used(model)]
 
 
 def used(model: nn.Module) -> list[nn.Parameter]:

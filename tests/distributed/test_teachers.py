@@ -108,7 +108,8 @@ def test_one_process_equals_the_formula(config: RunConfig, alone: dict[str, Any]
         model = student(config)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
         scores = model.scorer.scores(text, model.encode_audio(batch.waveform, batch.lengths))
-        teacher = sum(table.scores(captions, clips) for table in tables(kind)) / 2
+        one, other = (table.scores(captions, clips) for table in tables(kind))
+        teacher = (one + other) / 2
         loss = dense.distillation(scores, teacher, model.temperature())
         loss.backward()
         want, gradients = alone[kind]
@@ -150,8 +151,14 @@ def test_ranks_equal_one_process(config: RunConfig, alone: dict[str, Any], size:
 
 
 def written(runs: list[Path], shards: Path, out: Path) -> Comparison | None:
-    blank = {"world": World.current(), "device": torch.device("cpu")}
-    return write_teacher_tables([str(run) for run in runs], shards=str(shards), out=out, batch_size=4, **blank)
+    return write_teacher_tables(
+        [str(run) for run in runs],
+        shards=str(shards),
+        out=out,
+        batch_size=4,
+        world=World.current(),
+        device=torch.device("cpu"),
+    )
 
 
 @pytest.mark.slow

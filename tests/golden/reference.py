@@ -24,7 +24,7 @@ def draws(name: str, count: int) -> np.ndarray:
     """Even integers, symmetric about 0, whose standard deviation is TWO_SIGMA."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
     words = np.random.PCG64(seed).random_raw(count).view(np.uint16).reshape(count, 4)
-    return 2 * np.sum([words[:, i] for i in range(4)], 0, np.int64) - 4 * 65535
+    return 2 * words.sum(1, dtype=np.int64) - 4 * 65535
 
 
 def weight(name: str, shape: list[int], kind: str) -> Tensor:

@@ -151,15 +151,20 @@ class Called:
         return lines[0]
 
 
+Call = Callable[..., Called]
+
+
 @pytest.fixture
-def call(chat: ChatServer, inputs: TinyInputs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def call(
+    chat: ChatServer, inputs: TinyInputs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Call:
     def run(*options: object, shards: object = None, url: str | None = chat.url, yes: bool = True) -> Called:
         words = ["atr-scale", "augment-captions", shards or inputs.shards, "--text-encoder", inputs.text_encoder]
         words += [*(["--endpoint", url] if url else []), *(["--yes"] if yes else []), *options]
         monkeypatch.setattr(sys, "argv", [str(word) for word in words])
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        return Called(ended.value.code or 0, *capsys.readouterr())
+        return Called(int(ended.value.code or 0), *capsys.readouterr())
 
     return run
 
@@ -174,7 +179,9 @@ def captions_of(shards: object) -> dict[str, str]:
     return {opened.read(i).clip_id: opened.read(i).captions[0] for i in range(len(opened))}
 
 
-def test_paraphrases_are_asked_chosen_stored_and_not_asked_again(call, chat: ChatServer, inputs: TinyInputs) -> None:
+def test_paraphrases_are_asked_chosen_stored_and_not_asked_again(
+    call: Call, chat: ChatServer, inputs: TinyInputs
+) -> None:
     prices = ("--price-per-million-input", 1000, "--price-per-million-output", 10_000)
     done = call("--model", "small", "--threshold", -1, *prices)
     assert done.code == 0, done.err
@@ -183,7 +190,8 @@ def test_paraphrases_are_asked_chosen_stored_and_not_asked_again(call, chat: Cha
     for _, path, body, authorization in chat.requests:
         assert (path, body["model"], authorization) == ("/v1/chat/completions", "small", f"Bearer {KEY}")
         assert "Write 5 different captions" in body["messages"][0]["content"]
-    embed, cosines = SentenceEncoder(str(inputs.text_encoder)), []
+    embed = SentenceEncoder(str(inputs.text_encoder))
+    cosines: list[float] = []
     records = stored(inputs.shards)
     assert {r["clip_id"]: r["caption"] for r in records} == captions and len(records) == CLIPS
     for record in records:
@@ -218,7 +226,7 @@ def test_sentence_vectors_are_means_over_attended_tokens(inputs: TinyInputs) -> 
     assert torch.allclose(SentenceEncoder(str(inputs.text_encoder))(texts), expected, atol=1e-5)
 
 
-def test_the_threshold_and_keep_decide(call, inputs: TinyInputs) -> None:
+def test_the_threshold_and_keep_decide(call: Call, inputs: TinyInputs) -> None:
     done = call("--threshold", 1)
     assert " 0 paraphrases kept; " in done.out and f"too_far {2 * CLIPS}" in done.out
     assert [record["paraphrases"] for record in stored(inputs.shards)] == [[]] * CLIPS
@@ -229,7 +237,7 @@ def test_the_threshold_and_keep_decide(call, inputs: TinyInputs) -> None:
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_faults_on_the_way_are_overcome(call, chat: ChatServer, inputs: TinyInputs, concurrency: int) -> None:
+def test_faults_on_the_way_are_overcome(call: Call, chat: ChatServer, inputs: TinyInputs, concurrency: int) -> None:
     chat.faults.extend(FAULTS)
     done = call("--threshold", -1, "--concurrency", concurrency)
     assert done.code == 0 and "(0 without an answer)" in done.out
@@ -238,7 +246,7 @@ def test_faults_on_the_way_are_overcome(call, chat: ChatServer, inputs: TinyInpu
 
 
 def test_a_caption_without_a_readable_answer_is_left_for_the_next_run(
-    call, chat: ChatServer, inputs: TinyInputs
+    call: Call, chat: ChatServer, inputs: TinyInputs
 ) -> None:
     odd = min(captions_of(inputs.shards).values())
     chat.gate = lambda number, caption: "prose" if caption == odd else None
@@ -264,14 +272,14 @@ QUOTA = {"error": {"message": "You exceeded your quota", "code": "insufficient_q
     ],
 )
 def test_what_repeating_does_not_mend_stops_at_once(
-    call, chat: ChatServer, status: int, body: object, words: str
+    call: Call, chat: ChatServer, status: int, body: object, words: str
 ) -> None:
     chat.gate = lambda number, caption: (status, body)
     assert re.search(words, call("--concurrency", 1).mistake)
     assert len(chat.requests) <= 2
 
 
-def test_a_server_that_goes_away_leaves_what_was_answered(call, chat: ChatServer, inputs: TinyInputs) -> None:
+def test_a_server_that_goes_away_leaves_what_was_answered(call: Call, chat: ChatServer, inputs: TinyInputs) -> None:
     chat.gate = lambda number, caption: None if number < 5 else (503, {"error": {"message": "down"}})
     done = call("--concurrency", 1)
     assert done.code == 2 and "5 captions in a row without an answer" in done.err.splitlines()[-1]
@@ -284,14 +292,14 @@ def test_a_server_that_goes_away_leaves_what_was_answered(call, chat: ChatServer
     assert len(stored(inputs.shards)) == CLIPS
 
 
-def test_a_url_where_nobody_listens(call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_where_nobody_listens(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "ATTEMPTS", 2)
     done = call(url="http://127.0.0.1:9/v1")
     assert done.code == 2 and "http://127.0.0.1:9/v1 left 5 captions" in done.err.splitlines()[-1]
     assert "Traceback" not in done.err
 
 
-def test_requests_keep_their_pace(call, chat: ChatServer) -> None:
+def test_requests_keep_their_pace(call: Call, chat: ChatServer) -> None:
     """Repeated attempts count too."""
     chat.faults.extend([OVERLOADED] * 2)
     call("--requests-per-minute", 1200, "--limit", 6)
@@ -300,7 +308,7 @@ def test_requests_keep_their_pace(call, chat: ChatServer) -> None:
 
 
 def test_a_limit_and_the_servers_url_from_the_environment(
-    call, chat: ChatServer, inputs: TinyInputs, monkeypatch: pytest.MonkeyPatch
+    call: Call, chat: ChatServer, inputs: TinyInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", chat.url)
     assert "5 captions asked" in call("--limit", 5, url=None).out
@@ -309,13 +317,15 @@ def test_a_limit_and_the_servers_url_from_the_environment(
 
 
 @pytest.mark.parametrize("split", ["val", "validation", "Test", "evaluation"])
-def test_evaluation_splits_are_refused(call, chat: ChatServer, built: TinyInputs, tmp_path: Path, split: str) -> None:
+def test_evaluation_splits_are_refused(
+    call: Call, chat: ChatServer, built: TinyInputs, tmp_path: Path, split: str
+) -> None:
     place = copy_shards(built.shards, tmp_path / "elsewhere", split=split)
     assert f"of the split '{split}': paraphrases are for training captions only" in call(shards=place).mistake
     assert not chat.requests and not (place / FILE).exists()
 
 
-def test_one_evaluation_clip_among_training_clips_is_refused(call, chat: ChatServer, inputs: TinyInputs) -> None:
+def test_one_evaluation_clip_among_training_clips_is_refused(call: Call, chat: ChatServer, inputs: TinyInputs) -> None:
     """A folder corpus built with all its splits, for one."""
     shard = inputs.shards / "shard-000001.tar"
     before, after = b'"split": "", "captions": ', b'"split":"val","captions":'
@@ -323,7 +333,7 @@ def test_one_evaluation_clip_among_training_clips_is_refused(call, chat: ChatSer
     assert "of the split 'val'" in call().mistake and not chat.requests
 
 
-def test_nothing_is_asked_without_a_yes(call, chat: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_asked_without_a_yes(call: Call, chat: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--yes" in call(yes=False).mistake
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("typer.confirm", lambda question: False)
@@ -334,7 +344,7 @@ def test_nothing_is_asked_without_a_yes(call, chat: ChatServer, monkeypatch: pyt
 
 
 def test_mistakes_before_anything_is_asked(
-    call, chat: ChatServer, inputs: TinyInputs, monkeypatch: pytest.MonkeyPatch
+    call: Call, chat: ChatServer, inputs: TinyInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "'ftp://x' is no endpoint" in call(url="ftp://x").mistake
     assert "no shards in" in call(shards="/nowhere").mistake
@@ -350,12 +360,12 @@ def test_mistakes_before_anything_is_asked(
     assert not chat.requests and not (inputs.shards / FILE).exists()
 
 
-def test_a_missing_key(call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_key(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", " ")
     assert "OPENAI_API_KEY is not set" in call().mistake
 
 
-def test_training_reads_what_was_stored(call, tmp_path: Path) -> None:
+def test_training_reads_what_was_stored(call: Call, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", tmp_path / "out")
     call("--threshold", -1, shards=tmp_path / "run" / "train" / "shards")
     config.data.augmented_captions = 1.0
@@ -371,7 +381,7 @@ def test_training_reads_what_was_stored(call, tmp_path: Path) -> None:
             assert own in [tokenizer([text])[0][0].tolist() for text in reworded[place.rsplit("/", 1)[1]]]
 
 
-def test_a_killed_run_goes_on_where_it_was(chat: ChatServer, inputs: TinyInputs, call) -> None:
+def test_a_killed_run_goes_on_where_it_was(chat: ChatServer, inputs: TinyInputs, call: Call) -> None:
     """Every answer that had come is on disk when the process dies."""
     wanted = threading.Event()
     chat.gate = lambda number, caption: wanted.set() or "hang" if number >= 6 else None
@@ -391,7 +401,7 @@ def test_a_killed_run_goes_on_where_it_was(chat: ChatServer, inputs: TinyInputs,
     assert after[: len(before)] == before and len(after) == CLIPS == len({record["clip_id"] for record in after})
 
 
-def test_shards_on_s3(server: str, call, chat: ChatServer, inputs: TinyInputs) -> None:  # noqa: F811
+def test_shards_on_s3(server: str, call: Call, chat: ChatServer, inputs: TinyInputs) -> None:  # noqa: F811
     """What was answered before a failure is there, and is not asked again."""
     place = f"s3://{BUCKET}/augment/train"
     for path in inputs.shards.iterdir():

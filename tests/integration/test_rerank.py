@@ -69,7 +69,7 @@ def test_the_command_re_ranks_and_says_so(
     asked = []
     for module in (rank_counts, lists):
         monkeypatch.setattr(module, "levels", lambda *given: asked.append(given[-1]) or levels(*given))
-    line = ("evaluate", f"runs/{second}", "--split", "validation", "--out", f"out/{second}")
+    line: tuple[str, ...] = ("evaluate", f"runs/{second}", "--split", "validation", "--out", f"out/{second}")
     line = (*line, "--rerank", str(CANDIDATES), "--candidates", "runs/dual", "--precision", precision)
     assert call(monkeypatch, place, *line) == 0
     assert asked == [precision] * 3, "candidates of both sides and ranks"

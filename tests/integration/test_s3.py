@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import numpy as np
@@ -18,9 +19,10 @@ import pytest
 import soundfile
 
 from atr_scale.data import storage
+from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_builder import build_shards
 from atr_scale.data.shard_check import check_shards
-from atr_scale.data.shard_reader import BadSample, ShardSet, open_shards
+from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -121,7 +123,7 @@ def _read_in_child(shards: ShardSet, queue: multiprocessing.Queue[list[str]]) ->
 def test_a_child_process_reads_after_its_parent_did(pair: tuple[str, str], method: str) -> None:
     shards = open_shards(pair[1])
     expected = [shards.read(i).clip_id for i in range(len(shards))]
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     queue = context.Queue()
     child = context.Process(target=_read_in_child, args=(shards, queue))
     child.start()

@@ -53,7 +53,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = evaluate(place / "run", inputs.shards, place, network=True)
     shutil.rmtree(inputs.text_encoder)
     (place / "before.json").write_text(json.dumps(before[0]))
-    np.savez(place / "before.npz", **before[1])
+    arrays: dict[str, Any] = before[1]
+    np.savez(place / "before.npz", **arrays)
     return place
 
 

@@ -18,13 +18,14 @@ from tools.ranks import run_ranks
 
 def steps_seen(config: RunConfig) -> list[int]:
     """The step in the context of each forward of a training."""
-    seen, forward = [], Retriever.forward
+    seen: list[int] = []
+    forward: Any = Retriever.forward
 
     def spy(self: Retriever, batch: Batch, context: StepContext) -> Any:
         seen.append(context.step)
         return forward(self, batch, context)
 
-    Retriever.forward = spy  # type: ignore[method-assign]
+    Retriever.forward = spy  # type: ignore[method-assign, assignment]
     Training(config, World.current(), torch.device("cpu")).run()
     return seen
 

@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def get(url: str, path: str, **query: object) -> bytes:
         return response.read()
 
 
-def get_json(url: str, path: str, **query: object):
+def get_json(url: str, path: str, **query: object) -> Any:
     return json.loads(get(url, path, **query))
 
 

@@ -12,6 +12,7 @@ from atr_scale.encoders import build_audio_encoder
 from atr_scale.encoders.atst import LAYOUTS, ATSTFrame
 from atr_scale.encoders.spec_augment import SpecAugmentSection
 from atr_scale.errors import UserError
+from tests.encoders import built
 
 
 def noise(clips: int, seconds: float, seed: int = 0) -> Tensor:
@@ -21,12 +22,18 @@ def noise(clips: int, seconds: float, seed: int = 0) -> Tensor:
 def tiny(**options: Any) -> ATSTFrame:
     """A tiny encoder with a classifier and with positions that matter; equal weights for equal names."""
     torch.manual_seed(0)
-    encoder = build_audio_encoder("tiny_atst", **options)
+    encoder = built(ATSTFrame, "tiny_atst", **options)
     for name, parameter in encoder.named_parameters():
         if name == "pos_embed" or name.startswith("head.") or "bias" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    torch.nn.init.normal_(encoder.head.norm.running_mean)
+    torch.nn.init.normal_(stored_mean(encoder))
     return encoder
+
+
+def stored_mean(encoder: ATSTFrame) -> Tensor:
+    mean = encoder.head.norm.running_mean
+    assert mean is not None
+    return mean
 
 
 def original_file(encoder: ATSTFrame, number: int) -> dict[str, Any]:
@@ -70,7 +77,7 @@ def check_tokens(encoder: ATSTFrame, reference: Golden) -> None:
 @torch.no_grad()
 def test_outputs_of_the_original(golden: Path, tmp_path: Path) -> None:
     folder = golden / "atst_frame"
-    encoder = build_audio_encoder("atst_frame", write_checkpoint(folder, tmp_path / "original.ckpt"))
+    encoder = built(ATSTFrame, "atst_frame", write_checkpoint(folder, tmp_path / "original.ckpt"))
     reference = Golden(folder / "golden_a.npz")
     reference.check("mel", encoder.mel(reference.waveform, 0))
     check_tokens(encoder, reference)
@@ -83,7 +90,7 @@ def test_outputs_of_the_original(golden: Path, tmp_path: Path) -> None:
 def test_epsilon_of_the_norms(golden: Path, tmp_path: Path) -> None:
     folder = golden / "atst_frame"
     checkpoint = write_checkpoint(folder, tmp_path / "original.ckpt", variant="eps")
-    encoder = build_audio_encoder("atst_frame", checkpoint, attention="sdpa")
+    encoder = built(ATSTFrame, "atst_frame", checkpoint, attention="sdpa")
     reference = Golden(folder / "golden_eps.npz")
     check_tokens(encoder, reference)
     reference.check("logits", encoder.tags(reference.waveform))
@@ -94,7 +101,7 @@ def test_epsilon_of_the_norms(golden: Path, tmp_path: Path) -> None:
 def test_teacher_of_the_self_supervised_file(golden: Path, tmp_path: Path) -> None:
     folder = golden / "atst_frame"
     checkpoint = write_checkpoint(folder / "manifest_ssl.json", tmp_path / "original.ckpt")
-    check_tokens(build_audio_encoder("atst_frame", checkpoint), Golden(folder / "golden_ssl_a.npz"))
+    check_tokens(built(ATSTFrame, "atst_frame", checkpoint), Golden(folder / "golden_ssl_a.npz"))
 
 
 @pytest.mark.parametrize("number", range(len(LAYOUTS)))
@@ -188,10 +195,10 @@ def test_a_clip_never_depends_on_its_batch_mates() -> None:
         torch.testing.assert_close(together.pooled[row], alone.pooled[0])
     assert not torch.allclose(together.pooled[1], together.pooled[4], atol=1e-3)
 
-    statistics = encoder.head.norm.running_mean.clone()
+    statistics = stored_mean(encoder).clone()
     pair = encoder.tags(waveform[3:])
     torch.testing.assert_close(pair[1:], encoder.tags(waveform[4:]))
-    assert torch.equal(encoder.head.norm.running_mean, statistics)
+    assert torch.equal(stored_mean(encoder), statistics)
 
 
 @torch.no_grad()

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from atr_scale.encoders import AUDIO_ENCODERS, AudioEncoder, TokenSequence, build_audio_encoder
 from atr_scale.encoders.audio import SPECIAL_OPTIONS
+from atr_scale.encoders.mobilenet import MobileNet
 from atr_scale.errors import UserError
+from tests.encoders import built
 
 LIGHT = ["mn04", "small_cnn", *(name for name in AUDIO_ENCODERS if name.startswith("tiny_"))]
 CONVOLUTIONAL = ["mn04", "small_cnn", "tiny_cnn14", "tiny_resnet38"]
@@ -57,7 +59,7 @@ def assert_like_alone(
 def test_outputs_of_the_original(name: str, golden: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "original.pt"
     torch.save(state_dict(golden / name), checkpoint)
-    encoder = build_audio_encoder(name, checkpoint)
+    encoder = built(MobileNet, name, checkpoint)
     reference = Golden(golden / name / "golden_a.npz")
     sequence = encoder(reference.waveform)
 
@@ -120,7 +122,7 @@ class RunsCode:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.marker),)
 
 
@@ -328,39 +330,53 @@ def test_tokens_follow_time(name: str) -> None:
     assert distances[2].argmin() == 0 and distances[-3].argmin() == 1
 
 
+def first_norm(encoder: MobileNet) -> torch.nn.BatchNorm2d:
+    norm = encoder.get_submodule("features.0.1")
+    assert isinstance(norm, torch.nn.BatchNorm2d)
+    return norm
+
+
+def stored(norm: torch.nn.BatchNorm2d) -> Tensor:
+    """Copies of a batch norm's mean and variance, one above the other."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return torch.stack([norm.running_mean, norm.running_var])
+
+
 def test_frozen_batch_norm_ignores_the_batch_and_trains_its_weights() -> None:
-    encoder = build_audio_encoder("mn04")
-    norm = encoder.features[0][1]
+    encoder = built(MobileNet, "mn04")
+    norm = first_norm(encoder)
     waveform = noise(3, 32_000)
     expected = encoder(waveform)
     encoder.train()
     assert encoder.training and not norm.training
-    statistics = norm.running_mean.clone(), norm.running_var.clone()
+    statistics = stored(norm)
     sequence = encoder(waveform)
     assert torch.equal(sequence.tokens, expected.tokens)
     sequence.tokens.square().mean().backward()
-    assert norm.weight.grad.abs().sum() > 0 and norm.bias.grad.abs().sum() > 0
-    assert torch.equal(norm.running_mean, statistics[0]) and torch.equal(norm.running_var, statistics[1])
+    for parameter in (norm.weight, norm.bias):
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0
+    assert torch.equal(stored(norm), statistics)
 
 
 def test_frozen_batch_norm_inside_another_module() -> None:
-    whole = torch.nn.ModuleDict({"audio": build_audio_encoder("mn04"), "head": torch.nn.BatchNorm1d(4)}).train()
-    assert not whole["audio"].features[0][1].training and whole["head"].training
+    encoder, head = built(MobileNet, "mn04"), torch.nn.BatchNorm1d(4)
+    torch.nn.ModuleDict({"audio": encoder, "head": head}).train()
+    assert not first_norm(encoder).training and head.training
 
 
 def test_local_batch_norm_uses_the_batch_in_training_alone() -> None:
-    encoder = build_audio_encoder("mn04", batch_norm="local")
-    norm = encoder.features[0][1]
+    encoder = built(MobileNet, "mn04", batch_norm="local")
+    norm = first_norm(encoder)
     waveform = noise(3, 32_000)
-    stored = encoder(waveform).tokens
+    expected = encoder(waveform).tokens
     encoder.train()
-    before = norm.running_mean.clone()
-    assert not torch.allclose(encoder(waveform).tokens, stored)
-    assert not torch.equal(norm.running_mean, before)
+    before = stored(norm)
+    assert not torch.allclose(encoder(waveform).tokens, expected)
+    assert not torch.equal(stored(norm)[0], before[0])
     encoder.eval()
-    after = norm.running_mean.clone()
+    after = stored(norm)
     encoder(waveform)
-    assert torch.equal(norm.running_mean, after)
+    assert torch.equal(stored(norm), after)
 
 
 @pytest.mark.slow
@@ -373,7 +389,7 @@ def test_every_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_tagging_head_is_not_trained() -> None:
-    encoder = build_audio_encoder("mn04")
+    encoder = built(MobileNet, "mn04")
     assert not any(p.requires_grad for p in encoder.classifier.parameters())
     assert all(p.requires_grad for p in encoder.features.parameters())
 

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from atr_scale import checkpoint
+from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
+
+
+def save(run: Path, value: float) -> Path:
+    """Checkpoint step-3 of a model with one weight."""
+    trained: Any = SimpleNamespace(
+        model=SimpleNamespace(text_encoder=SimpleNamespace(save_files=lambda folder: None)),
+        save=lambda folder, state: None,
+        full_weights=lambda: {"weight": torch.tensor([value])},
+    )
+    return checkpoint.save(run, trained, World(), "", {"step": 3})
+
+
+def weight(folder: Path) -> float:
+    assert checkpoint.verify(folder) == []
+    return checkpoint.read_weights(folder)["weight"].item()
 
 
 def write(run: Path, step: int) -> Path:
@@ -61,6 +81,33 @@ def test_unfinished_folders_are_not_seen(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".step-8.partial").mkdir()
     (tmp_path / "checkpoints" / "step-9-copy").mkdir()
     assert [p.name for p in checkpoint.newest_first(tmp_path)] == ["step-4"]
+
+
+def test_a_step_that_is_saved_again_replaces_the_checkpoint(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        folder = save(tmp_path, value)
+        assert weight(folder) == value and (tmp_path / "latest").resolve() == folder
+        assert [p.name for p in folder.parent.iterdir()] == ["step-3"]
+
+
+def test_no_weights_are_lost_if_saving_a_step_again_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = save(tmp_path, 1.0), os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target == folder:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2.0)
+    assert sorted(weight(place) for place in folder.parent.iterdir()) == [1.0, 2.0]
+    monkeypatch.undo()
+    assert weight(save(tmp_path, 3.0)) == 3.0
+    checkpoint.prune(tmp_path, keep=1)
+    assert [p.name for p in folder.parent.iterdir()] == ["step-3"]
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import torch
 from golden.reference import Golden, write_checkpoint
 
 from atr_scale.encoders import build_audio_encoder
+from atr_scale.encoders.clap import CLAP
 from atr_scale.errors import UserError
+from tests.encoders import built
 
 RATE = 48_000
 TINY_AUDIO = {
@@ -48,7 +50,7 @@ def test_outputs_of_the_original(golden: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(folder, tmp_path / "clap.pt", poisoned=True)
     reference = Golden(folder / "golden_a.npz")
     for attention in ("eager", "sdpa"):
-        encoder = build_audio_encoder("clap", checkpoint, attention=attention)
+        encoder = built(CLAP, "clap", checkpoint, attention=attention)
         sequence = encoder(reference.waveform)
         projected = encoder.project(sequence.pooled)
         reference.check("mel", encoder.front_end(reference.waveform).transpose(1, 2))
@@ -65,7 +67,7 @@ def test_a_whole_clap_of_transformers(tmp_path: Path) -> None:
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
-    encoder = build_audio_encoder("tiny_clap", tmp_path)
+    encoder = built(CLAP, "tiny_clap", tmp_path)
     waveform = noise(2, round(7.3 * RATE))
     mel = encoder.front_end(waveform).transpose(1, 2).unsqueeze(1)
     expected = model.get_audio_features(input_features=mel).pooler_output
@@ -75,7 +77,7 @@ def test_a_whole_clap_of_transformers(tmp_path: Path) -> None:
 
 def test_without_its_projection(tmp_path: Path) -> None:
     clap_model().audio_model.save_pretrained(tmp_path)
-    encoder = build_audio_encoder("tiny_clap", tmp_path)
+    encoder = built(CLAP, "tiny_clap", tmp_path)
     with pytest.raises(UserError, match="without audio_projection"):
         encoder.project(torch.ones(1, 128))
 
@@ -121,6 +123,6 @@ def test_repeated_as_often_as_it_fits() -> None:
 
 def test_base_size() -> None:
     with torch.device("meta"):
-        encoder = build_audio_encoder("clap_base")
+        encoder = built(CLAP, "clap_base")
     assert encoder.dim == 1024 and len(encoder.blocks) == 18
     assert encoder.swin.layers[2].blocks[11].attention.self.query.weight.shape == (512, 512)

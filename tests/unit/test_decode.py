@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def test_decoding_into_a_row(extension: str, form: str, subtype: str | None, cha
     if extension == "pcm" and channels == 2:
         return
     audio = encode(noise(channels=channels), form, subtype)
-    options = {"pcm_rate": RATE, "crop": Crop(0.3, 0.7)}
+    options: dict[str, Any] = {"pcm_rate": RATE, "crop": Crop(0.3, 0.7)}
     for rate in (RATE, 12_000):
         row = np.full(3 * RATE, 7, np.float32)
         found = decode(audio, extension, rate, out=row, **options)
@@ -99,7 +100,7 @@ def test_decoding_into_a_row(extension: str, form: str, subtype: str | None, cha
 )
 def test_16_bit_samples_stay_so_in_an_int16_row(extension: str, form: str, subtype: str) -> None:
     audio = encode(noise(), form, subtype)
-    options = {"pcm_rate": RATE, "crop": Crop(0.3, 0.7)}
+    options: dict[str, Any] = {"pcm_rate": RATE, "crop": Crop(0.3, 0.7)}
     row = np.full(3 * RATE, 7, np.int16)
     found = decode(audio, extension, RATE, out=row, **options)
     assert found.base is row and (row[len(found) :] == 7).all()
@@ -121,7 +122,7 @@ def test_what_does_not_fit_an_int16_row_is_float32(
     extension: str, form: str, subtype: str, channels: int, rate: int
 ) -> None:
     audio = encode(noise(channels=channels), form, subtype)
-    options = {"pcm_rate": RATE, "crop": Crop(0.3, 0.7)}
+    options: dict[str, Any] = {"pcm_rate": RATE, "crop": Crop(0.3, 0.7)}
     row = np.full(3 * RATE, 7, np.int16)
     found = decode(audio, extension, rate, out=row, **options)
     assert found.dtype == np.float32 and (row == 7).all()

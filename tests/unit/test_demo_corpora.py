@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from atr_scale.cli import app
 from atr_scale.data.corpora import open_corpus
-from atr_scale.demo import corpora
+from atr_scale.demo import corpora, scenes
 from atr_scale.demo.clips import DemoClip, Sizes, plan_clips
 from atr_scale.demo.corpora import training_captions, write_demo_corpora
 from atr_scale.errors import UserError
@@ -184,7 +184,7 @@ def test_an_interrupted_folder_is_completed_and_a_finished_one_left(
 ) -> None:
     out = tmp_path / "demo"
     rendered = 0
-    whole: Callable[..., Any] = corpora.render
+    whole: Callable[..., Any] = scenes.render
 
     def breaking(*args: Any) -> Any:
         nonlocal rendered

@@ -105,7 +105,7 @@ def test_audio_is_resampled(tmp_path: Path) -> None:
     assert waveform.shape == (32_000,) and waveform.dtype == torch.float32
     assert torch.fft.rfft(waveform).abs().argmax() == 440
     (tmp_path / "words.wav").write_text("no audio")
-    for name, reason in (("words.wav", "cannot be heard"), ("nowhere.wav", "cannot read"), (".", "cannot read")):
+    for name, reason in (("words.wav", "cannot be decoded"), ("nowhere.wav", "cannot read"), (".", "cannot read")):
         with pytest.raises(UserError, match=reason) as error:
             read_audio(tmp_path / name, 32_000)
         assert "\n" not in str(error.value)
@@ -147,5 +147,5 @@ def test_what_cannot_be_examined(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint of small_cnn; it is one of mn04"):
         diagnose("small_cnn", checkpoint)
     torch.save({"weight": torch.ones(3)}, checkpoint)
-    with pytest.raises(UserError, match="no checkpoint of an encoder known here"):
+    with pytest.raises(UserError, match="fits no known encoder"):
         diagnose(checkpoint=checkpoint)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def stop_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_first_rank_prints_at_once(
     variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(errors.time, "sleep", lambda _: pytest.fail("the first rank waits"))
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("the first rank waits"))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert stderr_of("no shards in nowhere", capsys) == LINE + "\n"
@@ -112,5 +113,5 @@ def test_a_rank_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     error = UserError("no shards in nowhere")
     errors.defer_to_first_rank(error)
-    monkeypatch.setattr(errors.time, "sleep", lambda _: pytest.fail("it waits again"))
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits again"))
     errors.defer_to_first_rank(error)

@@ -1,28 +1,46 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from transformers.audio_utils import mel_filter_bank
 
-from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm, KaldiLogMel, LogMel, mel_bank, power_spectrogram
+from atr_scale.encoders.front_ends import (
+    DecibelMel,
+    DecibelNorm,
+    FrontEnd,
+    KaldiLogMel,
+    LogMel,
+    MelScale,
+    MelSettings,
+    mel_bank,
+    power_spectrogram,
+)
 
-SIZES = {"sample_rate": 16_000, "n_fft": 512, "window_length": 400, "hop": 160, "num_mels": 40, "fmin": 20.0}
-LOG = {"fmax": 7_600.0, "floor": 1e-5, "shift": 4.5, "scale": 5.0}
+Build = Callable[..., FrontEnd]
 
 
-def plain(**band: float) -> LogMel:
-    return LogMel(**{**SIZES, **LOG, **band})
+def sizes(fmin: float = 20.0, fmax: float = 7_600.0) -> MelSettings:
+    return MelSettings(sample_rate=16_000, n_fft=512, window_length=400, hop=160, num_mels=40, fmin=fmin, fmax=fmax)
+
+
+class Symmetric(LogMel):
+    periodic_window = False
+
+
+def plain(kind: type[LogMel] = LogMel, **band: float) -> LogMel:
+    return kind(sizes(**band), floor=1e-5, shift=4.5, scale=5.0)
 
 
 def kaldi(**band: float) -> KaldiLogMel:
-    return KaldiLogMel(**{**SIZES, **LOG, **band}, pre_emphasis=0.97)
+    return KaldiLogMel(sizes(**band))
 
 
 def decibel(**band: float) -> DecibelMel:
-    return DecibelMel(**{**SIZES, "fmax": 7_600.0, **band})
+    return DecibelMel(sizes(**band))
 
 
 def test_power_spectrogram_equals_a_written_out_transform() -> None:
@@ -58,7 +76,9 @@ def test_mel_bank_peaks_where_the_mel_scale_says() -> None:
     ("num_mels", "n_fft", "sample_rate", "fmin", "fmax"),
     [(64, 1024, 32_000, 50.0, 14_000.0), (64, 1024, 16_000, 60.0, 7_800.0), (128, 1024, 32_000, 0.0, 15_000.0)],
 )
-def test_mel_banks_equal_those_of_transformers(scale, area, num_mels, n_fft, sample_rate, fmin, fmax) -> None:
+def test_mel_banks_equal_those_of_transformers(
+    scale: MelScale, area: str | None, num_mels: int, n_fft: int, sample_rate: int, fmin: float, fmax: float
+) -> None:
     bank = mel_bank(num_mels, n_fft, sample_rate, fmin, fmax, scale)
     expected = mel_filter_bank(
         n_fft // 2 + 1,
@@ -76,7 +96,7 @@ def test_mel_banks_equal_those_of_transformers(scale, area, num_mels, n_fft, sam
 
 
 @pytest.mark.parametrize("build", [plain, kaldi, decibel])
-def test_band_of_a_call(build) -> None:
+def test_band_of_a_call(build: Build) -> None:
     waveform, front_end = 0.1 * torch.randn(2, 8_000), build()
     usual = front_end(waveform)
     other = build(fmin=200.0, fmax=5_000.0)
@@ -107,7 +127,7 @@ def test_norm_of_decibels_starts_at_typical_levels() -> None:
 def test_pre_emphasis_filters_and_takes_one_sample() -> None:
     waveform = torch.randn(2, 1600)
     filtered = torch.nn.functional.conv1d(waveform[:, None], torch.tensor([[[-0.97, 1.0]]]))[:, 0]
-    symmetric = LogMel(**SIZES, **LOG, periodic_window=False)
+    symmetric = plain(Symmetric)
     torch.testing.assert_close(kaldi()(waveform), symmetric(filtered))
     assert not torch.allclose(symmetric(waveform), plain()(waveform), atol=1e-4)
     assert plain()(torch.zeros(1, 1600)).shape == (1, 40, 11)
@@ -117,7 +137,7 @@ def test_pre_emphasis_filters_and_takes_one_sample() -> None:
 
 @pytest.mark.parametrize("samples", [0, 1, 2, 256, 257, 258])
 @pytest.mark.parametrize("build", [plain, kaldi, decibel])
-def test_clips_shorter_than_a_frame(build, samples: int) -> None:
+def test_clips_shorter_than_a_frame(build: Build, samples: int) -> None:
     mel = build()(torch.ones(2, samples))
     assert mel.shape[:2] == (2, 40) and mel.shape[2] >= 1
     assert mel.isfinite().all()

@@ -12,10 +12,12 @@ from golden.reference import Golden, write_checkpoint
 from torch import Tensor, nn
 
 from atr_scale.encoders import build_audio_encoder
-from atr_scale.encoders.htsat import SwinEncoder, original_entry
+from atr_scale.encoders.clap import CLAP
+from atr_scale.encoders.htsat import HTSAT, SwinEncoder, original_entry
 from atr_scale.encoders.pretrained.layout import Entry
 from atr_scale.encoders.spec_augment import SpecAugmentSection
 from atr_scale.errors import UserError
+from tests.encoders import built
 
 TINY = ["tiny_htsat", "tiny_clap"]
 
@@ -32,7 +34,7 @@ def noise(clips: int, samples: int, seed: int = 0) -> Tensor:
 def tiny(name: str, **options: Any) -> SwinEncoder:
     """A tiny encoder with relative positions that matter; equal weights for equal names."""
     torch.manual_seed(1)
-    encoder = build_audio_encoder(name, **options)
+    encoder = built(SwinEncoder, name, **options)
     for parameter_name, parameter in encoder.named_parameters():
         if parameter_name.endswith("bias_table"):
             torch.nn.init.normal_(parameter)
@@ -62,7 +64,7 @@ def test_outputs_of_the_original(golden: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(golden / "htsat", tmp_path / "htsat.ckpt", poisoned=True)
     reference = Golden(golden / "htsat" / "golden_a.npz")
     for attention in ("eager", "sdpa"):
-        encoder = build_audio_encoder("htsat", checkpoint, attention=attention)
+        encoder = built(HTSAT, "htsat", checkpoint, attention=attention)
         steps: dict[str, Tensor] = {}
         for name, module in (
             ("patches", encoder.swin.patch_embed),
@@ -91,7 +93,7 @@ def test_outputs_of_the_original(golden: Path, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_epsilon_of_the_norms_and_stretched_clips(golden: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(golden / "htsat", tmp_path / "htsat.ckpt", variant="eps")
-    encoder = build_audio_encoder("htsat", checkpoint)
+    encoder = built(HTSAT, "htsat", checkpoint)
     reference = Golden(golden / "htsat" / "golden_eps.npz")
     assert reference.waveform.shape[1] == 4 * encoder.sample_rate
     in_grid = encoder.feature_map(reference.waveform).unflatten(3, (4, 8)).permute(0, 3, 2, 4, 1)
@@ -104,7 +106,7 @@ def test_epsilon_of_the_norms_and_stretched_clips(golden: Path, tmp_path: Path) 
 def test_the_network_is_that_of_transformers(tmp_path: Path) -> None:
     from transformers import ClapAudioConfig, ClapAudioModel
 
-    widths = {
+    widths: dict[str, Any] = {
         "patch_embeds_hidden_size": 16,
         "hidden_size": 128,
         "depths": [2] * 4,
@@ -115,7 +117,7 @@ def test_the_network_is_that_of_transformers(tmp_path: Path) -> None:
         parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
     for name in TINY:
-        encoder = build_audio_encoder(name, tmp_path)
+        encoder = built(SwinEncoder, name, tmp_path)
         waveform = noise(2, round(7.3 * encoder.sample_rate))
         waveform[1] *= 0.01
         mel = encoder.front_end(waveform)
@@ -165,6 +167,7 @@ def test_round_trip_through_the_original_layout(
     if name == "tiny_htsat":
         assert torch.equal(loaded.tags(waveform), encoder.tags(waveform))
     else:
+        assert isinstance(loaded, CLAP) and isinstance(encoder, CLAP)
         assert torch.equal(loaded.project(torch.ones(1, 128)), encoder.project(torch.ones(1, 128)))
 
     key = wrapper + network + "layers.2.blocks.1.attn.qkv.weight"

@@ -97,7 +97,7 @@ def test_every_scorer_gives_similarities(run: Callable[[str], Path], scorer: str
     if scorer == "meanmax":
         assert np.allclose(model.embed_text(TEXTS) @ model.embed_audio(clips).T, scores, atol=1e-6)
     else:
-        with pytest.raises(UserError, match=f"the scorer {scorer} .* has no vectors: use similarity"):
+        with pytest.raises(UserError, match=f"the scorer {scorer} .* so it has no embeddings: use similarity"):
             model.embed_audio(clips)
 
 
@@ -111,7 +111,7 @@ def test_only_the_start_of_a_long_clip_is_read_and_that_is_said(
             model.embed_audio([whole[: RATE // 2]] * 2, RATE),
             atol=1e-6,
         )
-    assert "only the first 0.5 s were read of 1 clips" in caplog.text and str(clips[0]) in caplog.text
+    assert "only the first 0.5 s of 1 longer clips were read" in caplog.text and str(clips[0]) in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def test_only_the_start_of_a_long_clip_is_read_and_that_is_said(
         ("embed_text", ("a dog",), "texts is one item, 'a dog': give a list"),
         ("embed_text", ([],), "texts is empty"),
         ("embed_text", (7,), "texts is int, not a list"),
-        ("embed_text", (["fine", None],), r"texts\[1\] is None: give a sentence"),
+        ("embed_text", (["fine", None],), r"texts\[1\] is None: give a text"),
         ("embed_text", (["fine"], 0), "batch_size = 0: give a whole number"),
         ("embed_text", (["fine"], 1.5), "batch_size = 1.5: give a whole number"),
-        ("embed_text", (["fine", "a \ud800 dog"],), r"texts\[1\] is .*, no valid Unicode"),
+        ("embed_text", (["fine", "a \ud800 dog"],), r"texts\[1\] is .*, not valid Unicode"),
         ("embed_audio", ("dog.wav",), "audio is one item, 'dog.wav'"),
         ("embed_audio", (["nowhere.wav"],), r"audio\[0\], nowhere.wav, cannot be read: No such file"),
         ("embed_audio", (["no\0where.wav"],), r"cannot be read: embedded null byte"),
@@ -173,6 +173,10 @@ def test_what_cannot_be_loaded_is_one_line(run: Callable[[str], Path], tmp_path:
         atr_scale.load(damaged, plugins=["unheard_of"])
 
 
+def test_no_plugins_may_be_written_as_none(run: Callable[[str], Path]) -> None:
+    assert atr_scale.load(run("meanmax"), plugins=None).embed_text(TEXTS[:1]).shape == (1, 16)
+
+
 @pytest.mark.parametrize("place", [None, 3, b"run", "a" * 5000])
 def test_what_is_no_path_is_one_short_line(place: Any) -> None:
     with pytest.raises(UserError, match="no checkpoint at ") as caught:
@@ -201,7 +205,7 @@ def test_a_checkpoint_that_is_not_its_manifests_is_refused(
 def test_a_file_of_floats_beyond_any_audio_is_refused(model: TrainedModel, clips: list[Path], tmp_path: Path) -> None:
     tone, _ = soundfile.read(clips[0], dtype="float32")
     soundfile.write(tmp_path / "loud.wav", tone * np.float32(1e30), RATE, subtype="FLOAT")
-    with pytest.raises(UserError, match=r"audio\[2\] has no finite vector: its samples reach 3\.\d+e\+29"):
+    with pytest.raises(UserError, match=r"audio\[2\] has no finite embedding: its largest sample is 3\.\d+e\+29"):
         model.embed_audio([*clips[:2], tmp_path / "loud.wav"], batch_size=2)
 
 

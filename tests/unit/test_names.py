@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "atr_scale"
 # Pairs that are meant to be interchangeable: a loss on matrices and on score blocks; a verb and the function it calls.
-TWINS = {("losses/dense.py", "losses/tiled"), ("cli.py", "")}
+TWINS = {("losses/dense.py", "losses/tiled"), ("cli/", "")}
 
 
 def public_names() -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from atr_scale.encoders import build_audio_encoder
 from atr_scale.encoders.passt import PaSST
 from atr_scale.encoders.spec_augment import SpecAugmentSection
 from atr_scale.errors import UserError
+from tests.encoders import built
 
 
 def noise(clips: int, seconds: float, seed: int = 0) -> Tensor:
@@ -21,7 +22,7 @@ def noise(clips: int, seconds: float, seed: int = 0) -> Tensor:
 def tiny(**options: Any) -> PaSST:
     """A tiny encoder with positions and special tokens that matter; equal weights for equal names."""
     torch.manual_seed(0)
-    encoder = build_audio_encoder("tiny_passt", **options)
+    encoder = built(PaSST, "tiny_passt", **options)
     for name, parameter in encoder.named_parameters():
         if "embed" in name or "token" in name or "bias" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -36,7 +37,7 @@ def original_file(encoder: PaSST) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ["passt_s16", "passt_s10"])
 @torch.no_grad()
 def test_outputs_of_the_original(name: str, golden: Path, tmp_path: Path) -> None:
-    encoder = build_audio_encoder(name, write_checkpoint(golden / name, tmp_path / "original.pt"))
+    encoder = built(PaSST, name, write_checkpoint(golden / name, tmp_path / "original.pt"))
     reference = Golden(golden / name / "golden_a.npz")
     mel = encoder.mel(reference.waveform, 0)
     patches = encoder.patches(mel)
@@ -60,7 +61,7 @@ def test_outputs_of_the_original(name: str, golden: Path, tmp_path: Path) -> Non
 @torch.no_grad()
 def test_epsilon_of_the_norms(name: str, golden: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(golden / name, tmp_path / "original.pt", variant="eps")
-    encoder = build_audio_encoder(name, checkpoint, attention="sdpa")
+    encoder = built(PaSST, name, checkpoint, attention="sdpa")
     reference = Golden(golden / name / "golden_eps.npz")
     reference.check("tokens", encoder.transform(encoder.patches(encoder.mel(reference.waveform, 0))))
     reference.check("embedding", encoder(reference.waveform).pooled)

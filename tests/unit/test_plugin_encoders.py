@@ -76,8 +76,9 @@ class Letters(TextEncoder):
         super().__init__()
         self.alphabet, self.dim = alphabet, 4
         self.embedding = nn.Embedding(1 + len(alphabet), self.dim)
+        self.tokenizer = self.token_ids
 
-    def tokenizer(self, captions: list[str], **_: Any) -> Mapping[str, Tensor]:
+    def token_ids(self, captions: list[str], **_: Any) -> Mapping[str, Tensor]:
         rows = [torch.tensor([1 + self.alphabet.index(letter) for letter in caption]) for caption in captions]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
@@ -141,7 +142,8 @@ def test_a_retriever_of_plug_ins() -> None:
     assert isinstance(model.audio_encoder, Frames) and isinstance(model.text_encoder, Letters)
     assert model.audio_encoder.width == 10 and model.audio_encoder.heights == (1.0, 2.0)
     assert model.audio_encoder.window == 200 and model.text_encoder.alphabet == "ab"
-    tokens = model.text_encoder.tokenizer(["a", "bb"])
+    assert isinstance(model.text_encoder, Letters)
+    tokens = model.text_encoder.token_ids(["a", "bb"])
     batch = Batch(
         torch.randn(2, 300), torch.tensor([300, 150]), tokens["input_ids"], tokens["attention_mask"],
         torch.arange(2), torch.arange(2), torch.zeros(2, dtype=torch.int64),
@@ -189,7 +191,8 @@ def test_a_text_encoder_comes_back_from_its_files(tmp_path: Path) -> None:
     built.save_files(tmp_path)
     loaded = load_text_encoder(tmp_path, name="letters", pooling="mean", alphabet="xyz")
     loaded.load_state_dict(built.state_dict())
-    tokens = loaded.tokenizer(["zx"])
+    assert isinstance(loaded, Letters)
+    tokens = loaded.token_ids(["zx"])
     assert torch.equal(loaded(**tokens).pooled, built(**tokens).pooled)
 
 

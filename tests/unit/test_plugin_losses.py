@@ -173,7 +173,7 @@ def test_a_section_may_need_a_value() -> None:
         Section = NeedySection
 
         @staticmethod
-        def dense(scores: Tensor) -> Tensor:  # type: ignore[override]
+        def dense(scores: Tensor) -> Tensor:
             return scores.sum()
 
     assert Needy.inputs == ("scores",)

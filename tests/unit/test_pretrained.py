@@ -23,6 +23,7 @@ class Network(nn.Module):
         super().__init__()
         self.query, self.key, self.value = (nn.Linear(4, 4) for _ in range(3))
         self.norm = nn.BatchNorm1d(4)
+        self.window: Tensor
         self.register_buffer("window", torch.ones(3))
 
 
@@ -84,7 +85,7 @@ def test_the_file_may_go_after_loading(path: Path) -> None:
     assert torch.equal(network.query.weight, expected)
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "renamed": (
         {"net__qkv__bias": None, "net__qkv__bais": torch.randn(12)},
         "lacks 'net.qkv.bias', has the unexpected 'net.qkv.bais'",
@@ -159,7 +160,8 @@ def test_transformers_folders(tmp_path: Path, kind: str, shards: int) -> None:
     if shards == 1:
         write(state, tmp_path / f"{stem}.{kind}")
     else:
-        names, places = list(state), {}
+        names = list(state)
+        places: dict[str, str] = {}
         for shard in range(2):
             file = f"{stem}-{shard}-of-2.{kind}"
             write({name: state[name] for name in names[shard::2]}, tmp_path / file)
@@ -201,7 +203,7 @@ def test_success_asks_no_other_encoder(tmp_path: Path, monkeypatch: pytest.Monke
     torch.save(build_audio_encoder("mn04").state_dict(), path)
     for name in set(AUDIO_ENCODERS) - {"mn04"}:
         monkeypatch.delitem(AUDIO_ENCODERS, name)
-    monkeypatch.setitem(AUDIO_ENCODERS, "none", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(AUDIO_ENCODERS, "none", None)
     build_audio_encoder("mn04", path)
 
 

@@ -96,7 +96,7 @@ def test_one_process_needs_no_group() -> None:
 
 
 def test_metrics_keep_their_keys() -> None:
-    found = retrieval_metrics(torch.eye(3), [0, 1, 2], [0, 1, 2])
+    found = retrieval_metrics(torch.eye(3), torch.arange(3), torch.arange(3))
     kinds = ("R@1", "R@5", "R@10", "mAP@10", "median_rank")
     assert {f"{way}/{kind}" for way in ("t2a", "a2t") for kind in kinds} <= set(found)
     assert found["t2a/R@1"] == found["a2t/mAP@10"] == 1

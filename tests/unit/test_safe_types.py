@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import _weights_only_unpickler
 
 from atr_scale.encoders.pretrained.read import DICTS, INERT, Inert, read_checkpoint, safe_types
 from atr_scale.errors import UserError
@@ -143,7 +144,7 @@ def test_others_have_no_say_and_keep_theirs() -> None:
         assert theirs in torch.serialization.get_safe_globals()
         assert (Inert, "numpy.dtype") not in torch.serialization.get_safe_globals()
     finally:
-        torch.serialization._weights_only_unpickler._remove_safe_globals([theirs])
+        _weights_only_unpickler._remove_safe_globals([theirs])
 
 
 def test_a_stand_in_keeps_nothing() -> None:

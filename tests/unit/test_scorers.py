@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from atr_scale.batch import TokenSequence
@@ -33,7 +35,7 @@ def build(name: str) -> Scorer:
     return scorer
 
 
-def by_hand(name: str, pool: nn.Module, frames: Tensor, pooled: Tensor) -> Tensor:
+def by_hand(name: str, pool: Any, frames: Tensor, pooled: Tensor) -> Tensor:
     """The vector of one clip [D] from its real frames [T, D]."""
     mean, largest = frames.mean(0), frames.max(0).values
     if name == "attention":
@@ -134,7 +136,7 @@ def test_scores_are_fp32_whatever_the_autocast(name: str, dtype: torch.dtype) ->
     wide = [TokenSequence(s.tokens.float(), s.mask, s.pooled.float()) for s in half]
     with torch.autocast("cpu", torch.bfloat16):
         found = scorer.scores(*half)
-        block = scorer.block(*half, World())
+        block = scorer.block(half[0], half[1], World())
     stripe = block.stripe(slice(0, 3))
     assert found.dtype == stripe.dtype == torch.float32
     # Means and sums over frames may round in the dtype of the frames; a product rounded so would be off by more.

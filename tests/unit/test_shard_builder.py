@@ -189,15 +189,16 @@ def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
 def test_user_mistakes_are_one_line(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "x.tar").write_bytes(b"")
-    for arguments, message in [
+    cases: list[tuple[tuple[str, Path, Path | str], str]] = [
         (("audiocap", corpus, tmp_path), "unknown corpus 'audiocap': choose one of audiocaps"),
         (("folder", corpus / "nowhere", tmp_path), "there is no folder"),
         (("folder", corpus / "audio", tmp_path), "no table of captions"),
         (("folder", corpus, "https://example.org/shards"), "'https:' is not supported"),
         (("folder", corpus, tmp_path / "foreign"), "choose an empty --out"),
-    ]:
+    ]
+    for (name, root, out), message in cases:
         with pytest.raises(UserError, match=message) as caught:
-            build_shards(*arguments, **BUILD)
+            build_shards(name, root, out, **BUILD)
         assert "\n" not in str(caught.value)
 
 
@@ -262,7 +263,7 @@ def test_verbs(corpus: Path, tmp_path: Path) -> None:
     bad = run.invoke(app, ["shards", "check", str(out)])
     assert bad.exit_code == 2 and all(line.startswith("shard-000003.tar: ") for line in bad.output.splitlines())
     for verb in ("build", "check"):
-        assert f"Example: atr-scale shards {verb}" in run.invoke(app, ["shards", verb, "--help"]).output
+        assert f"  atr-scale shards {verb}" in run.invoke(app, ["shards", verb, "--help"]).output
     mistake = [
         sys.executable,
         "-m",

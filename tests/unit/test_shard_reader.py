@@ -16,8 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_check import check_shards
-from atr_scale.data.shard_reader import BadSample, ShardSet, open_shards
+from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.tar import BrokenTar, Member, walk
 from atr_scale.errors import UserError
 

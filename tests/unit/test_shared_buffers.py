@@ -64,7 +64,7 @@ def test_writers_have_slots_of_their_own() -> None:
 @pytest.mark.parametrize("buffer", [0, None])
 def test_a_parcel_holds_the_batch(buffer: int | None, dtype: type) -> None:
     buffers = SharedBuffers(size=20, each=1)
-    memory = buffers.take().memory.view(dtype)[:20]
+    memory: np.ndarray = buffers.take().memory.view(dtype)[:20]
     memory[:] = range(20)
     ids = torch.arange(3)
     waveform = torch.from_numpy(memory[:12].reshape(3, 4))

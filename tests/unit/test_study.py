@@ -18,8 +18,8 @@ from atr_scale.errors import UserError
 from tools.bench.measure import peak_mib
 from tools.study import report
 from tools.study.__main__ import main
-from tools.study.corpora import Split, read_demo
-from tools.study.encoders import draw_captions, epochs
+from tools.study.corpora import SAMPLE_RATE, Split, read_demo
+from tools.study.encoders import ResizedCNN, draw_captions, epochs
 from tools.study.head import Head
 from tools.study.jobs import ENSEMBLE, GROUPS, Job, phases
 from tools.study.negatives import KINDS, hard_negatives
@@ -99,6 +99,15 @@ def test_tokens_keep_what_is_real_and_crop_within_a_sequence() -> None:
 def test_epochs_visit_every_clip_once_before_any_twice() -> None:
     seen = torch.cat(list(epochs(10, 5, 4, np.random.default_rng(0))))
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+
+
+def test_a_resized_clip_has_the_tokens_of_ten_seconds() -> None:
+    encoder = ResizedCNN().eval()
+    waveform = 0.1 * torch.randn(2, 20 * SAMPLE_RATE)
+    both = encoder(waveform, torch.tensor([20 * SAMPLE_RATE, 5 * SAMPLE_RATE]))
+    assert both.tokens.shape == (2, 32, encoder.dim) and both.mask.all()
+    alone = encoder(waveform[1:, : 5 * SAMPLE_RATE])
+    torch.testing.assert_close(both.tokens[1:], alone.tokens, atol=1e-5, rtol=1e-4)
 
 
 def test_a_student_moves_only_by_the_terms_it_is_given() -> None:

@@ -89,6 +89,7 @@ def test_scores_and_gradients_equal_the_formula(
 def test_gram_matrices_are_left_where_they_stop_paying() -> None:
     for residual, longest in ((False, 511), (True, 724)):
         scorer = build_scorer("tap", 1024, residual=residual)
+        assert isinstance(scorer, TextAwarePoolingScorer)
         assert scorer.weights.most_frames == longest and f"Gram matrices up to {longest} frames" in repr(scorer)
 
 

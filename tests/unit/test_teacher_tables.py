@@ -244,7 +244,7 @@ def test_retrieval_of_vectors_needs_no_score_matrix() -> None:
     assert peak_mib(lambda: found.append(compare_teachers(tables, "split"))) < num * num * 4 / 2**20
     everything = torch.arange(num)
     scores = [table.scores(everything, everything) for table in tables]
-    for metrics, matrix in ((found[0].ensemble, sum(scores)), (found[0].models["one"], scores[0])):
+    for metrics, matrix in ((found[0].ensemble, scores[0] + scores[1]), (found[0].models["one"], scores[0])):
         assert metrics == pytest.approx(retrieval_metrics(matrix, keys[0], keys[0]), abs=1e-3)
     pairwise = TeacherTable("other", *keys, values={"scores": scores[1]})
     mixed = compare_teachers([tables[0], pairwise], "split")

@@ -10,6 +10,7 @@ import torch
 
 from atr_scale.compat import enable_gradient_checkpointing
 from atr_scale.encoders import TextEncoder, build_text_encoder, load_text_encoder
+from atr_scale.encoders.transformers_text import TransformersTextEncoder
 from atr_scale.errors import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -34,7 +35,7 @@ def small_sizes(vocabulary: int) -> dict[str, int]:
     }
 
 
-def word_tokenizer(folder: Path, specials: dict[str, str], closing: str) -> transformers.PreTrainedTokenizerFast:
+def word_tokenizer(folder: Path, specials: dict[str, str], closing: str) -> Any:
     """One token a known word, `cls ... sep` around a caption."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -48,6 +49,11 @@ def word_tokenizer(folder: Path, specials: dict[str, str], closing: str) -> tran
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials)
     fast.save_pretrained(folder)
     return fast
+
+
+def transformer_of(encoder: TextEncoder) -> Any:
+    assert isinstance(encoder, TransformersTextEncoder)
+    return encoder.transformer
 
 
 @pytest.fixture(params=["bert", "roberta", "distilbert"])
@@ -102,7 +108,7 @@ def test_padding_changes_nothing(folder: Path) -> None:
 
 def test_no_untrained_parameters_and_all_get_gradients(folder: Path) -> None:
     encoder = build_text_encoder(folder, "mean").train()
-    assert encoder.transformer.training
+    assert transformer_of(encoder).training
     encoder(*tokens_of(folder)).tokens.square().sum().backward()
     unused = {n for n, p in encoder.named_parameters() if p.grad is None}
     assert not unused
@@ -172,12 +178,19 @@ def test_an_encoder_comes_back_from_its_files_and_its_state(
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("folder", ["bert", "roberta", "distilbert"], indirect=True)
+def test_weights_that_will_be_overwritten_are_not_drawn(folder: Path) -> None:
+    random = torch.get_rng_state()
+    load_text_encoder(folder)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
 @pytest.mark.parametrize("folder", ["bert"], indirect=True)
 def test_options_reach_an_encoder_from_files(folder: Path) -> None:
     loaded = load_text_encoder(folder, attention="eager", dropout=0.2, activation_checkpointing=True)
-    assert loaded.transformer.config._attn_implementation == "eager"
+    assert transformer_of(loaded).config._attn_implementation == "eager"
     assert {module.p for module in loaded.modules() if isinstance(module, torch.nn.Dropout)} == {0.2}
-    assert all(layer.gradient_checkpointing for layer in loaded.transformer.encoder.layer)
+    assert all(layer.gradient_checkpointing for layer in transformer_of(loaded).encoder.layer)
     compiled: list[torch.nn.Module] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Module, "compile", lambda layer: compiled.append(layer))
@@ -241,8 +254,8 @@ def test_dropout_reaches_hidden_states_and_attention(folder: Path) -> None:
 
 def test_fused_attention_gives_the_same(folder: Path) -> None:
     eager, fused = (build_text_encoder(folder, attention=kind) for kind in ("eager", "sdpa"))
-    assert eager.transformer.config._attn_implementation == "eager"
-    assert fused.transformer.config._attn_implementation == "sdpa"
+    assert transformer_of(eager).config._attn_implementation == "eager"
+    assert transformer_of(fused).config._attn_implementation == "sdpa"
     ids = tokens_of(folder)
     mask = eager(*ids).mask
     torch.testing.assert_close(eager(*ids).tokens[mask], fused(*ids).tokens[mask])

@@ -125,7 +125,7 @@ def test_a_narrow_temperature_does_not_round_the_loss(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_left_as_they_are(name: str) -> None:
     text, audio = vectors(9, 9 if name in SQUARE else 6, 2)
-    ids = random_ids(*(len(x) for x in (text, audio)), 5, 0)
+    ids = random_ids(len(text), len(audio), 5, 0)
     teacher = unit(len(text), 5, 98), unit(len(audio), 5, 99)
     made: list[Tensor] = []
 
@@ -200,10 +200,10 @@ def test_a_teacher_receives_no_gradient() -> None:
     text, audio = vectors(6, 6, 0)
     teacher = vectors(6, 6, 1)
     ids = random_ids(6, 6, 9, 0)
-    inside = [ModalityScores(x) for x in teacher]
+    in_text, in_audio = (ModalityScores(x) for x in teacher)
     for loss in (
         tiled.distillation(EmbeddingScores(text, audio), EmbeddingScores(*teacher), 0.1),
-        tiled.cmsc(EmbeddingScores(text, audio), *inside, 0.1, 0.3, 0.1, ids),
+        tiled.cmsc(EmbeddingScores(text, audio), in_text, in_audio, 0.1, 0.3, 0.1, ids),
     ):
         loss.backward()
         assert text.grad is not None and all(x.grad is None for x in teacher)
@@ -213,9 +213,10 @@ def test_teachers_side_by_side_are_their_weighted_mean() -> None:
     """One table of vectors, each member's times the root of its weight, is the ensemble."""
     text, audio = vectors(7, 4, 0)
     members = [(unit(7, 3, 10), unit(4, 3, 11), 0.25), (unit(7, 5, 12), unit(4, 5, 13), 0.75)]
-    joined = [torch.cat([member[side] * member[2] ** 0.5 for member in members], 1) for side in (0, 1)]
-    loss = tiled.distillation(EmbeddingScores(text, audio), EmbeddingScores(*joined), 0.1)
-    mean = sum(weight * t @ a.T for t, a, weight in members)
+    of_texts = torch.cat([t * weight**0.5 for t, _, weight in members], 1)
+    of_audios = torch.cat([a * weight**0.5 for _, a, weight in members], 1)
+    loss = tiled.distillation(EmbeddingScores(text, audio), EmbeddingScores(of_texts, of_audios), 0.1)
+    mean = torch.stack([weight * t @ a.T for t, a, weight in members]).sum(0)
     assert abs(loss - tiled.distillation(EmbeddingScores(text, audio), StoredScores(mean), 0.1)) < 1e-13
 
 
@@ -223,10 +224,10 @@ def test_teachers_side_by_side_are_their_weighted_mean() -> None:
 def test_contrast_plus_soft_term_is_one_soft_term(beta: float) -> None:
     """CE(I) + CE((1 - b) I + b Q) = 2 CE((1 - b/2) I + (b/2) Q), seen in the gradient: entropies are constant."""
     text, audio = vectors(9, 9, 0)
-    inside = [ModalityScores(unit(9, 4, seed)) for seed in (7, 8)]
+    in_text, in_audio = (ModalityScores(unit(9, 4, seed)) for seed in (7, 8))
 
     def soft(share: float) -> Tensor:
-        return tiled.cmsc(EmbeddingScores(text, audio), *inside, 0.1, share, 0.2)
+        return tiled.cmsc(EmbeddingScores(text, audio), in_text, in_audio, 0.1, share, 0.2)
 
     both = torch.autograd.grad(tiled.nt_xent(EmbeddingScores(text, audio), 0.1) + soft(beta), (text, audio))
     once = torch.autograd.grad(2 * soft(beta / 2), (text, audio))
@@ -248,9 +249,9 @@ def test_mistakes() -> None:
     with pytest.raises(UserError, match=r"need text ids \[3, k\] and audio ids \[4, k\], got \[3\] and \[4\]"):
         tiled.nt_xent(EmbeddingScores(text, audio), 0.1, (torch.zeros(3), torch.zeros(4)))
     with pytest.raises(UserError, match=r"cmsc needs as many texts as audios, got scores \[3, 4\]"):
-        tiled.cmsc(*[EmbeddingScores(text, audio)] * 3, 0.1, 0.3, 0.1)
+        tiled.cmsc(scores := EmbeddingScores(text, audio), scores, scores, 0.1, 0.3, 0.1)
     with pytest.raises(UserError, match=r"text_block is \[4, 4\] and the scores are \[3, 3\]: they must agree"):
-        tiled.cmsc(*(ModalityScores(x) for x in (text, audio, text)), 0.1, 0.3, 0.1)
+        tiled.cmsc(ModalityScores(text), ModalityScores(audio), ModalityScores(text), 0.1, 0.3, 0.1)
     with pytest.raises(UserError, match=r"teacher_block is \[3, 3\] and the scores are \[3, 4\]"):
         tiled.distillation(EmbeddingScores(text, audio), ModalityScores(text), 0.1)
     with pytest.raises(UserError, match=r"intra_modal needs samples against themselves, got \[3, 4\]"):

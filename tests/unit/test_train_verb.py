@@ -104,7 +104,7 @@ def test_a_broken_connection_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_has_an_example() -> None:
     result = CliRunner().invoke(cli.app, ["train", "--help"])
     assert result.exit_code == 0
-    for word in ("Example: atr-scale train", "--dry-run", "--world-size", "--plugins", "key.sub=value"):
+    for word in ("  atr-scale train", "--dry-run", "--world-size", "--plugins", "key.sub=value"):
         assert word in result.stdout
 
 

@@ -49,7 +49,7 @@ def test_cut_and_join_by_hand() -> None:
     windows = cut_into_windows(waveform, torch.tensor([7, 2, 4]), window=4, hop=4)
     rows = [[1, 2, 3, 4], [5, 6, 7, 0], [8, 9, 0, 0], [15, 16, 17, 18]]
     assert windows.waveform.tolist() == rows and windows.counts == [2, 1, 1]
-    assert windows.lengths.tolist() == [4, 4, 2, 4] and windows.heard == [1.0, 0.75, 1.0, 1.0]
+    assert windows.lengths.tolist() == [4, 4, 2, 4] and windows.filled == [1.0, 0.75, 1.0, 1.0]
 
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
     encoded = TokenSequence(windows.waveform.unsqueeze(2), mask, windows.waveform[:, :1])
@@ -63,6 +63,7 @@ def test_cut_and_join_by_hand() -> None:
 @pytest.mark.parametrize("hop", [2.0, 1.2])
 @torch.no_grad()
 def test_a_long_clip_is_its_windows_one_by_one(name: str, hop: float) -> None:
+    torch.manual_seed(0)  # some random networks amplify rounding beyond the tolerance
     encoder = build_audio_encoder(name, window_seconds=2.0, window_hop_seconds=hop)
     window, length = seconds(encoder, 2), seconds(encoder, 4.5)
     waveform = noise(1, length)
@@ -139,7 +140,7 @@ def test_tags_average_the_windows() -> None:
     assert encoder.tags(waveform[:, :0]).shape == build_audio_encoder("mn04").tags(waveform[:, :0]).shape == (2, 527)
 
 
-def test_ranks_with_fewer_buckets_run_as_many_rounds() -> None:
+def test_ranks_with_fewer_buckets_run_as_many_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     own, calls = [], []
 
     def rounds(count: int) -> int:
@@ -154,11 +155,11 @@ def test_ranks_with_fewer_buckets_run_as_many_rounds() -> None:
     expected = plain(waveform, lengths)
     encode = encoder.encode
 
-    def counted(waveform_BS: Tensor, augment_seed: int) -> TokenSequence:
+    def counted(waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
         calls.append(waveform_BS.shape)
         return encode(waveform_BS, augment_seed)
 
-    encoder.encode = counted
+    monkeypatch.setattr(encoder, "encode", counted)
     sequence = encoder(waveform, lengths)
     assert own == [2] and len(calls) == 5  # windows are one bucket, the short clip another
     assert torch.equal(sequence.tokens, expected.tokens) and torch.equal(sequence.pooled, expected.pooled)

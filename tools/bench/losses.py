@@ -175,7 +175,8 @@ def vectors(batch: int, width: int, seed: int) -> Tensor:
 
 def ring_nt_xent(text: Tensor, audio: Tensor, scale: Tensor) -> Tensor:
     """NT-Xent as the mean of two calls, each of which asks with one side and streams the other."""
-    return (_OneDirection.apply(text, audio, scale) + _OneDirection.apply(audio, text, scale)) / 2
+    loss: Tensor = (_OneDirection.apply(text, audio, scale) + _OneDirection.apply(audio, text, scale)) / 2
+    return loss
 
 
 class _OneDirection(torch.autograd.Function):

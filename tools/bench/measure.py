@@ -43,7 +43,8 @@ def peak_mib(function: Function) -> float:
     assert recorded.kineto_results is not None
     changes = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in changes), initial=0)) / 2**20
+    most: int = max(accumulate((event.nbytes() for event in changes), initial=0))
+    return most / 2**20
 
 
 def _device_clock() -> float:

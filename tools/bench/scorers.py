@@ -74,7 +74,8 @@ def naive_local_global(scorer: Any, text: TokenSequence, audio: TokenSequence) -
     weight = (scorer.lambda1 * torch.einsum("ind,jfd->ijfn", words, frames)).softmax(-1)
     attended = weight @ words.unsqueeze(1)  # [i, j, f, D]
     found = scorer.lambda2 * cosine_similarity(attended, frames, dim=-1)
-    return (found.logsumexp(-1) - math.log(frames.shape[1])) / scorer.lambda2
+    scores: Tensor = (found.logsumexp(-1) - math.log(frames.shape[1])) / scorer.lambda2
+    return scores
 
 
 def co_attention(batch: int, tiles_a_side: int) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def times(config: RunConfig) -> list[float]:
         optimizer.zero_grad()
 
     engines = [updates.start(with_train(config, zero_stage=stage)) for stage in STAGES]
-    steps: list[Callable[[], object]] = [lambda engine=engine: updates.update(engine, batch) for engine in engines]
+    steps: list[Callable[[], object]] = [partial(updates.update, engine, batch) for engine in engines]
     found = seconds(bare, *steps, repeats=9)
     alone = []
     for fused in (True, False):
@@ -80,7 +81,8 @@ def rows() -> Iterable[Row]:
         for options in choices:
             chosen = encoding(name, **options)
             label = ", ".join((name, *(key if value is True else str(value) for key, value in options.items())))
-            yield Row(f"{label}: time", *seconds(chosen, plain, repeats=3), "without", "s")
+            time, time_without = seconds(chosen, plain, repeats=3)
+            yield Row(f"{label}: time", time, time_without, "without", "s")
             yield Row(f"{label}: memory", peak_mib(chosen), peak_mib(plain), "without", "MiB")
 
 

@@ -1,5 +1,5 @@
-"""The study: what the papers leave open, answered on the demo corpora, where every true correspondence is known.
+"""The study: questions that the papers leave open, answered on the demo corpora, whose relevance is known.
 
-recipes (what is compared) -> corpora, negatives (what it is tested on) -> encoders (trained once a seed, their tokens
-kept) -> head (projections, scorer and objective on those tokens) -> runs (a JSON line each) -> report (RESULTS.md).
+recipes (the compared trainings) -> corpora, negatives (the tests) -> encoders (trained once per seed, their tokens are
+kept) -> head (projections, scorer and objective on those tokens) -> runs (one JSON line each) -> report (RESULTS.md).
 """

@@ -1,11 +1,11 @@
-"""Answers what the papers leave open, on the demo corpora, and writes the answers into RESULTS.md.
+"""Run the study on the demo corpora and write its tables into RESULTS.md.
 
     atr-scale demo-data --out demo/corpora
     python -m tools.study --demo demo/corpora --out runs/study [--only a,b] [--seeds 3] [--minutes 60]
     python -m tools.study --demo demo/corpora --out runs/study --report
 
-Every finished run is a line of OUT/runs.jsonl; a later call goes on with those that are not there yet. The two options
-of ESC-50 add real recordings to experiments a and b.
+Every finished run is one line of OUT/runs.jsonl. A later call continues with the runs that are not there yet. The
+options --esc50, --mn04 and --sentences add real recordings to experiments a and b.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--demo", type=Path, default=Path("demo/corpora"), help="folder of `atr-scale demo-data`")
     parser.add_argument("--only", help="experiments by letter, such as a,b (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=STEPS, help="updates of a head")
-    parser.add_argument("--encoder-steps", type=int, default=ENCODER_STEPS)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing after so many")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of a head")
+    parser.add_argument("--encoder-steps", type=int, default=ENCODER_STEPS, help="optimizer steps of the encoders")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this many minutes")
     parser.add_argument("--workers", type=int, default=min(2, len(os.sched_getaffinity(0))))
-    parser.add_argument("--esc50", type=Path, help="ESC-50's folder: adds real recordings to a and b")
-    parser.add_argument("--mn04", type=Path, help="EfficientAT's mn04 weights, for --esc50")
+    parser.add_argument("--esc50", type=Path, help="folder of ESC-50; adds real recordings to a and b")
+    parser.add_argument("--mn04", type=Path, help="weights of mn04 from EfficientAT, for --esc50")
     parser.add_argument("--sentences", type=Path, help="folder of a sentence encoder, for --esc50")
-    parser.add_argument("--report", action="store_true", help="only write RESULTS.md from the runs there are")
+    parser.add_argument("--report", action="store_true", help="only write RESULTS.md from the finished runs")
     parser.add_argument("--results", type=Path, default=Path("RESULTS.md"))
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

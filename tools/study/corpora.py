@@ -1,4 +1,4 @@
-"""The demo corpora as the study uses them: clips, captions, and which caption is true of which clip."""
+"""The demo corpora of the study: clips, captions, and the relevance of each caption for each clip."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Split:
 
     @cached_property
     def captions(self) -> list[DemoCaption]:
-        """All captions, those of a clip together."""
+        """All captions; those of a clip follow one another."""
         return [caption for clip in self.clips for caption in clip.captions]
 
     @cached_property
@@ -42,7 +42,7 @@ class Split:
 
     @cached_property
     def grades(self) -> np.ndarray:
-        """How true each caption is of each clip, float32 [captions, clips]; 1: all that it states."""
+        """Relevance of clips for captions, float32 [captions, clips]; 1 if all statements of the caption are true."""
         return correspondence_matrix(
             [caption.states for caption in self.captions], [clip.scene.content for clip in self.clips]
         )
@@ -51,12 +51,12 @@ class Split:
         return self.clips[clip].scene.seconds
 
     def waveform(self, clip: int, start: int = 0, samples: int = -1) -> Tensor:
-        """float32 [samples] at SAMPLE_RATE."""
+        """Samples of a clip, float32 [samples] at SAMPLE_RATE."""
         values, _ = soundfile.read(self.folder / self.clips[clip].path, samples, start, dtype="float32")
         return torch.from_numpy(values)
 
     def with_more_captions(self, count: int, seed: int = 0) -> Split:
-        """Every clip with `count` further captions of its scene."""
+        """The split with `count` further captions of its scene for every clip."""
 
         def more(number: int, clip: DemoClip) -> DemoClip:
             rng = np.random.default_rng([seed, number])
@@ -70,7 +70,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Demo:
-    """training: clips of the training splits, without WavCaps' copies of clips that others hold."""
+    """training: clips of the training splits, without the clips of WavCaps that are also in another corpus."""
 
     training: Split
     validation: Split
@@ -82,7 +82,7 @@ class Demo:
 
 
 def read_demo(folder: Path) -> Demo:
-    """The finished demo corpora in `folder`. Raises UserError where there are none."""
+    """Read the finished demo corpora in `folder`. Raises UserError if there are none."""
     try:
         made_with = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

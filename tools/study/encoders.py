@@ -1,7 +1,7 @@
-"""Encoders, trained once for each seed and set of corpora, and the tokens they give for all that a recipe reads.
+"""Encoders, trained once per seed and set of corpora, and the tokens that they give for the clips and captions.
 
-No scorer has them to itself: they are trained with the sum of three NT-Xent losses, each over projections of its own:
-one vector a clip (meanmax), sentence over frames (tap), frames over words (lgmm).
+They favour no scorer, because they are trained with the sum of three NT-Xent losses. Each loss has its own projections
+and scorer: meanmax, tap and lgmm.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from atr_scale.batch import TokenSequence
 from atr_scale.data.tokenizer import CaptionTokenizer
-from atr_scale.encoders import build_text_encoder
+from atr_scale.encoders import AudioEncoder, TextEncoder, build_text_encoder
 from atr_scale.encoders.audio import AudioEncoderOptions
 from atr_scale.encoders.small_cnn import SmallCNN
 from atr_scale.files import atomic_write
 from tools.study.corpora import SAMPLE_RATE, TRAINING, Demo, Split
-from tools.study.head import Head, Optimiser
+from tools.study.head import Head, Optimizer
 from tools.study.negatives import hard_negatives
 from tools.study.recipes import BASELINE, BATCH, LGMM, TAP
 from tools.study.tokens import Tokens
@@ -36,20 +36,21 @@ AT_ONCE = 16
 
 
 class ResizedCNN(SmallCNN):
-    """Hears every clip's log-mel resized to ten seconds' (arXiv 2403.10146 does so with clips beyond ten seconds)."""
+    """Resizes the log-mel of every clip to that of ten seconds (arXiv 2403.10146 does so with longer clips)."""
 
-    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> TokenSequence:
-        ends = [waveform.shape[1]] * len(waveform) if lengths is None else lengths.tolist()
-        mels = [self.front_end(clip[None, :end]) for clip, end in zip(waveform, ends, strict=True)]
+    def forward(self, waveform_BS: Tensor, lengths_B: Tensor | None = None, augment_seed: int = 0) -> TokenSequence:
+        ends = [waveform_BS.shape[1]] * len(waveform_BS) if lengths_B is None else lengths_B.tolist()
+        mels = [self.front_end(clip[None, :end]) for clip, end in zip(waveform_BS, ends, strict=True)]
         size = (mels[0].shape[1], FRAMES)
-        return self.encode(torch.cat([interpolate(mel[None], size, mode="bilinear")[0] for mel in mels]))
+        return self.encode(torch.cat([interpolate(mel[None], size, mode="bilinear")[0] for mel in mels]), augment_seed)
 
-    def mel(self, mel: Tensor) -> Tensor:
-        return mel
+    def mel(self, waveform_BS: Tensor, augment_seed: int) -> Tensor:
+        """The argument, because `forward` has computed and resized the log-mel."""
+        return waveform_BS
 
 
 def epochs(size: int, batch: int, steps: int, rng: np.random.Generator) -> Iterator[Tensor]:
-    """`steps` batches of different rows, as many epochs as it takes."""
+    """Yield `steps` batches of rows, over as many epochs as needed. A row occurs at most once per epoch."""
     batch = min(batch, size)
     for step in range(steps):
         place = step % (size // batch)
@@ -59,7 +60,7 @@ def epochs(size: int, batch: int, steps: int, rng: np.random.Generator) -> Itera
 
 
 def draw_captions(owner: Tensor, clips: Tensor, rng: np.random.Generator, most: Tensor | None = None) -> Tensor:
-    """A caption (row of `owner`) for each of some clips, drawn among all of its or its first `most` [clips]."""
+    """Draw a caption (row of `owner`) for each clip, among all captions of the clip or its first `most` [clips]."""
     first = torch.searchsorted(owner, clips)
     counts = torch.searchsorted(owner, clips, right=True) - first
     if most is not None:
@@ -67,8 +68,10 @@ def draw_captions(owner: Tensor, clips: Tensor, rng: np.random.Generator, most: 
     return first + torch.from_numpy(rng.random(len(clips))).mul(counts).long()
 
 
-def train_encoders(split: Split, text_folder: Path, resized: bool, seed: int, steps: int) -> tuple[SmallCNN, nn.Module]:
-    """Audio and text encoder in evaluation mode."""
+def train_encoders(
+    split: Split, text_folder: Path, resized: bool, seed: int, steps: int
+) -> tuple[SmallCNN, TextEncoder]:
+    """Train an audio and a text encoder. Returns them in evaluation mode."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     audio = ResizedCNN() if resized else SmallCNN()
@@ -76,21 +79,22 @@ def train_encoders(split: Split, text_folder: Path, resized: bool, seed: int, st
     tokenizer = CaptionTokenizer(text.tokenizer)
     heads = nn.ModuleList(Head(audio.dim, text.dim, recipe) for recipe in (BASELINE, TAP, LGMM))
     everything = nn.ModuleList([audio, text, heads]).train()
-    optimiser = Optimiser(list(everything.parameters()), LR, steps)
+    optimizer = Optimizer(list(everything.parameters()), LR, steps)
     batches = epochs(len(split.clips), BATCH, steps, rng)
     for step, clips in enumerate(tqdm(batches, "encoders", steps, unit="step", disable=None)):
-        waveforms = [_heard(split, int(clip), resized, rng) for clip in clips]
+        waveforms = [_training_clip(split, int(clip), resized, rng) for clip in clips]
         lengths = torch.tensor([len(waveform) for waveform in waveforms])
-        heard = audio(pad_sequence(waveforms, batch_first=True), lengths)
+        encoded_audio = audio(pad_sequence(waveforms, batch_first=True), lengths)
         captions = draw_captions(split.owner, clips, rng)
-        read = text(*tokenizer([split.captions[k].text for k in captions.tolist()]))
-        loss = torch.stack([head(read, heard, clips[:, None], step) for head in heads]).sum()
-        optimiser.step(loss, step)
+        encoded_text = text(*tokenizer([split.captions[k].text for k in captions.tolist()]))
+        loss = torch.stack([head(encoded_text, encoded_audio, clips[:, None], step) for head in heads]).sum()
+        optimizer.step(loss, step)
     everything.eval()
     return audio, text
 
 
-def _heard(split: Split, clip: int, resized: bool, rng: np.random.Generator) -> Tensor:
+def _training_clip(split: Split, clip: int, resized: bool, rng: np.random.Generator) -> Tensor:
+    """A random crop of SECONDS, or the whole clip if it is shorter or will be resized."""
     room = split.seconds(clip) - SECONDS
     if resized or room <= 0:
         return split.waveform(clip)
@@ -98,21 +102,23 @@ def _heard(split: Split, clip: int, resized: bool, rng: np.random.Generator) -> 
 
 
 @torch.no_grad()
-def hear(encoder: nn.Module, waveforms: Iterable[Tensor]) -> Tokens:
-    """Whole clips, one at a time."""
+def encode_clips(encoder: AudioEncoder, waveforms: Iterable[Tensor]) -> Tokens:
+    """Encode whole clips, one at a time."""
     return Tokens.of([encoder(waveform[None]) for waveform in waveforms])
 
 
 @torch.no_grad()
-def read(encoder: nn.Module, tokenizer: CaptionTokenizer, texts: list[str]) -> Tokens:
+def encode_captions(encoder: TextEncoder, tokenizer: CaptionTokenizer, texts: list[str]) -> Tokens:
+    """Encode captions, AT_ONCE at a time."""
     groups = [texts[k : k + AT_ONCE] for k in range(0, len(texts), AT_ONCE)]
     return Tokens.of([encoder(*tokenizer(group)) for group in groups])
 
 
 def tokens_of_demo(demo: Demo, encoders: str, seed: int, steps: int) -> dict[str, Tokens]:
-    """Trains the encoders that a recipe's `encoders` names; tokens by place: "train/audio", "train/text", ...
+    """Train the encoders that `encoders` of a recipe names. Returns tokens by name: "train/audio", "train/text", ...
 
-    "test name/windows" and "/crop": the same test clips in windows, and their middle ten seconds. "/negatives": texts.
+    For each test split, "/windows" are the test clips in windows, "/crop" their middle ten seconds, and "/negatives"
+    the hard negatives.
     """
     text_folder = demo.training.folder / "text_encoder"
     resized = encoders == "resized"
@@ -121,10 +127,10 @@ def tokens_of_demo(demo: Demo, encoders: str, seed: int, steps: int) -> dict[str
     tokenizer = CaptionTokenizer(text.tokenizer)
 
     def captions(part: Split) -> Tokens:
-        return read(text, tokenizer, [caption.text for caption in part.captions])
+        return encode_captions(text, tokenizer, [caption.text for caption in part.captions])
 
     def clips(part: Split) -> Tokens:
-        return hear(audio, (part.waveform(k) for k in range(len(part.clips))))
+        return encode_clips(audio, (part.waveform(k) for k in range(len(part.clips))))
 
     found = {"train/audio": clips(split), "validation/audio": clips(demo.validation)}
     found |= {"train/text": captions(split), "validation/text": captions(demo.validation)}
@@ -132,9 +138,9 @@ def tokens_of_demo(demo: Demo, encoders: str, seed: int, steps: int) -> dict[str
         found["train/more"] = captions(split.with_more_captions(EXTRA_CAPTIONS))
     for name, part in demo.tests.items():
         found |= {f"{name}/audio": clips(part), f"{name}/text": captions(part)}
-        found[f"{name}/negatives"] = read(text, tokenizer, hard_negatives(part).texts)
+        found[f"{name}/negatives"] = encode_captions(text, tokenizer, hard_negatives(part).texts)
         if encoders == "all":
-            found[f"{name}/crop"] = hear(audio, (_middle(part, k) for k in range(len(part.clips))))
+            found[f"{name}/crop"] = encode_clips(audio, (_middle(part, k) for k in range(len(part.clips))))
     if encoders == "all":
         audio.configure(AudioEncoderOptions(window_seconds=SECONDS), "small_cnn")
         found |= {f"{name}/windows": clips(part) for name, part in demo.tests.items()}

@@ -1,4 +1,4 @@
-"""What is trained on frozen encoders' tokens: projections, scorer, objective, as in atr_scale.model.Retriever."""
+"""A head on tokens of frozen encoders: projections, scorer and objective, as in atr_scale.model.Retriever."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLIPS_AT_ONCE = 25  # in evaluation
 
 
 class Head(nn.Module):
-    """Scores and the loss of a recipe. Shapes: B captions and clips of a batch, all matched by `ids` [B, k]."""
+    """Scores and loss of a recipe. A batch has B captions and B clips; rows of `ids` [B, k] decide the positives."""
 
     def __init__(self, audio_dim: int, text_dim: int, recipe: Recipe) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Head(nn.Module):
     def forward(
         self, text: TokenSequence, audio: TokenSequence, ids: Tensor, step: int, teachers: tuple[Tensor, ...] = ()
     ) -> Tensor:
-        """The loss. teachers: scores [B, B], of which the distillation term is averaged (the mean of their targets)."""
+        """The loss of a batch. teachers: scores [B, B] of each teacher; the distillation term is the mean over them."""
         text, audio = self.project(text, audio)
         scores = self.scorer.scores(text, audio)
         loss = scores.new_zeros(())
@@ -68,14 +68,14 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def score(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
-        """[captions, clips] of whole splits, as the encoders gave them."""
+        """Scores [captions, clips] of whole splits, from the tokens of the encoders."""
         text, audio = self.project(text, audio)
         clips = torch.arange(len(audio.mask)).split(CLIPS_AT_ONCE)
         return torch.cat([self.scorer.scores(text, audio.take(some)) for some in clips], 1)
 
 
-class Optimiser:
-    """Adam with a linear warm-up over a tenth of the steps and a cosine down to zero; gradients clipped to norm 1."""
+class Optimizer:
+    """Adam with a linear warm-up over a tenth of the steps, then a cosine to zero. Gradients are clipped to norm 1."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, steps: int) -> None:
         self.adam = torch.optim.Adam(parameters, lr=lr)

@@ -1,4 +1,4 @@
-"""All runs of a study, in processes of one thread each; what is done is not done again."""
+"""All runs of a study, in processes of one thread each. Finished runs are skipped."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tqdm import tqdm
 
 from atr_scale.errors import UserError
 from tools.study import encoders, esc50, runs, teachers
-from tools.study.recipes import EXPERIMENTS, SWEEP, Recipe
+from tools.study.recipes import BASELINE, EXPERIMENTS, SWEEP, Recipe
 from tools.study.store import ESC50, Line, Settings, chosen_rates, name_of
 
 logger = logging.getLogger("study")
 ON_ESC50 = ("a", "b")
-ENSEMBLE = "g"  # needs a cheap run of every seed
-# Each for one seed before all are done for the others; what needs encoders of its own comes last.
+ENSEMBLE = "g"  # needs the same cheap run of every seed
+# All groups run with the first seed before they run with the others. Those that need their own encoders come last.
 GROUPS = ("abch", "d", ESC50, "fi")
 
 
 @dataclass(frozen=True)
 class Job:
-    """kind: "tokens" (makes a file), or what a line of runs.jsonl is: "sweep", "demo", "esc50", "teachers"."""
+    """kind: "tokens" (writes a file), or the kind of a line of runs.jsonl: "sweep", "demo", "esc50", "teachers"."""
 
     kind: str
     recipe: Recipe | None
@@ -40,7 +40,7 @@ class Job:
 
 
 def phases(settings: Settings, chosen: Sequence[str]) -> Iterator[list[Job]]:
-    """Jobs that may run side by side; a phase starts when the one before is done."""
+    """Yield lists of jobs. The jobs of a list may run in parallel; a list starts when the one before is finished."""
     first, *others = settings.seeds
     if ENSEMBLE in chosen:
         yield from _phases_of([ENSEMBLE], settings.seeds, first)
@@ -57,11 +57,13 @@ def phases(settings: Settings, chosen: Sequence[str]) -> Iterator[list[Job]]:
 
 
 def _phases_of(letters: Sequence[str], seeds: Sequence[int], first: int) -> Iterator[list[Job]]:
-    """Seed by seed, so that an interrupted study has tables of fewer seeds; the learning rates are chosen with the
-    first seed; then what needs the runs of others, maybe of all seeds."""
+    """Yield the jobs seed by seed, so that an interrupted study has complete tables of fewer seeds.
+
+    The learning rates are chosen with the first seed. Recipes that depend on other runs come last.
+    """
     recipes = _recipes(letters)
-    if any(recipe.teacher for recipe in recipes) and runs.BASELINE not in recipes:
-        recipes.insert(0, runs.BASELINE)
+    if any(recipe.teacher for recipe in recipes) and BASELINE not in recipes:
+        recipes.insert(0, BASELINE)
     families = {recipe.family for recipe in recipes}
     for seed in seeds:
         yield [Job("tokens", None, seed, name) for name in dict.fromkeys(recipe.encoders for recipe in recipes)]
@@ -72,12 +74,12 @@ def _phases_of(letters: Sequence[str], seeds: Sequence[int], first: int) -> Iter
 
 
 def _recipes(letters: Sequence[str]) -> list[Recipe]:
-    """Each once."""
+    """The recipes of some experiments, each once."""
     return list({r.key: r for letter in letters for r in EXPERIMENTS[letter].rows.values()}.values())
 
 
 def perform(job: Job, settings: Settings, rates: dict[str, float]) -> Line:
-    """In a worker process."""
+    """Do a job, in a worker process."""
     if job.kind == "tokens":
         path = settings.tokens(job.encoders, job.seed)
         if job.encoders == ESC50:
@@ -99,10 +101,10 @@ def perform(job: Job, settings: Settings, rates: dict[str, float]) -> Line:
 
 
 def run(settings: Settings, chosen: Sequence[str], workers: int, minutes: float) -> bool:
-    """All jobs that are not done yet, until the time is up. Returns whether all of them succeeded."""
+    """Do all jobs that are not finished, until the time is up. Returns whether all of them succeeded."""
     end, failed = time.monotonic() + 60 * minutes, 0
     settings.claim()
-    context = multiprocessing.get_context("spawn")  # forking a process that runs torch's threads can deadlock
+    context = multiprocessing.get_context("spawn")  # forking a process with threads of torch can deadlock
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
         for phase in phases(settings, chosen):
             lines = settings.lines()
@@ -132,7 +134,7 @@ def run(settings: Settings, chosen: Sequence[str], workers: int, minutes: float)
 
 def _begin() -> None:
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # weights that a sharp softmax leaves next to nothing slow an update threefold
+    torch.set_flush_denormal(True)  # denormal weights after a sharp softmax slow a step threefold
 
 
 def _is_done(job: Job, settings: Settings, done: set[str]) -> bool:

@@ -1,8 +1,8 @@
-"""Hard negatives: a caption with one stated fact made false, in as few words as can be.
+"""Hard negatives: captions in which one stated fact is made false with as few changed words as possible.
 
-"a dog barks three times" against "a dog barks twice", "rain falls, then a bell rings" against the reverse (the same
-words), "a loud horn honks" against "a soft horn honks". What a caption states is true of its clip, so the changed
-caption is not.
+Examples: "a dog barks three times" and "a dog barks twice"; "rain falls, then a bell rings" and the reverse order, with
+the same words; "a loud horn honks" and "a soft horn honks". The statements of a caption are true of its clip, so the
+changed caption is false.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from atr_scale.demo.lexicon import (
 from tools.study.corpora import Split
 
 KINDS = ("count", "order", "pitch", "loudness")
-# Joints after which the second event stands as the first does, so that the two can change places.
+# Conjunctions around which the two events can be exchanged.
 JOINTS = (", then ", ", and after that ", " and then ", " and later ", " followed by ", " before ", " after ")
 
 
 @dataclass(frozen=True)
 class Negatives:
-    """For every changed caption: its text, its kind, and the caption of the split that it was made from."""
+    """For every changed caption its text, its kind, and the number of the original caption in the split."""
 
     texts: list[str]
     kinds: list[str]
@@ -49,14 +49,14 @@ def hard_negatives(split: Split) -> Negatives:
 
 
 def _changed(caption: DemoCaption, kind: str) -> str | None:
-    """The caption with a fact of this kind made false; None where it states none that can be changed so."""
+    """The caption with a fact of this kind made false, None if it states no such fact."""
     if kind == "order":
         return _other_order(caption)
     return _replaced(caption.text, _PHRASES[kind])
 
 
 def _other_counts(stated: Mapping[int, tuple[str, ...]]) -> dict[str, str]:
-    """Each phrase of a count, with one of a count that is two away."""
+    """For each phrase of a count, a phrase of a count that differs by two."""
     return {
         phrase: stated[count + 2 if count + 2 in stated else count - 2][0]
         for count, phrases in stated.items()
@@ -65,7 +65,7 @@ def _other_counts(stated: Mapping[int, tuple[str, ...]]) -> dict[str, str]:
 
 
 def _opposites(table: Mapping[str, tuple[str, ...]], one: str, other: str) -> dict[str, str]:
-    """Each phrase of the two ends of a scale, with one of the other end."""
+    """For each phrase of the two ends of a scale, a phrase of the other end."""
     return {
         phrase: table[to][min(k, len(table[to]) - 1)]
         for end, to in ((one, other), (other, one))
@@ -74,7 +74,7 @@ def _opposites(table: Mapping[str, tuple[str, ...]], one: str, other: str) -> di
 
 
 _PHRASES = {
-    # A noun's number stays plural: "two barks" becomes "four barks", never "one barks".
+    # Nouns stay plural: "two barks" becomes "four barks", never "one barks".
     "count": _other_counts(TIMES) | _other_counts({n: (word,) for n, word in NUMBERS.items() if n > 1}),
     "pitch": _opposites(PITCH_ADJECTIVES, "low", "high") | _opposites(PITCH_PHRASES, "low", "high"),
     "loudness": _opposites(LOUDNESS_ADJECTIVES, "soft", "loud") | _opposites(LOUDNESS_ADVERBS, "soft", "loud"),
@@ -82,7 +82,7 @@ _PHRASES = {
 
 
 def _other_order(caption: DemoCaption) -> str | None:
-    """The two events of "one, then the other" in each other's place; captions of more or fewer are left."""
+    """The caption with its two events exchanged, None if it does not have the form "one, then the other"."""
     kinds = [kind for _, _, kind in caption.states.relations]
     if len(caption.states.sounds) != 2 or kinds != ["before"]:
         return None
@@ -95,7 +95,7 @@ def _other_order(caption: DemoCaption) -> str | None:
 
 
 def _replaced(text: str, phrases: dict[str, str]) -> str | None:
-    """The text with the first phrase that it holds exchanged; longer ones are looked for first ("two times", "two")."""
+    """The text with one phrase replaced, None if it holds none. Longer phrases are tried first ("two times", "two")."""
     for phrase in sorted(phrases, key=len, reverse=True):
         pattern = rf"(?<![\w-]){re.escape(phrase)}(?![\w-])"
         if re.search(pattern, text, re.IGNORECASE):

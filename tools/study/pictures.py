@@ -1,4 +1,4 @@
-"""Pictures of the study, one a table."""
+"""Figures of the study, one per table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLOURS = (BLUE, ORANGE)
 
 
 def draw(found: Found, folder: Path) -> list[str]:
-    """Writes study-<letter>.png for every experiment with runs; returns the letters."""
+    """Write study-<letter>.png for every experiment with finished runs. Returns the letters."""
     precision = {title: {"": f"{name}/t2a/mAP@10"} for name, title in TITLES.items()}
     figures: dict[str, Figure | None] = {
         letter: _values(found, experiment.rows, precision, "t2a mAP@10, percent")
@@ -41,7 +41,7 @@ def _values(
     label: str,
     chance: float | None = None,
 ) -> Figure | None:
-    """Mean and spread, a line for each row; panels: title -> metrics by their names in the legend."""
+    """Mean and standard deviation, one line per row. panels: title -> metrics by their names in the legend."""
     names = [name for name, recipe in rows.items() if found.runs(recipe)]
     if not names:
         return None
@@ -71,10 +71,10 @@ def _values(
 
 
 def _cost(found: Found, rows: Mapping[str, Recipe]) -> Figure | None:
-    """Retrieval over the CPU time of a clip in an update."""
+    """Retrieval over the CPU time of an optimizer step per clip."""
     figure = Figure(figsize=(7.6, 4.4), dpi=130, layout="constrained")
     ax = figure.subplots()
-    _dress(ax, "CPU milliseconds of an update, a clip of the batch")
+    _dress(ax, "CPU milliseconds of a step, per clip of the batch")
     ax.set_ylabel("t2a mAP@10, AudioCaps format, percent")
     ax.set_xscale("log")
     by_batch: dict[int, list[tuple[str, float, float]]] = {}

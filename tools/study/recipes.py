@@ -1,6 +1,6 @@
-"""What is compared: every recipe is one training of projections, scorer and objective on the tokens of frozen encoders.
+"""The compared recipes. A recipe is one training of projections, scorer and objective on tokens of frozen encoders.
 
-Two experiments that ask for the same recipe share its runs.
+Experiments with the same recipe share its runs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ NT_XENT: dict[str, dict[str, Any]] = {"nt_xent": {"weight": 1.0}}
 class Recipe:
     """scorer, options: see build_scorer. objective: options of loss terms by name.
 
-    encoders: what they were trained on: "all", one of the corpora, or "resized" (all, long clips resized).
-    long_clips: how the test's long clips are heard: "whole", "windows", "crop", "resize".
-    extra_captions: further captions a training clip. batch: pairs of a loss.
-    teacher: the correspondences of the distillation term (of weight `distillation`), see teachers.py; such a run starts
-        from the same seed's run of BASELINE.
-    rerank: so many candidates of a dual encoder are scored anew by the trained run of this recipe.
-    lr: None for what the sweep chose for the scorer's family.
+    encoders: their training data: "all", one of the corpora, or "resized" (all, with long clips resized).
+    long_clips: encoding of long test clips: "whole", "windows", "crop", "resize".
+    extra_captions: number of further captions per training clip.
+    batch: number of pairs in a loss.
+    teacher: source of the teacher scores, see teachers.py. `distillation` is the weight of that term. Such a run starts
+        from the run of BASELINE with the same seed.
+    rerank: number of candidates of a dual encoder that the trained model of this recipe re-ranks.
+    lr: learning rate, None for the one that the sweep chose for the family.
     """
 
     scorer: str = "meanmax"
@@ -42,18 +43,18 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """What a run is known by: all that differs from the defaults."""
+        """Name of the recipe in runs: all values that differ from the defaults, as JSON."""
         default = asdict(Recipe())
         return json.dumps({k: v for k, v in asdict(self).items() if v != default[k]}, sort_keys=True)
 
     @property
     def family(self) -> str:
-        """Recipes of one family share a learning rate."""
+        """Family of the scorer. Recipes of one family share a learning rate."""
         return self.scorer if self.scorer in ("tap", "lgmm", "coattention") else "cosine"
 
     @property
     def depends(self) -> bool:
-        """Whether it needs runs of other recipes: BASELINE of some seeds, or the two stages of a re-ranking."""
+        """Whether the recipe needs runs of others: of BASELINE, or of the two stages of re-ranking."""
         return self.teacher is not None or self.rerank is not None
 
 
@@ -72,7 +73,7 @@ def _pmr(omega: float, **options: bool) -> dict[str, dict[str, Any]]:
 
 
 def _lgmm(beta: float = 0.0, intra: float = 0.0) -> Recipe:
-    """LGMM's loss terms; a weight of 0 leaves one out."""
+    """LGMM with its loss terms; a weight of 0 leaves a term out."""
     terms: dict[str, dict[str, Any]] = dict(NT_XENT)
     if beta:
         terms["cmsc"] = {"weight": 1.0, "beta": beta, "beta_warmup_steps": STEPS // 4}
@@ -96,7 +97,7 @@ REVISED_AT = 1 / TEMPERATURE
 
 @dataclass(frozen=True)
 class Experiment:
-    """A question and the recipes that answer it, by the names of its table's rows."""
+    """A question and the recipes that answer it, by their names in the table."""
 
     title: str
     rows: Mapping[str, Recipe]
@@ -111,7 +112,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "tap": TAP,
             "lgmm": LGMM,
         },
-        "`pooled` is the audio encoder's own summary, mean plus maximum before the projection.",
+        "`pooled` is the pooled embedding of the audio encoder, mean plus maximum before the projection.",
     ),
     "b": Experiment(
         "NT-Xent against PMR",
@@ -143,7 +144,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "meanmax, NT-Xent": BASELINE,
             "meanmax + CMSC, β = 0.2": replace(_lgmm(0.2), scorer="meanmax"),
         },
-        "β rises over the first quarter of the updates. NT-Xent plus CMSC is one soft cross-entropy with β / 2.",
+        "β rises over the first quarter of the steps. NT-Xent plus CMSC is one soft cross-entropy with β / 2.",
     ),
     "d": Experiment(
         "Co-attention",
@@ -174,7 +175,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 ("log-mel resized to 10 s", "resized", "resize"),
             )
         },
-        "Clips of the Clotho-format test last 15 to 30 s. Training hears crops of 10 s, in the last row resized clips.",
+        "Clips of the Clotho-format test last 15 to 30 s. Training uses crops of 10 s, in the last row resized clips.",
     ),
     "g": Experiment(
         "Estimated correspondences",
@@ -192,8 +193,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             "random, supervised weight 1": _distilled("random", 1.0),
             "uniform, supervised weight 1": _distilled("uniform", 1.0),
         },
-        "Stage 2 starts from the same seed's stage 1 and trains as long again; temperature 0.05 for teacher and"
-        " student, λ = 1 unless said. The ensemble: stage 1 of all seeds, encoders included.",
+        "Stage 2 starts from stage 1 with the same seed and trains for as many steps. The temperature is 0.05 for"
+        " teacher and student, λ = 1 unless stated. The ensemble is stage 1 of all seeds, with their encoders.",
     ),
     "h": Experiment(
         "More captions",
@@ -202,13 +203,13 @@ EXPERIMENTS: dict[str, Experiment] = {
             for recipe in (BASELINE, TAP)
             for count in (0, 1, 5)
         },
-        "Further captions come from the grammar and know the scene, where a language model knows the caption alone:"
-        " an upper bound on what paraphrases can give. The encoders have not been trained on them.",
+        "Further captions come from the grammar, which knows the scene; a language model knows only the caption. So"
+        " this is an upper bound for paraphrases. The encoders have not been trained on them.",
     ),
     "i": Experiment(
         "From one corpus to another",
         {f"trained on {name}": Recipe(encoders=name) for name in ("audiocaps", "clotho", "wavcaps", "all")},
-        "Encoders too are trained on that corpus alone, for equally many updates. WavCaps has no test split.",
+        "The encoders are also trained on that corpus alone, for as many steps. WavCaps has no test split.",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Tables and pictures of all runs there are, into the section "Study" of RESULTS.md; what has not run is listed."""
+"""Write tables and figures of all finished runs into the section "Study" of RESULTS.md, with a list of missing runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REAL = {"zero_shot/accuracy": "accuracy", "class/mAP": "class mAP"}
 
 
 def write_results(settings: Settings, results: Path) -> None:
-    """Replaces what lies between the two markers, or appends a section with room for the reasons."""
+    """Replace the text between the two markers, or append a section with an empty part for the reasons."""
     found = Found(settings)
     if not found.lines:
         raise UserError(f"no finished runs in {settings.out}: call without --report first")
@@ -39,18 +39,18 @@ def write_results(settings: Settings, results: Path) -> None:
 def _section(found: Found, settings: Settings, drawn: Sequence[str]) -> list[str]:
     rates = ", ".join(f"{family} {rate:g}" for family, rate in chosen_rates(settings.lines()).items())
     out = [
-        "Synthetic demo corpora (`atr-scale demo-data`), where every true correspondence is known; nothing here says"
-        " how large an effect is on real recordings. `python -m tools.study`, "
+        "Synthetic demo corpora (`atr-scale demo-data`), whose relevance is known. The results do not show how large an"
+        " effect is on real recordings. `python -m tools.study`, "
         f"{len(settings.seeds)} seeds, mean ± standard deviation over seeds, percent.",
         "",
-        "One recipe for all: small_cnn and the demo's text encoder, trained once a seed on the three corpora"
-        f" ({settings.encoder_steps} updates, the sum of three NT-Xent losses over heads of their own: meanmax, tap,"
-        f" lgmm), then frozen. On their tokens each row trains projections (two layers, width {WIDTH}) and scorer:"
-        f" {settings.steps} updates, batch {BATCH}, Adam, crops of 10 s, learned temperature from {TEMPERATURE};"
-        " the last update is tested. Learning rate by family, chosen on the validation split with the first seed"
-        f" and NT-Xent: {rates or 'not run'}. Seeds change encoders, heads and batches. Chance:"
-        " t2a R@1 0.4 (AudioCaps format, 250 clips, 1,250 captions) and 1.7 (Clotho format, 60 clips, 300 captions);"
-        " nDCG@16 takes the true grades as gains.",
+        "All rows use small_cnn and the text encoder of the demo. They are trained once per seed on the three corpora"
+        f" ({settings.encoder_steps} steps, the sum of three NT-Xent losses with a head each: meanmax, tap, lgmm), then"
+        f" frozen. On their tokens each row trains projections (two layers, width {WIDTH}) and a scorer:"
+        f" {settings.steps} steps, batch {BATCH}, Adam, crops of 10 s, learned temperature from {TEMPERATURE}."
+        " The model after the last step is tested. The learning rate of a family is chosen on the validation split with"
+        f" the first seed and NT-Xent: {rates or 'not run'}. Seeds change encoders, heads and batches. Chance level of"
+        " t2a R@1: 0.4 (AudioCaps format, 250 clips, 1,250 captions) and 1.7 (Clotho format, 60 clips, 300 captions)."
+        " nDCG@16 uses the relevance as gain.",
     ]
     missing: list[str] = []
     for letter, experiment in EXPERIMENTS.items():
@@ -92,9 +92,9 @@ def _negatives_table(found: Found) -> list[str]:
     heads = [f"{TITLES[test]}: {kind}" if k == 0 else kind for test in TESTS for k, kind in enumerate(KINDS)]
     rows = {name: [_percent(found.value(recipe, key)) for key in keys] for name, recipe in scorers(found).items()}
     note = (
-        "How often a caption scores higher with its clip than a copy in which one stated fact is made false: another"
-        " count, the two events in the other order (the same words), the opposite pitch or loudness. Chance is 50."
-        " Rows marked (d) have its smaller batch."
+        "Percentage of captions that score higher with their clip than a copy in which one stated fact is made false:"
+        " another count, the two events in the other order (the same words), the opposite pitch or loudness. Chance is"
+        " 50. Rows marked (d) have the smaller batch of experiment d."
     )
     return [note, "", *_table(heads, rows)]
 
@@ -103,7 +103,7 @@ def _teacher_table(found: Found) -> list[str]:
     values = found.statistics()
     if not values:
         return []
-    note = "Over pairs of the training split that do not belong together:"
+    note = "Over pairs of the training split whose caption belongs to another clip:"
     return ["", note, "", "| | |", "|-|-|", *(f"| {key.replace('/', ', ')} | {v:.3f} |" for key, v in values.items())]
 
 
@@ -122,15 +122,15 @@ def _cost_table(found: Found) -> list[str]:
             gain,
         ]
     note = (
-        "One thread; CPU time of an update of projections and scorer (forward, backward, Adam), most memory that the"
-        " tensors of one hold at once, and mAP@10 on the AudioCaps format over meanmax with batch 64, in points."
+        "One thread. CPU time of a step of projections and scorer (forward, backward, Adam), peak memory of the tensors"
+        " in a step, and the gain in mAP@10 on the AudioCaps format over meanmax with batch 64, in points."
     )
     return [note, "", *_table(["batch", "ms a step", "MB", "gain"], cells)]
 
 
 def _not_run(found: Found, missing: list[str]) -> list[str]:
     fixed = [
-        "f) resizing through HTS-AT: an encoder of that size cannot be trained from nothing here",
+        "f) resizing with HTS-AT: the demo corpora are too small to train an encoder of that size from random weights",
         "h) paraphrases by a language model",
     ]
     if not any(line["kind"] == ESC50 for line in found.lines.values()):
@@ -138,7 +138,7 @@ def _not_run(found: Found, missing: list[str]) -> list[str]:
     else:
         for letter in ("a", "b"):
             missing += _missing(found, f"{letter}) on ESC-50", EXPERIMENTS[letter].rows, ESC50)
-    return [f"- {what}" for what in [*fixed, *missing]]
+    return [f"- {line}" for line in [*fixed, *missing]]
 
 
 def _missing(found: Found, place: str, rows: Mapping[str, Recipe], kind: str = "demo") -> list[str]:

@@ -1,4 +1,4 @@
-"""One run: a recipe trained with a seed, tested, its cost taken."""
+"""One run: train a recipe with a seed, test it, measure its cost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tools.bench.measure import peak_mib
 from tools.study import teachers
 from tools.study.corpora import TESTS, TRAINING, Demo, Split, read_demo
 from tools.study.encoders import EXTRA_CAPTIONS, draw_captions, epochs, load
-from tools.study.head import Head, Optimiser
+from tools.study.head import Head, Optimizer
 from tools.study.negatives import KINDS, Negatives, hard_negatives
 from tools.study.recipes import BASELINE, RERANKED, SMALL_BATCH, Recipe
 from tools.study.store import ESC50, Line, Settings
@@ -35,7 +35,7 @@ KEPT_METRICS = ("t2a/R@1", "t2a/R@10", "t2a/mAP@10", "a2t/R@1", "a2t/mAP@10")
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a head is trained on: clips, captions, the first caption row and the number of captions of each clip."""
+    """Training data of a head: tokens of clips and captions, and a function that draws captions for clips."""
 
     audio: Tokens
     text: Tokens
@@ -59,7 +59,7 @@ def negatives_of(folder: Path, name: str) -> Negatives:
 
 
 def run_demo(recipe: Recipe, seed: int, lr: float, settings: Settings, validate: bool = False) -> Line:
-    """Trains and tests on the demo corpora; with `validate` tested on the validation split alone."""
+    """Train and test on the demo corpora. validate: test only on the validation split."""
     demo, tokens = demo_of(settings.demo), tokens_of(settings.tokens(recipe.encoders, seed))
     if recipe.rerank is not None:
         return {"metrics": _test_reranked(recipe.rerank, seed, settings)}
@@ -88,7 +88,7 @@ def run_demo(recipe: Recipe, seed: int, lr: float, settings: Settings, validate:
 
 
 def run_esc50(recipe: Recipe, seed: int, lr: float, settings: Settings) -> Line:
-    """Folds 1 to 4 train with class captions, fold 5 tests."""
+    """Train on folds 1 to 4 of ESC-50 with class captions, test on fold 5."""
     path = settings.tokens(ESC50, seed)
     tokens = tokens_of(path)
     info = torch.load(path.with_suffix(".labels.pt"), weights_only=True)
@@ -103,23 +103,23 @@ def run_esc50(recipe: Recipe, seed: int, lr: float, settings: Settings) -> Line:
 def train(
     head: Head, recipe: Recipe, seed: int, lr: float, steps: int, pairs: Pairs, teach: teachers.Teach | None
 ) -> dict[str, float]:
-    """Leaves the head in evaluation mode. Returns CPU seconds of a step, the peak memory of one, and the last loss."""
+    """Train the head, then set evaluation mode. Returns CPU seconds and peak memory of a step, and the last loss."""
     rng = np.random.default_rng([seed, 2])
     torch.manual_seed(seed)
     head.train()
-    optimiser = Optimiser([p for p in head.parameters() if p.requires_grad], lr, steps)
+    optimizer = Optimizer([p for p in head.parameters() if p.requires_grad], lr, steps)
     began = time.process_time()
     last: list[float] = []
     for step, clips in enumerate(epochs(len(pairs.audio), recipe.batch, steps, rng)):
         captions = pairs.draw(clips, rng)
         ids = torch.stack([clips, pairs.text_ids[captions]], 1)
-        told = () if teach is None else teach(captions, clips)
+        scores = () if teach is None else teach(captions, clips)
         text, audio = pairs.text.take(captions), pairs.audio.take(clips, CROP_TOKENS)
-        loss = head(text, audio, ids, step, told)
-        optimiser.step(loss, step)
+        loss = head(text, audio, ids, step, scores)
+        optimizer.step(loss, step)
         last = [*last[-19:], loss.item()]
     cost = {"cpu_seconds_per_step": (time.process_time() - began) / steps}
-    cost["peak_mb"] = peak_mib(lambda: head(text, audio, ids, steps, told).backward())
+    cost["peak_mb"] = peak_mib(lambda: head(text, audio, ids, steps, scores).backward())
     head.eval()
     return {**cost, "last_loss": float(np.mean(last))}
 
@@ -153,7 +153,7 @@ def _retrieval(name: str, scores: MatrixScores | Reranked, split: Split) -> dict
 def _hard(
     name: str, head: Head, scores: Tensor, negatives: Negatives, texts: Tokens, clips: Tokens, owner: Tensor
 ) -> dict[str, float]:
-    """Share of the captions that score higher with their clip than their changed copies do; ties count half."""
+    """Fraction of hard negatives that score lower with the clip than the true caption. Ties count half."""
     sources = torch.tensor(negatives.sources)
     true, wrong = scores[sources, owner[sources]], torch.empty(len(sources))
     for some in torch.arange(len(clips)).split(5):
@@ -185,7 +185,7 @@ def _test_reranked(candidates: int, seed: int, settings: Settings) -> dict[str, 
 
 
 def _keep(head: Head, path: Path, tokens: dict[str, Tokens]) -> None:
-    """Weights, and for a dual encoder the unit vectors of the training split."""
+    """Save the weights, and for a dual encoder the embeddings of the training split."""
     kept: dict[str, object] = {"state": head.state_dict()}
     if head.scorer.is_dual_encoder:
         with torch.no_grad():
@@ -197,4 +197,5 @@ def _keep(head: Head, path: Path, tokens: dict[str, Tokens]) -> None:
 
 
 def _kept(recipe: Recipe, seed: int, settings: Settings) -> dict[str, dict[str, Tensor]]:
-    return torch.load(settings.head(recipe, seed), weights_only=True)
+    kept: dict[str, dict[str, Tensor]] = torch.load(settings.head(recipe, seed), weights_only=True)
+    return kept

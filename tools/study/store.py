@@ -1,4 +1,4 @@
-"""Where a study keeps what it has made: tokens, trained heads, and one JSON line for every finished run."""
+"""Files of a study: tokens, trained heads, and one JSON line per finished run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ ESC50 = "esc50"
 
 @dataclass(frozen=True)
 class Settings:
-    """demo: folder of the demo corpora. steps: updates of a head, and of encoders. esc50: folder of ESC-50, with the
-    weights of mn04 and a sentence encoder for its captions."""
+    """out: folder of the study. demo: folder of the demo corpora. steps, encoder_steps: optimizer steps of a head and
+    of the encoders. esc50: folder of ESC-50, weights of mn04, and folder of a sentence encoder for its captions.
+    """
 
     out: Path
     demo: Path
@@ -38,13 +39,13 @@ class Settings:
         return self.out / "runs.jsonl"
 
     def lines(self) -> list[Line]:
-        """Finished runs; a last line cut short by a crash is left out."""
+        """Finished runs. A last line that a crash cut short is left out."""
         if not self.runs.exists():
             return []
         return [json.loads(line) for line in self.runs.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
     def claim(self) -> None:
-        """Notes in `out` what does not change from call to call. Raises UserError where runs of other settings are."""
+        """Store the fixed settings in `out`. Raises UserError if it holds runs with other settings."""
         stamp, wanted = self.out / "study.json", {"steps": self.steps, "encoder_steps": self.encoder_steps}
         if stamp.exists() and (found := json.loads(stamp.read_text())) != wanted:
             raise UserError(
@@ -55,12 +56,12 @@ class Settings:
 
 
 def name_of(kind: str, recipe: Recipe | None, seed: int) -> str:
-    """What identifies a run. kind: "demo", "esc50", "teachers"."""
+    """Name of a run. kind: "sweep", "demo", "esc50" or "teachers"."""
     return f"{kind} {recipe.key if recipe else ''} {seed}"
 
 
 def chosen_rates(lines: list[Line]) -> dict[str, float]:
-    """Learning rate of each family: the best t2a mAP@10 on validation in the sweep."""
+    """Learning rate of each family: the one with the best t2a mAP@10 on the validation split in the sweep."""
     found = {line["name"]: line["metrics"]["validation/t2a/mAP@10"] for line in lines if line["kind"] == "sweep"}
     by_family: dict[str, dict[float, float]] = {}
     for recipe in SWEEP:

@@ -1,4 +1,4 @@
-"""Correspondences between training captions and clips that a student learns from, and how near the truth they are."""
+"""Teacher scores of training captions and clips, and their correlation with the relevance."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from tools.study.corpora import Split
 from tools.study.recipes import BASELINE
 from tools.study.store import Line, Settings
 
-Teach = Callable[
-    [Tensor, Tensor], tuple[Tensor, ...]
-]  # rows of captions and clips -> scores [captions, clips], several
+# Numbers of captions and of clips -> scores [captions, clips] of one or several teachers.
+Teach = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 SAMPLED_PAIRS = 400_000
 
 
 def teacher(name: str, split: Split, seed: int, settings: Settings) -> Teach:
-    """true: grades. self: the same seed's stage 1. ensemble: mean of the cosines of all seeds' stage 1; probabilities:
-    mean of their targets. random: the ensemble's scores of other clips. uniform: all alike."""
+    """The teacher called `name`.
+
+    true: the relevance. self: stage 1 with the same seed. ensemble: mean of the cosines of stage 1 over all seeds.
+    probabilities: mean of their soft labels. random: scores of the ensemble for other clips. uniform: equal scores.
+    """
     if name == "uniform":
         return lambda captions, clips: (torch.zeros(len(captions), len(clips)),)
     if name == "true":
@@ -41,13 +43,15 @@ def teacher(name: str, split: Split, seed: int, settings: Settings) -> Teach:
 
 
 def statistics(split: Split, settings: Settings) -> Line:
-    """Spearman's rank correlation with the truth over training pairs that do not belong together, and Pearson's between
-    the members (all pairs of a sample)."""
+    """Rank correlation (Spearman) of the teachers with the relevance, and correlation (Pearson) between the members.
+
+    Both are computed over a sample of training pairs whose caption belongs to another clip.
+    """
     rng = np.random.default_rng(0)
     captions = torch.from_numpy(rng.integers(len(split.captions), size=SAMPLED_PAIRS))
     clips = torch.from_numpy(rng.integers(len(split.clips), size=SAMPLED_PAIRS))
-    strange = split.owner[captions] != clips
-    captions, clips = captions[strange], clips[strange]
+    unmatched = split.owner[captions] != clips
+    captions, clips = captions[unmatched], clips[unmatched]
     truth = split.grades[captions.numpy(), clips.numpy()]
     cosines = []
     for seed in settings.seeds:
@@ -61,7 +65,7 @@ def statistics(split: Split, settings: Settings) -> Line:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation; ties have the mean of their ranks."""
+    """Rank correlation (Spearman). Ties have the mean of their ranks."""
     return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
 
 

@@ -1,4 +1,4 @@
-"""What frozen encoders made of all clips or captions, kept on disk.
+"""Tokens of all clips or captions from frozen encoders, kept on disk.
 
 Shape suffixes: N clips or captions, R all tokens of all of them, T tokens of the longest in a batch, D width.
 """
@@ -15,9 +15,9 @@ from atr_scale.batch import TokenSequence
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token sequences of different lengths, one after another; half precision.
+    """Token sequences of different lengths, one after another, in half precision.
 
-    values [R, D]; ends [N] int64, where each sequence ends; pooled [N, D].
+    values: [R, D]. ends: [N] int64, the end of each sequence in `values`. pooled: [N, D].
     """
 
     values: Tensor
@@ -26,7 +26,7 @@ class Tokens:
 
     @staticmethod
     def of(batches: list[TokenSequence]) -> Tokens:
-        """The real tokens of batches of sequences."""
+        """Keep the real tokens of batches of sequences."""
         values = torch.cat([batch.tokens[batch.mask] for batch in batches])
         ends = torch.cat([batch.mask.sum(1) for batch in batches]).cumsum(0)
         return Tokens(values.half(), ends, torch.cat([batch.pooled for batch in batches]).half())
@@ -35,7 +35,10 @@ class Tokens:
         return len(self.ends)
 
     def take(self, rows: Tensor, crop: int | None = None) -> TokenSequence:
-        """Sequences `rows` (int64), padded to the longest; of longer ones than `crop` so many tokens at random."""
+        """Sequences `rows` (int64), padded to the longest.
+
+        crop: number of tokens; from a longer sequence a random section of this length is taken.
+        """
         ends = self.ends[rows]
         starts = torch.where(rows > 0, self.ends[(rows - 1).clamp(min=0)], 0)
         if crop is not None:

@@ -1,1 +1,1 @@
-"""Original checkpoints: their layouts, reading them without running code from them, loading them strictly."""
+"""Checkpoints of the original projects: their layouts, and how they are read safely and loaded strictly."""

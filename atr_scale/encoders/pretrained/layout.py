@@ -1,7 +1,7 @@
-"""How the original projects write their encoders' weights.
+"""Layouts: how the files of the original projects store the weights of an encoder.
 
-An encoder names the layouts of the files it loads. Every entry of a file is loaded, or is on its layout's short lists
-of what the encoder computes itself or has no use for; anything else, or anything missing, is an error that names it.
+An encoder lists the layouts of the files that it loads. Every entry of a file is loaded, or its layout lists it as
+derived (computed by the encoder itself) or unused. Any other entry, and any missing entry, is an error that names it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# What DataParallel puts before every name of the model inside it.
+# DataParallel puts this before every parameter name.
 WRAPPER = "module."
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a parameter of ours lies in a file: all of entry `key`, or third `part` of its first axis."""
+    """Place of a parameter in a file: the whole entry `key`, or third number `part` (0, 1, 2) along its first axis."""
 
     key: str
     part: int | None = None
@@ -31,7 +31,7 @@ def same_name(name: str) -> Entry | None:
 
 @dataclass(frozen=True)
 class Misfit:
-    """The entries of a file that keep it from loading."""
+    """The entries that prevent a file from loading."""
 
     missing: list[str]
     unexpected: list[str]
@@ -47,22 +47,24 @@ class Misfit:
             ("has another shape of", self.misshapen),
         )
         return ", ".join(
-            f"{what} '{keys[0]}'" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-            for what, keys in kinds
+            f"{verb} '{keys[0]}'" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+            for verb, keys in kinds
             if keys
         )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a project writes an encoder's weights.
+    """How a project stores the weights of an encoder.
 
-    name: for people. container: the key under which the named tensors lie, None if the file is nothing else.
-    prefix: what the entries of the encoder start with. derived, unused: regular expressions, matched from the start of
-    an entry's full name, of constants that are computed here and of weights without use here; neither is ever read.
-    origin: our name -> its entry, after the prefix; None for what no file in this layout holds. refusal: what to tell
-    about a file in this layout, if it is known only to be refused.
-    The `module.` that DataParallel puts before every name is no part of prefix, derived and unused.
+    name: name in reports.
+    container: key of the named tensors in the file, None if the file holds nothing else.
+    prefix: beginning of the names of the encoder's entries.
+    derived, unused: regular expressions, matched from the start of the full name of an entry. derived are constants
+    that this package computes itself, unused are weights that it does not use. Neither are read.
+    origin: parameter name -> its entry without the prefix, None if no file in this layout holds the parameter.
+    refusal: why files in this layout are refused, None for a layout that can be loaded.
+    prefix, derived and unused leave out the `module.` that DataParallel puts before every name.
     """
 
     name: str = "original"
@@ -74,7 +76,7 @@ class Layout:
     refusal: str | None = None
 
     def entries(self, contents: dict[str, Any]) -> dict[str, Tensor] | None:
-        """The named tensors of a file in this layout, None if it is in another."""
+        """The named tensors of a file, None if the file has another layout."""
         found = contents if self.container is None else contents.get(self.container)
         if not isinstance(found, dict) or not found:
             return None
@@ -83,7 +85,7 @@ class Layout:
         return found if any(key.startswith(_wrapper(found) + self.prefix) for key in found) else None
 
     def sources(self, module: nn.Module, entries: dict[str, Tensor]) -> Iterator[tuple[Tensor, str, Entry]]:
-        """Each tensor of `module` that a file holds, the name of its entry in the file, and where it lies there."""
+        """Yield each tensor of `module` that a file holds, the full name of its entry, and its place."""
         before = _wrapper(entries) + self.prefix
         for name, own in module.state_dict().items():
             entry = self.origin(name)
@@ -91,7 +93,7 @@ class Layout:
                 yield own, before + entry.key, entry
 
     def misfit(self, module: nn.Module, entries: dict[str, Tensor]) -> Misfit:
-        """What keeps `entries` from `module`; empty if they fit. Values are not looked at."""
+        """The entries that prevent loading into `module`; empty if all fit. Values are not read."""
         sources = list(self.sources(module, entries))
         expected = {key for _, key, _ in sources}
         derived, unused = self.ignored(entries)
@@ -104,7 +106,7 @@ class Layout:
         )
 
     def ignored(self, entries: dict[str, Tensor]) -> tuple[set[str], set[str]]:
-        """The entries that are derived, and those that are unused."""
+        """Names of the derived entries and of the unused entries."""
         start = len(_wrapper(entries))
 
         def listed(patterns: tuple[str, ...]) -> set[str]:
@@ -114,19 +116,19 @@ class Layout:
         return listed(self.derived), listed(self.unused)
 
     def damaged(self, module: nn.Module, entries: dict[str, Tensor]) -> str | None:
-        """The first of the fitting `entries` to be loaded that holds NaN or infinity."""
+        """Name of the first entry with NaN or infinity among those to be loaded, None if there is none."""
         sources = self.sources(module, entries)
         return next((key for _, key, entry in sources if not _part(entries[key], entry).isfinite().all()), None)
 
     def load(self, module: nn.Module, entries: dict[str, Tensor]) -> None:
-        """Copies `entries`, which must fit, into `module`."""
+        """Copy `entries` into `module`. They must fit."""
         for own, key, entry in self.sources(module, entries):
             own.copy_(_part(entries[key], entry))
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What became of a file: its layout, and the number of entries loaded and left."""
+    """Result of loading a file: its layout and the numbers of entries that were loaded, derived and unused."""
 
     layout: Layout
     num_loaded: int
@@ -144,5 +146,5 @@ def _part(tensor: Tensor, entry: Entry) -> Tensor:
 
 def _alike(own: Tensor, stored: Tensor, part: int | None) -> bool:
     shape = own.shape if part is None else (3 * own.shape[0], *own.shape[1:])
-    # Quantised integers would pass as weights otherwise.
+    # Otherwise quantised integers would be taken for weights.
     return stored.shape == shape and (stored.is_floating_point() or not own.is_floating_point())

@@ -1,4 +1,4 @@
-"""Loading an original checkpoint into its encoder, and finding out whose a checkpoint is."""
+"""Load an original checkpoint into its encoder, and find the encoders that a checkpoint fits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from atr_scale.errors import UserError
 
 
 def load_strictly(module: nn.Module, layouts: tuple[Layout, ...], name: str, path: str | Path) -> Loaded:
-    """Copies the checkpoint at `path` into `module`; `name` is the encoder's, for messages.
+    """Copy the checkpoint at `path` into `module`. name: name of the encoder, for messages.
 
-    Raises UserError naming the first missing, unexpected, misshapen or non-finite entry as the file calls it; `module`
-    is then as it was.
+    Raises UserError that names the first missing, unexpected, misshapen or non-finite entry as the file names it. Then
+    `module` is unchanged.
     """
     contents = read_checkpoint(path)
     fitting = [(layout, entries) for layout in layouts if (entries := layout.entries(contents)) is not None]
@@ -29,15 +29,13 @@ def load_strictly(module: nn.Module, layouts: tuple[Layout, ...], name: str, pat
         places = " or ".join(
             f"'{layout.prefix}*' under '{layout.container or 'its top'}'" for layout in layouts if not layout.refusal
         )
-        raise UserError(
-            f"{path} does not hold the named tensors of {name} (entries {places}): {_remedy(contents, name)}"
-        )
+        raise UserError(f"{path} does not hold the named tensors of {name} (entries {places}): {_remedy(contents)}")
     if refusal := next((layout.refusal for layout, _ in fitting if layout.refusal), None):
         raise UserError(f"{path} {refusal}")
     misfits = [(layout.misfit(module, entries), layout, entries) for layout, entries in fitting]
     misfit, layout, entries = min(misfits, key=lambda found: len(found[0]))
     if misfit:
-        raise UserError(f"{path} {misfit}: it is no checkpoint of {name}; {_remedy(contents, name)}")
+        raise UserError(f"{path} {misfit}: it is no checkpoint of {name}; {_remedy(contents)}")
     if key := layout.damaged(module, entries):
         raise UserError(f"{path} has non-finite values in '{key}': it is damaged, fetch it again")
     layout.load(module, entries)
@@ -46,18 +44,18 @@ def load_strictly(module: nn.Module, layouts: tuple[Layout, ...], name: str, pat
 
 
 def identify(path: str | Path) -> list[str]:
-    """Names of the encoders that load the checkpoint at `path`. Raises UserError if it is no checkpoint at all."""
+    """Names of the encoders that the checkpoint at `path` fits. Raises UserError if the file is not a checkpoint."""
     return fitting_encoders(read_checkpoint(path))
 
 
 def fitting_encoders(contents: dict[str, Any]) -> list[str]:
-    """Names of the encoders that load these contents of a checkpoint; values are not looked at."""
+    """Names of the encoders that these contents of a checkpoint fit. Values are not read."""
     return [name for name in AUDIO_ENCODERS if _fits(_blueprint(name), contents)]
 
 
 @cache
 def _blueprint(name: str) -> AudioEncoder | None:
-    """The encoder without the memory of its weights; None if it needs to be told options of its own."""
+    """The encoder on the meta device, which takes no memory. None if it has options without a default."""
     try:
         options = audio_encoder_options(name)()
     except ValidationError:
@@ -73,6 +71,6 @@ def _fits(encoder: AudioEncoder | None, contents: dict[str, Any]) -> bool:
     return any(found is not None and not layout.misfit(encoder, found) for layout, found in entries)
 
 
-def _remedy(contents: dict[str, Any], name: str) -> str:
+def _remedy(contents: dict[str, Any]) -> str:
     others = fitting_encoders(contents)
     return f"it is one of {' or '.join(others)}, choose that encoder" if others else "give its original file"

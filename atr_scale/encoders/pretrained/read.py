@@ -1,8 +1,8 @@
-"""Checkpoint files, read without running code from them.
+"""Read checkpoint files without running code from them.
 
-Training scripts save learning rates as NumPy scalars, samplers as NumPy arrays, settings as namespaces, and Lightning
-files its callbacks by their classes. Nothing of this is needed: each such name is read as an inert object, so that
-neither NumPy nor Lightning is called, or has to be installed. Every other name in a file is refused by torch.
+Training scripts save more than weights: learning rates as NumPy scalars, samplers as NumPy arrays, settings as
+namespaces, and callbacks of Lightning under their classes. None of this is needed. Each such name is read as an inert
+object, so that neither NumPy nor Lightning is called or has to be installed. torch refuses every other name in a file.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ INERT = (
     "numpy.ndarray",
     "numpy.dtype",
     "argparse.Namespace",
-    # Before version 1.6 Lightning kept a callback's state under its class.
+    # Before version 1.6 Lightning stored the state of a callback under its class.
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
 )
-# A dict with dots for brackets; torch fills nothing but true dicts.
+# A dict with attribute access. It is read as a plain dict, because torch fills only those.
 DICTS = ("pytorch_lightning.utilities.parsing.AttributeDict",)
 
 
 class Inert:
-    """Takes whatever is said of an object, and forgets it."""
+    """Stands for any object: takes all arguments and any state, and keeps none of them."""
 
     def __new__(cls, *args: object) -> Inert:
         return super().__new__(cls)
@@ -57,7 +57,7 @@ class Inert:
 
 @contextmanager
 def safe_types() -> Iterator[None]:
-    """Within it `torch.load(weights_only=True)` reads the names above, and nothing that others have declared safe."""
+    """Let `torch.load(weights_only=True)` read the names above and no names that other code has declared safe."""
     others = torch.serialization.get_safe_globals()
     known: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(Inert, name) for name in INERT]
     known += [(dict, name) for name in DICTS]
@@ -71,9 +71,10 @@ def safe_types() -> Iterator[None]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What torch.save wrote to `path`, or the weights of a transformers folder; UserError if it is neither.
+    """Read a file of torch.save or safetensors, or the weights in a transformers folder.
 
-    Tensors stay on disk until they are used, if the file's format allows.
+    Tensors stay on disk until they are used if the format of the file allows it. Raises UserError if `path` is none of
+    these.
     """
     path = Path(path)
     if path.is_dir():
@@ -102,7 +103,7 @@ def _read_file(path: Path) -> Any:
         raise UserError(f"no checkpoint at {path}: check the path")
     if path.suffix == ".safetensors":
         return load_file(path)
-    # Files of torch before 1.6 are no archives and cannot be mapped.
+    # Files of torch before 1.6 are not zip archives and cannot be mapped into memory.
     mapped = zipfile.is_zipfile(path)
     with safe_types():
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

@@ -1,0 +1,3 @@
+from atr_scale.cli import main
+
+main()

@@ -1,0 +1,76 @@
+"""The application that the verbs are added to, and the parts that several verbs share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.core import TyperCommand
+
+from atr_scale.console import ConsoleHandler
+from atr_scale.errors import UserError, exit_with_mistake
+from atr_scale.version import __version__
+
+# Without a markup mode a paragraph of help that begins with a backspace character (\b) keeps its line breaks.
+app = typer.Typer(name="atr-scale", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="key.sub=value", help="Values that replace those of the configuration file."),
+]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE",
+        help="Module to import first, with losses, scorers, encoders or corpora of your own; repeatable.",
+    ),
+]
+
+
+class TakesOverrides(TyperCommand):
+    """A verb with overrides. It refuses an override written like an option, and shows the right form."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        for argument in args:
+            key, _, value = argument.removeprefix("--").partition("=")
+            if argument.startswith("--") and "." in key:
+                raise UserError(
+                    f"no option --{key}: an override has no dashes before it, write {key}={value or 'VALUE'}"
+                )
+        return super().parse_args(ctx, args)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"atr-scale {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Distributed large-scale pretraining for audio-text retrieval.
+
+    \b
+    Examples:
+      atr-scale demo-data --out demo/corpora
+      atr-scale train configs/quickstart/pretrain.yaml
+      atr-scale evaluate runs/quickstart
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry of the console script. Exit codes: 0 done, 2 a mistake of the user (one line), 1 a failure of ours.
+
+    arguments: default, those of the command line.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", handlers=[ConsoleHandler()])
+    try:
+        app(arguments, prog_name="atr-scale")
+    except UserError as error:
+        exit_with_mistake(error)

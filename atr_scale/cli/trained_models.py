@@ -1,0 +1,152 @@
+"""Verbs that read trained models or pretrained encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atr_scale.cli.common import Plugins, app
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="Run folder (its best checkpoint is used) or a checkpoints/step-N.")],
+    shards: Annotated[str | None, typer.Option(help="Shards of the split; by default those of the run.")] = None,
+    split: Annotated[
+        str, typer.Option(help="Split: validation, test, or a name of your own for the split in --shards.")
+    ] = "test",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results and report.md; by default the run folder.")
+    ] = None,
+    class_prompt: Annotated[
+        str | None,
+        typer.Option(help="Caption that stands for a class of a labelled set, with {label} in the place of its name."),
+    ] = None,
+    relevance: Annotated[
+        Path | None, typer.Option(help="Graded relevance of clips for captions: DCASE's CSV file, or an npz file.")
+    ] = None,
+    rerank: Annotated[
+        int | None, typer.Option(min=1, help="Number of candidates per query that a pairwise scorer re-ranks.")
+    ] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="Run folder of the dual encoder that finds the candidates of --rerank.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or bf16, for the matrix products; ranks are exact with either.")
+    ] = None,
+    plugins: Plugins = None,
+) -> None:
+    """Measure retrieval of a trained model on a split.
+
+    Both directions are measured, text to audio and audio to text. On labelled sets zero-shot classification is measured
+    too.
+
+    \b
+    Examples:
+      atr-scale evaluate runs/quickstart
+      atr-scale evaluate runs/quickstart --shards shards/test --split clotho
+      atr-scale evaluate runs/tap --rerank 100 --candidates runs/quickstart
+
+    \b
+    Two processes:
+      torchrun --nproc-per-node 2 -m atr_scale.cli evaluate runs/quickstart
+    """
+    from atr_scale.distributed.start import distributed
+    from atr_scale.evaluation.evaluate import evaluate_run
+
+    with distributed() as (world, device):
+        evaluation = evaluate_run(
+            run,
+            shards=shards,
+            split=split,
+            out=out,
+            class_prompt=class_prompt,
+            relevance=relevance,
+            rerank_top=rerank,
+            candidates=candidates,
+            precision=precision,
+            plugins=plugins or (),
+            world=world,
+            device=device,
+        )
+        if world.is_main:
+            for name, value in evaluation.metrics.items():
+                print(f"{name:<20} {value:.4f}")
+
+
+@app.command("estimate")
+def estimate_command(
+    runs: Annotated[
+        list[str], typer.Argument(help="Run folders (their best checkpoints are used) or checkpoints/step-N.")
+    ],
+    shards: Annotated[str, typer.Option(help="Shards of the split that the second stage trains on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the teacher tables, estimate.json and report.md.")],
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Number of clips embedded at once; by default evaluation.batch_size.")
+    ] = None,
+    plugins: Plugins = None,
+) -> None:
+    """Write teacher tables for a second stage of training.
+
+    Each model scores every caption and clip of the split. Its scores become one teacher table; the models are compared
+    with each other. A table that exists already is kept.
+
+    \b
+    Example:
+      atr-scale estimate runs/a runs/b --shards shards/train --out teachers
+
+    \b
+    Two processes:
+      torchrun --nproc-per-node 2 -m atr_scale.cli estimate runs/a \\
+          --shards shards/train --out teachers
+    """
+    from atr_scale.distributed.start import distributed
+    from atr_scale.teachers.estimate import write_teacher_tables
+
+    with distributed() as (world, device):
+        comparison = write_teacher_tables(
+            runs, shards=shards, out=out, batch_size=batch_size, plugins=plugins or (), world=world, device=device
+        )
+    if comparison is not None:
+        print(comparison.table())
+
+
+@app.command("doctor")
+def doctor_command(
+    encoder: Annotated[
+        str | None, typer.Option(help="Name of an audio encoder; by default the one that --checkpoint fits.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint to load: an original file or a transformers folder.")
+    ] = None,
+    audio: Annotated[Path | None, typer.Option(help="Recording to tag with the classifier of the checkpoint.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Names of the classes: AudioSet's class_labels_indices.csv.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of the timed clips in seconds.")] = 10.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of clips timed at once.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed calls; the median is reported.")] = 3,
+    json: Annotated[Path | None, typer.Option(help="JSON file for the same results; by default none.")] = None,
+) -> None:
+    """Check and time an audio encoder and its checkpoint.
+
+    The report says whether the checkpoint loads, the shape of the output, and the time and memory of a forward and a
+    training step on this machine. With --audio it names the most probable tags of a recording.
+
+    \b
+    Examples:
+      atr-scale doctor --encoder passt_s16 --seconds 5
+      atr-scale doctor --checkpoint mn04_as_mAP_432.pt --json mn04.json
+      atr-scale doctor --checkpoint mn04.pt --audio dog.wav --labels labels.csv
+    """
+    from atr_scale.doctor import describe_facts, diagnose, write_facts
+
+    facts = diagnose(
+        encoder, checkpoint, audio=audio, labels=labels, seconds=seconds, batch_size=batch_size, repeats=repeats
+    )
+    for name, text in describe_facts(facts):
+        print(f"{name:<20} {text}".rstrip())
+    if json is not None:
+        write_facts(facts, json)
