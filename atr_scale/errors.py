@@ -54,7 +54,7 @@ def defer_to_first_rank(error: UserError) -> None:
     """Wait, unless this is the first rank, until the launcher stops this process, at most GRACE_S.
 
     A launcher stops the other ranks as soon as the first rank has exited with the same mistake. Call this before the
-    process group is closed: ranks that wait in a collective for this one would fail and hide the cause.
+    process group is closed: ranks that wait in a collective for this one may fail then, and hide the cause.
     """
     # torchrun and accelerate report each machine's ranks on that machine; srun and the like know one job.
     names = ("LOCAL_RANK",) if "TORCHELASTIC_ERROR_FILE" in os.environ else ("RANK", "SLURM_PROCID")
