@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-GRACE_S = 10.0  # ranks start, and read their inputs, up to about this long after each other
+GRACE_S = 30.0  # on a loaded machine ranks start, load and exit up to about this long after each other
 
 
 class UserError(ValueError):
@@ -72,6 +72,7 @@ def defer_to_first_rank(error: UserError) -> None:
     deadline = time.monotonic() + GRACE_S
     while not error.launcher_stops and time.monotonic() < deadline:
         time.sleep(0.05)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code stays 2, whatever a launcher sends meanwhile
 
 
 def _of_first_rank(file: Path) -> Path:

@@ -60,6 +60,7 @@ def test_another_rank_is_silent_if_the_launcher_stops_it(
     monkeypatch.setenv("SLURM_PROCID", "1")
     stop_soon(monkeypatch)
     assert stderr_of("no shards in nowhere", capsys) == ""
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, "a second signal would change the exit code"
 
 
 def test_a_mistake_of_one_rank_alone_is_printed_by_it(
