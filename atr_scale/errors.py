@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-GRACE_S = 10.0  # ranks start, and read their inputs, up to about this long after each other
+GRACE_S = 30.0  # on a loaded machine ranks start, load and exit up to about this long after each other
 
 
 class UserError(ValueError):
@@ -21,7 +21,9 @@ class UserError(ValueError):
     The command line prints the message alone and exits with code 2. Any other exception is a failure of this project.
     """
 
-    launcher_stops: bool | None = None  # what `defer_to_first_rank` has seen; None if it was not called or did not wait
+    # Set by `defer_to_first_rank`: its first call, in seconds since the epoch, and whether the launcher has sent TERM.
+    seen_at: float | None = None
+    launcher_stops = False
 
 
 def one_line(error: Exception | str, width: int = 300) -> str:
@@ -42,7 +44,7 @@ def exit_with_mistake(error: UserError) -> NoReturn:
         if not error.launcher_stops:
             print(line, file=sys.stderr)
     elif _message_in(_of_first_rank(Path(file))) != line:
-        _write(Path(file), line)
+        _write(Path(file), line, error.seen_at or time.time())
         if os.environ.get("TORCHELASTIC_RESTART_COUNT") != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
             print(line, file=sys.stderr)  # the launcher starts the ranks again and reports only the last attempt
     sys.exit(2)
@@ -52,22 +54,25 @@ def defer_to_first_rank(error: UserError) -> None:
     """Wait, unless this is the first rank, until the launcher stops this process, at most GRACE_S.
 
     A launcher stops the other ranks as soon as the first rank has exited with the same mistake. Call this before the
-    process group is closed: ranks that wait in a collective for this one would fail and hide the cause.
+    process group is closed: ranks that wait in a collective for this one may fail then, and hide the cause.
     """
     # torchrun and accelerate report each machine's ranks on that machine; srun and the like know one job.
     names = ("LOCAL_RANK",) if "TORCHELASTIC_ERROR_FILE" in os.environ else ("RANK", "SLURM_PROCID")
     rank = next((os.environ[name] for name in names if name in os.environ), "0")
-    if rank == "0" or error.launcher_stops is not None:
+    if error.seen_at is not None:
+        return
+    error.seen_at = time.time()
+    if rank == "0":
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
         error.launcher_stops = True
 
-    error.launcher_stops = False
     signal.signal(signal.SIGTERM, stop)
     deadline = time.monotonic() + GRACE_S
     while not error.launcher_stops and time.monotonic() < deadline:
         time.sleep(0.05)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code stays 2, whatever a launcher sends meanwhile
 
 
 def _of_first_rank(file: Path) -> Path:
@@ -83,7 +88,8 @@ def _message_in(file: Path) -> str | None:
     return str(message)
 
 
-def _write(file: Path, line: str) -> None:
+def _write(file: Path, line: str, seen_at: float) -> None:
     """An error file as torch.distributed.elastic's ErrorHandler writes it, with the line in place of a traceback."""
-    extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    # Times are whole seconds, and the report ends with the earliest: be earlier than failures that this one causes.
+    extra = {"py_callstack": line, "timestamp": str(int(seen_at) - 1)}
     file.write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))

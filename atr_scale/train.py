@@ -21,9 +21,11 @@ def train_rank() -> None:
     0: done, or saved and stopped on a signal; 2: the user's mistake; 1: a failure of this project.
     """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    # On a terminal, the progress bar of rank 0 may stand on the line that another rank writes to.
+    clear = "\r\033[K" if rank != "0" and sys.stderr.isatty() else ""
     logging.basicConfig(  # the first call counts, so that of `cli.main` changes nothing
         level=logging.INFO if rank == "0" else logging.WARNING,
-        format=f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s",
+        format=f"{clear}%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s",
         datefmt="%H:%M:%S",
         handlers=[ConsoleHandler()],
     )

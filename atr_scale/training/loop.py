@@ -75,7 +75,7 @@ class Training:
     """One run: its parts, the engine that trains the model, and its progress."""
 
     def __init__(self, config: RunConfig, world: World, device: torch.device) -> None:
-        """Checks come first, cheap ones before dear ones; DeepSpeed starts when all inputs are known to be good."""
+        """Checks come first, cheap ones before expensive ones. DeepSpeed starts after all inputs have been opened."""
         self.config, self.world, self.device = config, world, device
         self.run_dir = Path(config.run.dir)
         check_batch_size(config, world.size)

@@ -125,25 +125,26 @@ def test_a_mistake_of_all_ranks_is_told_once_and_last(
     assert codes == ["2", "2"], text
 
 
-def test_a_mistake_of_one_rank_is_told_by_it(tiny: TinyInputs, tmp_path: Path) -> None:
-    """The other rank waits for it in a collective meanwhile, and does not fail first."""
-    (tmp_path / "second_rank_lacks.py").write_text(
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_mistake_of_one_rank_is_told_by_it(rank: str, tiny: TinyInputs, tmp_path: Path) -> None:
+    """The other rank waits for it in a collective of the first step meanwhile. Its failure, if any, comes second."""
+    (tmp_path / "one_rank_lacks.py").write_text(
         "import os\n"
         "from atr_scale import errors\n"
-        "from atr_scale.training import parts\n"
+        "from atr_scale.training import engine\n"
         "errors.GRACE_S = 1.0\n"
-        "read = parts.read_teacher\n"
-        "def read_teacher(*arguments):\n"
-        "    if os.environ['RANK'] == '1':\n"
+        "update = engine.Engine.update\n"
+        "def lacking(*arguments):\n"
+        f"    if os.environ['RANK'] == '{rank}':\n"
         "        raise errors.UserError('no table here')\n"
-        "    return read(*arguments)\n"
-        "parts.read_teacher = read_teacher\n"
+        "    return update(*arguments)\n"
+        "engine.Engine.update = lacking\n"
     )
     config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run")
-    lines = report_of(LAUNCHERS["torchrun"][0], tmp_path, str(config), "--plugins", "second_rank_lacks")
+    lines = report_of(LAUNCHERS["torchrun"][0], tmp_path, str(config), "--plugins", "one_rank_lacks")
     text = "\n".join(lines)
     assert text.count("no table here") == 1 and lines[-1] == "  traceback : error: no table here", text
-    assert "rank      : 1" in "\n".join(lines[-5:])
+    assert f"rank      : {rank} " in "\n".join(lines[-5:])
 
 
 def test_a_failure_ends_the_report(tiny: TinyInputs, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def stop_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_first_rank_prints_at_once(
     variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(errors.time, "sleep", lambda _: pytest.fail("the first rank waits"))
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("the first rank waits"))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert stderr_of("no shards in nowhere", capsys) == LINE + "\n"
@@ -59,6 +60,7 @@ def test_another_rank_is_silent_if_the_launcher_stops_it(
     monkeypatch.setenv("SLURM_PROCID", "1")
     stop_soon(monkeypatch)
     assert stderr_of("no shards in nowhere", capsys) == ""
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, "a second signal would change the exit code"
 
 
 def test_a_mistake_of_one_rank_alone_is_printed_by_it(
@@ -112,5 +114,5 @@ def test_a_rank_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     error = UserError("no shards in nowhere")
     errors.defer_to_first_rank(error)
-    monkeypatch.setattr(errors.time, "sleep", lambda _: pytest.fail("it waits again"))
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits again"))
     errors.defer_to_first_rank(error)

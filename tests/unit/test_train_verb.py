@@ -134,3 +134,18 @@ def test_a_rank_says_which_it_is(
     with pytest.raises(SystemExit):
         train_rank()
     assert calls[0]["level"] == level and rank in calls[0]["format"] and len(planned) == 1
+    assert calls[0]["format"].startswith("%(asctime)s")
+
+
+@pytest.mark.parametrize(("rank", "start"), [("0", "%(asctime)s"), ("1", "\r\033[K%(asctime)s")])
+def test_other_ranks_clear_the_bar_of_the_first_one(
+    rank: str, start: str, planned: list[tuple[float, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(logging, "basicConfig", lambda **settings: calls.append(settings))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["train.py", CONFIG, "--dry-run"])
+    with pytest.raises(SystemExit):
+        train_rank()
+    assert calls[0]["format"].startswith(start)
