@@ -316,9 +316,6 @@ def evaluate(
         int | None, typer.Option(min=1, help="score only so many candidates a query, for scorers of pairs")
     ] = None,
     candidates: Annotated[str | None, typer.Option(help="run whose vectors choose the candidates of --rerank")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32 or bf16, of the products that rank; the ranks are exact with either")
-    ] = None,
     plugins: Plugins = None,
 ) -> None:
     """Measure a trained model on a split: retrieval both ways, for labelled sets also zero-shot classification.
@@ -339,7 +336,6 @@ def evaluate(
             relevance=relevance,
             rerank_top=rerank,
             candidates=candidates,
-            precision=precision,
             plugins=plugins or (),
             world=world,
             device=device,

@@ -29,6 +29,7 @@ from atr_scale.distributed.start import distributed
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
+from atr_scale.evaluation.parallel import Parallel
 from atr_scale.evaluation.selection import check_labels, check_selection, selection_score
 from atr_scale.memory import peak_memory
 from atr_scale.model import StepContext, count_parameters
@@ -268,10 +269,7 @@ class Training:
             self.config,
             split=name,
             step=step,
-            world=self.world,
-            device=self.device,
-            tokenizer=self.tokenizer,
-            lockstep=self.config.train.zero_stage == 3,
+            parallel=Parallel(self.world, self.device, lockstep=self.config.train.zero_stage == 3),
         )
         self.monitor.evaluation(step, name, evaluation.metrics)
         for result in evaluation.results:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from atr_scale.evaluation.coarse import Precision
+from atr_scale.evaluation.lists import nearest
+from atr_scale.evaluation.rank_counts import vector_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from atr_scale.evaluation.coarse import Precision
-from atr_scale.evaluation.lists import nearest
 from atr_scale.evaluation.metrics import Ranks
-from atr_scale.evaluation.rank_counts import vector_ranks
 from tools.bench.measure import peak_mib, seconds
 from tools.bench.table import Row, run
 
