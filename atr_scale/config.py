@@ -237,14 +237,17 @@ class TrainSection(Section):
 class EvaluationSection(Section):
     batch_size: Count = Field(32, description="clips and captions encoded at once on each rank")
     class_prompt: str = Field("the sound of {label}", description="caption of a class in a labelled set")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="dtype of the products that rank; the ranks are exact with either"
-    )
     select: str | None = Field(
         None,
         description="metric that chooses the best checkpoint, SET/METRIC if data.validation names several sets; "
         "default: t2a/mAP@10 of the first set, class/mAP@10 if it is labelled",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_precision(cls, values: Any) -> Any:
+        """Run folders of version 0.1 hold evaluation.precision, which changed no result."""
+        return {key: values[key] for key in values if key != "precision"} if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def prompt_names_label(self) -> EvaluationSection:

@@ -24,9 +24,9 @@ from atr_scale.data.collate import pad
 from atr_scale.data.decode import MAX_RATE, MIN_RATE, Crop, check_waveform, decode, probe
 from atr_scale.data.sample import BadSample
 from atr_scale.data.tokenizer import caption_tokenizer
-from atr_scale.distributed.world import World
 from atr_scale.errors import UserError, one_line
 from atr_scale.evaluation.embed import as_read, load_ahead
+from atr_scale.evaluation.parallel import Parallel
 from atr_scale.evaluation.score import score
 from atr_scale.model import Retriever
 
@@ -116,7 +116,7 @@ class TrainedModel:
         text = self._encode_text(texts, batch_size)
         clips = self._encode_audio(audio, sample_rate, batch_size, seconds)
         size = batch_size or self.config.evaluation.batch_size
-        return score(self.module.scorer, text, clips, batch_size=size, world=World(), device=self.device).numpy()
+        return score(self.module.scorer, text, clips, batch_size=size, parallel=Parallel(device=self.device)).numpy()
 
     @torch.no_grad()
     def _encode_text(self, texts: Sequence[str], batch_size: int | None) -> TokenSequence:

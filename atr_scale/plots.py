@@ -1,4 +1,4 @@
-"""Pictures of a run: numbers in, matplotlib Figure out. No global state, so any thread and any rank may draw."""
+"""Figures of a run. No function uses global state of matplotlib, so any thread and any process may draw."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ SMOOTHING_POINTS = 40  # a curve with fewer points is drawn as it is
 
 
 def series(lines: Sequence[Line], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and values of a key, without the gaps that non-finite values leave."""
+    """(steps, values) of a key. Lines without a number for this key are left out."""
     pairs = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
     table = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
 def keys_under(lines: Sequence[Line], prefix: str) -> list[str]:
-    """The keys `<prefix>/...` that occur, in order of appearance."""
+    """All keys `<prefix>/...`, in order of appearance."""
     return list(dict.fromkeys(key for line in lines for key in line if key.startswith(prefix + "/")))
 
 
 def loss(train: Sequence[Line]) -> Figure:
-    """Training loss and its terms over steps; steps with skipped updates are marked."""
+    """Training loss and its terms over optimizer steps; skipped steps are marked."""
     figure, ax = _figure("training loss", "optimizer step", "loss (nats)")
     steps, values = series(train, "loss")
     smooth = _smooth(values)
@@ -46,7 +46,7 @@ def loss(train: Sequence[Line]) -> Figure:
             ax.plot(term_steps, term_values, color=colour, linewidth=1, alpha=0.8, label=key.removeprefix("loss/"))
     skipped_steps, skipped = series(train, "skipped_steps")
     for number, index in enumerate(np.flatnonzero(np.diff(skipped, prepend=0) > 0)):
-        ax.axvline(skipped_steps[index], color=RED, linewidth=0.8, label=None if number else "skipped update")
+        ax.axvline(skipped_steps[index], color=RED, linewidth=0.8, label=None if number else "skipped step")
     ax.legend(frameon=False)
     return figure
 
@@ -109,12 +109,12 @@ def schedule(train: Sequence[Line]) -> Figure:
 
 
 def speed(train: Sequence[Line]) -> Figure:
-    """Throughput, share of the time spent waiting for data, memory."""
+    """Throughput, fraction of the time spent waiting for data, memory."""
     figure, (left, middle, right) = _figures(1, 3, (11.4, 3.2))
     _dress(left, "throughput", "optimizer step", "samples / s")
     left.plot(*series(train, "samples_per_s"), color=BLUE)
     left.set_ylim(bottom=0)
-    _dress(middle, "waiting for data", "optimizer step", "share of the step")
+    _dress(middle, "waiting for data", "optimizer step", "fraction of the step")
     middle.plot(*series(train, "data_wait"), color=ORANGE)
     _percent(middle)
     middle.set_ylim(0, 1)
@@ -125,7 +125,10 @@ def speed(train: Sequence[Line]) -> Figure:
 
 
 def recall_and_ranks(t2a: NDArray[np.int64], a2t: NDArray[np.int64], num_clips: int, num_texts: int) -> Figure:
-    """Recall at every k, and how the ranks are distributed. a2t: rank of the best caption of each clip."""
+    """Recall at every k, and the distribution of ranks.
+
+    t2a [texts]: rank of each text's clip. a2t [captioned clips]: rank of the best ranked caption of each clip.
+    """
     figure, (left, right) = _figures(1, 2, (9.6, 3.8))
     _dress(left, "recall at k", "k (length of the list)", "queries whose match is in the list")
     directions = (("text → audio", t2a, num_clips, BLUE), ("audio → text", a2t, num_texts, ORANGE))
@@ -142,7 +145,7 @@ def recall_and_ranks(t2a: NDArray[np.int64], a2t: NDArray[np.int64], num_clips: 
     left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _percent(left)
     left.legend(frameon=False, loc="lower right")
-    _dress(right, "where the match is found", "rank of the match", "share of the queries")
+    _dress(right, "where the match is found", "rank of the match", "fraction of queries")
     edges = _rank_bins(max(num_clips, num_texts))
     place = np.arange(len(edges) - 1)
     for (name, rank, _, colour), shift in zip(directions, (-0.2, 0.2), strict=True):
@@ -162,7 +165,7 @@ def heatmap(
     columns: str = "clip",
     names: Sequence[str] = (),
 ) -> Figure:
-    """Score matrix [texts, audios] as an image, right pairs on the diagonal; names [texts] label the rows."""
+    """Score matrix [texts, audios] as an image, with the right pairs on the diagonal; names [texts] label the rows."""
     height = max(5.0, 0.15 * len(scores) + 1)
     figure, ax = _figure(title, columns, rows, (1.1 * height + (2.4 if len(names) else 0.6), height))
     image = ax.imshow(scores, cmap="magma", aspect="auto", interpolation="nearest")
@@ -186,15 +189,19 @@ def scaling(
     capacity: float,
     title: str,
 ) -> Figure:
-    """A plan over numbers of GPUs: clips/s against ideal, ms of an update by bound, GiB of a GPU by part."""
+    """A plan for several numbers of GPUs.
+
+    sizes [n]: numbers of GPUs. rates [n]: clips/s of all GPUs. seconds: parts of an optimizer step's time, each [n].
+    memory [n]: parts of the peak memory of a GPU, GiB. capacity: of a GPU, GiB.
+    """
     figure, (left, middle, right) = _figures(1, 3, (12.6, 3.6))
     _dress(left, f"speed, {title}", "GPUs", "clips / s")
     left.loglog(sizes, rates, color=BLUE, marker="o", markersize=3, label="planned")
     left.loglog(sizes, [rates[0] * n / sizes[0] for n in sizes], "--", color=GREY, linewidth=1, label="ideal")
     left.legend(frameon=False)
-    _dress(middle, "time of an update", "GPUs", "ms")
+    _dress(middle, "time of an optimizer step", "GPUs", "ms")
     _stack(middle, sizes, {name: [1e3 * x for x in values] for name, values in seconds.items() if name != "loader"})
-    middle.plot(range(len(sizes)), [1e3 * x for x in seconds["loader"]], color=RED, label="loader, beside it")
+    middle.plot(range(len(sizes)), [1e3 * x for x in seconds["loader"]], color=RED, label="loader, in parallel")
     middle.legend(frameon=False, fontsize=8)
     _dress(right, "memory of a GPU at its peak", "GPUs", "GiB")
     _stack(right, sizes, {name: [parts[name] for parts in memory] for name in memory[0]})
@@ -204,7 +211,7 @@ def scaling(
 
 
 def _stack(ax: Axes, sizes: Sequence[int], parts: Mapping[str, Sequence[float]]) -> None:
-    """Stacked bars, one a size."""
+    """Stacked bars, one for each size."""
     place, bottom = np.arange(len(sizes)), np.zeros(len(sizes))
     for (name, values), colour in zip(parts.items(), cycle(COLOURS), strict=False):
         ax.bar(place, values, bottom=bottom, color=colour, label=name)
@@ -213,7 +220,7 @@ def _stack(ax: Axes, sizes: Sequence[int], parts: Mapping[str, Sequence[float]])
 
 
 def _rank_bins(candidates: int) -> list[int]:
-    """Lower edges 1, 2, 3, 6, 11, 21, 51, 101, ... and the end."""
+    """Lower edges 1, 2, 3, 6, 11, 21, 51, 101, ... and the upper edge of the last bin."""
     tops = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
     return [1, *(top + 1 for top in tops if top < candidates), candidates + 1]
 
@@ -226,7 +233,8 @@ def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64] | None:
     total = np.concatenate([[0.0], np.cumsum(values)])
     middle = np.arange(len(values))
     reach = np.minimum(half, np.minimum(middle, middle[::-1]))
-    return (total[middle + reach + 1] - total[middle - reach]) / (2 * reach + 1)
+    means: NDArray[np.float64] = (total[middle + reach + 1] - total[middle - reach]) / (2 * reach + 1)
+    return means
 
 
 def _figure(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (7.2, 3.8)) -> tuple[Figure, Axes]:

@@ -33,9 +33,6 @@ def evaluate(
     candidates: Annotated[
         str | None, typer.Option(help="Run folder of the dual encoder that finds the candidates of --rerank.")
     ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32 or bf16, for the matrix products; ranks are exact with either.")
-    ] = None,
     plugins: Plugins = None,
 ) -> None:
     """Measure retrieval of a trained model on a split.
@@ -66,7 +63,6 @@ def evaluate(
             relevance=relevance,
             rerank_top=rerank,
             candidates=candidates,
-            precision=precision,
             plugins=plugins or (),
             world=world,
             device=device,

@@ -1,34 +1,40 @@
-"""Every clip and caption of a split as the scorer reads it, the work shared by all ranks.
+"""Embeds every clip and caption of a split, as far as its scorer needs it. The processes divide the work.
 
 Shape suffixes: N clips, C captions, T tokens, D width.
 
-Batches are fixed by the split alone: rank r embeds batches r, r + W, ...; so one rank and several give the same numbers
-to the last bit, and uneven tails need no padding.
+Only the split determines the batches: rank r embeds batches r, r + W, and so on. So any number of processes gives the
+same numbers to the last bit, and uneven tails need no padding.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from atr_scale.batch import TokenSequence
+from atr_scale.config import RunConfig
 from atr_scale.data.collate import pad
 from atr_scale.data.decode import Crop, decode
 from atr_scale.data.sample import BadSample, RawSample
 from atr_scale.data.shard_reader import ShardSet
-from atr_scale.data.tokenizer import CaptionTokenizer
-from atr_scale.distributed.world import World
+from atr_scale.data.tokenizer import CaptionTokenizer, caption_tokenizer
 from atr_scale.errors import UserError
+from atr_scale.evaluation.parallel import Parallel
 from atr_scale.model import Retriever
 from atr_scale.scorers.scorer import Scorer
+
+logger = logging.getLogger(__name__)
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -37,26 +43,25 @@ DECODE_THREADS = 2
 
 @dataclass
 class Embedded:
-    """A split as the scorer reads it, on the CPU, in the split's order.
+    """A split as input of the scorer, on the CPU, in the order of the split.
 
-    text [C, T, D], audio [N, T, D]: for a dual encoder without tokens, `pooled` being the unit vectors; captions
-    [C] and the clip of each, owner [C]; clip_ids, labels and the index in the shard set, each [N]; samples that could
-    not be read, by reason.
+    text [C, T, D], audio [N, T, D]: token sequences. For a dual encoder they have no tokens, and `pooled` holds the
+    embeddings, of unit length.
     """
 
     text: TokenSequence
     audio: TokenSequence
-    captions: list[str]
-    owner: np.ndarray
-    clip_ids: list[str]
-    labels: list[str | None]
-    index: list[int]
-    dropped: Counter[str] = field(default_factory=Counter)
+    captions: list[str]  # [C]
+    owner: NDArray[np.int64]  # [C] index of each caption's clip
+    clip_ids: list[str]  # [N]
+    labels: list[str | None]  # [N]
+    index: list[int]  # [N] row of each clip in the shard set
+    dropped: Counter[str] = field(default_factory=Counter)  # unreadable samples, by reason
 
 
 @dataclass
 class _Part:
-    """What one batch gives."""
+    """One embedded batch; `text` and `audio` are None if no clip of it is readable."""
 
     number: int
     text: TokenSequence | None
@@ -68,57 +73,74 @@ class _Part:
     dropped: Counter[str]
 
 
-@torch.no_grad()
-def embed(
-    model: Retriever,
-    shards: ShardSet,
-    tokenizer: CaptionTokenizer,
-    *,
-    batch_size: int,
-    seconds: float,
-    world: World,
-    device: torch.device,
-    lockstep: bool = False,
-) -> Embedded:
-    """Embed all of `shards` over the ranks; every rank gets the whole result.
+Clips = list[tuple[int, RawSample, NDArray[np.float32]]]  # row in the shard set, sample, waveform
 
-    seconds: how much of a clip's start is heard. lockstep: all ranks run equally many batches, which parameters sharded
-    over ranks need; surplus results are thrown away.
-    """
-    total = -(-len(shards) // batch_size)
-    mine = list(range(world.rank, total, world.size))
-    surplus = -(-total // world.size) - len(mine) if lockstep else 0
-    order = mine + [world.rank % total] * surplus
 
-    def load(number: int) -> tuple[list[tuple[int, RawSample, np.ndarray]], Counter[str]]:
-        first = number * batch_size
-        return _load(shards, range(first, min(first + batch_size, len(shards))), model.sample_rate, seconds)
-
+@contextmanager
+def evaluating(model: Retriever) -> Iterator[None]:
+    """The model is in evaluation mode, without gradients; afterwards in the mode in which it was."""
     was_training = model.training
     model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def embed(model: Retriever, shards: ShardSet, config: RunConfig, parallel: Parallel) -> Embedded:
+    """Embed all of `shards`; every process gets the whole result.
+
+    config: of the model; gives the batch size, the seconds of a clip that are read, and how captions are tokenized.
+    Logs a warning about unreadable samples. Raises UserError if no clip is readable.
+    """
+    batch_size, world = config.evaluation.batch_size, parallel.world
+    tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
+    own, surplus = parallel.batches(-(-len(shards) // batch_size))
+
+    def load(number: int) -> tuple[Clips, Counter[str]]:
+        rows = range(number * batch_size, min((number + 1) * batch_size, len(shards)))
+        return _load(shards, rows, model.sample_rate, config.data.evaluation_seconds)
+
     parts: list[_Part] = []
-    progress = tqdm(order, desc=f"embedding {shards.corpus}", unit="batch", disable=None if world.is_main else True)
-    for number, (clips, dropped) in zip(progress, load_ahead(load, order), strict=True):
-        if len(parts) < len(mine):
-            parts.append(_embed_batch(model, tokenizer, number, clips, dropped, device, with_surplus=lockstep))
-        else:
-            _embed_batch(model, tokenizer, number, clips, dropped, device, with_surplus=lockstep)
-    model.train(was_training)
-    everything = [part for rank in world.gather_objects(parts) for part in rank]
-    return _join(sorted(everything, key=lambda part: part.number), shards)
+    progress = tqdm(
+        own + surplus, desc=f"embedding {shards.corpus}", unit="batch", disable=None if world.is_main else True
+    )
+    with evaluating(model):
+        for number, (clips, dropped) in zip(progress, load_ahead(load, own + surplus), strict=True):
+            part = _embed_batch(model, tokenizer, number, clips, dropped, parallel)
+            if len(parts) < len(own):
+                parts.append(part)
+    everything = [part for parts in world.gather_objects(parts) for part in parts]
+    embedded = _join(sorted(everything, key=lambda part: part.number), shards)
+    if embedded.dropped and world.is_main:
+        logger.warning("%s: unreadable and left out: %s", shards.location, dict(embedded.dropped))
+    return embedded
 
 
 def as_read(scorer: Scorer, sequence: TokenSequence, side: Literal["text", "audio"]) -> TokenSequence:
-    """What `scorer` needs of a side, on the CPU."""
+    """The part of a text or audio sequence that `scorer` reads, on the CPU."""
     if scorer.is_dual_encoder:
         pooled = scorer.embed_text(sequence) if side == "text" else scorer.embed_audio(sequence)
-        return without_tokens(pooled).to("cpu")
+        return _without_tokens(pooled).to("cpu")
     if side == "text" and not scorer.reads_text_tokens:
-        return without_tokens(sequence.pooled).to("cpu")
+        return _without_tokens(sequence.pooled).to("cpu")
     return sequence.to("cpu")
 
 
-def without_tokens(pooled: Tensor) -> TokenSequence:
+def load_ahead(load: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """load(item) for every item, in order; threads compute a few of them ahead."""
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:
+        waiting: deque[Future[T]] = deque()
+        for item in items:
+            waiting.append(pool.submit(load, item))
+            if len(waiting) > 2 * DECODE_THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _without_tokens(pooled: Tensor) -> TokenSequence:
     return TokenSequence(
         pooled.new_zeros(len(pooled), 0, pooled.shape[1]),
         torch.zeros(len(pooled), 0, dtype=torch.bool, device=pooled.device),
@@ -126,9 +148,8 @@ def without_tokens(pooled: Tensor) -> TokenSequence:
     )
 
 
-def _load(
-    shards: ShardSet, rows: Sequence[int], sample_rate: int, seconds: float
-) -> tuple[list[tuple[int, RawSample, np.ndarray]], Counter[str]]:
+def _load(shards: ShardSet, rows: Sequence[int], sample_rate: int, seconds: float) -> tuple[Clips, Counter[str]]:
+    """The readable clips of these rows, and the unreadable ones by reason."""
     clips, dropped = [], Counter[str]()
     for row in rows:
         try:
@@ -146,18 +167,18 @@ def _embed_batch(
     model: Retriever,
     tokenizer: CaptionTokenizer,
     number: int,
-    clips: list[tuple[int, RawSample, np.ndarray]],
+    clips: Clips,
     dropped: Counter[str],
-    device: torch.device,
-    *,
-    with_surplus: bool,
+    parallel: Parallel,
 ) -> _Part:
     samples = [sample for _, sample, _ in clips]
     captions = [sample.captions for sample in samples]
-    # A batch without a readable clip still runs in lockstep, on silence.
-    waveform, lengths = pad([w for _, _, w in clips] or [np.zeros(model.sample_rate, np.float32)])
-    input_ids, attention_mask = tokenizer([c for group in captions for c in group] or ["silence"])
-    if clips or with_surplus:
+    text = audio = None
+    if clips or parallel.lockstep:
+        # In lockstep a batch without a readable clip still runs: on silence, and its result is not used.
+        waveform, lengths = pad([w for _, _, w in clips] or [np.zeros(model.sample_rate, np.float32)])
+        input_ids, attention_mask = tokenizer([c for group in captions for c in group] or ["silence"])
+        device = parallel.device
         text = as_read(model.scorer, model.encode_text(input_ids.to(device), attention_mask.to(device)), "text")
         audio = as_read(model.scorer, model.encode_audio(waveform.to(device), lengths.to(device)), "audio")
     return _Part(
@@ -188,15 +209,3 @@ def _join(parts: list[_Part], shards: ShardSet) -> Embedded:
         index=[row for part in full for row in part.index],
         dropped=dropped,
     )
-
-
-def load_ahead(load: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """load(item) for every item in order, a few computed ahead by threads."""
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        waiting: deque[Future[T]] = deque()
-        for item in items:
-            waiting.append(pool.submit(load, item))
-            if len(waiting) > 2 * DECODE_THREADS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

@@ -1,59 +1,70 @@
-"""A model on a split: embed, score, measure."""
+"""Evaluates a model on a split: embeds it, scores all pairs, measures retrieval and classification."""
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from atr_scale.batch import stable_id
 from atr_scale.checkpoint import WEIGHTS, load_retriever, read_state
 from atr_scale.config import RunConfig, parse_config
 from atr_scale.data.shard_reader import ShardSet, open_shards
-from atr_scale.data.tokenizer import CaptionTokenizer, caption_tokenizer
+from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.evaluation.coarse import Precision
-from atr_scale.evaluation.embed import Embedded, as_read, embed
-from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
+from atr_scale.evaluation.embed import Embedded, as_read, embed, evaluating
+from atr_scale.evaluation.parallel import Parallel
 from atr_scale.evaluation.relevance import read_relevance
 from atr_scale.evaluation.report import write_report
+from atr_scale.evaluation.rerank import rerank
 from atr_scale.evaluation.result import EvaluationResult, evaluate_labelled, evaluate_retrieval
-from atr_scale.evaluation.score import Reranked, rerank, score
+from atr_scale.evaluation.retrieval_scores import DualEncoderScores, RetrievalScores, ScoreMatrix
+from atr_scale.evaluation.score import score
 from atr_scale.model import Retriever
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FirstStage:
-    """What a pairwise scorer re-ranks: scores [C, N] of the model `name`, and how many candidates of each query."""
+    """A dual encoder that chooses the candidates of each query for a pairwise scorer."""
 
     name: str
-    scores: VectorScores
-    candidates: int
-    captions: list[str]
-    clip_ids: list[str]
+    embedded: Embedded  # the same split, by the dual encoder
+    candidates: int  # of each query
 
 
 @dataclass
 class Evaluation:
-    """Results of one split on the main rank (none elsewhere), its metrics on every rank, and unreadable samples."""
+    """Evaluation of one split. The results are on the main rank alone, the rest on every rank."""
 
     results: list[EvaluationResult]
     metrics: dict[str, float]
-    dropped: Counter[str]
     embedded: Embedded
 
+    @property
+    def dropped(self) -> Counter[str]:
+        """Unreadable samples, by reason."""
+        return self.embedded.dropped
+
     def save(self, folder: Path) -> None:
+        """Write the files of every result into the folder."""
         for result in self.results:
             result.save(folder)
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Labels of a split as classes: the caption of each [classes], the class of every clip [clips], the scores
+    [classes, clips]."""
+
+    captions: list[str]
+    labels: NDArray[np.int64]
+    scores: torch.Tensor
 
 
 def evaluate(
@@ -63,97 +74,74 @@ def evaluate(
     *,
     split: str,
     step: int,
-    world: World,
-    device: torch.device,
-    tokenizer: CaptionTokenizer,
-    lockstep: bool = False,
+    parallel: Parallel,
     relevance: str | Path | None = None,
     first_stage: FirstStage | None = None,
 ) -> Evaluation:
-    """Retrieval metrics of a split and, where all of its clips carry a label, zero-shot classification.
+    """Retrieval metrics of a split and, if all of its clips have a label, zero-shot classification.
 
-    relevance: a file of `read_relevance` for graded metrics. first_stage: the scores whose best candidates alone are
-    scored by the model; otherwise every pair is.
+    All processes call this. split, step: names of the results. relevance: a file as `read_relevance` describes, for
+    graded metrics. first_stage: the model scores only these candidates; by default it scores all pairs. Raises
+    UserError if the first stage could read other clips than the model, or if the relevance file does not fit the split.
     """
-    options: dict[str, Any] = {"world": world, "device": device}
-    embedded = embed(
-        model,
-        shards,
-        tokenizer,
-        batch_size=config.evaluation.batch_size,
-        seconds=config.data.evaluation_seconds,
-        lockstep=lockstep,
-        **options,
-    )
-    if embedded.dropped:
-        logger.warning("%s: unreadable and left out: %s", shards.location, dict(embedded.dropped))
-    was_training = model.training
-    model.eval()
-    options["batch_size"], options["lockstep"] = config.evaluation.batch_size, lockstep
-    ids = np.array([stable_id(clip) for clip in embedded.clip_ids])
-    owners = ids[embedded.owner]
-    scores: VectorScores | MatrixScores | Reranked
-    method = "every pair scored"
-    if first_stage is None and model.scorer.is_dual_encoder:
-        scores = _vector_scores(embedded, config.evaluation.precision, device)
-    elif first_stage is None:
-        scores = MatrixScores(score(model.scorer, embedded.text, embedded.audio, **options))
-    else:
-        if first_stage.clip_ids != embedded.clip_ids or first_stage.captions != embedded.captions:
-            raise UserError(f"{first_stage.name} could not read the same clips of {shards.location}: check the shards")
-        scores = rerank(
-            model.scorer, embedded.text, embedded.audio, first_stage.scores, first_stage.candidates,
-            world=world, device=device,
-        )  # fmt: skip
-        method = f"the best {first_stage.candidates} of {first_stage.name} re-ranked"
-    table = scores.ranks(owners, ids, world)
-    # The class captions run on every rank alike: in lockstep, and with the same rounding.
-    classes = _classes(embedded, config.evaluation.class_prompt)
-    if classes is not None:
-        prompts, labels = classes
-        input_ids, attention_mask = tokenizer(prompts)
-        with torch.no_grad():
-            encoded = model.encode_text(input_ids.to(device), attention_mask.to(device))
-            text = as_read(model.scorer, encoded, "text")
-        class_scores = score(model.scorer, text, embedded.audio, **options)
-    model.train(was_training)
+    with evaluating(model):
+        embedded = embed(model, shards, config, parallel)
+        scores = _score_split(model, shards, embedded, config, parallel, first_stage)
+        ids = np.array([stable_id(clip) for clip in embedded.clip_ids])
+        ranks = scores.ranks(ids[embedded.owner], ids, parallel.world)
+        classes = _score_classes(model, embedded, config, parallel)
     results = []
-    if world.is_main:
-        first = np.searchsorted(embedded.owner, np.arange(len(ids)))
-        shown = [f"{embedded.captions[c]} ({clip})" for c, clip in zip(first, embedded.clip_ids, strict=True)]
+    if parallel.world.is_main:
+        first_caption = np.searchsorted(embedded.owner, np.arange(len(ids)))
+        shown = [f"{embedded.captions[c]} ({id})" for c, id in zip(first_caption, embedded.clip_ids, strict=True)]
         grades = None if relevance is None else read_relevance(relevance, shards, embedded)
-        results.append(
-            evaluate_retrieval(
-                split,
-                step,
-                scores,
-                embedded.captions,
-                shown,
-                owners,
-                ids,
-                table=table,
-                method=method,
-                grades=grades,
-            )
-        )
+        results.append(evaluate_retrieval(split, step, scores, ranks, embedded.captions, shown, grades))
         if classes is not None:
-            results.append(evaluate_labelled(f"{split}/classes", step, class_scores, prompts, shown, labels))
+            name = f"{split}/classes"
+            results.append(evaluate_labelled(name, step, classes.scores, classes.captions, shown, classes.labels))
     metrics = {name: value for result in results for name, value in result.metrics.items()}
-    return Evaluation(results, world.gather_objects(metrics)[0], embedded.dropped, embedded)
+    return Evaluation(results, parallel.world.gather_objects(metrics)[0], embedded)
 
 
-def _vector_scores(embedded: Embedded, precision: Precision, device: torch.device) -> VectorScores:
-    return VectorScores(embedded.text.pooled.to(device), embedded.audio.pooled.to(device), precision)
+def _score_split(
+    model: Retriever,
+    shards: ShardSet,
+    embedded: Embedded,
+    config: RunConfig,
+    parallel: Parallel,
+    first_stage: FirstStage | None,
+) -> RetrievalScores:
+    if first_stage is not None:
+        first = first_stage.embedded
+        if first.clip_ids != embedded.clip_ids or first.captions != embedded.captions:
+            raise UserError(f"{first_stage.name} could not read the same clips of {shards.location}: check the shards")
+        candidates = _dual_encoder_scores(first, parallel)
+        reranked = rerank(model.scorer, embedded.text, embedded.audio, candidates, first_stage.candidates, parallel)
+        reranked.method = f"the best {first_stage.candidates} of {first_stage.name} re-ranked"
+        return reranked
+    if model.scorer.is_dual_encoder:
+        return _dual_encoder_scores(embedded, parallel)
+    batch_size = config.evaluation.batch_size
+    return ScoreMatrix(score(model.scorer, embedded.text, embedded.audio, batch_size=batch_size, parallel=parallel))
 
 
-def _classes(embedded: Embedded, prompt: str) -> tuple[list[str], np.ndarray] | None:
-    """(captions of the classes, class number of every clip) of a labelled split; None where a clip has no label."""
+def _dual_encoder_scores(embedded: Embedded, parallel: Parallel) -> DualEncoderScores:
+    return DualEncoderScores(embedded.text.pooled.to(parallel.device), embedded.audio.pooled.to(parallel.device))
+
+
+def _score_classes(model: Retriever, embedded: Embedded, config: RunConfig, parallel: Parallel) -> _Classes | None:
+    """None if a clip has no label. Every process embeds the captions of all classes, which keeps them in lockstep."""
     labels = [label for label in embedded.labels if label is not None]
     if len(labels) < len(embedded.labels):
         return None
     names = sorted(set(labels))
-    prompts = [prompt.replace("{label}", name.replace("_", " ")) for name in names]
-    return prompts, np.array([names.index(label) for label in labels])
+    captions = [config.evaluation.class_prompt.replace("{label}", name.replace("_", " ")) for name in names]
+    tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
+    input_ids, attention_mask = (part.to(parallel.device) for part in tokenizer(captions))
+    text = as_read(model.scorer, model.encode_text(input_ids, attention_mask), "text")
+    batch_size = config.evaluation.batch_size
+    scores = score(model.scorer, text, embedded.audio, batch_size=batch_size, parallel=parallel)
+    return _Classes(captions, np.array([names.index(label) for label in labels]), scores)
 
 
 def evaluate_run(
@@ -168,46 +156,39 @@ def evaluate_run(
     relevance: str | Path | None = None,
     rerank_top: int | None = None,
     candidates: str | None = None,
-    precision: str | None = None,
     plugins: Sequence[str] = (),
 ) -> Evaluation:
-    """Evaluate a run's best checkpoint (or one checkpoint folder) and write results and report; all ranks call this.
+    """Evaluate a run's best checkpoint (or one checkpoint folder), write results and report; all processes call this.
 
-    shards: default the configuration's data.<split>, or the set of data.validation with that name. out: default the run
-    folder. plugins: as for `load_retriever`. class_prompt, precision: default the
-    configuration's evaluation.*. relevance: file of graded relevance.
-    rerank_top: score only so many candidates of each query, those of the run `candidates`, whose scorer must have
-    vectors. Raises UserError where a model or the shards are not there, or where the two do not go together.
+    The arguments are the options of `atr-scale evaluate`.
+    shards: location; default data.<split> of the configuration, or the set of data.validation with that name.
+    out: folder of the results; default the run folder.
+    class_prompt: default evaluation.class_prompt.
+    relevance: a file as `read_relevance` describes.
+    rerank_top: the model scores only this number of candidates of each query, which the dual encoder of the run
+    `candidates` chooses.
+    plugins: as for `load_retriever`.
+    Raises UserError if a model or the shards do not exist, or if the two models do not fit together.
     """
-    model, config, folder = load_retriever(location, plugins)
-    values = config.model_dump()
-    given = {"class_prompt": class_prompt, "precision": precision}
-    values["evaluation"] |= {name: value for name, value in given.items() if value is not None}
-    config = parse_config(values, "the command line")
-    places = {**config.data.validation_sets, "test": config.data.test}
-    place = shards or places.get(split)
-    if place is None:
-        known = ", ".join(name for name, named in places.items() if named)
-        raise UserError(
-            f"the configuration of {location} names no shards for the split {split!r}"
-            + (f" (it names {known})" if known else "")
-            + ": give --shards DIR"
-        )
     if (rerank_top is None) != (candidates is None):
         raise UserError("re-ranking needs both --rerank K and --candidates RUN, the run whose best K are re-ranked")
-    opened = open_shards(place)
+    parallel = Parallel(world, device)
+    model, config, folder = load_retriever(location, plugins)
+    if class_prompt is not None:
+        values = config.model_dump()
+        values["evaluation"]["class_prompt"] = class_prompt
+        config = parse_config(values, "the command line")
+    opened = open_shards(shards or _shards_of(config, location, split))
     first_stage = None
     if rerank_top is not None and candidates is not None:
-        first_stage = _first_stage(candidates, rerank_top, config.evaluation.precision, opened, world, device, plugins)
+        first_stage = _first_stage(candidates, rerank_top, opened, parallel, plugins)
     evaluation = evaluate(
         model.to(device),
         opened,
         config,
         split=split,
         step=read_state(folder)["step"],
-        world=world,
-        device=device,
-        tokenizer=caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
+        parallel=parallel,
         relevance=relevance,
         first_stage=first_stage,
     )
@@ -219,29 +200,26 @@ def evaluate_run(
     return evaluation
 
 
+def _shards_of(config: RunConfig, location: str, split: str) -> str:
+    places = {**config.data.validation_sets, "test": config.data.test}
+    place = places.get(split)
+    if place is None:
+        known = ", ".join(name for name, named in places.items() if named)
+        raise UserError(
+            f"the configuration of {location} names no shards for the split {split!r}"
+            + (f" (it names {known})" if known else "")
+            + ": give --shards DIR"
+        )
+    return place
+
+
 def _first_stage(
-    location: str,
-    candidates: int,
-    precision: Precision,
-    shards: ShardSet,
-    world: World,
-    device: torch.device,
-    plugins: Sequence[str],
+    location: str, candidates: int, shards: ShardSet, parallel: Parallel, plugins: Sequence[str]
 ) -> FirstStage:
     model, config, _ = load_retriever(location, plugins)
     if not model.scorer.is_dual_encoder:
         raise UserError(
-            f"{location} scores pairs by {config.model.scorer.name} and cannot choose candidates: give --candidates a "
-            "run with one of the scorers pooled, mean, max, meanmax, netrvlad, attention"
+            f"{location} has the pairwise scorer {config.model.scorer.name} and cannot choose candidates: give "
+            "--candidates a run with one of the scorers pooled, mean, max, meanmax, netrvlad, attention"
         )
-    options: dict[str, Any] = {"batch_size": config.evaluation.batch_size, "world": world, "device": device}
-    seconds = config.data.evaluation_seconds
-    embedded = embed(
-        model.to(device),
-        shards,
-        caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
-        seconds=seconds,
-        **options,
-    )
-    scores = _vector_scores(embedded, precision, device)
-    return FirstStage(location, scores, candidates, embedded.captions, embedded.clip_ids)
+    return FirstStage(location, embed(model.to(parallel.device), shards, config, parallel), candidates)

@@ -1,8 +1,8 @@
-"""Retrieval metrics from ranks: count what scores higher, never sort.
+"""Retrieval metrics from ranks. A rank is a count of higher scores, so nothing is sorted.
 
 Shape suffixes: T texts, A clips, Q queries, C clips that have a caption.
-The conventions are the field's (WavCaps, salsa and the DCASE baselines agree): every caption is a query with one
-relevant clip; a clip is a query whose relevant texts are all its captions, R@k by the best ranked of them.
+Conventions, as in WavCaps, salsa and the DCASE baselines: every caption is a query with one relevant clip. A clip is a
+query, and all its captions are relevant; the best ranked of them decides R@k.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from atr_scale.errors import UserError
 RECALL_AT = (1, 5, 10)
 PRECISION_AT = 10
 GRADED_AT = 16
-TILE = 1 << 20  # scores compared at once: bounds the temporaries to some MB whatever the matrix
+TILE = 1 << 20  # scores compared at once: temporaries of any matrix take a few MB
 
 Scores = Tensor | NDArray[np.floating]
 Ids = Tensor | NDArray[np.integer]
@@ -27,7 +27,7 @@ Ids = Tensor | NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks per text, 1 is first; all metrics follow from them, so they are what gets saved.
+    """Ranks of every text in both directions, from which all metrics follow; 1 is the first rank.
 
     t2a [T]: rank of the text's own clip among all clips. a2t [T]: rank of the text among all texts, for its own clip.
     clip [T]: index of the text's clip in audio_ids. audio_ids [A]: every candidate clip. All int64.
@@ -56,7 +56,7 @@ class _Queries:
     clip: NDArray[np.int64]
 
     def values(self) -> dict[str, NDArray[np.float64]]:
-        """What is averaged over queries, each [Q]."""
+        """The metrics that are means over queries, each [Q]."""
         hits = {f"R@{k}": (self.rank <= k).astype(np.float64) for k in RECALL_AT}
         return hits | {f"mAP@{PRECISION_AT}": self.precision}
 
@@ -66,7 +66,7 @@ class _Queries:
 
 
 def retrieval_metrics(scores: Scores, text_audio_ids: Ids, audio_ids: Ids) -> dict[str, float]:
-    """Both directions' metrics of a score matrix [T, A]; ids as in `ranks`, keys as in `Ranks.metrics`."""
+    """Metrics of both directions of a score matrix [T, A]; ids as in `ranks`, keys as in `Ranks.metrics`."""
     return ranks(scores, text_audio_ids, audio_ids).metrics()
 
 
@@ -75,8 +75,8 @@ def ranks(scores: Scores, text_audio_ids: Ids, audio_ids: Ids) -> Ranks:
 
     scores [T, A] (any float dtype, any device), text_audio_ids [T]: the clip each text describes, audio_ids [A]:
     distinct. rank = 1 + number of greater scores + number of equal scores at a lower index. A clip without a caption
-    is a candidate and no query. Raises UserError on repeated clips, a text whose clip is absent, or NaN scores
-    (no comparison with NaN holds, so a diverged model would rank everything first).
+    is a candidate, but not a query. Raises UserError if a clip is repeated, if the clip of a text is absent, or if a
+    score is NaN (every comparison with NaN is false, so a diverged model would rank everything first).
     """
     matrix = torch.as_tensor(scores)
     owner, clips = as_int64(text_audio_ids), as_int64(audio_ids)
@@ -93,8 +93,9 @@ def ranks(scores: Scores, text_audio_ids: Ids, audio_ids: Ids) -> Ranks:
 def bootstrap(ranks: Ranks, samples: int = 1000, seed: int = 0, level: float = 0.95) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap interval of every metric.
 
-    CLIPS are resampled, in both directions: the captions of one clip are hit or missed together, so drawing captions
-    one by one would count them as independent and give intervals that are too narrow.
+    In both directions CLIPS are resampled, because the ranks of the captions of one clip are correlated: resampling
+    captions would give intervals that are too narrow. samples: number of resamples. level: of confidence. Returns the
+    lower and upper bound of every key of `Ranks.metrics`.
     """
     generator = np.random.default_rng(seed)
     directions = _queries(ranks)
@@ -103,7 +104,7 @@ def bootstrap(ranks: Ranks, samples: int = 1000, seed: int = 0, level: float = 0
     chunk = max(1, TILE // len(ranks.t2a))
     for start in range(0, samples, chunk):
         size = min(chunk, samples - start)
-        # How often each clip is drawn is all a resample is.
+        # A resample is the number of times that each clip is drawn.
         weights = generator.multinomial(num_clips, np.full(num_clips, 1 / num_clips), size=size).astype(np.float64)
         for name, queries in directions.items():
             captions = np.bincount(queries.clip, minlength=num_clips)
@@ -123,12 +124,16 @@ def bootstrap(ranks: Ranks, samples: int = 1000, seed: int = 0, level: float = 0
 def classification(scores: Scores, labels: Ids) -> dict[str, float]:
     """Zero-shot classification and class retrieval on a labelled set.
 
-    scores [classes, audios]: one caption a class; labels [audios]: class index of each clip. Ties: lower index first.
+    scores [classes, audios]: of one caption for each class; labels [audios]: class index of each clip. Of equal scores
+    the lower index comes first. Raises UserError like `label_ranks`.
 
-    zero_shot/accuracy, zero_shot/R@5: the clip's class is first, among the first five classes; zero_shot/mAP: mean of
-    1 / rank of the clip's class. class/R@1: the first clip a class caption retrieves is of that class (precision at 1);
-    class/mAP, class/mAP@10: all clips of the class are relevant, the latter divided by min(10, clips of the class) so
-    that a perfect list scores 1. A class without clips is a candidate and no query.
+    zero_shot/accuracy: fraction of the clips whose class is ranked first.
+    zero_shot/R@5: fraction of the clips whose class is among the first five.
+    zero_shot/mAP: mean over clips of 1 / rank of the class.
+    class/R@1: fraction of the classes whose caption retrieves a clip of the class first (precision at 1).
+    class/mAP, class/mAP@10: all clips of the class are relevant; class/mAP@10 is divided by min(10, clips of the
+    class), so that a perfect list scores 1.
+    A class without clips is a candidate, but not a query.
     """
     table = label_ranks(scores, labels)
     _, group = np.unique(table.clip, return_inverse=True)
@@ -146,12 +151,13 @@ def classification(scores: Scores, labels: Ids) -> dict[str, float]:
 
 
 def graded(lists: Ids, grades: NDArray[np.floating]) -> dict[str, float]:
-    """Text to audio with several relevant clips: `t2a/mAP@16`, `t2a/nDCG@16`, means over captions with a relevant clip.
+    """Text to audio retrieval with several relevant clips: `t2a/mAP@16` and `t2a/nDCG@16`.
 
-    lists [T, k]: indices of the best clips of every text, best first, k = GRADED_AT or all clips. grades [T, A].
-    mAP@16: clips of grade 1 are relevant, precisions at their ranks up to 16, divided by their number (DCASE 2025 task
-    6). nDCG@16 (Jarvelin and Kekalainen 2002): the grade is the gain, discounted by
-    log2(1 + rank).
+    lists [T, k]: indices of the best clips of every text, best first, k = GRADED_AT or all clips. grades [T, A]: graded
+    relevance, 0 to 1. Both metrics are means over the captions with a relevant clip.
+    mAP@16 (DCASE 2025 task 6): clips of grade 1 are relevant; the sum of the precisions at their ranks up to 16,
+    divided by their number.
+    nDCG@16 (Jarvelin and Kekalainen 2002): the gain is the grade, its discount is log2(1 + rank).
     """
     gains = np.take_along_axis(grades, as_int64(lists)[:, :GRADED_AT], 1)
     hits = gains >= 1
@@ -168,16 +174,17 @@ def graded(lists: Ids, grades: NDArray[np.floating]) -> dict[str, float]:
 
 
 def label_ranks(scores: Scores, labels: Ids) -> Ranks:
-    """Ranks of a labelled set: t2a is the rank of each clip's class, a2t the clip's rank for its class, clip the class.
+    """Ranks of a labelled set: t2a [audios] is the rank of each clip's class, a2t the clip's rank for its class, clip
+    the class.
 
-    scores [classes, audios], labels [audios]: class indices.
+    scores [classes, audios], labels [audios]: class indices. Raises UserError if a label is no class, and like `ranks`.
     """
     matrix, wanted = torch.as_tensor(scores), as_int64(labels)
     num_classes = matrix.shape[0]
     wrong = np.flatnonzero((wanted < 0) | (wanted >= num_classes))
     if len(wrong):
         raise UserError(
-            f"labelled evaluation: label {wanted[wrong[0]]} of clip {wrong[0]} is none of the {num_classes} classes;"
+            f"labelled evaluation: label {wanted[wrong[0]]} of clip {wrong[0]} is not one of the {num_classes} classes;"
             " give one caption for every class"
         )
     return ranks(matrix.T, wanted, np.arange(num_classes))
@@ -196,7 +203,7 @@ def _queries(ranks: Ranks) -> dict[str, _Queries]:
 
 
 def _precision_sum(rank: NDArray[np.int64], group: NDArray[np.int64], cutoff: int | None = None) -> NDArray[np.float64]:
-    """Per group, the sum of the precisions at its members' ranks (those within the cutoff)."""
+    """[groups]: sum of the precisions at the ranks of the members of each group, up to the cutoff."""
     order = np.lexsort((rank, group))
     first = np.searchsorted(group[order], group[order])
     found = np.arange(len(order)) - first + 1
@@ -217,7 +224,8 @@ def _weighted_median(
         sorted_rank[(upto < position[:, None]).sum(axis=1)]
         for position in (np.floor((total + 1) / 2), np.floor(total / 2) + 1)
     )
-    return (low + high) / 2
+    median: NDArray[np.float64] = (low + high) / 2
+    return median
 
 
 def _count_ranks(scores: Tensor, clip: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -242,28 +250,29 @@ def _count_ranks(scores: Tensor, clip: NDArray[np.int64]) -> tuple[NDArray[np.in
 def _ahead(
     scores: NDArray[np.floating], own: NDArray[np.floating], lower_index: NDArray[np.bool_], axis: int
 ) -> NDArray[np.int64]:
-    """How many scores come before the own one: greater, or equal at a lower index."""
+    """Number of scores that come before the own one: greater ones, and equal ones at a lower index."""
     ahead = scores == own
     ahead &= lower_index
     ahead |= scores > own
-    return np.count_nonzero(ahead, axis=axis)
+    count: NDArray[np.int64] = np.count_nonzero(ahead, axis=axis)
+    return count
 
 
 def rounds(clip: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """The texts in rounds: first captions of all clips in the clips' order, second captions, and so on."""
+    """Indices of the texts: first captions of all clips, in the order of the clips, then second captions, and so on."""
     order = np.argsort(clip, kind="stable")
     place = np.arange(len(clip)) - np.searchsorted(clip[order], clip[order])
     return [order[place == number] for number in range(place.max() + 1)]
 
 
 def _numpy(scores: Tensor) -> NDArray[np.floating]:
-    # numpy compares several times faster than torch on a CPU, and knows no bfloat16.
+    # On a CPU numpy compares several times faster than torch. It has no bfloat16.
     wide = scores if scores.dtype == torch.float64 else scores.float()
     return wide.detach().cpu().numpy()
 
 
 def positions(owner: NDArray[np.int64], clips: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Index in clips of every text's clip. UserError as `ranks` raises it."""
+    """Index in `clips` of every text's clip. Raises UserError like `ranks`."""
     if len(owner) == 0:
         raise UserError("retrieval evaluation: no captions; evaluate a split that has captions")
     order = np.argsort(clips, kind="stable")
@@ -281,7 +290,8 @@ def positions(owner: NDArray[np.int64], clips: NDArray[np.int64]) -> NDArray[np.
             f"retrieval evaluation: text {missing[0]} describes clip id {owner[missing[0]]}, which is not in audio_ids;"
             " embed every clip of the split or drop its captions"
         )
-    return order[place]
+    found: NDArray[np.int64] = order[place]
+    return found
 
 
 def as_int64(ids: Ids) -> NDArray[np.int64]:

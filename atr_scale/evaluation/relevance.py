@@ -1,15 +1,15 @@
-"""Which clips fit a caption, beyond the one it was written for. Two kinds of file say so.
+"""Graded relevance of clips for captions, read from a file of one of two kinds.
 
-An npz file of grades, as numpy.savez_compressed writes it, without pickled objects; its captions and clips are those of
-a split, or more of them, in any order:
+An npz file of grades, as numpy.savez_compressed writes it, without pickled objects. It holds all captions and clips of
+the split, in any order, and may hold more:
 
-    grades         float [C, N]  from 0 to 1: how much of what the caption says is true of the clip; 1: all of it
-    clip_ids       str [N]       the clips' ids, as the shards have them
-    caption_clip   str [C]       the id of the clip that a caption was written for
-    caption_index  int [C]       which of the captions of this clip it is, from 0
+    grades         float [C, N]  from 0 to 1: the part of the caption that is true of the clip
+    clip_ids       str [N]       ids of the clips, as in the shards
+    caption_clip   str [C]       id of the clip that the caption was written for
+    caption_index  int [C]       index of the caption among the captions of this clip, from 0
 
-A CSV file with a caption and the names of the audio files that fit it in each row, as DCASE 2025's `metadata_eval.csv`
-(query, audio_filenames).
+A CSV file like `metadata_eval.csv` of DCASE 2025. Each row has a caption and the names of the audio files that are
+relevant for it (columns query and audio_filenames).
 
 Shape suffixes: C captions, N clips.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atr_scale.batch import caption_id
 from atr_scale.data.corpora.files import read_table
@@ -30,7 +31,7 @@ from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import Embedded
 
 QUERY_COLUMNS, CLIP_COLUMNS = ("query", "caption"), ("audio_filenames", "file_names")
-# Array of an npz file: kinds of its dtype, its shape in words.
+# Arrays of an npz file: the kinds of their dtype, their shape in words.
 ARRAYS = {
     "grades": ("f", "float [captions, clips]"),
     "clip_ids": ("U", "str [clips]"),
@@ -39,30 +40,30 @@ ARRAYS = {
 }
 
 
-def read_relevance(path: str | Path, shards: ShardSet, embedded: Embedded) -> np.ndarray:
-    """Grades in [0, 1] of every caption and clip, float32 [C, N]; a row without a grade is no query.
+def read_relevance(path: str | Path, shards: ShardSet, embedded: Embedded) -> NDArray[np.float32]:
+    """Grades in [0, 1] of every caption and clip, float32 [C, N]. A caption whose grades are all 0 is not a query.
 
-    path: an npz or a CSV file as this module describes. Raises UserError if it is neither, or knows nothing of the
-    captions.
+    path: an npz or a CSV file as this module describes. Raises UserError if it is neither, or if it grades no caption
+    of the split.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no relevance file at {path}: give an npz file of grades, or a CSV with query and file names")
     grades = _from_npz(path, shards, embedded) if path.suffix == ".npz" else _from_csv(path, embedded)
     if not grades.any():
-        raise UserError(f"{path} grades no caption and clip of {shards.location}: is it of another split?")
+        raise UserError(f"{path} grades no caption and clip of {shards.location}: give the file of this split")
     return grades
 
 
 class _Grades(NamedTuple):
-    """What an npz file holds: the row of each (clip id, caption index), the column of each clip id."""
+    """Content of an npz file. rows: row of each (clip id, caption index). columns: column of each clip id."""
 
-    grades_CN: np.ndarray
+    grades_CN: NDArray[np.floating]
     rows: dict[tuple[str, int], int]
     columns: dict[str, int]
 
 
-def _from_npz(path: Path, shards: ShardSet, embedded: Embedded) -> np.ndarray:
+def _from_npz(path: Path, shards: ShardSet, embedded: Embedded) -> NDArray[np.float32]:
     known = _read_npz(path)
     index = np.arange(len(embedded.owner)) - np.searchsorted(embedded.owner, embedded.owner)
     captions = [(embedded.clip_ids[owner], int(k)) for owner, k in zip(embedded.owner, index, strict=True)]
@@ -70,8 +71,8 @@ def _from_npz(path: Path, shards: ShardSet, embedded: Embedded) -> np.ndarray:
     unknown += [f"caption {k} of {clip}" for clip, k in captions if (clip, k) not in known.rows]
     if unknown:
         raise UserError(
-            f"{path} does not know {len(unknown)} clips and captions of {shards.location} ({unknown[0]}, for one): "
-            "is it of another split?"
+            f"{path} lacks {len(unknown)} clips and captions of {shards.location} (for example {unknown[0]}): "
+            "give the file of this split"
         )
     chosen = np.ix_([known.rows[key] for key in captions], [known.columns[clip] for clip in embedded.clip_ids])
     return known.grades_CN[chosen].astype(np.float32)
@@ -84,7 +85,7 @@ def _read_npz(path: Path) -> _Grades:
             raise ValueError("no zip archive")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name]) for name in ARRAYS if name in file}
-    except Exception as error:  # zipfile, zlib and numpy have a dozen kinds for damaged bytes
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds of errors for damaged files
         raise UserError(
             f"{path} is no npz file of grades ({' '.join(str(error).split())}): it needs {needed}"
         ) from None
@@ -106,7 +107,7 @@ def _read_npz(path: Path) -> _Grades:
     return _Grades(grades_CN, rows, columns)
 
 
-def _from_csv(path: Path, embedded: Embedded) -> np.ndarray:
+def _from_csv(path: Path, embedded: Embedded) -> NDArray[np.float32]:
     columns = {Path(clip).stem: column for column, clip in enumerate(embedded.clip_ids)}
     rows: dict[int, list[int]] = {}
     for row, caption in enumerate(embedded.captions):
@@ -124,7 +125,7 @@ def _from_csv(path: Path, embedded: Embedded) -> np.ndarray:
 
 
 def _names(path: Path, cell: str) -> list[str]:
-    """A list as Python or JSON writes it, or names between semicolons."""
+    """File names of a cell: a list as Python or JSON writes it, or names separated by semicolons."""
     if not cell.lstrip().startswith("["):
         return [name.strip() for name in cell.split(";") if name.strip()]
     try:

@@ -1,4 +1,4 @@
-"""report.md of a run: a table, pictures and examples, made from what the run folder holds."""
+"""report.md of a run: tables, pictures and examples, made from the files of the run folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,9 @@ CELL = 110  # characters of a caption shown in a table
 def write_report(run_dir: Path, results: Sequence[EvaluationResult] | None = None) -> Path:
     """Write run_dir/report.md and run_dir/figures/*.png; returns the report's path.
 
-    results: the evaluations to show, by default every `evaluation-<split>.json` in the folder. The curves come from
-    metrics.jsonl, the rest from config.resolved.yaml and environment.json; what is absent is left out. Raises UserError
-    if there is nothing to report.
+    results: the evaluations to show; default every `evaluation-<split>.json` in the folder. Curves are drawn from
+    metrics.jsonl, configuration and environment are read from config.resolved.yaml and environment.json. A part whose
+    file does not exist is left out. Raises UserError if there is neither an evaluation nor metrics.jsonl.
     """
     if results is None:
         results = [EvaluationResult.load(path) for path in sorted(run_dir.glob("evaluation-*.json"))]
@@ -164,7 +164,7 @@ def _training_table(train: Sequence[Line]) -> str:
 
 
 def _losses_of_data(train: Sequence[Line]) -> str:
-    """What was dropped and skipped: always said, so that silence cannot be mistaken for zero."""
+    """Dropped samples and skipped optimizer steps. Zeros are written too, so that they are not mistaken for missing."""
     dropped = {key.removeprefix("dropped/"): _last(train, key) for key in plots.keys_under(train, "dropped")}
     reasons = [f"{count:g} × {reason}" for reason, count in dropped.items() if count]
     nonfinite = sum("nonfinite" in line for line in train)
@@ -173,7 +173,7 @@ def _losses_of_data(train: Sequence[Line]) -> str:
             "### Drops and skips",
             "",
             f"- samples dropped: {', '.join(reasons) or 'none'}",
-            f"- updates skipped: {_last(train, 'skipped_steps'):g}",
+            f"- optimizer steps skipped: {_last(train, 'skipped_steps'):g}",
             f"- fp16 overflows: {_last(train, 'fp16_overflows'):g}",
             f"- logged lines with a non-finite value: {nonfinite}",
         ]
@@ -243,12 +243,12 @@ def _read_lines(path: Path) -> list[Line]:
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
-        except ValueError:  # the last line of a run that is still going, or was killed
+        except ValueError:  # the last line of a run that has not ended, or was killed
             logger.warning("%s: a line that cannot be read is left out", path)
     return lines
 
 
-def _with_interval(result: EvaluationResult, key: str, show) -> str:
+def _with_interval(result: EvaluationResult, key: str, show: Callable[[float], str]) -> str:
     text = show(result.metrics[key])
     if key in result.intervals:
         low, high = result.intervals[key]
@@ -261,7 +261,7 @@ def _percent(fraction: float) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that cannot break out of a table cell."""
+    """Text escaped for a Markdown table cell, and shortened."""
     text = " ".join(text.split())
     text = text if len(text) <= CELL else text[: CELL - 1] + "…"
     for old, new in (

@@ -1,4 +1,4 @@
-"""One evaluation as it is kept: `evaluation-<split>.json` beside `ranks-<split>.npz` in the run folder."""
+"""The result of an evaluation, stored as `evaluation-<split>.json` and `ranks-<split>.npz` in the run folder."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ from atr_scale.evaluation.metrics import (
     graded,
     label_ranks,
 )
-from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
-from atr_scale.evaluation.score import Reranked
+from atr_scale.evaluation.retrieval_scores import RetrievalScores
 
 FORMAT = 2
-NUM_PAIRS, NUM_CLASSES = 32, 64  # rows and columns of the kept piece of the score matrix
+NUM_PAIRS, NUM_CLASSES = 32, 64  # rows and columns of the stored excerpt of the score matrix
 NUM_EXAMPLES = 6
 NUM_RETRIEVED = 5
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """One item of a result list: its caption or clip id, its index among the candidates, its score."""
+    """An item of a result list: caption or clip id, index among the candidates, score, whether it is relevant."""
 
     name: str
     index: int
@@ -43,7 +42,7 @@ class Retrieved:
 
 @dataclass(frozen=True)
 class Example:
-    """A query ("t2a": a caption, "a2t": a clip id), the rank of its first relevant item, the list it got."""
+    """A query (in "t2a" a caption, in "a2t" a clip id), the rank of its first relevant item, and its best items."""
 
     direction: str
     query: str
@@ -53,37 +52,34 @@ class Example:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics of one split at one step, with what a report shows of it.
+    """Metrics of one split at one step, and the part of its scores that a report shows.
 
-    metrics: fractions, keys of `Ranks.metrics` or `classification`; intervals: 95 % bootstrap, for some of the keys.
-    excerpt float32 [n, n]: scores of n pairs, the right ones on the diagonal; a labelled set has classes in its place:
-    row = class caption, column = mean over the clips of a class. excerpt_names: the caption of each row. method: which
-    pairs were scored.
+    For a labelled set the texts are the captions of its classes.
     """
 
     split: str
     step: int
-    metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    metrics: dict[str, float]  # keys of `Ranks.metrics` or `classification`; fractions
+    intervals: dict[str, tuple[float, float]]  # 95 % bootstrap intervals, for some of the keys
     ranks: Ranks
-    excerpt: NDArray[np.float32]
-    excerpt_names: tuple[str, ...]
+    excerpt: NDArray[np.float32]  # [n, n] scores of n pairs; labelled: of n classes, means over the clips of a class
+    excerpt_names: tuple[str, ...]  # [n] captions of the rows; the right column of a row is on the diagonal
     examples: tuple[Example, ...]
     labelled: bool = False
-    method: str = ""
+    method: str = ""  # which pairs were scored
 
     @property
     def num_texts(self) -> int:
-        """Captions, or classes of a labelled set."""
+        """Number of captions, or of classes of a labelled set."""
         return len(self.ranks.audio_ids) if self.labelled else len(self.ranks.t2a)
 
     @property
     def num_clips(self) -> int:
-        """Clips that take part, with a caption or without."""
+        """Number of clips, including those without a caption."""
         return len(self.ranks.t2a) if self.labelled else len(self.ranks.audio_ids)
 
     def save(self, folder: Path) -> Path:
-        """Write both files into the folder; a split name's slashes become dashes."""
+        """Write both files into the folder; returns the path of the JSON file. Slashes of the split become dashes."""
         folder.mkdir(parents=True, exist_ok=True)
         stem = self.split.replace("/", "-")
         np.savez_compressed(
@@ -113,7 +109,7 @@ class EvaluationResult:
 
     @classmethod
     def load(cls, path: Path) -> EvaluationResult:
-        """Read `evaluation-<split>.json` and the ranks beside it."""
+        """Read `evaluation-<split>.json` and its `ranks-<split>.npz`. Raises UserError if the format is another one."""
         table = json.loads(path.read_text(encoding="utf-8"))
         if table.get("format") != FORMAT:
             raise UserError(f"{path}: format {table.get('format')} instead of {FORMAT}; evaluate the checkpoint again")
@@ -138,51 +134,48 @@ class EvaluationResult:
 def evaluate_retrieval(
     split: str,
     step: int,
-    scores: Scores | VectorScores | MatrixScores | Reranked,
+    scores: RetrievalScores,
+    ranks: Ranks,
     captions: Sequence[str],
     clip_names: Sequence[str],
-    text_audio_ids: Ids,
-    audio_ids: Ids,
-    *,
-    table: Ranks | None = None,
-    method: str = "every pair scored",
     grades: NDArray[np.floating] | None = None,
 ) -> EvaluationResult:
-    """Everything about scores [T, A]: captions [T], clip_names [A] (to show), ids as in `metrics.ranks`.
+    """The result of scores [T, A] with their ranks.
 
-    table: their ranks, where several processes have counted them. grades [T, A]: relevance, for `metrics.graded`.
+    captions [T] and clip_names [A] are shown in examples. grades [T, A]: relevance, for `metrics.graded`.
     """
-    found = scores if isinstance(scores, VectorScores | MatrixScores | Reranked) else MatrixScores(scores)
-    table = table or found.ranks(text_audio_ids, audio_ids)
-    first_text = np.unique(table.clip, return_index=True)[1]
+    first_text = np.unique(ranks.clip, return_index=True)[1]
     shown = first_text[_spread(len(first_text), NUM_PAIRS)]
     t2a = [
-        _example("t2a", captions[text], int(table.t2a[text]), found.row(text), clip_names, table.clip[text : text + 1])
+        _example("t2a", captions[text], int(ranks.t2a[text]), scores.row(text), clip_names, ranks.clip[text : text + 1])
         for text in _spread(len(captions), NUM_EXAMPLES)
     ]
     a2t = []
     for text in first_text[_spread(len(first_text), NUM_EXAMPLES // 2)]:
-        clip = table.clip[text]
-        relevant = np.flatnonzero(table.clip == clip)
-        rank = int(table.a2t[relevant].min())
-        a2t.append(_example("a2t", clip_names[clip], rank, found.column(clip), captions, relevant))
+        clip = ranks.clip[text]
+        relevant = np.flatnonzero(ranks.clip == clip)
+        rank = int(ranks.a2t[relevant].min())
+        a2t.append(_example("a2t", clip_names[clip], rank, scores.column(clip), captions, relevant))
     return EvaluationResult(
         split=split,
         step=step,
-        metrics=table.metrics() | ({} if grades is None else graded(found.lists(GRADED_AT), grades)),
-        intervals=bootstrap(table),
-        ranks=table,
-        excerpt=found.block(*map(torch.from_numpy, (shown, table.clip[shown]))).float().cpu().numpy(),
+        metrics=ranks.metrics() | ({} if grades is None else graded(scores.lists(GRADED_AT), grades)),
+        intervals=bootstrap(ranks),
+        ranks=ranks,
+        excerpt=scores.block(*map(torch.from_numpy, (shown, ranks.clip[shown]))).float().cpu().numpy(),
         excerpt_names=tuple(captions[text] for text in shown),
         examples=(*t2a, *a2t),
-        method=method,
+        method=scores.method,
     )
 
 
 def evaluate_labelled(
     split: str, step: int, scores: Scores, class_captions: Sequence[str], clip_names: Sequence[str], labels: Ids
 ) -> EvaluationResult:
-    """Zero-shot classification and class retrieval of scores [classes, audios]; labels [audios] are class indices."""
+    """Zero-shot classification and class retrieval of scores [classes, audios].
+
+    class_captions [classes] and clip_names [audios] are shown in examples. labels [audios]: class indices.
+    """
     table = label_ranks(scores, labels)
     matrix = torch.as_tensor(scores).detach()
     classes = np.unique(table.clip)[:NUM_CLASSES]
@@ -225,5 +218,5 @@ def _example(
 
 
 def _spread(count: int, wanted: int) -> NDArray[np.int64]:
-    """Indices spread evenly: examples are neither the best nor the first ones, and the same at every step."""
+    """Evenly spread indices, so that examples are not chosen by their scores and are the same at every step."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))

@@ -1,4 +1,4 @@
-"""The one number that makes a checkpoint the best: `evaluation.select` over the sets of `data.validation`."""
+"""`evaluation.select`: the metric of a set of `data.validation` that decides which checkpoint is the best."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.errors import UserError
 
-# In a labelled set captions are shared, so classes are what is asked for.
+# In a labelled set clips share captions, so its default is a metric of classes.
 DEFAULTS = ("class/mAP@10", "t2a/mAP@10")
 KNOWN = re.compile(r"(t2a|a2t)/(R@1|R@5|R@10|mAP@10|median_rank)|class/(R@1|mAP@10|mAP)|zero_shot/(accuracy|R@5|mAP)")
 OF_CLASSES = ("class/", "zero_shot/")
@@ -17,7 +17,7 @@ LOWER_IS_BETTER = "median_rank"
 
 
 def check_selection(select: str | None, sets: Sequence[str]) -> None:
-    """UserError if `select` names no metric that validation can give on one of the sets."""
+    """Raises UserError if `select` names no metric of a validation set; sets: names of the validation sets."""
     if select is None or not sets:
         return
     name, metric = _split(select, sets)
@@ -30,8 +30,10 @@ def check_selection(select: str | None, sets: Sequence[str]) -> None:
 
 
 def check_labels(select: str | None, sets: Mapping[str, ShardSet]) -> None:
-    """UserError if `select` is about classes and the first clip of its set has no label: before training, not after the
-    first epoch of it. sets: those of `check_selection`, opened."""
+    """Raises UserError if `select` is a metric of classes, but the first clip of its set has no label.
+
+    It is called before training starts. sets: the opened validation sets by name, as in `check_selection`.
+    """
     if select is None or not sets:
         return
     name, metric = _split(select, list(sets))
@@ -49,10 +51,11 @@ def check_labels(select: str | None, sets: Mapping[str, ShardSet]) -> None:
 
 
 def selection_score(found: Mapping[str, Mapping[str, float]], select: str | None) -> float:
-    """The selected metric, higher is better; found: metrics of each set by its name, in the configuration's order.
+    """The selected metric, negated if lower is better.
 
-    Without a set's name `select` is about the first set; None is mAP@10 of classes in a labelled set, else t2a/mAP@10.
-    Raises UserError if the set did not give that metric (zero-shot accuracy without labels, say).
+    found: metrics of each validation set by its name, in the order of the configuration. If `select` names no set, it
+    is a metric of the first set. If it is None, the metric is class/mAP@10 of a labelled set, else t2a/mAP@10. Raises
+    UserError if the set has no such metric (for example zero-shot accuracy without labels).
     """
     sets = list(found)
     if select is None:

@@ -1,1 +1,1 @@
-"""Teacher scores for distillation: their tables, how trained models write them (estimate), how models compare."""
+"""Teachers of an ensemble: teacher tables, the soft labels made from them, and the command that writes them."""

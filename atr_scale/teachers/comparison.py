@@ -1,4 +1,4 @@
-"""How the teachers of an ensemble do on a split, and how much they agree.
+"""Retrieval metrics of the teachers of an ensemble on a split, and the correlation of their scores.
 
 Shape suffixes: C captions, N clips, M models, P pairs.
 """
@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from atr_scale import plots
-from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
-from atr_scale.teachers.tables import TeacherTable, joined_vectors
+from atr_scale.evaluation.retrieval_scores import DualEncoderScores, RetrievalScores, ScoreMatrix
+from atr_scale.teachers.tables import TeacherTable, joined_embeddings
 
-NUM_CLIPS = 4096  # clips that retrieval is measured on, drawn where the split has more
-NUM_PAIRS = 250_000  # pairs that scores are correlated over: a standard error of 0.002
+NUM_CLIPS = 4096  # clips that retrieval is measured on; drawn if the split has more
+NUM_PAIRS = 250_000  # pairs that a correlation is computed from: its standard error is 0.002
 SEED = 0
 SHOWN = ("t2a/R@1", "t2a/R@5", "t2a/R@10", "t2a/mAP@10", "a2t/R@1", "a2t/R@10")
 Metrics = dict[str, float]
@@ -29,25 +30,23 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the models of an ensemble do on a split, and how much they agree.
+    """Retrieval metrics of the teachers of an ensemble on a split, and the Pearson correlation of their scores.
 
-    models, ensemble, without: retrieval of each model, of all together, and of all but the one named (of two or more).
-    correlation: Pearson, [M, M] in the models' order, over a sample of pairs; unmatched: without the captions' own
-    clips.
+    Correlations are [M, M], in the order of `models`, over a sample of pairs of a caption and a clip.
     """
 
     split: str
     num_clips: int
-    measured_clips: int
-    models: dict[str, Metrics]
-    ensemble: Metrics
-    without: dict[str, Metrics]
+    measured_clips: int  # clips that the metrics are computed on
+    models: dict[str, Metrics]  # of each teacher
+    ensemble: Metrics  # of all teachers together
+    without: dict[str, Metrics]  # of all except the named one; empty for a single teacher
     correlation: list[list[float]]
-    unmatched: list[list[float]]
-    num_pairs: int
+    unmatched: list[list[float]]  # correlation without the pairs of a caption and its own clip
+    num_pairs: int  # of the sample
 
     def table(self) -> str:
-        """Figures of all models and ensembles, in Markdown."""
+        """The metrics of all models and ensembles as a Markdown table."""
         rows = [(name, metrics) for name, metrics in self.models.items()]
         if self.without:
             rows.append(("**all**", self.ensemble))
@@ -61,7 +60,7 @@ class Comparison:
         return "\n".join(lines)
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write estimate.json (with `about` in it) and report.md with its picture."""
+        """Write estimate.json, with the entries of `about`, and report.md with its picture."""
         text = json.dumps({**about, **asdict(self)}, indent=2, ensure_ascii=False)
         (folder / "estimate.json").write_text(text + "\n", encoding="utf-8")
         (folder / "report.md").write_text("\n\n".join(self._report(folder)) + "\n", encoding="utf-8")
@@ -72,8 +71,8 @@ class Comparison:
             f"# Teacher scores of {self.split}",
             self.table(),
             f"Retrieval inside the split ({drawn}{self.num_clips} clips), on which the models may have been trained: "
-            "it says how sharp the targets are, not how good the models are on anything new. The score of several is "
-            "the mean of their scores.",
+            "it says how sharp the soft labels are, not how good the models are on new data. Several models together "
+            "have the mean of their scores.",
         ]
         if not self.without:
             return parts
@@ -105,10 +104,10 @@ class Comparison:
 
 
 def compare_teachers(tables: Sequence[TeacherTable], split: str) -> Comparison:
-    """Retrieval of each table, of their mean and of what is left without each; correlation of their scores.
+    """Compare the teacher tables of one split: each, all together, and all except each one.
 
-    Draws are seeded. Vectors are ranked without a score matrix; where a table holds scores, in memory: two matrices of
-    NUM_CLIPS clips and their captions.
+    Samples are drawn with a fixed seed. Tables of embeddings need no score matrix. If a table holds scores, two
+    matrices of NUM_CLIPS clips and their captions are in memory.
     """
     first, rng = tables[0], np.random.default_rng(SEED)
     num_clips, num_captions = len(first.clip_ids), len(first.caption_clip)
@@ -117,15 +116,15 @@ def compare_teachers(tables: Sequence[TeacherTable], split: str) -> Comparison:
     captions = torch.isin(first.caption_clip, first.clip_ids[clips]).nonzero().squeeze(1)
 
     def retrieval(members: Sequence[TeacherTable]) -> Metrics:
-        """Of the sum of the members' scores, which ranks as their mean."""
-        scores: VectorScores | MatrixScores
+        """Metrics of the sum of the members' scores, which has the same ranks as their mean."""
+        scores: RetrievalScores
         if all(table.is_dual_encoder for table in members):
-            scores = VectorScores(*joined_vectors(members, captions, clips))
+            scores = DualEncoderScores(*joined_embeddings(members, captions, clips))
         else:
             total = members[0].scores(captions, clips)
             for table in members[1:]:
                 total += table.scores(captions, clips)
-            scores = MatrixScores(total)
+            scores = ScoreMatrix(total)
         return scores.ranks(first.caption_clip[captions], first.clip_ids[clips]).metrics()
 
     models = {
@@ -154,6 +153,7 @@ def compare_teachers(tables: Sequence[TeacherTable], split: str) -> Comparison:
     )
 
 
-def _pairs(table: TeacherTable, rows: Tensor, columns: Tensor) -> np.ndarray:
+def _pairs(table: TeacherTable, rows: Tensor, columns: Tensor) -> NDArray[np.float64]:
+    """[P]: scores of pairs."""
     parts = zip(rows.split(8192), columns.split(8192), strict=True)
     return torch.cat([table.pairs(*part) for part in parts]).double().numpy()

@@ -1,4 +1,4 @@
-"""`atr-scale estimate`: the scores that trained models give a split, one table a model, and how the models compare."""
+"""`atr-scale estimate`: writes one teacher table for each trained model and compares the models."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from tqdm import tqdm
 
 from atr_scale.batch import stable_id
 from atr_scale.checkpoint import WEIGHTS, find_checkpoint, load_retriever
+from atr_scale.config import RunConfig
 from atr_scale.data import storage
 from atr_scale.data.shard_reader import ShardSet, open_shards
-from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.evaluation.embed import embed
+from atr_scale.evaluation.embed import embed, evaluating
+from atr_scale.evaluation.parallel import Parallel
 from atr_scale.evaluation.score import score
 from atr_scale.files import sha256_of
+from atr_scale.model import Retriever
 from atr_scale.teachers.comparison import Comparison, compare_teachers
 from atr_scale.teachers.tables import TeacherEnsemble, TeacherTable, shards_checksum
 from atr_scale.version import __version__
 
 logger = logging.getLogger(__name__)
 
-IDENTITY = ("config", "weights_sha256", "shards_sha256")  # a table that has these is this model's on this split
+IDENTITY = ("config", "weights_sha256", "shards_sha256")  # metadata that determines the values of a table
 
 
 def write_teacher_tables(
@@ -39,12 +41,12 @@ def write_teacher_tables(
     world: World,
     device: torch.device,
 ) -> Comparison | None:
-    """Write one table of teacher scores a run into `out`, then compare them; all ranks call this.
+    """Write the teacher table of every run into the folder `out`, then compare them; all processes call this.
 
-    runs: run folders or checkpoints. shards: the split. batch_size: clips embedded at once, default each run's own.
-    plugins: modules that the runs' configurations need.
-    A table that is there is kept where it is of the same weights and shards. Returns the comparison on the main rank.
-    Raises UserError where a model or the shards are not there, or where two models would have one name.
+    runs: run folders or checkpoints. shards: location of the split. batch_size: clips embedded at once; default
+    evaluation.batch_size of each run. plugins: modules that the configurations of the runs need.
+    An existing table of the same weights and shards is kept. Returns the comparison on the main rank, None elsewhere.
+    Raises UserError if a model or the shards do not exist, or if two models have the same name.
     """
     folders = _by_name(runs)
     opened = open_shards(shards)
@@ -57,15 +59,18 @@ def write_teacher_tables(
         paths.append(out / f"{name}.safetensors")
         metadata = _metadata(folder, opened)
         if world.gather_objects(world.is_main and _is_current(paths[-1], metadata))[0]:
-            say("%s is there and is kept", paths[-1])
+            say("%s exists and is kept", paths[-1])
             continue
         say("model %d of %d: %s", number + 1, len(folders), name)
-        table = _table(name, folder, opened, metadata, batch_size, plugins, world, device)
+        model, config, _ = load_retriever(folder, plugins)
+        if batch_size is not None:
+            config.evaluation.batch_size = batch_size
+        table = teacher_table(name, model.to(device), opened, config, Parallel(world, device), metadata)
         if world.is_main:
             table.save(out)
         spent += time.monotonic() - start
         left = tqdm.format_interval(spent / len(paths) * (len(folders) - len(paths)))
-        say("%s written, ETA of the others %s", paths[-1], left)
+        say("%s is written, the others take about %s", paths[-1], left)
     if not world.is_main:
         return None
     tables = TeacherEnsemble.read(paths).tables
@@ -78,14 +83,15 @@ def write_teacher_tables(
 
 
 def _by_name(runs: Sequence[str]) -> dict[str, Path]:
-    """The checkpoint folder of each run, by the name of its run folder. UserError where two have the same name."""
+    """The checkpoint folder of each run, by the name of its run folder. UserError if two have the same name."""
     found: dict[str, Path] = {}
     for run in runs:
         folder = find_checkpoint(run)
         name = folder.parent.parent.name if folder.parent.name == "checkpoints" else folder.name
         if name in found:
             raise UserError(
-                f"{run} and {found[name]} would both be the table {name}: give models of different runs, or --out each"
+                f"{run} and {found[name]} would both write the teacher table {name}: give models of different runs, or "
+                "each its own --out"
             )
         found[name] = folder
     return found
@@ -115,42 +121,27 @@ def _is_current(path: Path, metadata: dict[str, str]) -> bool:
     return all(found.get(key) == metadata[key] for key in IDENTITY)
 
 
-def _table(
-    name: str,
-    folder: Path,
-    shards: ShardSet,
-    metadata: dict[str, str],
-    batch_size: int | None,
-    plugins: Sequence[str],
-    world: World,
-    device: torch.device,
+def teacher_table(
+    name: str, model: Retriever, shards: ShardSet, config: RunConfig, parallel: Parallel, metadata: dict[str, str]
 ) -> TeacherTable:
-    """What the model in `folder` says of a split, on every rank."""
-    model, config, _ = load_retriever(folder, plugins)
-    model.to(device).eval()
-    batch_size = batch_size or config.evaluation.batch_size
-    embedded = embed(
-        model,
-        shards,
-        caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
-        batch_size=batch_size,
-        seconds=config.data.evaluation_seconds,
-        world=world,
-        device=device,
-    )
-    if embedded.dropped:
-        logger.warning("%s: unreadable and left out: %s", shards.location, dict(embedded.dropped))
+    """The teacher table of a model for a split, on every process; all of them call this.
+
+    Raises UserError if a value is not finite, or if the shards hold a clip twice.
+    """
+    embedded = embed(model, shards, config, parallel)
     if model.scorer.is_dual_encoder:
         values = {"text": embedded.text.pooled, "audio": embedded.audio.pooled}
     else:
-        scores = score(model.scorer, embedded.text, embedded.audio, batch_size=batch_size, world=world, device=device)
+        with evaluating(model):
+            batch_size = config.evaluation.batch_size
+            scores = score(model.scorer, embedded.text, embedded.audio, batch_size=batch_size, parallel=parallel)
         values = {"scores": scores}
     values = {key: value.half() for key, value in values.items()}
     if not all(value.isfinite().all() for value in values.values()):
-        raise UserError(f"{folder} gives values that are not finite, for it has diverged: give another checkpoint")
+        raise UserError(f"the model {name} gives values that are not finite, it has diverged: give another checkpoint")
     ids = torch.tensor([stable_id(clip) for clip in embedded.clip_ids])
     if len(ids.unique()) < len(ids):
-        raise UserError(f"{shards.location} holds a clip twice: build its shards with one sample a clip")
+        raise UserError(f"{shards.location} holds a clip twice: build its shards with one sample for each clip")
     owner = torch.from_numpy(embedded.owner)
     first = torch.searchsorted(owner, torch.arange(len(ids)))
     index = torch.arange(len(owner)) - first[owner]

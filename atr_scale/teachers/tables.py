@@ -1,9 +1,10 @@
-"""Teacher scores of a split, kept in tables: the soft labels of distillation (estimated audio-caption correspondences,
-arXiv 2408.11641).
+"""Teacher tables: files with the embeddings or scores of teachers for a split, from which soft labels are computed.
+
+Source: distillation with estimated audio-caption correspondences, arXiv 2408.11641.
 
 Shape suffixes: C captions and N clips of the split, B texts of the global batch, b rows of this rank, d width.
 
-A caption's key is (clip id, index among its clip's captions), never its text, which clips may share.
+A caption is identified by (clip id, index among the captions of the clip), never by its text, which clips may share.
 """
 
 from __future__ import annotations
@@ -32,22 +33,23 @@ from atr_scale.score_block import EmbeddingScores, ScoreBlock, StoredScores, at_
 logger = logging.getLogger(__name__)
 
 KEYS = ("clip_ids", "caption_clip", "caption_index")
-VECTORS, SCORES = {"text", "audio"}, {"scores"}
+EMBEDDINGS, SCORES = {"text", "audio"}, {"scores"}
 CHECKSUM = "tensors_sha256"
-SPOT_CHECKS = 64  # samples of foreign shards that are looked up before training starts
+SPOT_CHECKS = 64  # samples of unknown shards that are looked up before training starts
 REMEDY = "run `atr-scale estimate` on the shards of data.train"
 
 
 @dataclass(frozen=True)
 class TeacherTable:
-    """The scores that one model gives the captions and clips of a split; on disk `<name>.safetensors`.
+    """Embeddings or scores of one teacher for the captions and clips of a split; on disk `<name>.safetensors`.
 
     clip_ids:      [N] int64, `stable_id` of every clip, each once.
     caption_clip:  [C] int64, the clip id of every caption.
-    caption_index: [C] int64, its index among its clip's captions.
-    values:        "text" [C, d] and "audio" [N, d], unit vectors; or "scores" [C, N] of a scorer of pairs. fp16: a
-                   cosine of two such vectors is exact to 5e-5 for d = 1024, a score below 1 to 2.5e-4.
-    metadata:      which model and which shards, as `atr-scale estimate` writes them.
+    caption_index: [C] int64, the index of every caption among the captions of its clip.
+    values:        of a dual encoder embeddings of unit length, "text" [C, d] and "audio" [N, d]; of a pairwise scorer
+                   "scores" [C, N]. fp16: the score of two embeddings is exact to 5e-5 for d = 1024, a stored score
+                   below 1 to 2.5e-4.
+    metadata:      model and shards, as `atr-scale estimate` writes them.
     """
 
     name: str
@@ -59,28 +61,28 @@ class TeacherTable:
 
     @property
     def is_dual_encoder(self) -> bool:
-        """Whether it holds vectors."""
-        return self.values.keys() == VECTORS
+        """Whether it holds embeddings."""
+        return self.values.keys() == EMBEDDINGS
 
     def scores(self, captions: Tensor, clips: Tensor, device: torch.device | str = "cpu") -> Tensor:
-        """[c, n], at least fp32: rows `captions` [c] against rows `clips` [n], both int64."""
+        """[c, n], at least fp32: scores of the rows `captions` [c] with the rows `clips` [n], both int64."""
         if self.is_dual_encoder:
-            text, audio = self.vectors("text", captions, device), self.vectors("audio", clips, device)
+            text, audio = self.embeddings("text", captions, device), self.embeddings("audio", clips, device)
             return text @ audio.T
         return at_least_fp32(self.values["scores"][captions[:, None], clips].to(device))
 
     def pairs(self, captions: Tensor, clips: Tensor) -> Tensor:
-        """[p], at least fp32: row captions[k] against row clips[k]."""
+        """[p], at least fp32: scores of row captions[k] with row clips[k]."""
         if self.is_dual_encoder:
-            return (self.vectors("text", captions) * self.vectors("audio", clips)).sum(1)
+            return (self.embeddings("text", captions) * self.embeddings("audio", clips)).sum(1)
         return at_least_fp32(self.values["scores"][captions, clips])
 
-    def vectors(self, side: str, rows: Tensor, device: torch.device | str = "cpu") -> Tensor:
-        """[c, d], at least fp32: these rows of "text" or "audio"."""
+    def embeddings(self, side: str, rows: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """[c, d], at least fp32: embeddings of these rows; side: "text" or "audio"."""
         return at_least_fp32(self.values[side][rows].to(device))
 
     def save(self, folder: str | Path) -> Path:
-        """Write `<name>.safetensors`, whole or not at all; returns its path."""
+        """Write `<name>.safetensors` atomically; returns its path."""
         path = Path(folder) / f"{self.name}.safetensors"
         tensors = {name: getattr(self, name) for name in KEYS} | self.values
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -90,17 +92,17 @@ class TeacherTable:
 
     @staticmethod
     def read(path: str | Path) -> TeacherTable:
-        """UserError where there is no file, or it is damaged, or it is no such table."""
+        """Read a file that `save` wrote. Raises UserError if there is none, if it is damaged or no teacher table."""
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except OSError:
-            raise UserError(f"no table of teacher scores at {path}: {REMEDY}") from None
+            raise UserError(f"no teacher table at {path}: {REMEDY}") from None
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}): {REMEDY} again") from None
-        if CHECKSUM not in metadata or set(tensors) not in ({*KEYS, *VECTORS}, {*KEYS, *SCORES}):
-            raise UserError(f"{path} is no table of teacher scores: {REMEDY}")
+        if CHECKSUM not in metadata or set(tensors) not in ({*KEYS, *EMBEDDINGS}, {*KEYS, *SCORES}):
+            raise UserError(f"{path} is no teacher table: {REMEDY}")
         if metadata.pop(CHECKSUM) != _checksum(tensors):
             raise UserError(f"{path} is damaged (another checksum): {REMEDY} again")
         keys = {name: tensors.pop(name) for name in KEYS}
@@ -108,9 +110,9 @@ class TeacherTable:
 
 
 class TeacherEnsemble:
-    """The mean of the scores of several tables of one split, for what lands in a batch.
+    """The mean of the scores of several teacher tables of one split, as soft labels of a batch.
 
-    Raises UserError where the tables are of different splits.
+    Raises UserError if the tables are of different splits.
     """
 
     def __init__(self, tables: Sequence[TeacherTable]) -> None:
@@ -118,7 +120,7 @@ class TeacherEnsemble:
         for other in others:
             if not all(torch.equal(getattr(first, key), getattr(other, key)) for key in KEYS):
                 raise UserError(
-                    f"the tables {first.name} and {other.name} are of different splits: "
+                    f"the teacher tables {first.name} and {other.name} are of different splits: "
                     "write both with one `atr-scale estimate`"
                 )
         self.tables = tables
@@ -128,18 +130,24 @@ class TeacherEnsemble:
 
     @staticmethod
     def read(paths: Sequence[str | Path]) -> TeacherEnsemble:
+        """The ensemble of these files. Raises UserError like `TeacherTable.read`."""
         return TeacherEnsemble([TeacherTable.read(path) for path in paths])
 
     def check(self, shards: ShardSet) -> None:
-        """UserError where the tables are not about `shards`.
+        """Raises UserError if the tables were made from other clips than those of `shards`.
 
-        Shards with the manifest that the tables were made from are known to the last sample. Of others a few samples
-        are read, for clip ids are in the samples alone; what they miss, `block` says when it lands in a batch.
+        Shards with the same manifest as those of the tables hold the same samples. Of other shards a few samples are
+        read, because only samples hold clip ids. If they miss an unknown caption, `block` reports it once it is in a
+        batch.
         """
         if shards_checksum(shards) == self.tables[0].metadata.get("shards_sha256"):
             return
         made_from = self.tables[0].metadata.get("shards")
-        logger.info("%s: its tables are of other shards (%s), clips are told by their ids", shards.location, made_from)
+        logger.info(
+            "%s: its teacher tables are of other shards (%s), clips are matched by their ids",
+            shards.location,
+            made_from,
+        )
         for row in np.unique(np.linspace(0, len(shards) - 1, SPOT_CHECKS).astype(int)).tolist():
             try:
                 clip_id, captions, _ = shards.read_text(row)
@@ -150,10 +158,11 @@ class TeacherEnsemble:
                     raise self._unknown(f"caption {index} of {clip_id} in {shards.location}")
 
     def block(self, batch: Batch, world: World | None = None) -> ScoreBlock:
-        """Scores [B, b] of all captions of the global batch against this rank's clips; all ranks call this.
+        """Scores [B, b] of all captions of the global batch with this rank's clips; all ranks call this.
 
-        The mean is that of the members' scores, before temperature and softmax. Tables of vectors stay vectors: all
-        members' side by side. UserError on every rank where one of them holds an unknown caption.
+        They are the mean of the teachers' scores, before temperature and softmax. If all tables hold embeddings, the
+        block holds the embeddings of all teachers, concatenated. Raises UserError on every rank if a caption of any
+        rank is unknown.
         """
         world = world or World.current()
         keys = torch.stack([batch.clip_ids, batch.caption_index], 1).tolist()
@@ -165,7 +174,7 @@ class TeacherEnsemble:
         clips = torch.tensor([self._clips[clip] for clip, _ in keys])
         device, members = batch.clip_ids.device, len(self.tables)
         if all(table.is_dual_encoder for table in self.tables):
-            text, audio = joined_vectors(self.tables, captions, clips, device)
+            text, audio = joined_embeddings(self.tables, captions, clips, device)
             return EmbeddingScores(text / members, audio, world)
         total = sum(table.scores(captions, clips, device) for table in self.tables)
         assert isinstance(total, Tensor)
@@ -173,19 +182,19 @@ class TeacherEnsemble:
 
     def _unknown(self, what: str) -> UserError:
         names = ", ".join(table.name for table in self.tables)
-        return UserError(f"{what} is not in the tables of teacher scores ({names}): {REMEDY}")
+        return UserError(f"{what} is not in the teacher tables ({names}): {REMEDY}")
 
 
-def joined_vectors(
+def joined_embeddings(
     tables: Sequence[TeacherTable], captions: Tensor, clips: Tensor, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """[c, d], [n, d]: the vectors of all tables side by side, whose products are the sums of the tables' scores."""
-    text = torch.cat([table.vectors("text", captions, device) for table in tables], 1)
-    return text, torch.cat([table.vectors("audio", clips, device) for table in tables], 1)
+    """([c, d], [n, d]): embeddings of all tables, concatenated. Their products are the sums of the tables' scores."""
+    text = torch.cat([table.embeddings("text", captions, device) for table in tables], 1)
+    return text, torch.cat([table.embeddings("audio", clips, device) for table in tables], 1)
 
 
 def shards_checksum(shards: ShardSet) -> str:
-    """sha256 of what the shards' manifest says, or of their index where they have none."""
+    """sha256 of the manifest of the shards, or of their index if they have no manifest."""
     index = {"names": shards.names, "keys": shards.keys, "stop": shards.stop.tolist()}
     return hashlib.sha256(json.dumps(shards.manifest or index, sort_keys=True).encode()).hexdigest()
 

@@ -15,6 +15,7 @@ from atr_scale.data.shard_reader import ShardSet
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.distributed.world import World
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
+from atr_scale.evaluation.parallel import Parallel
 from atr_scale.model import Retriever
 from atr_scale.training.monitor import Monitor, Player, RetrievedClips
 
@@ -48,10 +49,7 @@ class Validator:
             self.config,
             split=name,
             step=step,
-            world=self.world,
-            device=self.device,
-            tokenizer=self.tokenizer,
-            lockstep=self.config.train.zero_stage == 3,
+            parallel=Parallel(self.world, self.device, lockstep=self.config.train.zero_stage == 3),
         )
         self.monitor.evaluation(step, name, evaluation.metrics)
         for result in evaluation.results:

@@ -16,12 +16,14 @@ from atr_scale.batch import TokenSequence
 from atr_scale.config import RunConfig
 from atr_scale.data.shard_builder import build_shards
 from atr_scale.data.shard_reader import open_shards
-from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
-from atr_scale.evaluation import rank_counts
+from atr_scale.evaluation import ranks as ranks_module
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
 from atr_scale.evaluation.metrics import ranks
-from atr_scale.evaluation.score import rerank
+from atr_scale.evaluation.parallel import Parallel
+from atr_scale.evaluation.ranks import embedding_ranks
+from atr_scale.evaluation.rerank import rerank
+from atr_scale.evaluation.retrieval_scores import DualEncoderScores
 from atr_scale.model import Retriever
 from atr_scale.scorers import build_scorer
 from tests.tiny_run import tiny_config
@@ -100,10 +102,7 @@ def run(config: RunConfig, split: str, batch_size: int, lockstep: bool, scorer: 
         changed,
         split=split,
         step=7,
-        world=World.current(),
-        device=torch.device("cpu"),
-        tokenizer=caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
-        lockstep=lockstep,
+        parallel=Parallel(World.current(), lockstep=lockstep),
     )
     assert model.training, "the model is left as it was"
     return found
@@ -191,11 +190,11 @@ def count_ranks() -> list[np.ndarray]:
     owner = np.sort(rng.integers(0, 90, 150))
     wanted = ranks(text @ audio.T, owner, np.arange(90))
     differences = []
-    for precision in ("fp32", "bf16"):
+    for few in (2, 128):
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in (("ROWS", 16), ("COLUMNS", 32), ("BYTES", 4)):
-                patch.setattr(rank_counts, name, value)
-            found = rank_counts.vector_ranks(text, audio, owner, np.arange(90), World.current(), precision)
+            for name, value in (("ROWS", 16), ("COLUMNS", 32), ("FEW", few)):
+                patch.setattr(ranks_module, name, value)
+            found = embedding_ranks(text, audio, owner, np.arange(90), World.current())
         differences += [found.t2a - wanted.t2a, found.a2t - wanted.a2t]
     return differences
 
@@ -212,9 +211,9 @@ def rerank_queries() -> list[np.ndarray]:
     text, audio = (torch.randn(n, 5, 8, generator=generator) for n in (7, 2))
     left, right = (TokenSequence(x, torch.ones(x.shape[:2], dtype=torch.bool), x.mean(1)) for x in (text, audio))
     torch.manual_seed(0)
-    scorer, first = build_scorer("tap", dim=8).eval(), rank_counts.VectorScores(left.pooled, right.pooled)
+    scorer, first = build_scorer("tap", dim=8).eval(), DualEncoderScores(left.pooled, right.pooled)
     world, owner = World.current(), np.arange(7) % 2
-    found = rerank(scorer, left, right, first, 2, world=world, device=torch.device("cpu"))
+    found = rerank(scorer, left, right, first, 2, Parallel(world))
     table = found.ranks(owner, np.arange(2), world)
     everything = scorer.scores(left, right).detach()
     wanted = ranks(everything, owner, np.arange(2))

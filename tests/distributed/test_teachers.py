@@ -146,7 +146,7 @@ def test_ranks_equal_one_process(config: RunConfig, alone: dict[str, Any], size:
     *others, last = [said for _, said in ranks]
     assert re.match(r"caption [34] of clip \d+ is not", last) and "run `atr-scale estimate`" in last
     assert {said.split(":")[0] for said in others} == {
-        "a caption of another rank is not in the tables of teacher scores (one, two)"
+        "a caption of another rank is not in the teacher tables (one, two)"
     }
 
 

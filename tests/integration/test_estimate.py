@@ -18,10 +18,9 @@ from safetensors.torch import load_file
 from atr_scale import cli
 from atr_scale.checkpoint import load_retriever
 from atr_scale.data.shard_reader import open_shards
-from atr_scale.data.tokenizer import caption_tokenizer
-from atr_scale.distributed.world import World
 from atr_scale.evaluation.embed import embed
 from atr_scale.evaluation.metrics import retrieval_metrics
+from atr_scale.evaluation.parallel import Parallel
 from atr_scale.teachers.tables import TeacherTable
 from tests.distributed.test_evaluation import write_split
 from tests.tiny import read_training
@@ -79,15 +78,7 @@ def test_tables_hold_what_the_models_say(place: Path) -> None:
     shards = open_shards(str(place / "inputs" / "train" / "shards"))
     for name, scorer in RUNS.items():
         model, config, folder = load_retriever(place / "runs" / name)
-        embedded = embed(
-            model,
-            shards,
-            caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
-            batch_size=4,
-            seconds=30.0,
-            world=World(),
-            device=torch.device("cpu"),
-        )
+        embedded = embed(model.eval(), shards, config, Parallel())
         found = table(place, name)
         with torch.no_grad():
             pairwise = scorer == "tap"
@@ -156,15 +147,15 @@ def test_mistakes_are_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, cap
     lines = {
         ("estimate", "nowhere", *ESTIMATE[4:]): "no checkpoint at nowhere",
         ("estimate", "runs/first", "--shards", "nowhere", "--out", "x"): "no shards in nowhere",
-        ("estimate", "runs/first", "runs/first", *ESTIMATE[4:]): "would both be the table first",
+        ("estimate", "runs/first", "runs/first", *ESTIMATE[4:]): "would both write the teacher table first",
         ("estimate", "runs/first", "--shards", "inputs/train/shards", "--out", "run.yaml"): "cannot create run.yaml",
-        (*distil, "objective.distillation.tables=[nowhere.safetensors]"): "no table of teacher scores at nowhere",
+        (*distil, "objective.distillation.tables=[nowhere.safetensors]"): "no teacher table at nowhere",
         (*distil, "objective.distillation.tables=[run.yaml]"): "run.yaml is damaged",
         (
             *distil,
             "objective.distillation.tables=[tables/first.safetensors]",
             "data.train[0].shards=sounds/shards",
-        ): "is not in the tables of teacher scores (first): run `atr-scale estimate`",
+        ): "is not in the teacher tables (first): run `atr-scale estimate`",
     }
     for line, words in lines.items():
         assert call(monkeypatch, place, *line) == 2, line

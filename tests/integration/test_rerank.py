@@ -11,12 +11,9 @@ import torch
 
 from atr_scale.checkpoint import load_retriever
 from atr_scale.data.shard_reader import open_shards
-from atr_scale.data.tokenizer import caption_tokenizer
-from atr_scale.distributed.world import World
-from atr_scale.evaluation import lists, rank_counts
-from atr_scale.evaluation.coarse import levels
 from atr_scale.evaluation.embed import embed
 from atr_scale.evaluation.metrics import retrieval_metrics
+from atr_scale.evaluation.parallel import Parallel
 from atr_scale.evaluation.result import EvaluationResult
 from tests.integration.test_estimate import call
 from tests.tiny_run import save_run, tiny_config
@@ -39,15 +36,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def matrix(place: Path, name: str) -> np.ndarray:
     """[captions, clips] of a run, every pair scored."""
     model, config, _ = load_retriever(place / "runs" / name)
-    embedded = embed(
-        model.eval(),
-        open_shards(str(place / "inputs" / "validation" / "shards")),
-        caption_tokenizer(model.text_encoder.tokenizer, config.data.captions),
-        batch_size=4,
-        seconds=config.data.evaluation_seconds,
-        world=World(),
-        device=torch.device("cpu"),
-    )
+    shards = open_shards(str(place / "inputs" / "validation" / "shards"))
+    embedded = embed(model.eval(), shards, config, Parallel())
     with torch.no_grad():
         if model.scorer.is_dual_encoder:
             return (embedded.text.pooled @ embedded.audio.pooled.T).numpy()
@@ -62,17 +52,11 @@ def reranked(first: np.ndarray, exact: np.ndarray) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize(("second", "precision"), [("cross", "fp32"), ("tap", "bf16")])
-def test_the_command_re_ranks_and_says_so(
-    place: Path, second: str, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    for module in (rank_counts, lists):
-        monkeypatch.setattr(module, "levels", lambda *given: asked.append(given[-1]) or levels(*given))
+@pytest.mark.parametrize("second", ["cross", "tap"])
+def test_the_command_re_ranks_and_says_so(place: Path, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
     line: tuple[str, ...] = ("evaluate", f"runs/{second}", "--split", "validation", "--out", f"out/{second}")
-    line = (*line, "--rerank", str(CANDIDATES), "--candidates", "runs/dual", "--precision", precision)
+    line = (*line, "--rerank", str(CANDIDATES), "--candidates", "runs/dual")
     assert call(monkeypatch, place, *line) == 0
-    assert asked == [precision] * 3, "candidates of both sides and ranks"
     out = place / "out" / second
     found = EvaluationResult.load(out / "evaluation-validation.json")
     first, exact = matrix(place, "dual"), matrix(place, second)
@@ -94,7 +78,6 @@ def test_the_command_re_ranks_and_says_so(
             "cannot choose candidates: give --candidates a run with one of",
         ),
         (("--rerank", "4", "--candidates", "runs/nowhere"), "runs/nowhere"),
-        (("--precision", "int8"), "evaluation.precision"),
         (("--rerank", "4"), "needs both --rerank K and --candidates RUN"),
         (("--candidates", "runs/dual"), "needs both --rerank K and --candidates RUN"),
     ],

@@ -51,7 +51,7 @@ def test_reasons_of_unusable_samples(page: str) -> None:
     for path in (ROOT / "atr_scale" / "data").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "BadSample":
-                reasons |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set()
+                reasons |= {str(node.args[0].value)} if isinstance(node.args[0], ast.Constant) else set()
     assert len(reasons) > 15
     assert reasons == first_column(section(page, "Checking shards")) - {"reason"}
 

@@ -145,7 +145,7 @@ def test_relevance_is_read_by_evaluation_and_one_for_a_captions_own_clip(demo: P
     grades = read_relevance(demo / "relevance" / "audiocaps-test.npz", shards, embedded)
     assert grades.shape == (20, 4) and 0 <= grades.min() < 0.5
     assert grades[np.arange(20), embedded.owner].tolist() == [1.0] * 20
-    with pytest.raises(UserError, match="is it of another split"):
+    with pytest.raises(UserError, match="give the file of this split"):
         read_relevance(demo / "relevance" / "clotho-evaluation.npz", shards, embedded)
 
 

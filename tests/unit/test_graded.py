@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from atr_scale.batch import TokenSequence
-from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.evaluation import lists
+from atr_scale.evaluation import ranks as ranks_module
 from atr_scale.evaluation.metrics import GRADED_AT, graded, ranks
-from atr_scale.evaluation.rank_counts import MatrixScores, VectorScores
+from atr_scale.evaluation.parallel import Parallel
 from atr_scale.evaluation.relevance import read_relevance
-from atr_scale.evaluation.score import rerank, score
+from atr_scale.evaluation.rerank import rerank
+from atr_scale.evaluation.retrieval_scores import DualEncoderScores, ScoreMatrix
+from atr_scale.evaluation.score import score
 from atr_scale.scorers import build_scorer
 from tools.bench.measure import peak_mib
 
@@ -46,9 +47,9 @@ def test_graded_metrics_equal_a_loop() -> None:
     scores = rng.integers(0, 5, (20, 40)).astype(np.float32)  # many ties
     grades = rng.choice([0, 0, 0, 0.3, 0.7, 1], (20, 40)).astype(np.float32)
     grades[3] = 0
-    found = graded(MatrixScores(scores).lists(GRADED_AT), grades)
+    found = graded(ScoreMatrix(scores).lists(GRADED_AT), grades)
     assert (found["t2a/mAP@16"], found["t2a/nDCG@16"]) == pytest.approx(by_hand(scores, grades), rel=1e-6)
-    perfect = graded(MatrixScores(grades).lists(GRADED_AT)[:3], grades[:3])
+    perfect = graded(ScoreMatrix(grades).lists(GRADED_AT)[:3], grades[:3])
     assert perfect["t2a/nDCG@16"] == pytest.approx(1.0)
 
 
@@ -63,7 +64,7 @@ def test_the_list_of_dcase(tmp_path: Path) -> None:
     )
     assert read_relevance(path, shards, embedded).tolist() == [[1, 1, 0], [0, 0, 1], [0, 0, 0]]
     path.write_text("query,audio_filenames\nanother,a.wav;b.wav\n")
-    with pytest.raises(UserError, match="of another split"):
+    with pytest.raises(UserError, match="give the file of this split"):
         read_relevance(path, shards, embedded)
     path.write_text("text,clips\nA cat.,a\n")
     with pytest.raises(UserError, match="it needs query and audio_filenames"):
@@ -132,8 +133,8 @@ NEEDS = (
         (changed(grades=np.full((6, 4), 1.5)), "grades outside of 0 to 1"),
         (changed(caption_index=np.zeros(6, np.int64)), "names a clip or a caption twice"),
         (changed(clip_ids=np.array(["c/3", "c/1", "c/0", "c/0"])), "names a clip or a caption twice"),
-        (changed(clip_ids=np.array(["c/3", "c/4", "c/0", "c/2"])), r"not know 1 clips .*test \(c/1, for one\)"),
-        (changed(caption_index=np.array([1, 0, 0, 7, 1, 0])), r"not know 1 .*\(caption 0 of c/1, for one\)"),
+        (changed(clip_ids=np.array(["c/3", "c/4", "c/0", "c/2"])), r"lacks 1 clips .*test \(for example c/1\)"),
+        (changed(caption_index=np.array([1, 0, 0, 7, 1, 0])), r"lacks 1 .*\(for example caption 0 of c/1\)"),
         (changed(grades=np.zeros((6, 4))), "grades no caption and clip of shards/c/test"),
     ],
 )
@@ -180,7 +181,7 @@ def test_pairs_are_scored_in_batches(batch_size: int) -> None:
     torch.manual_seed(0)
     scorer = build_scorer("tap", dim=8).eval()
     text, audio = sequences(6, 11)
-    found = score(scorer, text, audio, batch_size=batch_size, world=World(), device=torch.device("cpu"))
+    found = score(scorer, text, audio, batch_size=batch_size, parallel=Parallel())
     torch.testing.assert_close(found, scorer.scores(text, audio).detach())
 
 
@@ -195,7 +196,7 @@ def matrices(first: np.ndarray, exact: np.ndarray, candidates: int) -> tuple[np.
     return both[0], both[1].T
 
 
-@pytest.mark.parametrize("kind", ["vectors", "matrix", "all equal"])
+@pytest.mark.parametrize("kind", ["embeddings", "matrix", "all equal"])
 @pytest.mark.parametrize("candidates", [1, 4, 11])
 def test_reranked_ranks_and_lists_are_those_of_the_matrix(kind: str, candidates: int) -> None:
     """Candidates of equal new scores, too: the second stage gives a few levels alone."""
@@ -208,8 +209,8 @@ def test_reranked_ranks_and_lists_are_those_of_the_matrix(kind: str, candidates:
     left, right = torch.randint(-2, 3, (14, 4)) / 8, torch.randint(-2, 3, (11, 4)).float()
     if kind == "all equal":
         left = left * 0
-    first = MatrixScores(left @ right.T) if kind == "matrix" else VectorScores(left, right)
-    found = rerank(scorer, text, audio, first, candidates, world=World(), device=torch.device("cpu"))
+    first = ScoreMatrix(left @ right.T) if kind == "matrix" else DualEncoderScores(left, right)
+    found = rerank(scorer, text, audio, first, candidates, Parallel())
     by_text, by_audio = matrices((left @ right.T).numpy(), exact.numpy(), candidates)
     ranked = found.ranks(owner, clips)
     assert ranked.t2a.tolist() == ranks(by_text, owner, clips).t2a.tolist()
@@ -241,10 +242,10 @@ def test_reranking_scores_the_candidates_alone(monkeypatch: pytest.MonkeyPatch) 
     text, audio = (TokenSequence(v.new_zeros(num, 0, 8), torch.ones(num, 0, dtype=torch.bool), v) for v in vectors)
 
     def run() -> None:
-        found = rerank(scorer, text, audio, VectorScores(*vectors), wanted, world=World(), device=torch.device("cpu"))
+        found = rerank(scorer, text, audio, DualEncoderScores(*vectors), wanted, Parallel())
         found.ranks(np.arange(num), np.arange(num))
         found.lists(16)
 
-    monkeypatch.setattr(lists, "SCORES", 1 << 20)
+    monkeypatch.setattr(ranks_module, "SCORES", 1 << 20)
     assert peak_mib(run) < num * num * 4 / 2**20
     assert set(asked) == {(1, wanted), (wanted, 1)}

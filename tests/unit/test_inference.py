@@ -18,9 +18,9 @@ import torch
 import atr_scale
 from atr_scale import checkpoint
 from atr_scale.data.shard_reader import open_shards
-from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import embed
+from atr_scale.evaluation.parallel import Parallel
 from atr_scale.inference import TrainedModel
 from tests.tiny_run import save_run, tiny_config
 
@@ -69,9 +69,7 @@ def test_vectors_are_unit_float32_whatever_the_batch(model: TrainedModel, clips:
 
 def test_vectors_are_those_that_evaluation_uses(model: TrainedModel, place: Path) -> None:
     shards = open_shards(str(place / "train" / "shards"))
-    found = embed(
-        model.module, shards, model.tokenizer, batch_size=4, seconds=30.0, world=World(), device=torch.device("cpu")
-    )
+    found = embed(model.module, shards, model.config, Parallel())
     files = [place / "train" / "corpus" / "audio" / Path(clip).name for clip in found.clip_ids]
     files = [file if file.suffix else file.with_suffix(".wav") for file in files]
     assert np.allclose(model.embed_audio(files), found.audio.pooled.numpy(), atol=1e-6)

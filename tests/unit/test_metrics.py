@@ -255,5 +255,5 @@ def test_a_perfect_class_list_scores_one_however_many_clips() -> None:
 
 
 def test_a_label_without_class_is_named() -> None:
-    with pytest.raises(UserError, match="label 3 of clip 1 is none of the 3 classes"):
+    with pytest.raises(UserError, match="label 3 of clip 1 is not one of the 3 classes"):
         label_ranks(np.zeros((3, 2)), np.array([0, 3]))

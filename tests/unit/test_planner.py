@@ -283,5 +283,5 @@ def test_a_dry_run_reads_what_the_job_starts_from(config: RunConfig) -> None:
         dry_run(config.model_copy(update={"train": train}), 1)
     objective = config.objective.model_copy(deep=True)
     objective.distillation.weight, objective.distillation.tables = 1.0, ["missing.safetensors"]
-    with pytest.raises(UserError, match="no table of teacher scores at missing"):
+    with pytest.raises(UserError, match="no teacher table at missing"):
         dry_run(config.model_copy(update={"objective": objective}), 1)

@@ -16,8 +16,22 @@ from atr_scale.errors import UserError
 from atr_scale.evaluation.metrics import retrieval_metrics
 from atr_scale.evaluation.report import write_report
 from atr_scale.evaluation.result import EvaluationResult, evaluate_labelled, evaluate_retrieval
+from atr_scale.evaluation.retrieval_scores import ScoreMatrix
 
 NUM_CLIPS = 40
+
+
+def of_matrix(
+    split: str,
+    step: int,
+    matrix: np.ndarray,
+    captions: list[str],
+    names: list[str],
+    owner: np.ndarray,
+    ids: np.ndarray,
+) -> EvaluationResult:
+    scores = ScoreMatrix(matrix)
+    return evaluate_retrieval(split, step, scores, scores.ranks(owner, ids), captions, names)
 
 
 def retrieval_result(split: str = "test", caption: str = "a dog | barks <b>at</b> $5_\n`night`") -> EvaluationResult:
@@ -27,7 +41,7 @@ def retrieval_result(split: str = "test", caption: str = "a dog | barks <b>at</b
     captions = [f"{caption} {number}" for number in range(len(text))]
     names = [f"demo/{number}.wav" for number in range(NUM_CLIPS)]
     ids = np.arange(NUM_CLIPS) * 3
-    return evaluate_retrieval(split, 100, (text @ audio.T).astype(np.float32), captions, names, np.repeat(ids, 5), ids)
+    return of_matrix(split, 100, (text @ audio.T).astype(np.float32), captions, names, np.repeat(ids, 5), ids)
 
 
 def labelled_result() -> EvaluationResult:
@@ -106,7 +120,7 @@ def test_examples_agree_with_the_ranks() -> None:
 
 def test_examples_of_a_constant_model_follow_the_tie_rule() -> None:
     ids = np.arange(8)
-    result = evaluate_retrieval("test", 0, np.zeros((8, 8)), list("abcdefgh"), list("ABCDEFGH"), ids, ids)
+    result = of_matrix("test", 0, np.zeros((8, 8)), list("abcdefgh"), list("ABCDEFGH"), ids, ids)
     assert [item.index for item in result.examples[-1].retrieved] == [0, 1, 2, 3, 4]
     assert [example.rank for example in result.examples if example.direction == "t2a"][-1] == 8
 
@@ -115,7 +129,7 @@ def test_the_excerpt_has_right_pairs_on_its_diagonal() -> None:
     ids = np.arange(100)
     scores = np.eye(100)[np.random.default_rng(0).permutation(100)]  # texts in another order than clips
     owner = scores.argmax(axis=1)
-    result = evaluate_retrieval("test", 0, scores, [str(o) for o in owner], [str(i) for i in ids], owner, ids)
+    result = of_matrix("test", 0, scores, [str(o) for o in owner], [str(i) for i in ids], owner, ids)
     np.testing.assert_array_equal(result.excerpt, np.eye(len(result.excerpt)))
     assert 1 < len(result.excerpt) < 100
     labelled = labelled_result()
@@ -131,7 +145,7 @@ def test_the_report_tells_everything(report: str, run_dir: Path) -> None:
     assert "tensorboard --logdir 'my run' --host 127.0.0.1" in text
     assert "samples dropped: 3 × silent_audio" in text and "cut_shard" not in text
     assert "| pairs seen | 3,840 |" in text and "| epochs | 7.50 |" in text
-    assert "updates skipped: 1" in text and "non-finite value: 1" in text
+    assert "optimizer steps skipped: 1" in text and "non-finite value: 1" in text
     assert "| train.lr | 0.0001 |" in text and "| data.train.0.location | shards/a\\|b |" in text
     assert "| devices | one, two |" in text
     assert str(run_dir.parent) not in text
@@ -202,6 +216,6 @@ def test_rank_bins_cover_every_rank_once(candidates: int) -> None:
 def test_the_saved_ranks_give_the_metrics(tmp_path: Path) -> None:
     scores = np.random.default_rng(0).normal(size=(20, 10))
     owner = np.repeat(np.arange(10), 2)
-    result = evaluate_retrieval("v", 1, scores, ["x"] * 20, ["y"] * 10, owner, np.arange(10))
+    result = of_matrix("v", 1, scores, ["x"] * 20, ["y"] * 10, owner, np.arange(10))
     loaded = EvaluationResult.load(result.save(tmp_path))
     assert loaded.ranks.metrics() == retrieval_metrics(scores, owner, np.arange(10)) == loaded.metrics

@@ -116,9 +116,9 @@ def test_a_table_survives_the_disk(tmp_path: Path) -> None:
 
 def test_missing_damaged_and_other_files(tmp_path: Path) -> None:
     path = vectors("a", 4, 1).save(tmp_path)
-    with pytest.raises(UserError, match=r"no table .* at .*b.safetensors: run `atr-scale estimate`"):
+    with pytest.raises(UserError, match=r"no teacher table at .*b.safetensors: run `atr-scale estimate`"):
         TeacherTable.read(tmp_path / "b.safetensors")
-    with pytest.raises(UserError, match="no table"):
+    with pytest.raises(UserError, match="no teacher table"):
         TeacherTable.read(tmp_path)
     whole = path.read_bytes()
     for cut in (0, 5, 100, len(whole) - 1):
@@ -130,7 +130,7 @@ def test_missing_damaged_and_other_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"damaged \(another checksum\)"):
         TeacherTable.read(path)
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="is no table of teacher scores"):
+    with pytest.raises(UserError, match="is no teacher table"):
         TeacherTable.read(path)
     path.write_bytes(whole)
     TeacherTable.read(path)
@@ -146,7 +146,7 @@ def test_an_unknown_caption_is_named() -> None:
     teacher = TeacherEnsemble([vectors("a", 4, 1), vectors("b", 4, 2)])
     batch = rows_of([0, 5], ["sounds/0.tar/dog", "sounds/0.tar/bell"])
     batch = replace(batch, caption_index=torch.tensor([0, 3]))
-    line = r"caption 3 of sounds/0.tar/bell is not in the tables of teacher scores \(a, b\): run `atr-scale estimate`"
+    line = r"caption 3 of sounds/0.tar/bell is not in the teacher tables \(a, b\): run `atr-scale estimate`"
     with pytest.raises(UserError, match=line):
         teacher.block(batch)
     with pytest.raises(UserError, match="caption 0 of clip 7 is not"):
@@ -178,13 +178,13 @@ def test_foreign_tables_are_refused_before_training_starts(inputs: TinyInputs, t
     """By the samples themselves where the manifest is another; and a run says so before it makes anything."""
     shards = open_shards(str(inputs.shards))
     TeacherEnsemble([of_shards(inputs)]).check(shards)
-    with pytest.raises(UserError, match=r"caption 0 of corpus/tone-\d+.wav in .*shards is not in the tables"):
+    with pytest.raises(UserError, match=r"caption 0 of corpus/tone-\d+.wav in .*shards is not in the teacher tables"):
         TeacherEnsemble([of_shards(inputs, clips=11)]).check(shards)
     TeacherEnsemble([of_shards(inputs, 11, shards_checksum(shards))]).check(shards)  # not read: the manifest is known
     foreign = distilling(inputs, tmp_path, vectors("foreign", 4, 1).save(tmp_path))
-    with pytest.raises(UserError, match=r"not in the tables of teacher scores \(foreign\)"):
+    with pytest.raises(UserError, match=r"not in the teacher tables \(foreign\)"):
         read_teacher(foreign, [shards])
-    with pytest.raises(UserError, match="no table of teacher scores at"):
+    with pytest.raises(UserError, match="no teacher table at"):
         read_teacher(distilling(inputs, tmp_path, tmp_path / "none.safetensors"), [shards])
     assert read_teacher(tiny_without(inputs, tmp_path), [shards]) is None
 

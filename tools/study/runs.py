@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atr_scale.distributed.world import World
 from atr_scale.evaluation.metrics import GRADED_AT, classification, graded
-from atr_scale.evaluation.rank_counts import MatrixScores
-from atr_scale.evaluation.score import Reranked, rerank
+from atr_scale.evaluation.parallel import Parallel
+from atr_scale.evaluation.rerank import rerank
+from atr_scale.evaluation.retrieval_scores import RetrievalScores, ScoreMatrix
 from atr_scale.files import atomic_write
 from tools.bench.measure import peak_mib
 from tools.study import teachers
@@ -73,13 +73,13 @@ def run_demo(recipe: Recipe, seed: int, lr: float, settings: Settings, validate:
     if validate:
         place = "validation"
         scores = head.score(tokens[f"{place}/text"].all(), tokens[f"{place}/audio"].all())
-        return {"metrics": _retrieval(place, MatrixScores(scores), demo.validation), "cost": cost}
+        return {"metrics": _retrieval(place, ScoreMatrix(scores), demo.validation), "cost": cost}
     metrics: dict[str, float] = {}
     for name, test in demo.tests.items():
         way = recipe.long_clips if recipe.long_clips in ("windows", "crop") else "audio"
         audio, text = tokens[f"{name}/{way}"], tokens[f"{name}/text"]
         scores = head.score(text.all(), audio.all())
-        metrics |= _retrieval(name, MatrixScores(scores), test)
+        metrics |= _retrieval(name, ScoreMatrix(scores), test)
         negatives = negatives_of(settings.demo, name)
         metrics |= _hard(name, head, scores, negatives, tokens[f"{name}/negatives"], audio, test.owner)
     if recipe in KEPT:
@@ -143,7 +143,7 @@ def _pairs(recipe: Recipe, split: Split, tokens: dict[str, Tokens]) -> Pairs:
     )
 
 
-def _retrieval(name: str, scores: MatrixScores | Reranked, split: Split) -> dict[str, float]:
+def _retrieval(name: str, scores: RetrievalScores, split: Split) -> dict[str, float]:
     found = scores.ranks(split.owner, torch.arange(len(split.clips))).metrics()
     found |= graded(scores.lists(GRADED_AT), split.grades)
     return {f"{name}/{key}": found[key] for key in (*KEPT_METRICS, "t2a/mAP@16", "t2a/nDCG@16")}
@@ -176,10 +176,8 @@ def _test_reranked(candidates: int, seed: int, settings: Settings) -> dict[str, 
     metrics: dict[str, float] = {}
     for name in TESTS:
         text, audio = tokens[f"{name}/text"].all(), tokens[f"{name}/audio"].all()
-        scores = MatrixScores(first.score(text, audio))
-        found = rerank(
-            second.scorer, *second.project(text, audio), scores, candidates, world=World(), device=torch.device("cpu")
-        )
+        scores = ScoreMatrix(first.score(text, audio))
+        found = rerank(second.scorer, *second.project(text, audio), scores, candidates, Parallel())
         metrics |= _retrieval(name, found, demo.tests[name])
     return metrics
 
