@@ -51,12 +51,6 @@ class Pairs:
         columns = torch.arange(block.shape[1], device=block.device)
         return Pairs(columns + block.offset, columns)
 
-    def within(self, stripe: slice) -> tuple[Tensor, Tensor]:
-        """(rows, columns counted from the first of the stripe) of the pairs in a stripe of columns."""
-        bounds = torch.tensor([stripe.start, stripe.stop], device=self.columns.device)
-        first, last = torch.searchsorted(self.columns, bounds).tolist()
-        return self.rows[first:last], self.columns[first:last] - stripe.start
-
     def beside_itself(self, block: ScoreBlock) -> Pairs:
         """The pairs of two different samples, for a block of samples against themselves."""
         different = self.rows != self.columns + block.offset

@@ -265,7 +265,7 @@ def check_loss_terms() -> None:
     for name, term in LOSS_TERMS.items():
         if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name)):
             raise UserError(f"a loss term cannot be called {name!r}: use letters, digits, _ and -")
-        if name == "loss" or hasattr(nn.ModuleDict(), name):  # where terms are kept and logged by name
+        if name == "loss" or hasattr(nn.ModuleDict(), name):  # names of metrics and of attributes
             raise UserError(f"a loss term cannot be called {name!r}, which means something else: rename it")
         if not (isinstance(term, type) and issubclass(term, LossTerm)):
             raise UserError(f"LOSS_TERMS[{name!r}] is {term!r}: give a subclass of LossTerm")
