@@ -2,9 +2,9 @@
 
 Shape suffixes: B texts of the global batch, b audios of this rank, d width.
 
-A block knows where its columns lie in the global batch, hands out tiles of scores (some rows of a stripe of columns),
-takes the gradient of a tile back, and sums row statistics over ranks. Objectives see blocks and never ranks. Two kinds:
-`EmbeddingScores` recomputes tiles from vectors, `StoredScores` holds a column block that a scorer has filled.
+A block knows the place of its columns in the global batch, returns tiles of scores (some rows of a stripe of columns),
+accepts the gradient of a tile, and sums row statistics over ranks. Losses see blocks and never ranks. There are two
+kinds: `EmbeddingScores` recomputes tiles from embeddings, `StoredScores` holds the scores that a scorer has computed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ScoreBlock(ABC):
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the scores are made of and what receives gradients."""
+        """The tensors that the scores are computed from. They receive the gradients."""
 
     @abstractmethod
     def bound(self) -> Tensor:
@@ -46,47 +46,50 @@ class ScoreBlock(ABC):
     def stripe(self, columns: slice, rows: slice = ALL, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         """scale * scores of some rows against some local columns [rows, columns], fp32 or wider.
 
-        Without a graph, written to `out` or to a fresh tensor; the caller's to overwrite.
+        They have no autograd graph. They are written to `out` or to a new tensor, and the caller may overwrite them.
         """
 
     @abstractmethod
     def local(self) -> Tensor:
-        """All scores [B, b] of the block, fp32 or wider, with a graph."""
+        """All scores [B, b] of the block, fp32 or wider, with an autograd graph."""
 
     def whole(self) -> Tensor:
-        """The scores [B, B] of all ranks' columns, on every rank, with a graph.
+        """The scores [B, B] of all ranks' columns, on every rank, with an autograd graph.
 
-        A rank's columns receive the sum of what all ranks send back.
+        In the backward pass, a rank's columns receive the sum of the gradients of all ranks.
         """
         return self.world.gather(self.local().T).T
 
     @abstractmethod
     def new_gradients(self) -> tuple[Tensor, ...]:
-        """Zeros to accumulate into, one for each of `tensors`."""
+        """Zeros to accumulate gradients in, one tensor for each of `tensors`."""
 
     @abstractmethod
     def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, gradient: Tensor, rows: slice = ALL) -> None:
-        """Add what d loss / d scores [rows, columns] means for `tensors`."""
+        """Add to `gradients` the gradient of `tensors` that follows from d loss / d scores [rows, columns]."""
 
     @abstractmethod
     def inner_product(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        """sum_ij d loss / d s_ij * s_ij over the local columns, from complete `gradients`; float64."""
+        """sum_ij d loss / d s_ij * s_ij over the local columns, float64, from complete `gradients`."""
 
     def stripes(self) -> list[slice]:
-        """Consecutive local columns, together all of them."""
+        """Consecutive slices that cover the local columns."""
         return slices(0, self.shape[1], STRIPE_COLUMNS)
 
     def sum(self, value: Tensor) -> Tensor:
-        """A statistic of the local columns, summed over the ranks' column blocks."""
+        """The sum of a statistic over all ranks."""
         return self.world.sum(value)
 
     def max(self, value: Tensor) -> Tensor:
-        """A statistic of the local columns, its maximum over the ranks' column blocks."""
+        """The maximum of a statistic over all ranks."""
         return self.world.max(value)
 
 
 class EmbeddingScores(ScoreBlock):
-    """Scores text @ audio.T of unit vectors: `text` [B, d] of the global batch, `audio` [b, d] of this rank."""
+    """Dot products text @ audio.T of embeddings: `text` [B, d] of the global batch, `audio` [b, d] of this rank.
+
+    Raises UserError if the shapes do not fit.
+    """
 
     def __init__(self, text: Tensor, audio: Tensor, world: World | None = None) -> None:
         if text.ndim != 2 or audio.ndim != 2 or text.shape[1] != audio.shape[1]:
@@ -96,8 +99,8 @@ class EmbeddingScores(ScoreBlock):
             )
         super().__init__(text.shape[0], audio.shape[0], text, world)
         self.text, self.audio = text, audio
-        # Products of bf16 vectors add up in fp32 on a GPU; a CPU would round them. fp16 is widened everywhere: a
-        # pair's gradient, about one over the batch squared, is below what it holds.
+        # A GPU sums products of bf16 embeddings in fp32; a CPU would round them. fp16 is always widened: the gradient
+        # of a pair, about 1 / B^2, is below its smallest number.
         narrow = text.is_cuda and text.dtype == audio.dtype == torch.bfloat16
         self._text, self._audio = (x.detach() if narrow else at_least_fp32(x.detach()) for x in (text, audio))
 
@@ -106,8 +109,9 @@ class EmbeddingScores(ScoreBlock):
         return self.text, self.audio
 
     def bound(self) -> Tensor:
-        text, audio = (torch.linalg.vector_norm(x, dim=1, dtype=self.dtype).amax() for x in (self._text, self._audio))
-        return text * audio
+        text, audio = self._text, self._audio
+        longest: list[Tensor] = [torch.linalg.vector_norm(x, dim=1, dtype=self.dtype).amax() for x in (text, audio)]
+        return longest[0] * longest[1]
 
     def stripe(self, columns: slice, rows: slice = ALL, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         text, audio = self._text[rows], self._audio[columns]
@@ -130,24 +134,27 @@ class EmbeddingScores(ScoreBlock):
 
 
 class ModalityScores(EmbeddingScores):
-    """Cosines of all samples of the global batch against this rank's: `vectors` [b, d], unit length.
+    """Cosines inside one modality: all samples of the global batch against this rank's.
 
-    The other ranks' vectors arrive without a gradient and none goes back to them: the scores are symmetric, and so is
-    d loss / d scores of a loss that treats both directions alike (`intra_modal`), hence what a vector receives as a row
-    on all ranks equals what it receives as a column here. One matrix product and a reduce-scatter less.
+    embeddings: [b, d] of this rank, unit length.
+
+    Only for losses that treat rows and columns alike (`intra_modal`): the scores and d loss / d scores are symmetric
+    then, so the gradient that an embedding receives as a row, from all ranks, equals the one that it receives as a
+    column, on its own rank. The column's gradient is doubled, and no gradient is sent to other ranks. This saves a
+    matrix product and a reduce-scatter.
     """
 
-    def __init__(self, vectors: Tensor, world: World | None = None) -> None:
+    def __init__(self, embeddings: Tensor, world: World | None = None) -> None:
         world = world or World.current()
-        super().__init__(world.gather(vectors.detach()), vectors, world)
+        super().__init__(world.gather(embeddings.detach()), embeddings, world)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.audio,)
 
     def local(self) -> Tensor:
-        vectors = at_least_fp32(self.audio)
-        return self.world.gather(vectors) @ vectors.T
+        embeddings = at_least_fp32(self.audio)
+        return self.world.gather(embeddings) @ embeddings.T
 
     def new_gradients(self) -> tuple[Tensor, ...]:
         return (torch.zeros_like(self._audio, dtype=self.dtype),)
@@ -156,12 +163,12 @@ class ModalityScores(EmbeddingScores):
         matmul_into(gradients[0][columns], gradient.T, self._text[rows], alpha=2)
 
     def inner_product(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        """Half of what its vectors received is as columns."""
+        """As `EmbeddingScores` defines it; half of the gradient is that of the columns."""
         return (gradients[0] * self._audio).sum(dtype=torch.float64) / 2
 
 
 class StoredScores(ScoreBlock):
-    """A column block `scores` [B, b] computed beforehand, for scores that are no dot product of two vectors."""
+    """Scores `scores` [B, b] of a pairwise scorer, computed beforehand. Raises UserError if they are no matrix."""
 
     def __init__(self, scores: Tensor, world: World | None = None) -> None:
         if scores.ndim != 2:
@@ -197,12 +204,12 @@ class StoredScores(ScoreBlock):
 
 
 def at_least_fp32(value: Tensor) -> Tensor:
-    """Scores and losses are fp32 or wider, whatever the encoders compute in."""
+    """`value` as fp32, or unchanged if it is float64: the dtype of scores and losses, whatever that of the encoders."""
     return value if value.dtype == torch.float64 else value.float()
 
 
 def matmul_into(out: Tensor, left: Tensor, right: Tensor, beta: int = 1, alpha: float = 1) -> Tensor:
-    """out = beta * out + alpha * left @ right (beta 0 or 1), in out's dtype also where a factor is bf16."""
+    """out = beta * out + alpha * left @ right with beta 0 or 1, summed in out's dtype even if a factor is bf16."""
     if torch.bfloat16 not in (left.dtype, right.dtype):
         return out.addmm_(left.to(out.dtype), right.to(out.dtype), beta=beta, alpha=alpha)
     product = torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=out.dtype)
@@ -210,5 +217,5 @@ def matmul_into(out: Tensor, left: Tensor, right: Tensor, beta: int = 1, alpha: 
 
 
 def slices(start: int, stop: int, step: int) -> list[slice]:
-    """Consecutive slices of at most `step`, together from start to stop."""
+    """Consecutive slices of at most `step` that cover start to stop."""
     return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]

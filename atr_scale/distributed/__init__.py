@@ -1,1 +1,1 @@
-"""Ranks: how a process finds and joins them (start), and what passes between them (world)."""
+"""Ranks: how a process finds and joins the others (start), and communication between them (world)."""

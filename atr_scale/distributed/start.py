@@ -1,7 +1,7 @@
-"""Where this process stands among the ranks, whichever launcher started it.
+"""Rank and world size of this process, whichever launcher started it, and joining the other ranks.
 
-torchrun, accelerate and deepspeed set RANK and friends; srun sets SLURM_*; a plain process has neither and is a world
-of one. Launchers only spawn processes: what the processes do is the same under all of them.
+torchrun, accelerate and deepspeed set RANK, WORLD_SIZE and LOCAL_RANK; srun sets SLURM_*; a plain process has neither
+and is a world of one. Launchers only start processes, which do the same under all of them.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore  # torch.distributed, but typed
 
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError, defer_to_first_rank
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = timedelta(minutes=30)  # reading shards and saving checkpoints may hold one rank up
+TIMEOUT = timedelta(minutes=30)  # reading shards and saving checkpoints may delay one rank
 JOIN_TIMEOUT = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A process' numbers among the ranks, and where rank 0 listens."""
+    """Rank, world size and local rank of a process, and the address at which rank 0 listens."""
 
     rank: int
     world_size: int
@@ -37,12 +38,15 @@ class Place:
 
     @staticmethod
     def find(variables: Mapping[str, str]) -> Place:
-        """RANK wins over SLURM_PROCID, for torchrun under srun sets both."""
+        """From environment variables. RANK has priority over SLURM_PROCID: under srun, torchrun sets both.
+
+        Raises UserError for values that are no numbers, and if the address of rank 0 is missing.
+        """
         for rank, size, local in (
             ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
             ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
         ):
-            # A shell on a login node may carry SLURM_* without being a step: only several tasks make ranks.
+            # SLURM_* may be set outside of a job step, with one task; only several tasks need MASTER_ADDR.
             if rank in variables and size in variables:
                 try:
                     port = int(variables.get("MASTER_PORT", "29500"))
@@ -66,10 +70,10 @@ class Place:
 
 @contextmanager
 def distributed() -> Iterator[tuple[World, torch.device]]:
-    """Join the other ranks; leaves on exit. Yields (world, this rank's device)."""
+    """Joins the other ranks and leaves them on exit. Yields (world, this rank's device)."""
     place = Place.find(os.environ)
     found = dict(os.environ)
-    # DeepSpeed reads these itself, also where srun or nothing has set them.
+    # DeepSpeed reads these variables itself, which srun and a plain process do not have.
     os.environ.update(
         RANK=str(place.rank),
         WORLD_SIZE=str(place.world_size),
@@ -84,12 +88,11 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
         device = torch.device("cpu")
     if place.world_size > 1 and place.rank == 0:
         logger.info("joining %d ranks at %s:%d", place.world_size, place.address, place.port)
-    # The attempt's number keeps a restarted group away from the addresses of the one before it, which a plain env://
-    # start would find and wait for.
+    # A restarted group must not find the addresses of the group before it in the store: it would wait for them.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") + "-" + os.environ.get("SLURM_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt-{attempt}", _store(place)),
+        store=PrefixStore(f"attempt-{attempt}", _store(place)),
         rank=place.rank,
         world_size=place.world_size,
         timeout=TIMEOUT,
@@ -106,13 +109,16 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
         os.environ.update(found)
 
 
-def _store(place: Place) -> dist.Store:
-    """Where the ranks meet: rank 0 listens, unless torchrun's agent does already. UserError where that fails."""
+def _store(place: Place) -> Store:
+    """The store through which the ranks meet. Rank 0 listens, unless torchrun's agent does already.
+
+    Raises UserError if the store cannot be reached.
+    """
     if place.world_size == 1:
-        return dist.HashStore()
+        return HashStore()
     agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        return dist.TCPStore(
+        return TCPStore(
             place.address,
             place.port,
             place.world_size,

@@ -1,8 +1,8 @@
-"""Ranks and what passes between them. One process without a process group is a world of one.
+"""Ranks and the communication between them. One process without a process group is a world of one.
 
 The recipe for a loss over the global batch: every rank gathers all texts, keeps its own audio, and computes the same
-global mean loss L; its backward holds this rank's share of dL, so the sum over ranks is the gradient. Data-parallel
-training averages gradients over ranks, hence `(world.size * L).backward()`.
+global mean loss L. The backward pass of a rank yields its part of the gradient, and the sum over ranks is the whole.
+Data-parallel training averages gradients over ranks, hence `(world.size * L).backward()`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from atr_scale.compat import all_gather_single, reduce_scatter_single
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of every rank, in rank order; backward sums the partial gradients and returns this rank's rows."""
+    """Rows of every rank, in rank order. The backward pass sums the gradients of all ranks for this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, size: int, group: Any) -> Tensor:
@@ -37,7 +37,7 @@ class _Gather(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class World:
-    """This process' place among the ranks of one group."""
+    """This process in a group: its rank and the world size."""
 
     rank: int = 0
     size: int = 1
@@ -45,7 +45,7 @@ class World:
 
     @staticmethod
     def current() -> World:
-        """The default process group, or a world of one where there is none."""
+        """The default process group, or a world of one if there is none."""
         if not (dist.is_available() and dist.is_initialized()):
             return World()
         return World(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
@@ -55,7 +55,7 @@ class World:
         return self.rank == 0
 
     def gather(self, local: Tensor) -> Tensor:
-        """Rows of all ranks [size * b, ...] of `local` [b, ...] (equal b everywhere), differentiable."""
+        """Rows [size * b, ...] of all ranks, in rank order; differentiable. local: [b, ...], with the same b on all."""
         return local if self.size == 1 else _Gather.apply(local, self.size, self.group)
 
     def gather_ints(self, value: int) -> list[int]:
@@ -67,7 +67,7 @@ class World:
         return [int(x) for x in out]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Any picklable `value` of every rank, in rank order; for small things outside the step."""
+        """Any picklable `value` of every rank, in rank order; for small values outside the optimizer step."""
         if self.size == 1:
             return [value]
         out: list[Any] = [None] * self.size
@@ -95,7 +95,7 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        """Where tensors for this group's backend must lie."""
+        """The device that this group's backend takes tensors from."""
         nccl = self.size > 1 and dist.get_backend(self.group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 

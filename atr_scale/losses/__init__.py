@@ -1,4 +1,4 @@
-"""Losses: readable formulas (`dense`), terms made of them, and faster forms for large batches (`tiled`)."""
+"""Losses: formulas on whole matrices (`dense`), the same without them for large batches (`tiled`), and terms."""
 
 from atr_scale.losses.inputs import LossInputs
 from atr_scale.losses.objective import Objective, build_objective

@@ -1,11 +1,11 @@
-"""The objectives as readable formulas on whole matrices: the reference that everything faster is tested against.
+"""The losses as formulas on whole matrices: the reference that the tiled losses are tested against.
 
-`scores` is [texts, audios] (rows i, columns j), any float dtype; narrow ones are widened to fp32. "t2a" asks with a
-text and takes its softmax over audios (along a row); "a2t" asks with an audio and takes it over texts (along a column).
-Every function returns a scalar, the mean of the two directions.
+`scores` is [texts, audios] (rows i, columns j) in any float dtype; narrower ones than fp32 are widened. In "t2a" a text
+is the query and the softmax is over audios, along a row; in "a2t" an audio is the query and the softmax is over texts,
+along a column. Every function returns a scalar, the mean of the two directions.
 
-Several positives: the target is the positives mask [texts, audios], normalised per row for t2a and per column for a2t.
-A query without a positive adds nothing to the mean.
+The targets are the positives mask [texts, audios], normalised per row for t2a and per column for a2t. A query without a
+positive adds zero to the mean over queries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from atr_scale.score_block import at_least_fp32
 def nt_xent(scores: Tensor, temperature: float | Tensor, positives: Tensor | None = None) -> Tensor:
     """NT-Xent / InfoNCE (van den Oord et al. 2018; as used in arXiv 2303.05681, eq. 3), logits scores / temperature.
 
-    positives: [texts, audios] bool, default the diagonal.
+    positives: [texts, audios] bool, by default the diagonal. Raises UserError if shapes do not fit.
     """
     logits, targets = at_least_fp32(scores) / temperature, _targets(scores, positives)
     return _both(_cross_entropy(logits, targets, 1), _cross_entropy(logits, targets, 0))
@@ -38,11 +38,12 @@ def pmr(
 ) -> Tensor:
     """Prior-matrix-revised loss (arXiv 2303.05681, eq. 12-14): logits scores * prior / temperature.
 
-    The prior of t2a is the softmax over *texts* of omega * scores (of a2t: over audios), so that a pair counts only
-    where both directions agree. The equations as printed index the prior along its own loss' axis, which makes it
-    constant there; the text of section 3.2 and CAMoE's dual softmax (arXiv 2109.04290) fix the axis used here.
-    detach_prior: no gradient through the prior. scale_by_batch: the prior times the number of its candidates, as in
-    CAMoE, so that a uniform prior leaves the scores as they are.
+    The prior of t2a is the softmax over *texts* of omega * scores, that of a2t the softmax over audios, so that a pair
+    counts only if both directions agree. Equations 13 and 14 as printed index the prior along the axis of the loss,
+    which makes it constant there; section 3.2 of the paper and CAMoE's dual softmax (arXiv 2109.04290) state the axis
+    that is used here.
+    detach_prior: no gradient through the prior. scale_by_batch: the prior times its number of candidates, as in CAMoE,
+    so that a uniform prior leaves the scores unchanged. Raises UserError if shapes do not fit.
     """
     scores = at_least_fp32(scores)
     over_texts, over_audios = (omega * scores).softmax(0), (omega * scores).softmax(1)
@@ -58,9 +59,10 @@ def pmr(
 
 
 def distillation(scores: Tensor, teacher_scores: Tensor, temperature: float | Tensor) -> Tensor:
-    """Soft cross-entropy against estimated correspondences (arXiv 2408.11641): targets softmax(teacher / temperature).
+    """Soft cross-entropy against estimated correspondences (L_dist of arXiv 2408.11641).
 
-    teacher_scores: [texts, audios], for an ensemble the mean of its members' cosines; constant (no gradient).
+    The soft labels are softmax(teacher_scores / temperature), without a gradient.
+    teacher_scores: [texts, audios]; for an ensemble the mean of its members' cosines.
     """
     logits = at_least_fp32(scores) / temperature
     teacher = at_least_fp32(teacher_scores.detach()) / _constant(temperature)
@@ -80,11 +82,12 @@ def cmsc(
     positives: Tensor | None = None,
     mode: Literal["each", "add"] = "each",
 ) -> Tensor:
-    """Cross-modal similarity consistency (arXiv 2403.10146): the joint soft-supervision term alone, as KL divergence.
+    """Cross-modal similarity consistency: the joint soft-supervision term of arXiv 2403.10146, a KL divergence.
 
-    text_scores [texts, texts], audio_scores [audios, audios]: cosines inside a modality, constant (no gradient).
-    Targets are (1 - beta) * positives + beta * softmax(intra-modal cosines / target_temperature): text similarities
-    for t2a and audio similarities for a2t (mode "each"), or their mean for both ("add"). Needs as many texts as audios.
+    The targets are (1 - beta) * positives + beta * softmax(intra-modal cosines / target_temperature), without a
+    gradient. mode "each": the cosines of texts for t2a and those of audios for a2t; "add": their mean for both.
+    text_scores [texts, texts], audio_scores [audios, audios]: cosines inside a modality.
+    Raises UserError if there are not as many texts as audios, and if shapes do not fit.
     """
     if scores.shape[0] != scores.shape[1]:
         raise UserError(f"cmsc needs as many texts as audios, got scores {list(scores.shape)}")
@@ -103,9 +106,9 @@ def cmsc(
 
 
 def intra_modal(scores: Tensor, temperature: float | Tensor, same: Tensor | None = None) -> Tensor:
-    """Contrast inside one modality (L_IntraC of arXiv 2403.10146): every sample is its own only positive.
+    """Contrast inside one modality (L_IntraC of arXiv 2403.10146): the only positive of a sample is the sample itself.
 
-    scores: [N, N] cosines of one modality. same: [N, N] bool, pairs of one clip, left out of the negatives.
+    scores: [N, N] cosines of one modality. same: [N, N] bool, pairs of one clip, which are no negatives.
     """
     logits = at_least_fp32(scores) / temperature
     itself = torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
@@ -125,13 +128,13 @@ def _targets(scores: Tensor, positives: Tensor | None) -> Tensor:
 
 
 def _normalised(mask: Tensor, dim: int) -> Tensor:
-    """Rows (dim 1) or columns (dim 0) that sum to one, or to zero where there is no positive."""
+    """Rows (dim 1) or columns (dim 0) that sum to one, or to zero if there is no positive."""
     count = mask.sum(dim, keepdim=True)
     return mask / count.clamp(min=1)
 
 
 def _cross_entropy(logits: Tensor, positives: Tensor, dim: int) -> Tensor:
-    """Mean over queries of minus the mean log-probability of their positives."""
+    """Mean over queries of the negative mean log-probability of their positives."""
     log_probability = logits.log_softmax(dim)
     # where() and not a product: logits of masked-out pairs are -inf, and 0 * -inf is not 0.
     chosen = torch.where(positives, log_probability, torch.zeros_like(log_probability))

@@ -1,6 +1,6 @@
-"""What loss terms are computed from: a rank's part for the tiled form, whole matrices for the dense one.
+"""Inputs of loss terms: one rank's part for tiled losses, whole matrices for dense ones.
 
-Shape suffixes: B texts (and audios) of the global batch, b rows of this rank, k id columns, T tokens, D width.
+Shape suffixes: B texts (and audios) of the global batch, b of this rank, k id columns, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from atr_scale.score_block import ModalityScores, ScoreBlock
 
 @dataclass(frozen=True)
 class LossInputs:
-    """One rank's part of a global batch. What is given as a function is made when a term asks for it, on all ranks.
+    """One rank's part of a global batch. A function is called when the first term needs its result, on all ranks.
 
     block:       scores [B, b] of all texts against this rank's audios.
-    temperature: (1,).
-    own_ids:     [b, k] int64 of this rank's rows, (clip, caption text); a pair is positive if any column agrees.
-    text, audio: one unit vector [b, D] for each caption and each clip of this rank.
+    temperature: (1,), the model's.
+    own_ids:     [b, k] int64 of this rank's pairs, (clip, caption text); a pair is positive if any column agrees.
+    text, audio: embeddings [b, D] of unit length, one for each caption and each clip of this rank.
     text_tokens, audio_tokens: token sequences [B, T, D] of all ranks.
-    teacher:     scores [B, b] of the teachers.
-    step:        updates made so far.
+    teacher:     scores [B, b] of the teachers, the mean over the ensemble.
+    step:        optimizer steps made so far.
     """
 
     block: ScoreBlock
@@ -41,7 +41,7 @@ class LossInputs:
 
     @cached_property
     def ids(self) -> Ids:
-        """(of all rows [B, k], of this rank's [b, k]), as the tiled losses take positives."""
+        """(ids [B, k] of all texts, ids [b, k] of this rank's audios), as the tiled losses take positives."""
         return self.block.world.gather(self.own_ids), self.own_ids
 
     @cached_property
@@ -56,30 +56,31 @@ class LossInputs:
 
     @cached_property
     def teacher_block(self) -> ScoreBlock:
+        """Scores [B, b] of the teachers."""
         return self.teacher()
 
     @cached_property
     def whole(self) -> WholeInputs:
-        """The same as whole matrices, shared by all terms."""
+        """The same inputs as whole matrices, shared by all terms."""
         return WholeInputs(self)
 
 
 class WholeInputs:
-    """The inputs of dense formulas: the whole global batch, the same on every rank.
+    """Inputs of the dense formulas: those of the whole global batch, the same on every rank.
 
-    Each is made on first use and kept, so that terms share what was gathered. Gathers have a gradient: what a rank
-    holds receives the sum of what all ranks send back.
+    Each is computed on first use and kept, so that terms share it. Gathers have a gradient: in the backward pass, a
+    rank's part receives the sum of the gradients of all ranks.
 
     scores:         [B, B], every text against every audio, at least fp32.
     temperature:    (1,), of the softmax over scores.
-    positives:      [B, B] bool, pairs of one clip or of one caption text. Row i of the texts belongs to row i of the
-                    audios, so these are the pairs inside a modality, too.
+    positives:      [B, B] bool, pairs of one clip or of one caption text. Text i belongs to audio i, so the same
+                    matrix marks equal clips and captions inside a modality.
     text_scores, audio_scores: [B, B], cosines inside a modality, with a gradient.
-    teacher_scores: [B, B], the teachers' scores, constant.
-    clip_ids, caption_ids: [B] int64, stable ids of the clips and of the captions' texts.
-    text_embeddings, audio_embeddings: [B, D], unit vectors, one for each caption and each clip.
-    text_tokens, audio_tokens: TokenSequence [B, T, D], words and frames.
-    step:           int, updates made so far.
+    teacher_scores: [B, B], the teachers' scores, without a gradient.
+    clip_ids, caption_ids: [B] int64, stable ids of clips and of caption texts.
+    text_embeddings, audio_embeddings: [B, D] of unit length, one for each caption and each clip.
+    text_tokens, audio_tokens: TokenSequence [B, T, D].
+    step:           int, optimizer steps made so far.
     """
 
     def __init__(self, inputs: LossInputs) -> None:

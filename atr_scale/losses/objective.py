@@ -13,7 +13,10 @@ from atr_scale.losses.terms import DEFAULT_BUDGET, LOSS_TERMS, Budget, LossTerm,
 
 
 class Objective(nn.Module):
-    """Terms with a positive weight by name, and their weighted sum. inputs: names of what they need, all together."""
+    """The weighted sum of loss terms.
+
+    terms: by name, each with a positive weight. inputs: names of all inputs that the terms take (`WholeInputs`).
+    """
 
     def __init__(self, terms: Mapping[str, LossTerm], budget: Budget = DEFAULT_BUDGET) -> None:
         super().__init__()
@@ -22,16 +25,16 @@ class Objective(nn.Module):
         self.inputs = frozenset(name for term in terms.values() for name in term.inputs)
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """The terms by name, unweighted, and "loss", their weighted sum; each a scalar."""
+        """Scalars by name: every term without its weight, and "loss", the weighted sum."""
         values = {name: term(inputs, self.budget) for name, term in self.terms.items()}
         loss = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
         return {**values, "loss": loss}
 
 
 def build_objective(terms: Mapping[str, TermSection], budget: Budget = DEFAULT_BUDGET) -> Objective:
-    """The objective of these sections, each under its term's name; weight 0 leaves one out.
+    """The objective from sections by the names of their terms; a term with weight 0 is left out.
 
-    Raises UserError for an unknown name, and if no weight is positive.
+    Raises UserError for an unknown name, for a scalar parameter in a term, and if no weight is positive.
     """
     for name in terms:
         if name not in LOSS_TERMS:

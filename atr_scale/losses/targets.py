@@ -1,4 +1,4 @@
-"""Which pairs are positives, from stable ids and never from positions.
+"""The positive pairs of a batch, from stable ids.
 
 Shape suffixes: B texts of the global batch, b audios of this rank, k id columns, P positive pairs of this rank.
 """
@@ -25,7 +25,10 @@ class Pairs:
 
     @staticmethod
     def agreeing(block: ScoreBlock, ids: Ids) -> Pairs:
-        """Pairs where any id column agrees: `ids` = (of rows [B, k], of columns [b, k]) int64."""
+        """Pairs in which any id column agrees; ids: (of rows [B, k], of columns [b, k]) int64.
+
+        Raises UserError if the shapes do not fit the block.
+        """
         rows, columns = ids
         shapes = (rows.ndim, columns.ndim, rows.shape[0], columns.shape[0], rows.shape[-1])
         if shapes != (2, 2, *block.shape, columns.shape[-1]):
@@ -34,13 +37,13 @@ class Pairs:
                 f"got {list(rows.shape)} and {list(columns.shape)}"
             )
         joined = torch.cat([_join(rows[:, c].contiguous(), columns[:, c].contiguous()) for c in range(rows.shape[1])])
-        # One number a pair, column first: unique sorts by column and drops pairs that agree in several ids.
+        # One number for each pair, column first: unique sorts by column and drops pairs that agree in several ids.
         pair = torch.unique(joined[:, 1] * block.shape[0] + joined[:, 0])
         return Pairs(pair % block.shape[0], pair // block.shape[0])
 
     @staticmethod
     def by_position(block: ScoreBlock) -> Pairs:
-        """Row i with column i of the global batch."""
+        """Row i with column i of the global batch. Raises UserError if there are more rows than columns or fewer."""
         if block.shape[0] != block.num_columns:
             raise UserError(
                 f"{block.shape[0]} texts and {block.num_columns} audios do not pair by position: give positives=..."
@@ -48,14 +51,8 @@ class Pairs:
         columns = torch.arange(block.shape[1], device=block.device)
         return Pairs(columns + block.offset, columns)
 
-    def within(self, stripe: slice) -> tuple[Tensor, Tensor]:
-        """(row, column inside the stripe) of the pairs that lie in a stripe of columns."""
-        bounds = torch.tensor([stripe.start, stripe.stop], device=self.columns.device)
-        first, last = torch.searchsorted(self.columns, bounds).tolist()
-        return self.rows[first:last], self.columns[first:last] - stripe.start
-
     def beside_itself(self, block: ScoreBlock) -> Pairs:
-        """The pairs of two different samples, in a block of samples against themselves."""
+        """The pairs of two different samples, for a block of samples against themselves."""
         different = self.rows != self.columns + block.offset
         return Pairs(self.rows[different], self.columns[different])
 
@@ -64,7 +61,7 @@ class Pairs:
 class Positives(Pairs):
     """The positive pairs of a score block.
 
-    row_weight:     [B] float64, 1 / number of positives of a text over all ranks (0 where it has none).
+    row_weight:     [B] float64, 1 / number of positives of a text over all ranks, 0 if it has none.
     column_weight:  [b] float64, the same for an audio.
     """
 
@@ -73,9 +70,9 @@ class Positives(Pairs):
 
     @staticmethod
     def of(block: ScoreBlock, ids: Ids | None = None) -> Positives:
-        """Positives where any id column agrees: `ids` = (text [B, k], audio [b, k]) int64.
+        """Pairs in which any id column agrees; ids: (of texts [B, k], of audios [b, k]) int64.
 
-        Without ids, text i belongs to audio i of the global batch.
+        Without ids, text i belongs to audio i of the global batch. Raises UserError as `Pairs` does.
         """
         pairs = Pairs.by_position(block) if ids is None else Pairs.agreeing(block, ids)
         row_count = block.sum(torch.bincount(pairs.rows, minlength=block.shape[0]).double())
@@ -84,19 +81,19 @@ class Positives(Pairs):
 
     @staticmethod
     def none(block: ScoreBlock) -> Positives:
-        """No positives at all."""
+        """No positives, for losses with soft targets alone."""
         nothing = torch.empty(0, dtype=torch.int64, device=block.device)
         rows, columns = (torch.zeros(size, dtype=torch.float64, device=block.device) for size in block.shape)
         return Positives(nothing, nothing, rows, columns)
 
 
 def positives_mask(text_ids: Tensor, audio_ids: Tensor) -> Tensor:
-    """[B, b] bool from ids [B, k] and [b, k]: True where any id column agrees. For the dense formulas."""
+    """[B, b] bool from ids [B, k] and [b, k]: True if any id column agrees. For the dense formulas."""
     return (text_ids[:, None, :] == audio_ids[None, :, :]).any(-1)
 
 
 def _join(left: Tensor, right: Tensor) -> Tensor:
-    """All (i, j) with left[i] == right[j] as [pairs, 2], without comparing every pair."""
+    """All (i, j) with left[i] == right[j] as [pairs, 2], found by sorting and not by comparing every pair."""
     ordered, order = torch.sort(right)
     first = torch.searchsorted(ordered, left)
     count = torch.searchsorted(ordered, left, right=True) - first

@@ -12,9 +12,9 @@ from atr_scale.score_block import at_least_fp32
 
 
 class _ClampInward(torch.autograd.Function):
-    """Clamp whose gradient passes unless a descent step would lead further out of the bounds.
+    """A clamp whose gradient is zero only if a descent step would lead further out of the bounds.
 
-    A plain clamp has no gradient outside, so a parameter that once left would never come back.
+    A plain clamp has no gradient outside of the bounds, so a parameter that has left them would never return.
     """
 
     @staticmethod
@@ -31,10 +31,12 @@ class _ClampInward(torch.autograd.Function):
 
 
 class Temperature(nn.Module):
-    """The softmax temperature tau, learned as log tau and clamped in the forward.
+    """The softmax temperature tau, learned as log tau and clamped in the forward pass.
 
-    The parameter has shape (1,), for DeepSpeed takes no 0-dim ones, and is clamped in the forward because a sharded
-    optimizer's fp32 copy would undo a clamp after the step.
+    The parameter has the shape (1,) because DeepSpeed takes no scalars. It is clamped in the forward pass because a
+    sharded optimizer keeps an fp32 copy, which would undo a clamp after the optimizer step.
+
+    initial, minimum, maximum: of tau. learnable: whether tau is trained.
     """
 
     def __init__(self, initial: float, minimum: float, maximum: float, learnable: bool) -> None:
@@ -43,5 +45,6 @@ class Temperature(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor([math.log(initial)]), requires_grad=learnable)
 
     def forward(self) -> Tensor:
-        """tau, shape (1,), at least fp32."""
-        return _ClampInward.apply(at_least_fp32(self.log_temperature), *self.bounds).exp()
+        """tau, shape (1,), fp32 or wider."""
+        clamped: Tensor = _ClampInward.apply(at_least_fp32(self.log_temperature), *self.bounds)
+        return clamped.exp()

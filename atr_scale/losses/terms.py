@@ -1,6 +1,7 @@
-"""Loss terms as modules: a dense formula on whole matrices, made an exact term of the global batch over ranks.
+"""Loss terms as modules. A term computes its dense formula, or a tiled form, for the global batch over all ranks.
 
-A term beyond these is a class here or in a plug-in, and an entry of LOSS_TERMS: docs/extending.md shows one.
+A new term is a class here or in a plug-in, and an entry of LOSS_TERMS; docs/extending.md shows one, docs/losses.md has
+the list.
 """
 
 from __future__ import annotations
@@ -19,23 +20,24 @@ from atr_scale.losses.inputs import INPUTS, LossInputs
 from atr_scale.losses.tiled.tiles import LOSS_BYTES
 from atr_scale.sections import NonNegative, Positive, Section, Share
 
-# The dense formula is used while one B x B matrix of fp32 takes no more than this, up to B = 1,024. Forward and
-# backward on one CPU thread, d = 1,024, in ms, tiled/dense: B = 256 7/6 (NT-Xent) and 11/7 (PMR); 1,024 80/88 and
-# 137/104; 4,096 1,292/1,852 and 2,275/2,795. Up to here the tiled form saves little or no time, and a few such matrices
-# take little memory.
+# The dense formula is used if one B x B matrix of fp32 takes no more bytes than this, which is up to B = 1,024. Below,
+# the tiled form saves little or no time, and a few such matrices take little memory. Forward and backward on one CPU
+# thread, d = 1,024, in ms, tiled/dense: B = 256 7/6 (NT-Xent) and 11/7 (PMR); 1,024 80/88 and 137/104; 4,096
+# 1,292/1,852 and 2,275/2,795.
 DENSE_BYTES = 4 * 2**20
 
 
 class Budget(NamedTuple):
     """Bytes that decide how terms are computed.
 
-    dense: of one B x B matrix of fp32, up to which the dense formula is used. kept: see `tiles.LOSS_BYTES`.
+    dense: the dense formula is used if one B x B matrix of fp32 takes no more. kept: see `tiles.LOSS_BYTES`.
     """
 
     dense: int = DENSE_BYTES
     kept: int = LOSS_BYTES
 
     def allows_dense(self, texts: int) -> bool:
+        """Whether a term with a tiled form uses its dense formula for a global batch of `texts` texts."""
         return 4 * texts**2 <= self.dense
 
 
@@ -43,19 +45,20 @@ DEFAULT_BUDGET = Budget()
 
 
 class TermSection(Section):
-    """A loss term; the loss is the weighted sum of those with a positive weight."""
+    """Options that every loss term has."""
 
-    weight: NonNegative = 0.0
+    weight: NonNegative = Field(0.0, description="factor of the term in the loss; 0 leaves it out")
 
 
 class LossTerm(nn.Module):
     """A scalar loss of the global batch.
 
-    A subclass names its section and has `dense`, whose parameters are the inputs that it needs, by their names in
-    `WholeInputs`: nothing else is computed or sent between ranks. The class of an unknown name is refused (UserError).
-    Parameters of its own are trained with the group "heads" and saved with the model; they need at least one dimension.
+    A subclass sets `Section`, its options, and has `dense`, the formula on whole matrices. The names of the parameters
+    of `dense` are the inputs that it needs, out of `WholeInputs`: no other input is computed or sent between ranks. An
+    unknown name raises UserError when the class is defined. A subclass may have `tiled`, a form for large batches.
+    Parameters of a term are trained in the group "heads" and saved with the model; each needs at least one dimension.
 
-    section: the term's part of the configuration. inputs: the names that `dense` takes.
+    section: the options of this term. inputs: the names of the parameters of `dense`.
     """
 
     Section: ClassVar[type[TermSection]] = TermSection
@@ -83,22 +86,23 @@ class LossTerm(nn.Module):
         self.section = section
 
     def dense(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The formula on whole matrices, a scalar; see `WholeInputs` for what it may take."""
+        """The formula on whole matrices, a scalar; its parameters are attributes of `WholeInputs`."""
         raise NotImplementedError
 
     def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor | None:
-        """The same without a B x B matrix, for large batches; None if there is no such form.
+        """The same loss without a B x B matrix, for large batches; None if there is no such form.
 
-        The same value on every rank, whose backward is this rank's share of the gradient.
+        The same value on every rank; its backward pass yields this rank's part of the gradient. kept_bytes: see
+        `tiles.LOSS_BYTES`.
         """
         return None
 
     def forward(self, inputs: LossInputs, budget: Budget = DEFAULT_BUDGET) -> Tensor:
-        """The loss of the global batch, the same on every rank. Its backward is this rank's share: the sum over ranks
-        is the gradient, of the encoders, of the temperature and of the term's own parameters.
+        """The loss of the global batch, the same on every rank.
 
-        Every rank computes the same dense loss from the same matrices. Of a gradient that all ranks send back for what
-        they gathered the sum arrives, hence a share of one over their number.
+        The backward pass yields this rank's part of the gradient of encoders, temperature and the term's parameters;
+        the sum over ranks is the gradient. In the dense form every rank computes the whole loss from the same matrices,
+        and a gather sums the gradients of all ranks: hence the factor 1 / world size on the gradient.
         """
         if not budget.allows_dense(inputs.block.shape[0]):
             loss = self.tiled(inputs, budget.kept)
@@ -109,10 +113,12 @@ class LossTerm(nn.Module):
 
 
 class NTXentSection(TermSection):
-    weight: NonNegative = 1.0
+    weight: NonNegative = Field(1.0, description="factor of the term in the loss; 0 leaves it out")
 
 
 class NTXent(LossTerm):
+    """`dense.nt_xent`."""
+
     Section = NTXentSection
 
     def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor) -> Tensor:
@@ -123,12 +129,16 @@ class NTXent(LossTerm):
 
 
 class PMRSection(TermSection):
-    omega: Positive = Field(5.0, description="scale of the prior's softmax")
-    detach_prior: bool = Field(False, description="no gradient through the prior")
-    scale_by_batch: bool = Field(False, description="prior times the number of candidates (CAMoE, with omega 0.1)")
+    omega: Positive = Field(5.0, description="inverse temperature of the prior's softmax")
+    detach_prior: bool = Field(False, description="whether the prior is constant, without a gradient through it")
+    scale_by_batch: bool = Field(
+        False, description="whether the prior is multiplied by its number of candidates (CAMoE)"
+    )
 
 
 class PMR(LossTerm):
+    """`dense.pmr`."""
+
     Section = PMRSection
     section: PMRSection
 
@@ -142,15 +152,21 @@ class PMR(LossTerm):
 
 
 class CMSCSection(TermSection):
-    beta: Share = Field(0.2, description="share of the intra-modal similarities in the targets")
-    beta_warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="beta rises from 0 over these updates")
-    target_temperature: Positive | None = Field(None, description="of the similarities; default: the model's")
+    beta: Share = Field(0.2, description="part of the targets that comes from similarities inside a modality")
+    beta_warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="optimizer steps over which beta rises from 0"
+    )
+    target_temperature: Positive | None = Field(
+        None, description="temperature of these similarities; default: the model's"
+    )
     mode: Literal["each", "add"] = Field(
-        "each", description="texts guide t2a and audios a2t, or the mean of both guides both"
+        "each", description="each: similarities of texts for t2a, of audios for a2t; add: their mean for both"
     )
 
 
 class CMSC(LossTerm):
+    """`dense.cmsc` with a warm-up of beta."""
+
     Section = CMSCSection
     section: CMSCSection
 
@@ -188,10 +204,12 @@ class CMSC(LossTerm):
 
 
 class IntraModalSection(TermSection):
-    """Contrast of texts with texts and of audios with audios; the weight is the paper's gamma."""
+    """Options of the contrast inside each modality; the weight is gamma of arXiv 2403.10146."""
 
 
 class IntraModal(LossTerm):
+    """The mean of `dense.intra_modal` over texts and audios."""
+
     Section = IntraModalSection
 
     def dense(self, text_scores: Tensor, audio_scores: Tensor, temperature: Tensor, positives: Tensor) -> Tensor:
@@ -207,8 +225,8 @@ class IntraModal(LossTerm):
 
 
 class DistillationSection(TermSection):
-    tables: list[str] = Field([], description="teachers' embeddings, as `atr-scale estimate` writes them")
-    temperature: Positive | None = Field(None, description="of student and teachers in this term; default: the model's")
+    tables: list[str] = Field([], description="files of teacher tables, as `atr-scale estimate` writes them")
+    temperature: Positive | None = Field(None, description="temperature of student and teachers; default: the model's")
 
     @model_validator(mode="after")
     def has_teachers(self) -> DistillationSection:
@@ -218,7 +236,7 @@ class DistillationSection(TermSection):
 
 
 class Distillation(LossTerm):
-    """Its teachers' tables are read by who trains, and come in as scores."""
+    """`dense.distillation` of the teachers' scores, which the training loop looks up in the teacher tables."""
 
     Section = DistillationSection
     section: DistillationSection
@@ -243,11 +261,11 @@ LOSS_TERMS: dict[str, type[LossTerm]] = {
 
 
 def check_loss_terms() -> None:
-    """UserError if plug-ins have put something into LOSS_TERMS that is no term, or under a name that cannot be one."""
+    """Raises UserError if a plug-in has added an entry to LOSS_TERMS that is no term or has an impossible name."""
     for name, term in LOSS_TERMS.items():
         if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name)):
             raise UserError(f"a loss term cannot be called {name!r}: use letters, digits, _ and -")
-        if name == "loss" or hasattr(nn.ModuleDict(), name):  # where terms are kept and logged by name
+        if name == "loss" or hasattr(nn.ModuleDict(), name):  # names of metrics and of attributes
             raise UserError(f"a loss term cannot be called {name!r}, which means something else: rename it")
         if not (isinstance(term, type) and issubclass(term, LossTerm)):
             raise UserError(f"LOSS_TERMS[{name!r}] is {term!r}: give a subclass of LossTerm")

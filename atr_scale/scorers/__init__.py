@@ -1,6 +1,6 @@
-"""Scorers: text and audio token sequences -> scores.
+"""Scorers map text and audio token sequences to scores. docs/scorers.md lists them.
 
-One that lives outside of this package is an entry that its module adds to `SCORERS`.
+A plug-in adds its scorer to `SCORERS`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
 
 
 def scorer_options(name: str) -> type[Section]:
-    """The section that checks the options of the scorer `name`; an empty one for an unknown name."""
+    """The section with the options of the scorer `name`; one without fields if the name is unknown."""
     return options_of(SCORERS.get(name), Section)
 
 
 def build_scorer(name: str, dim: int, **options: Any) -> Scorer:
-    """The scorer `name` for token sequences of width `dim`; options: fields of its `Options`.
+    """The scorer `name` for token sequences of width `dim`. options: fields of the scorer's `Options`.
 
-    Raises UserError for an unknown name, an option that the scorer does not have, or a value that it cannot take.
+    Raises UserError for an unknown name, an unknown option, or a value that an option cannot have.
     """
     if name not in SCORERS:
         raise UserError(f"unknown scorer {name!r}: known are {', '.join(SCORERS)}")

@@ -1,11 +1,12 @@
-"""Co-attention between the words of a caption and the frames of a clip (Sun et al., 2024, arXiv 2412.20914), built of
-the self-attention and guided-attention blocks of MCAN (Yu et al., CVPR 2019, arXiv 1906.10770).
+"""Co-attention between the tokens of a caption and the frames of a clip (Sun et al., 2024, arXiv 2412.20914).
 
-Shape suffixes: B sequences, T tokens, D width of the input, W width inside, h heads, J width of the compared vectors;
-in a tile every one of G guides (captions, say) meets every one of P guided sequences (clips).
+A cross-encoder made of the self-attention and guided-attention blocks of MCAN (Yu et al., CVPR 2019, arXiv 1906.10770).
 
-A guided vector depends on its guide: a clip has one for every caption, and every pair is scored with its own. Were a
-clip guided by its matching caption alone, its vector would give the answer away.
+Shape suffixes: B sequences, T tokens, D width of the input, W width of the blocks, h heads, J width of the compared
+embeddings. A tile is every one of G guides (for example captions) with every one of P guided sequences (clips).
+
+The embedding of a guided sequence depends on its guide: a clip has one for every caption, and each pair is scored with
+its own. If a clip were guided by its matching caption alone, its embedding would reveal the match.
 """
 
 from __future__ import annotations
@@ -25,27 +26,26 @@ from atr_scale.sections import Count, Section
 
 
 class CoAttentionOptions(Section):
-    """Which sizes the authors used is not known: the defaults are those of MCAN's small model."""
+    """Options of `coattention`. The paper's sizes are not known: the defaults are those of MCAN's small model."""
 
     configuration: Literal["single", "stacking", "iterating"] = Field(
         "iterating",
-        description="the guide of layer l: y_1 of a single layer, y_l (stacking) or the last y (iterating)",
+        description="guide of layer l: y_1 and one layer (single), y_l (stacking) or the last y (iterating)",
     )
-    depth: Count | None = Field(None, description="layers; default: 5, for single 1")
+    depth: Count | None = Field(None, description="number of layers; default: 5, or 1 for single")
     guidance: Literal["t2a", "both"] = Field(
-        "t2a", description="words guide frames; both: frames, after blocks of their own, guide words as well"
+        "t2a", description="t2a: tokens guide frames; both: frames also guide tokens"
     )
-    share_weights: bool = Field(False, description="each stack is one block applied `depth` times")
-    width: Count = Field(512, description="of all blocks")
-    heads: Count = Field(8, description="of each attention; a divisor of the width")
-    ffn_width: Count = Field(2048, description="hidden layer of the feed-forward layers")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="of all blocks")
-    pool_width: Count = Field(512, description="hidden layer of the pooling")
-    joint: Count = Field(1024, description="width of the compared vectors")
+    share_weights: bool = Field(False, description="whether each stack is one block, applied `depth` times")
+    width: Count = Field(512, description="width of all blocks")
+    heads: Count = Field(8, description="heads of each attention; a divisor of the width")
+    ffn_width: Count = Field(2048, description="width of the hidden layer of the feed-forward layers")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="dropout in all blocks")
+    pool_width: Count = Field(512, description="width of the hidden layer of the pooling")
+    joint: Count = Field(1024, description="width of the compared embeddings")
     pairs_per_tile: Count = Field(
         256,
-        description="pairs whose activations are alive at once (13 MB a pair at these sizes, 30 words and 32 frames in"
-        " fp32); they are computed again in the backward pass",
+        description="pairs whose activations are in memory at once (13 MB each by default, 30 tokens, 32 frames)",
     )
 
     @model_validator(mode="after")
@@ -58,10 +58,11 @@ class CoAttentionOptions(Section):
 
 
 class CoAttentionScorer(Scorer):
-    """Cosine of the caption's vector and the clip's vector as guided by the caption.
+    """Cosine of the caption's embedding and the clip's embedding under the guidance of the caption.
 
-    Guides pass self-attention blocks once a sequence, y_l = SA_l(y_(l-1)); the guided side passes guided blocks once a
-    pair, x_l = SGA_l(x_(l-1), guide of layer l). Attention pooling and a projection make one vector of each side.
+    Guides pass the self-attention blocks once for each sequence, y_l = SA_l(y_(l-1)). Guided sequences pass the guided
+    blocks once for each pair, x_l = SGA_l(x_(l-1), guide of layer l). Attention pooling and a projection make one
+    embedding of each side. The arguments are `dim` and the fields of `CoAttentionOptions`.
     """
 
     Options = CoAttentionOptions
@@ -106,7 +107,7 @@ class CoAttentionScorer(Scorer):
         return score_tiles(self._tile, self._prepare(self.text, text), self._prepare(self.audio, audio), (tile, tile))
 
     def _prepare(self, side: Side, sequence: TokenSequence) -> Tensors:
-        """All that does not depend on the other side: mask [B, T], see Side.forward for the rest."""
+        """The part of the computation that needs no other side: mask [B, T] and the results of Side.forward."""
         tokens, mask = real_tokens(sequence)
         return mask, *in_groups(side, (tokens, mask), self.pairs_per_tile)
 
@@ -120,7 +121,7 @@ class CoAttentionScorer(Scorer):
 
 
 class Side(nn.Module):
-    """One modality: what it passes through alone, and what it passes through under a guide."""
+    """The modules of one modality: those that it passes alone, and those that it passes under a guide."""
 
     def __init__(
         self,
@@ -137,9 +138,10 @@ class Side(nn.Module):
         self.depth, self.guide_by_layer = depth, guide_by_layer
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensors:
-        """[B, T, D] -> what is to be compared, and the guides [B, T, W] (by layer, or one for all; none if not asked).
+        """[B, T, D] -> (own, *guides).
 
-        To be compared: tokens [B, T, W] if this side will be guided, else the unit vector [B, J].
+        own: tokens [B, T, W] if this side is guided, else its embedding [B, J] of unit length.
+        guides: [B, T, W], one for each layer or one for all layers; none if this side does not guide.
         """
         projected = self.projection(tokens)
         levels = [projected]
@@ -149,16 +151,17 @@ class Side(nn.Module):
         return own, *(levels[1:] if self.guide_by_layer else levels[1:][-1:])
 
     def guided(self, tokens: Tensor, mask: Tensor, guides: list[Tensor], guide_mask: Tensor) -> Tensor:
-        """[P, T, W] under each of G guides -> unit vectors [G, P, J]."""
-        x = tokens.unsqueeze(0)  # as yet the same for all guides
+        """[P, T, W] under each of G guides -> embeddings [G, P, J] of unit length."""
+        x = tokens.unsqueeze(0)  # the same for all guides before the first layer
         for layer in range(self.depth):
             block = self.guided_blocks[layer % len(self.guided_blocks)]
             x = block(x, mask, guides[layer % len(guides)], guide_mask)
-        return self.pooling(x, mask)
+        embeddings: Tensor = self.pooling(x, mask)
+        return embeddings
 
 
 class SelfAttentionBlock(nn.Module):
-    """SA of MCAN: attention of a sequence over itself, then a feed-forward layer, each added and normalised."""
+    """SA of MCAN: self-attention, then a feed-forward layer, each with a residual connection and a LayerNorm."""
 
     def __init__(self, width: int, heads: int, ffn_width: int, dropout: float) -> None:
         super().__init__()
@@ -169,11 +172,12 @@ class SelfAttentionBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, T, W] with mask [B, T] -> [B, T, W]."""
         x = self.attention_norm(x + self.dropout(self.attention(x, x, mask)))
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        y: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return y
 
 
 class GuidedAttentionBlock(nn.Module):
-    """SGA of MCAN: as SA, with attention over the guide between the two."""
+    """SGA of MCAN: like SA, with attention over the guide between the two."""
 
     def __init__(self, width: int, heads: int, ffn_width: int, dropout: float) -> None:
         super().__init__()
@@ -190,10 +194,11 @@ class GuidedAttentionBlock(nn.Module):
         flat = x.flatten(0, 1)
         own = self.self_attention(flat, flat, mask.repeat(len(x), 1)).view_as(x)
         x = self.self_attention_norm(x + self.dropout(own))
-        # To their guide, the tokens of all P sequences are so many queries.
+        # The tokens of all P sequences are queries over the same guide.
         found = self.guided_attention(x.flatten(1, 2), guide, guide_mask).unflatten(1, x.shape[1:3])
         x = self.guided_attention_norm(x + self.dropout(found))
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        y: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return y
 
 
 class MultiHeadAttention(nn.Module):
@@ -211,22 +216,24 @@ class MultiHeadAttention(nn.Module):
         key, value = (self._by_head(part) for part in self.key_value(context).chunk(2, dim=-1))
         dropout = self.dropout if self.training else 0.0
         found = scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout)
-        return self.output(found.transpose(1, 2).flatten(2))
+        y: Tensor = self.output(found.transpose(1, 2).flatten(2))
+        return y
 
     def _by_head(self, x: Tensor) -> Tensor:
         """[B, T, W] -> [B, h, T, W / h]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2)
 
 
 class AttFlat(nn.Module):
-    """The pooling of MCAN with one glimpse: tokens averaged with learned weights, then projected."""
+    """The attention pooling of MCAN with one glimpse: a weighted mean of tokens with learned weights, projected."""
 
     def __init__(self, width: int, hidden: int, joint: int, dropout: float) -> None:
         super().__init__()
         self.weight, self.projection = _feed_forward(width, hidden, 1, dropout), nn.Linear(width, joint)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """[..., P, T, W] with mask [P, T] -> unit vectors [..., P, J], fp32 or wider whatever the autocast."""
+        """[..., P, T, W] with mask [P, T] -> unit vectors [..., P, J], fp32 or wider even under autocast."""
         logits = at_least_fp32(self.weight(x).squeeze(-1)).masked_fill(~mask, -math.inf)
         pooled = (logits.softmax(-1).unsqueeze(-1) * x).sum(-2)
         return normalize(at_least_fp32(self.projection(pooled)), dim=-1)

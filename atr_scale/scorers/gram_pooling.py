@@ -1,11 +1,11 @@
-"""Text-aware attention pooling from Gram matrices, exact in scores and gradients, without a vector of width D a pair.
+"""Text-aware attention pooling from Gram matrices, exact in scores and gradients, without a vector [D] for each pair.
 
 Shape suffixes: i texts, j clips, f (and g) frames, D width, K attention width, m metrics.
 
-All that follows the attention is affine in its weights w, up to the factors of LayerNorm. Hence, with the clip's values
-X [f, K], the variances and the length of the pooled vector are quadratic forms w (X M X') w: a metric M [K, K] comes
-from the parameters alone, a Gram matrix X M X' [f, g] from one clip. The product with the caption's vector is w . X n,
-with n [K] from the caption alone.
+After the attention, everything is affine in its weights w, up to the factors of LayerNorm. So, with the clip's values
+X [f, K], the variances and the length of the pooled vector are quadratic forms w (X M X') w. A metric M [K, K] depends
+on the parameters alone, a Gram matrix X M X' [f, g] on one clip. The product with the caption's embedding is w . X n,
+and n [K] depends on the caption alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMS = 3  # linear forms of w, besides the quadratic ones
 
 
 class PoolingMetrics(NamedTuple):
-    """What the parameters behind the attention amount to. `matching` and `offsets` are for captions' unit vectors."""
+    """Products of the parameters behind the attention. `matching` and `offsets` multiply captions' embeddings."""
 
     matching: Tensor  # [K, D]
     offsets: Tensor  # [2, D]
@@ -39,10 +39,13 @@ class PoolingMetrics(NamedTuple):
 
 
 def metrics_of(out: Tensor, scale: Tensor, shift: Tensor, *block: Tensor) -> PoolingMetrics:
-    """W_O [K, D]; scale and shift [D] of the last LayerNorm; of a residual block those of its LayerNorm, its Linear's
-    weight and its bias.
+    """Metrics from the parameters behind the attention.
 
-    What the last LayerNorm gets is, centred, r (w X) a + u, with one factor r a pair (without a block r = 1, u = 0).
+    out: W_O [K, D]. scale, shift: [D] of the last LayerNorm. block: of a residual block the scale and shift [D] of its
+    LayerNorm and the weight and bias of its Linear.
+
+    The centred input of the last LayerNorm is r (w X) a + u, with a factor r for each pair. Without a block r = 1 and
+    u = 0.
     """
     a = out = _centred(out)
     u = torch.zeros_like(shift)
@@ -59,16 +62,16 @@ def metrics_of(out: Tensor, scale: Tensor, shift: Tensor, *block: Tensor) -> Poo
 
 
 class GramScores(torch.autograd.Function):
-    """Scores [i, j] of all pairs, tile_size = (texts, clips) at once; their gradients by the formulas, without a graph.
+    """Scores [i, j] of all pairs, in tiles of tile_size = (texts, clips), with gradients by formulas.
 
-    query, matched, offsets: [i, K], [i, K], [i, 2], captions as the attention, the values and the last shift see them.
+    query, matched, offsets: [i, K], [i, K], [i, 2], captions projected for the attention, the values, the last shift.
     tokens, mask: frames [j, f, D] of any floating dtype, normalised here to mean 0 and variance 1, and [j, f].
-    projection, bias: [2K, D] and [2K], keys over values of normalised frames.
-    quadratic, forms, constants: of PoolingMetrics; dim: D.
+    projection, bias: [2K, D] and [2K], of keys and then values, for normalised frames.
+    quadratic, forms, constants: of PoolingMetrics. dim: D.
 
-    Kept for the backward pass: keys, values, Gram matrices. Normalised frames and tiles are computed again. With `few`
-    texts, fewer than a frame's value has numbers, it pays to keep tiles and to spare keys: `projection` and `bias` are
-    of values alone, `query` [i, D] has passed the keys' projection, and frames are their own keys.
+    Keys, values and Gram matrices are kept for the backward pass; normalised frames and tiles are computed again. With
+    `few` texts (fewer than K) tiles are kept and there are no keys: `projection` and `bias` are those of the values,
+    `query` [i, D] has been multiplied by the keys' projection, and frames are their own keys.
     """
 
     @staticmethod
@@ -136,7 +139,7 @@ class GramScores(torch.autograd.Function):
                     by_table.baddbmm_(by_along, tile.weight.mT)
                     _add_factor_gradients(by_logits, key, query[texts], by_key, by_query[texts])
                     _add_factor_gradients(by_found, value, matched[texts], by_value, by_matched[texts])
-                # A Gram matrix' gradient is symmetric, as a sum over pairs of w w'.
+                # The gradient of a Gram matrix is a sum of w w' over pairs, hence symmetric.
                 by_grams, by_form_rows = by_table[:, :-FORMS], by_table[:, -FORMS:].mT.flatten(0, 1)
                 values, by_values = value.flatten(0, 1), by_value.flatten(0, 1)
                 by_mapped = (by_grams @ value).view(len(values), -1)  # [j f, m K]
@@ -179,14 +182,14 @@ class _Tile(NamedTuple):
         return self.dot, self.quadratic, self.along[:, -FORMS:]
 
     def gradients(self, table: Tensor, by_statistics: Statistics) -> Tensors:
-        """Gradients of the attention's logits [j, f, i], of `found`, and what times weights is that of `table`."""
+        """Gradients of the attention's logits [j, f, i] and of `found`; the factor of `weight` in that of `table`."""
         weight, (by_dot, by_quadratic, by_forms) = self.weight, by_statistics
         mean = by_dot * self.dot + 2 * (by_quadratic * self.quadratic).sum(1) + (by_forms * self.statistics[2]).sum(1)
         by_weight = self.found * by_dot.unsqueeze(1)
         for along, by_values in zip(_by_metric(self.along, weight).unbind(2), by_quadratic.unbind(1), strict=True):
             by_weight.addcmul_(along, by_values.unsqueeze(1), value=2)
         by_weight.baddbmm_(table[:, -FORMS:].mT, by_forms)
-        by_logits = by_weight.sub_(mean.unsqueeze(1)).mul_(weight)  # `mean` is that of by_weight under the weights
+        by_logits = by_weight.sub_(mean.unsqueeze(1)).mul_(weight)  # `mean`: of by_weight under the weights
         by_along = torch.empty_like(self.along)
         torch.mul(weight.unsqueeze(2), by_quadratic.unsqueeze(1), out=_by_metric(by_along, weight))
         by_along[:, -FORMS:] = by_forms
@@ -194,19 +197,20 @@ class _Tile(NamedTuple):
 
 
 def attention(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-    """Weights [j, f, i] over real frames; texts come last, so that sums over frames run along memory."""
-    lowest = torch.finfo(query.dtype).min  # not -inf, which makes NaN of a clip without frames
+    """Weights [j, f, i] over real frames. Texts come last, so that sums over frames read memory in order."""
+    lowest = torch.finfo(query.dtype).min  # -inf would give NaN for a clip without frames
     logits = products(key, query).masked_fill_(~mask.unsqueeze(-1), lowest)
     return logits.softmax(1)
 
 
 def products(frames: Tensor, texts: Tensor) -> Tensor:
     """[j, f, K] and [i, K] -> [j, f, i], as one matrix product."""
-    return (frames.flatten(0, 1) @ texts.T).unflatten(0, frames.shape[:2])
+    product: Tensor = (frames.flatten(0, 1) @ texts.T).unflatten(0, frames.shape[:2])
+    return product
 
 
 def _add_factor_gradients(grad: Tensor, frames: Tensor, texts: Tensor, by_frames: Tensor, by_texts: Tensor) -> None:
-    """What a gradient [j, f, i] of `products` means for its factors."""
+    """Add the gradients of the factors of `products` that follow from its gradient [j, f, i]."""
     rows = grad.flatten(0, 1)
     by_frames.flatten(0, 1).addmm_(rows, texts)
     by_texts.addmm_(rows.T, frames.flatten(0, 1))
@@ -214,11 +218,12 @@ def _add_factor_gradients(grad: Tensor, frames: Tensor, texts: Tensor, by_frames
 
 def _by_metric(along: Tensor, weight: Tensor) -> Tensor:
     """View [j, f, m, i] of the Gram matrices' part of `along`."""
-    return along[:, :-FORMS].unflatten(1, (weight.shape[1], -1))
+    view: Tensor = along[:, :-FORMS].unflatten(1, (weight.shape[1], -1))
+    return view
 
 
 def _cosines(dim: int, dot: Tensor, quadratic: Tensor, forms: Tensor, offsets: Tensor, constants: Tensor) -> Tensor:
-    """Scores [j, i], every EPS in its place."""
+    """Scores [j, i], with the EPS of every LayerNorm."""
     spread, length, *inner = quadratic.unbind(1)
     along_u, along_scaled_u, along_shift = forms.unbind(1)
     uu, scaled_uu, u_shift, shift_shift = constants
@@ -227,13 +232,14 @@ def _cosines(dim: int, dot: Tensor, quadratic: Tensor, forms: Tensor, offsets: T
     dot = r_last * (r * dot + offsets[:, 0]) + offsets[:, 1]
     squared = r_last.square() * (r * r * length + 2 * r * along_scaled_u + scaled_uu)
     squared = squared + 2 * r_last * (r * along_shift + u_shift) + shift_shift
-    return dot * squared.clamp(min=SHORTEST**2).rsqrt()
+    cosines: Tensor = dot * squared.clamp(min=SHORTEST**2).rsqrt()
+    return cosines
 
 
 def _cosine_gradients(
     dim: int, statistics: Statistics, of_texts: Tensors, by_scores: Tensor
 ) -> tuple[Statistics, Tensors]:
-    """Gradients of the arguments of `_cosines`; a tile has `f` times as many numbers, so that a graph costs little."""
+    """Gradients of the arguments of `_cosines`, by autograd; its cost is small, as a tile is f times larger."""
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (*statistics, *of_texts)]
         by_dot, by_quadratic, by_forms, *by_texts = torch.autograd.grad(_cosines(dim, *leaves), leaves, by_scores)

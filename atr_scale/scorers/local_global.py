@@ -1,11 +1,11 @@
-"""Local-to-global matching of frames and words (LGMM): Wang, Gu, Ling, ICASSP 2024, arXiv 2403.10146.
+"""Local-to-global matching of frames and tokens (LGMM): Wang, Gu, Ling, ICASSP 2024, arXiv 2403.10146.
 
-Shape suffixes: B texts, b audios, M frames, N words, D width; one side holds the queries (Q sequences of q tokens), the
-other the contexts (C of c): frames over words has audios as queries.
+Shape suffixes: B texts, b audios, M frames, N text tokens, D width. One side holds the queries (Q sequences of q
+tokens), the other the contexts (C sequences of c tokens); in "frames over words" audios are the queries.
 
-Every query token attends over the context's tokens, is compared with what it found there, and the comparisons are
-pooled. With unit tokens the attended vector is never built: its product with the query is a weighted mean of
-similarities, its norm a quadratic form of the context's Gram matrix.
+Every query token attends over the tokens of the context and is compared with the attended vector; the comparisons are
+pooled. With tokens of unit length the attended vector is never computed: its product with the query is a weighted mean
+of similarities, and its squared norm is a quadratic form of the context's Gram matrix.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from atr_scale.scorers.scorer import Scorer, without_autocast
 from atr_scale.scorers.tiles import Tensors, for_device, real_tokens, score_tiles
 from atr_scale.sections import Positive, Section
 
-# Token pairs of a tile: what a processor's caches hold, or enough to keep a GPU busy.
+# Token pairs of a tile: as many as a processor's caches hold, or enough to keep a GPU busy.
 TILE_SIZES = {"cpu": 2**20, "cuda": 2**26}
 
 
 class LocalGlobalOptions(Section):
-    """The paper does not give the inverse temperatures; these are those of SCAN (Lee et al., ECCV 2018, arXiv
-    1803.08024)."""
+    """Options of `lgmm`. The paper does not give the inverse temperatures: the defaults are those of SCAN (Lee et al.,
+    ECCV 2018, arXiv 1803.08024)."""
 
     lambda1: Positive = Field(4.0, description="inverse temperature of the attention")
     lambda2: Positive = Field(5.0, description="inverse temperature of the pooling")
     direction: Literal["frames_over_words", "words_over_frames", "both"] = Field(
-        "frames_over_words", description="which side asks; both: the mean of the two"
+        "frames_over_words", description="queries over contexts; both: the mean of the two"
     )
     normalise: Literal["none", "clipped_l2"] = Field(
         "none",
-        description="clipped_l2: before the attention, the positive part of s_mn over its norm over the queries (SCAN)",
+        description="clipped_l2: similarities before the attention are clipped at 0 and divided by their norm (SCAN)",
     )
 
 
 class LocalGlobalScorer(Scorer):
-    """Log-mean-exp over query tokens of cos(token, its attended context); has no parameters.
+    """Log-mean-exp over query tokens of cos(token, attended vector). It has no parameters.
 
     s_mn = cos(f_m, w_n), alpha_m = softmax_n(lambda1 s_mn), r_m = cos(f_m, sum_n alpha_mn w_n),
-    score = 1/lambda2 log mean_m exp(lambda2 r_m), here with frames as queries. The mean, in place of the sum of the
-    paper, keeps long clips from scoring higher; it changes nothing if all clips have equally many frames.
-    `normalise` is equation 1 of SCAN.
+    score = 1/lambda2 log mean_m exp(lambda2 r_m), for frames f as queries over tokens w. The mean replaces the paper's
+    sum, with which long clips would score higher; it changes no result if all clips have equally many frames.
+    `normalise` = clipped_l2 is equation 1 of SCAN: s_mn becomes max(s_mn, 0) / norm over m.
     """
 
     Options = LocalGlobalOptions
@@ -87,7 +87,7 @@ class LocalGlobalScorer(Scorer):
             weights = (self.lambda1 * logits).masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1)
             product = (weights * similarity).sum(-1)
             squared_norm = ((weights @ gram) * weights).sum(-1)
-            # Words that cancel out leave a norm of rounding errors.
+            # If tokens cancel out, the norm consists of rounding errors.
             cosine = product * squared_norm.clamp(min=torch.finfo(gram.dtype).eps).rsqrt()
             cosine = cosine.view(C, Q, -1).transpose(0, 1)
             return _log_mean_exp(self.lambda2 * cosine, asking_mask.unsqueeze(1)) / self.lambda2
@@ -99,11 +99,13 @@ def _unit_tokens(sequence: TokenSequence) -> Tensors:
 
 
 def _clipped(similarity: Tensor, queries: torch.Size) -> Tensor:
-    """Positive part of [C, Q q, c], of unit norm over the q tokens of a query; its padded tokens are zero already."""
+    """The positive part of [C, Q q, c], divided by its norm over the q tokens of a query. Padded ones are zero."""
     positive = similarity.unflatten(1, queries).relu()
     squared_norm = positive.square().sum(2, keepdim=True).clamp(min=torch.finfo(positive.dtype).eps)
-    return (positive * squared_norm.rsqrt()).flatten(1, 2)
+    clipped: Tensor = positive * squared_norm.rsqrt()
+    return clipped.flatten(1, 2)
 
 
 def _log_mean_exp(values: Tensor, mask: Tensor) -> Tensor:
-    return values.masked_fill(~mask, -torch.inf).logsumexp(-1) - mask.sum(-1).to(values.dtype).log()
+    log_sum: Tensor = values.masked_fill(~mask, -torch.inf).logsumexp(-1)
+    return log_sum - mask.sum(-1).to(values.dtype).log()

@@ -1,6 +1,7 @@
-"""Scorers whose score is the cosine of one vector a caption and one vector a clip.
+"""Dual encoders: the score is the cosine of an embedding of the caption and an embedding of the clip.
 
-Shape suffixes: B texts, b audios, T frames, D width, C clusters. The caption's vector is its encoder's `pooled`.
+Shape suffixes: B texts, b audios, T frames, D width, C clusters. The caption's embedding is `pooled` of its
+encoder.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ def maximum(audio: TokenSequence) -> Tensor:
 
 
 def mean_plus_max(audio: TokenSequence) -> Tensor:
-    """Mean plus maximum over real frames (PANNs; the MeanMax of arXiv 2303.05681), [b, D]."""
+    """Mean plus maximum over real frames, [b, D] (PANNs, arXiv 1912.10211; MeanMax of arXiv 2303.05681)."""
     return mean(audio) + maximum(audio)
 
 
 class AttentionPooling(nn.Module):
-    """sum_f w_f c_f with w = softmax_f(MLP(c_f)), the MLP of one hidden layer (AttFlat of MCAN, arXiv 1906.10770)."""
+    """sum_f w_f c_f, w = softmax_f(MLP(c_f)) with one hidden layer in the MLP (AttFlat of MCAN, arXiv 1906.10770)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -52,15 +53,16 @@ class AttentionPooling(nn.Module):
         """[b, D]; zero if there are no real frames."""
         tokens, mask = at_least_fp32(audio.tokens), audio.mask.unsqueeze(-1)
         logits = self.weigh(tokens)
-        weight = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(1) * mask
+        weight: Tensor = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(1) * mask
         return (weight * tokens).sum(1)
 
 
 class NetRVLAD(nn.Module):
     """Sums of frames softly assigned to clusters, without the residuals of NetVLAD (Miech et al., arXiv 1706.06905).
 
-    v_c = sum_f softmax_c(c_f W + bias) c_f; every v_c to unit length, their concatenation too, and a linear map back to
-    D. The bias stands for the batch normalisation of the original, which would tie a clip to its batch.
+    v_c = sum_f softmax_c(c_f W + bias) c_f. Every v_c is scaled to unit length, then their concatenation, and a linear
+    map leads back to width D. A bias replaces the batch normalisation of the original, with which the embedding of a
+    clip would depend on its batch.
     """
 
     def __init__(self, dim: int, num_clusters: int) -> None:
@@ -73,11 +75,12 @@ class NetRVLAD(nn.Module):
         tokens = at_least_fp32(audio.tokens)
         weight = self.assign(tokens).softmax(-1) * audio.mask.unsqueeze(-1)
         clusters = normalize(weight.mT @ tokens, dim=-1)  # [b, C, D]
-        return self.project(normalize(clusters.flatten(1), dim=-1))
+        pooled: Tensor = self.project(normalize(clusters.flatten(1), dim=-1))
+        return pooled
 
 
 class CosineScorer(Scorer):
-    """Cosine between the caption's pooled vector and the clip's frames pooled by `pool`, at any width."""
+    """Cosine of the caption's pooled embedding and the clip's frames pooled by `pool`, a function to [b, D]."""
 
     is_dual_encoder = True
 
@@ -87,11 +90,11 @@ class CosineScorer(Scorer):
         self.reads_audio_tokens = pool is not pooled
 
     def embed_text(self, text: TokenSequence) -> Tensor:
-        """Unit vectors [B, D], at least fp32 whatever the autocast."""
+        """Embeddings [B, D] of unit length, fp32 or wider even under autocast."""
         return normalize(at_least_fp32(text.pooled), dim=-1)
 
     def embed_audio(self, audio: TokenSequence) -> Tensor:
-        """Unit vectors [b, D], at least fp32 whatever the autocast."""
+        """Embeddings [b, D] of unit length, fp32 or wider even under autocast."""
         with without_autocast(audio.tokens):
             return normalize(at_least_fp32(self.pool(audio)), dim=-1)
 
@@ -105,7 +108,9 @@ class CosineScorer(Scorer):
 
 
 class NetRVLADOptions(Section):
-    num_clusters: Count = Field(16, description="clusters that frames are assigned to; the default is no paper's")
+    """Options of `netrvlad`. No paper gives the number of clusters."""
+
+    num_clusters: Count = Field(16, description="number of clusters that frames are assigned to")
 
 
 class NetRVLADScorer(CosineScorer):
@@ -118,7 +123,9 @@ class NetRVLADScorer(CosineScorer):
 
 
 class AttentionOptions(Section):
-    hidden_dim: Count = Field(512, description="width of the hidden layer that weighs the frames")
+    """Options of `attention`."""
+
+    hidden_dim: Count = Field(512, description="width of the hidden layer that weights the frames")
 
 
 class AttentionScorer(CosineScorer):

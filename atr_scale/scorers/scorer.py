@@ -1,8 +1,8 @@
-"""What every scorer is: texts against audios.
+"""The base class of scorers.
 
-Shape suffixes: B texts, b audios of this rank, L words, T frames, D width.
+Shape suffixes: B texts of the global batch, b texts or audios of this rank, L tokens of a text, T frames, D width.
 
-Texts travel, audio stays: a rank scores all texts of the global batch against its own audios.
+Texts travel between ranks, audio does not: a rank scores all texts of the global batch against its own audios.
 """
 
 from __future__ import annotations
@@ -22,44 +22,60 @@ from atr_scale.sections import Section
 
 
 class Scorer(nn.Module, ABC):
-    """Scores any text against any audio; a pair's score depends on nothing but the pair.
+    """Scores any text against any audio. The score of a pair depends on the pair alone, not on the rest of the batch.
 
-    The constructor takes `dim`, the width of the token sequences, and the fields of `Options`. Parameters belong to
-    submodules and are used in their forward, where ZeRO-3 gathers them.
+    A subclass has
+
+    - `Options`: a `Section` with its options, which a configuration gives as `model.scorer.options`.
+    - `__init__(self, dim, **options)`: `dim` is the width D of the token sequences, after `model.projection`; `options`
+      are the fields of `Options`, by keyword.
+    - `scores`: all pairs of two sets, differentiable. Inputs have tokens [n, T, D], mask [n, T] (True for real tokens,
+      to be honoured) and pooled [n, D]. Scores are of the order of a cosine: losses divide them by the temperature.
+    - `reads_audio_tokens` and `reads_text_tokens`: whether `scores` uses tokens and mask of that side, or `pooled`
+      alone. Tokens that are not read are not projected and, for texts, not sent between ranks: they arrive empty.
+    - A dual encoder sets `is_dual_encoder`, has `embed_text` and `embed_audio`, and overrides `block` to return
+      `EmbeddingScores`; `CosineScorer` does all of this and needs a function that pools the frames.
+
+    Parameters belong to submodules and are used in the forward method of these, where ZeRO stage 3 gathers them. Scores
+    are computed in fp32 or wider even under autocast, see `without_autocast`. An entry in `SCORERS` gives the scorer
+    its name.
     """
 
     Options: ClassVar[type[Section]] = Section
     reads_audio_tokens = True  # whether the tokens of audio are read
     reads_text_tokens = False  # whether the tokens of text are read
-    is_dual_encoder = False  # whether a caption and a clip are one unit vector each, which an index can hold
+    is_dual_encoder = False  # whether scores are dot products of embeddings
 
     @abstractmethod
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
-        """[texts, audios] for any two sets in one process; differentiable, fp32 or wider whatever the autocast."""
+        """[texts, audios] for any two sets in one process; differentiable, fp32 or wider even under autocast."""
 
     def block(self, text: TokenSequence, audio: TokenSequence, world: World | None = None) -> ScoreBlock:
-        """All texts of the global batch [B, ...] against this rank's audios [b, ...]. Audio never travels."""
+        """Scores [B, b] of all texts of the global batch against this rank's audios.
+
+        text, audio: this rank's sequences [b, ...]. world: by default the default process group.
+        """
         world = world or World.current()
         return StoredScores(self.scores(gather_sequence(text, world, self.reads_text_tokens), audio), world)
 
     def embed_text(self, text: TokenSequence) -> Tensor:
-        """Unit vectors [B, D] of a dual encoder. Raises UserError if a score needs both sides at once."""
+        """Embeddings [n, D] of unit length, fp32 or wider. Raises UserError for a pairwise scorer."""
         raise self._needs_pairs()
 
     def embed_audio(self, audio: TokenSequence) -> Tensor:
-        """Unit vectors [b, D] of a dual encoder. Raises UserError if a score needs both sides at once."""
+        """Embeddings [n, D] of unit length, fp32 or wider. Raises UserError for a pairwise scorer."""
         raise self._needs_pairs()
 
     def _needs_pairs(self) -> UserError:
         return UserError(
-            f"{type(self).__name__} scores pairs and has no vectors to index: use its scores(), or another scorer"
+            f"{type(self).__name__} is a pairwise scorer, without embeddings: use its scores(), or a dual encoder"
         )
 
 
 def gather_sequence(own: TokenSequence, world: World, with_tokens: bool) -> TokenSequence:
-    """The rows of all ranks in rank order, differentiable; without tokens the token axis comes back empty.
+    """The sequences of all ranks in rank order, differentiable; without tokens the token axis is empty.
 
-    Rows are padded to the longest of any rank. Pooled vectors travel in fp32 or wider, tokens in their own dtype.
+    Sequences are padded to the longest of any rank. `pooled` is sent in fp32 or wider, tokens in their own dtype.
     """
     pooled = world.gather(at_least_fp32(own.pooled))
     if not with_tokens:
@@ -72,5 +88,5 @@ def gather_sequence(own: TokenSequence, world: World, with_tokens: bool) -> Toke
 
 
 def without_autocast(like: Tensor) -> torch.autocast:
-    """Scores are computed in the dtype of their inputs, fp32 or wider, also inside an autocast region."""
+    """A context without autocast on the device of `like`, so that scores are computed in the dtype of their inputs."""
     return torch.autocast(like.device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""Text-aware attention pooling: a caption attends over a clip's frames, the score is a cosine with what it finds.
+"""Text-aware attention pooling: a caption attends over the frames of a clip and is compared with the pooled vector.
 
 Shape suffixes: i texts, j clips, f frames, D width, K attention width.
 """
@@ -24,14 +24,16 @@ from atr_scale.sections import Count, Section
 
 Linear = tuple[Tensor, Tensor]  # weight and bias
 TEXTS_PER_TILE = 1024
-# Numbers in a tile's largest tensor: what a processor's caches hold, or enough to keep a GPU busy.
+# Numbers in the largest tensor of a tile: as many as a processor's caches hold, or enough to keep a GPU busy.
 TILE_NUMBERS = {"cpu": 2**19, "cuda": 2**24}
 
 
 class TextAwarePoolingOptions(Section):
+    """Options of `tap`."""
+
     attention_dim: Count = Field(512, description="width of queries, keys and values")
-    residual: bool = Field(False, description="the whole pooling block of X-Pool")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="inside the residual block; X-Pool: 0.3")
+    residual: bool = Field(False, description="whether X-Pool's residual block follows the attention")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout in the residual block; X-Pool: 0.3")
 
     @model_validator(mode="after")
     def dropout_has_its_block(self) -> TextAwarePoolingOptions:
@@ -44,14 +46,14 @@ class TextAwarePoolingScorer(Scorer):
     """TAP (arXiv 2303.05681, eq. 2-4); with `residual` the pooling block of X-Pool (arXiv 2203.15086).
 
     w = softmax_f(LN(c_t) W_Q . LN(c_f) W_K / sqrt(K)),  a = LN(sum_f w_f LN(c_f) W_V W_O),  s = cos(c_t, z),
-    with z = a, or z = LN(a + Dropout(Linear(a))) in X-Pool. c_t is the caption's pooled vector, c_f a frame; their
-    LayerNorm is one, as in X-Pool. A clip without frames scores 0.
+    with z = a, or z = LN(a + Dropout(Linear(a))) in X-Pool. c_t is the caption's pooled embedding and c_f a frame; they
+    share one LayerNorm, as in X-Pool. A clip without frames scores 0.
 
-    Scores come from Gram matrices (see gram_pooling). In two cases every pair's vector is built instead, tile by tile,
-    at many times the cost: for clips so long that Gram matrices cost more than they save, and in training with dropout,
-    which draws anew for every number of every vector; hence it is 0 unless asked for (X-Pool: 0.3). `repr` says which
-    form runs. Products are fp32 also under autocast: bf16 operands in the projections alone move gradients by 2e-3 to
-    3e-3.
+    Scores are computed from Gram matrices (see gram_pooling). In two cases the pooled vector of every pair is computed
+    instead, tile by tile, which costs many times more: for clips with so many frames that Gram matrices do not pay off,
+    and in training with dropout, which draws a random number for every element of every pair's vector. Dropout is
+    therefore 0 by default. `repr` names the form in use. Products are fp32 even under autocast: with bf16 operands in
+    the projections alone, gradients change by 2e-3 to 3e-3.
     """
 
     Options = TextAwarePoolingOptions
@@ -73,9 +75,9 @@ class TextAwarePoolingScorer(Scorer):
             return scores.masked_fill(~audio.mask.any(1), 0)
 
     def extra_repr(self) -> str:
-        form = f"Gram matrices up to {self.weights.most_frames} frames, beyond them a vector a pair"
+        form = f"Gram matrices up to {self.weights.most_frames} frames, beyond them a vector for each pair"
         if self.dropout and self.training:
-            form = f"a vector a pair while dropout {self.dropout} draws"
+            form = f"a vector for each pair because of dropout {self.dropout}"
         return f"residual={self.weights.residual}, {form}"
 
     def _from_grams(self, sentence: Tensor, unit: Tensor, audio: TokenSequence) -> Tensor:
@@ -84,12 +86,15 @@ class TextAwarePoolingScorer(Scorer):
         asked = _projected(sentence, *query)
         few = len(asked) < self.weights.attention_dim
         if few:
-            asked, projection = asked @ key[0], value  # a key's bias says the same of all frames
+            asked, projection = asked @ key[0], value  # the keys' bias adds the same to the logits of all frames
         else:
             projection = _stacked(key, value)
         tile = _tile_size(len(asked), audio.tokens.shape[1], asked.device)
         texts = (asked, unit @ matching.T, unit @ offsets.T)
-        return GramScores.apply(*texts, audio.tokens, audio.mask, *projection, *metrics, self.weights.dim, tile, few)
+        scores: Tensor = GramScores.apply(
+            *texts, audio.tokens, audio.mask, *projection, *metrics, self.weights.dim, tile, few
+        )
+        return scores
 
     def _from_vectors(self, sentence: Tensor, unit: Tensor, audio: TokenSequence, dropout: float) -> Tensor:
         query, key, value, behind = self.weights()
@@ -106,10 +111,11 @@ class TextAwarePoolingScorer(Scorer):
 
 
 class _Weights(nn.Module):
-    """All parameters. Tiles run outside of any module, where ZeRO-3 has let go of them: forward hands out copies.
+    """All parameters. Tiles run outside of any module, where ZeRO stage 3 has released them: forward returns copies.
 
-    The query, key and value projections and the transposed W_O start as one random orthonormal projection: at K = D
-    that is X-Pool's start, the identity, up to a rotation; at K < D a clip still starts as a weighted mean of frames.
+    The query, key and value projections and the transposed W_O are initialised as one random orthonormal projection.
+    For K = D this is X-Pool's initialisation, the identity, up to a rotation; for K < D a clip still starts as a
+    weighted mean of its projected frames.
     """
 
     def __init__(self, dim: int, attention_dim: int, residual: bool) -> None:
@@ -125,12 +131,12 @@ class _Weights(nn.Module):
 
     @property
     def most_frames(self) -> int:
-        """Up to how many frames Gram matrices cost a pair fewer operations than its vector of width D."""
+        """The largest number of frames for which Gram matrices take fewer operations a pair than its vector [D]."""
         vector = self.dim * (self.attention_dim + (self.dim if self.residual else 0))
         return math.isqrt((vector - 1) // (3 if self.residual else 2))
 
     def forward(self) -> tuple[Linear, Linear, Linear, Tensors]:
-        """W_Q / sqrt(K), W_K and W_V for normalised inputs, with the LayerNorm's parameters in them; what is behind."""
+        """W_Q / sqrt(K), W_K and W_V, each with the LayerNorm's parameters, and the parameters behind the attention."""
         behind = [self.out, self.scale, self.shift]
         if self.residual:
             behind += [self.inner_scale, self.inner_shift, self.linear_weight, self.linear_bias]
@@ -142,7 +148,7 @@ class _Weights(nn.Module):
 
 
 def _vector_scores(texts: Tensors, audios: Tensors, behind: Tensors, dropout: float) -> Tensor:
-    """Scores [i, j] of a tile by the formula as it stands, with every pair's vector [j, i, D]."""
+    """Scores [i, j] of a tile by the formula of the paper, with the pooled vectors [j, i, D] of all pairs."""
     (query, unit), (key, value, mask), (out, scale, shift, *block) = texts, audios, behind
     pooled = attention(query, key, mask).mT @ value @ out
     if block:

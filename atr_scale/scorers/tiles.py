@@ -1,4 +1,4 @@
-"""Scores of all pairs, tile by tile, computed again in the backward pass: memory is that of one tile.
+"""Scores of all pairs by gradient checkpointing of tiles: activations take the memory of one tile.
 
 Shape suffixes: B sequences, T tokens, D width; R rows and C columns of all scores, r and c those of a tile.
 """
@@ -19,14 +19,14 @@ Tensors = tuple[Tensor, ...]
 
 
 def for_device(sizes: dict[str, int], device: torch.device) -> int:
-    """The entry for a type of device; a type without one is taken for an accelerator like a GPU."""
+    """The entry for a device's type; a type without an entry gets that of "cuda"."""
     return sizes[device.type if device.type in sizes else "cuda"]
 
 
 def real_tokens(sequence: TokenSequence) -> tuple[Tensor, Tensor]:
     """Tokens [B, T, D], fp32 or wider and zero if padded, and their mask [B, T].
 
-    A sequence without any real token counts as one zero token, so that every softmax has something to choose from.
+    A sequence without real tokens counts as one zero token, so that no softmax is over an empty set.
     """
     tokens = at_least_fp32(sequence.tokens).masked_fill(~sequence.mask.unsqueeze(-1), 0)
     first = torch.arange(sequence.mask.shape[1], device=tokens.device) == 0
@@ -38,8 +38,9 @@ def score_tiles(
 ) -> Tensor:
     """[R, C] from function(rows of a tile, columns of a tile) -> [r, c].
 
-    rows, columns: tensors whose first axis is that of the scores; `tile` is the largest (r, c). Random numbers are
-    replayed in the backward pass. The last tile is not computed again: it comes first there, before any other is alive.
+    rows, columns: tensors whose first axis is that of the scores. tile: the largest (r, c). Tiles are computed again in
+    the backward pass, with the same random numbers. The last tile is not: the backward pass starts with it, when the
+    activations of no other tile exist.
     """
     stripes, parts = split(rows, tile[0]), split(columns, tile[1])
     *tiles, last = [(r, c) for r in stripes for c in parts]
@@ -48,7 +49,7 @@ def score_tiles(
 
 
 def in_groups(function: Callable[..., Tensors], tensors: Tensors, rows: int) -> Tensors:
-    """function(*tensors), row by row of the first axis, at most `rows` rows at once."""
+    """function(*tensors), for at most `rows` rows of the first axis at once, computed again in the backward pass."""
     groups = [recomputed(function, *group) for group in split(tensors, rows)]
     return tuple(torch.cat(parts) for parts in zip(*groups, strict=True))
 
@@ -59,5 +60,5 @@ def split(tensors: Tensors, rows: int) -> list[Tensors]:
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments), of which only the arguments are kept for the backward pass."""
+    """function(*arguments) with gradient checkpointing: only the arguments are kept for the backward pass."""
     return checkpoint(function, *arguments, use_reentrant=False)

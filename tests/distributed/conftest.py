@@ -12,7 +12,7 @@ from atr_scale.losses.tiled import tiles
 from atr_scale.scorers import tap
 from tests.tiny_run import tiny_config
 
-SIZES = ((score_block, "STRIPE_COLUMNS"), (tiles, "TILE_ROWS"), (tiles, "PART_ROWS"), (tap, "TEXTS_PER_TILE"))
+SIZES = ((score_block, "STRIPE_COLUMNS"), (tiles, "TILE_ROWS"), (tap, "TEXTS_PER_TILE"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -150,7 +150,7 @@ def test_pairwise_scorers_store_their_block_and_embed_nothing() -> None:
     block = scorer.block(text, audio, World())
     assert isinstance(block, StoredScores) and torch.equal(block.scores, scorer.scores(text, audio))
     for embed, sequence in ((scorer.embed_text, text), (scorer.embed_audio, audio)):
-        with pytest.raises(UserError, match="TextAwarePoolingScorer scores pairs and has no vectors to index"):
+        with pytest.raises(UserError, match="TextAwarePoolingScorer is a pairwise scorer, without embeddings"):
             embed(sequence)
 
 

@@ -95,7 +95,7 @@ def test_gram_matrices_are_left_where_they_stop_paying() -> None:
 
 def test_repr_says_that_dropout_takes_vectors() -> None:
     scorer = build(True, probability=0.3)
-    assert "a vector a pair while dropout 0.3 draws" in repr(scorer)
+    assert "a vector for each pair because of dropout 0.3" in repr(scorer)
     assert "Gram matrices up to" in repr(scorer.eval())
 
 

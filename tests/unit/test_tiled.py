@@ -67,7 +67,6 @@ def test_tiled_equals_dense(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "STRIPE_COLUMNS", stripe)
         patch.setattr(tiles, "TILE_ROWS", {"cpu": rows})
-        patch.setattr(tiles, "PART_ROWS", {"cpu": (rows + 1) // 2})
         loss, grads = run(name, kind, text, audio, temperature, ids)
     assert abs(loss - expected) < 1e-11
     for got, want in zip(grads, expected_grads, strict=True):

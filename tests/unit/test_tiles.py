@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,43 +10,52 @@ from torch import Tensor
 
 from atr_scale import score_block as blocks
 from atr_scale.losses import dense, tiled
-from atr_scale.losses.tiled import soft_cross_entropy, tiles
+from atr_scale.losses.tiled import tiles
+from atr_scale.losses.tiled.exponentials import MaximaShift
 from atr_scale.losses.tiled.tiles import LOSS_BYTES
 from atr_scale.score_block import EmbeddingScores, StoredScores
 from tests.losses import BLOCKS, CASES, dense_loss, tiled_loss, unit
 from tools.bench.measure import peak_mib
 
 TEACHER_WIDTH = 5
-pmr_module = import_module("atr_scale.losses.tiled.pmr")  # the package has a function of that name
 
 
 @pytest.fixture
 def maxima_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for each time that maxima were looked for."""
     taken: list[str] = []
-    for module in (soft_cross_entropy, pmr_module):
-        original = module.maxima
+    original = MaximaShift.__init__
 
-        def spy(*arguments: Any, original: Any = original, name: str = module.__name__) -> Any:
-            taken.append(name)
-            return original(*arguments)
+    def spy(*arguments: Any) -> None:
+        taken.append("maxima")
+        original(*arguments)
 
-        monkeypatch.setattr(module, "maxima", spy)
+    monkeypatch.setattr(MaximaShift, "__init__", spy)
     return taken
 
 
 def test_a_type_of_device_that_no_table_names_gets_the_sizes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for table in (tiles.TILE_ROWS, tiles.PART_ROWS):
-        monkeypatch.delitem(table, "cpu")
-    (tile,) = tiles.tiles_of(StoredScores(torch.zeros(2000, 3)))
-    assert tile.rows == slice(0, 2000) and len(tile.parts) == 1
+    monkeypatch.delitem(tiles.TILE_ROWS, "cpu")
+    (tile,) = tiles.tiles_of(tiles.stripes_of(StoredScores(torch.zeros(2000, 3))))
+    assert tile.rows == slice(0, 2000)
+
+
+def test_names_of_a_workspace_share_memory_only_between_sweeps() -> None:
+    block = StoredScores(torch.zeros(6, 3))
+    (stripe,) = tiles.stripes_of(block)
+    work = tiles.Workspace(block)
+    first, second = work.get("scores", stripe), work.get("gradient", stripe)
+    assert work.get("scores", stripe).data_ptr() == first.data_ptr() != second.data_ptr()
+    work.start_sweep()
+    again = {work.get(name, stripe).data_ptr() for name in ("logits", "weights")}
+    assert again == {first.data_ptr(), second.data_ptr()}
+    assert work.get("third", stripe).data_ptr() not in again
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "STRIPE_COLUMNS", 7)
     monkeypatch.setattr(tiles, "TILE_ROWS", {"cpu": 6})
-    monkeypatch.setattr(tiles, "PART_ROWS", {"cpu": 4})
 
 
 def both(

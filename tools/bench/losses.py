@@ -1,10 +1,10 @@
-"""Losses on score blocks against dense ones and against the ring formulation: time and memory, forward and backward.
+"""Tiled losses against dense ones and against the ring formulation: time and memory, forward and backward.
 
     OMP_NUM_THREADS=1 python -m tools.bench.losses
 
-open_clip's loss is its own file, taken out of its wheel (fetched once into ~/.cache/atr_scale/bench, nothing
-installed). The ring formulation is one of ours: a call per direction that streams the other side in blocks, as ranks
-in a ring see it, here on one process and without its traffic.
+open_clip's loss is its own file, extracted from its wheel, which is downloaded once into ~/.cache/atr_scale/bench and
+not installed. The ring formulation is written here: one call for each direction, which streams the other side in blocks
+as a rank in a ring receives them, on one process and without the traffic.
 
 Shape suffixes: B pairs, d width.
 """
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from atr_scale.losses import dense, tiled
-from atr_scale.losses.tiled.tiles import LOSS_BYTES, Workspace, tiles_of
+from atr_scale.losses.tiled.tiles import LOSS_BYTES, Workspace, stripes_of, tiles_of
 from atr_scale.score_block import EmbeddingScores, ModalityScores
 from tools.bench.measure import Function, peak_mib, seconds
 from tools.bench.table import Row, run
 
 WIDTH = 512
 BATCH, LARGE_BATCH, SOFT_BATCH = 8192, 16384, 4096
-TEACHER_WIDTH = 1024  # of an ensemble, its members side by side
+TEACHER_WIDTH = 1024  # of an ensemble, whose members' embeddings are joined
 RING_RANKS = 8
 PMR_PRODUCTS = 5  # three sweeps and two gradients
 TEMPERATURE, OMEGA = 0.07, 10.0
@@ -84,7 +84,7 @@ def soft_targets() -> Iterator[Row]:
         texts, audios = (x @ x.T for x in inside)
         return dense.cmsc(text @ audio.T, texts, audios, temperature, 0.3, 0.1)
 
-    # Our loss, the dense one, how many teachers' score matrices there are, and their width together.
+    # The tiled loss, the dense one, the number of teacher score matrices, and the sum of their widths.
     pairs: dict[str, tuple[Loss, Loss, int, int]] = {
         f"distillation, {at}, teachers' width {TEACHER_WIDTH}": (
             lambda: tiled.distillation(EmbeddingScores(text, audio), EmbeddingScores(*teachers), temperature),
@@ -137,21 +137,21 @@ def floor(name: str, ours: float, product: float, number: float) -> Row:
 
 
 def product(text: Tensor, audio: Tensor) -> Function:
-    """All scores once, tile by tile as in a loss: 2 B^2 d operations, and nothing is done with them."""
+    """All scores once, tile by tile as in a loss, and nothing else: 2 B^2 d operations."""
     block = EmbeddingScores(text, audio)
     work = Workspace(block)
 
     def all_tiles() -> None:
-        for tile in tiles_of(block):
+        for tile in tiles_of(stripes_of(block)):
             block.stripe(tile.columns, tile.rows, out=work.get("scores", tile))
 
     return all_tiles
 
 
 def num_products(batch: int, matrices: int = 0, width: int = 0) -> float:
-    """Products of width WIDTH that a loss makes with so many score matrices of teachers, of `width` together.
+    """Matrix products of width WIDTH in a loss with `matrices` teacher score matrices; `width`: sum of their widths.
 
-    Scores once, and once more but for the tiles that are kept; the gradients of texts and of audios.
+    Scores once, and again for tiles that are not kept; the gradients of texts and of audios.
     """
     kept = (LOSS_BYTES - 4 * 2 * batch * WIDTH) / (4 * (1 + matrices) * batch**2)
     return 2 + (2 - min(1.0, max(0.0, kept))) * (1 + width / WIDTH)
@@ -174,7 +174,7 @@ def vectors(batch: int, width: int, seed: int) -> Tensor:
 
 
 def ring_nt_xent(text: Tensor, audio: Tensor, scale: Tensor) -> Tensor:
-    """NT-Xent as the mean of two calls, each of which asks with one side and streams the other."""
+    """NT-Xent as the mean of two calls, each with one side as queries and the other side streamed."""
     loss: Tensor = (_OneDirection.apply(text, audio, scale) + _OneDirection.apply(audio, text, scale)) / 2
     return loss
 
@@ -182,7 +182,7 @@ def ring_nt_xent(text: Tensor, audio: Tensor, scale: Tensor) -> Tensor:
 class _OneDirection(torch.autograd.Function):
     """mean_i (lse_j scale q_i . k_j - scale q_i . k_i) in RING_RANKS blocks of keys with a running log-sum-exp.
 
-    Backward computes a block's logits again, once for both sides' gradients.
+    The backward pass computes the logits of a block again, once for the gradients of both sides.
     """
 
     @staticmethod

@@ -1,9 +1,10 @@
-"""The objectives on score blocks: equal to `dense`, over any number of ranks, without a global score matrix.
+"""Losses on score blocks: equal to `dense`, over any number of ranks, without a matrix of all scores.
 
-Rows are texts and complete over the ranks together; columns are audios and complete on one rank. Column statistics are
-local, row statistics are [B] vectors that meet by all-reduce; the scores themselves never travel. Every rank returns
-the same global mean loss, and its backward yields this rank's share of the gradient: the sum over ranks is the whole.
-Statistics are float64 whatever the scores.
+A row belongs to a text and is spread over the ranks; a column belongs to an audio and lies on one rank. Statistics of
+columns are local, statistics of rows are [B] vectors that are all-reduced; scores never leave their rank. Every rank
+returns the same loss, the mean over the global batch, and its backward pass yields its part of the gradient: the sum
+over ranks is the whole. Statistics are float64, whatever the dtype of the scores. docs/math/tiled_losses.md has the
+formulas, symbols and derivations.
 """
 
 from atr_scale.losses.tiled.losses import cmsc, distillation, intra_modal, nt_xent

@@ -1,95 +1,128 @@
-"""Exponentials of logits for softmaxes along rows and along columns.
+"""Exponentials of logits for softmaxes along rows and along columns, without overflow.
 
-A block knows a bound of its scores, so one constant taken from all logits keeps every exponential inside the dtype:
-a single exp a pair serves both directions, and sums merge by addition, over tiles and over ranks. Logits spread so wide
-that a sum gets lost are rare (a temperature near 0.01 in fp32); all ranks then take the maxima of rows and of columns.
+A softmax does not change if a number is subtracted from its logits first. A block knows a bound of its scores, so one
+constant, the same on all ranks, keeps every exponential finite: one exp serves both directions, and sums merge by
+addition over tiles and over ranks. If the logits spread so widely that a sum is lost (in fp32 at temperatures near
+0.01), all ranks subtract the maxima of rows and of columns instead. docs/math/tiled_losses.md, section 2.
 
-Shape suffixes: B texts of the global batch, b audios of this rank, m rows and n columns of a part.
+Shape suffixes: B texts of the global batch, b audios of this rank, m rows and n columns of a tile.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from atr_scale.losses.tiled.tiles import Part, Tile
+from atr_scale.losses.tiled.tiles import Tile
 from atr_scale.score_block import ScoreBlock
 
 MOST_SUMMANDS = 1e8
 
 
-def largest_exponent(dtype: torch.dtype) -> float:
-    """A sum of MOST_SUMMANDS exponentials of it is finite."""
-    return math.log(torch.finfo(dtype).max) - math.log(MOST_SUMMANDS)
+class Exponentials(NamedTuple):
+    """Exponentials [m, n] of a tile's logits, for softmaxes along rows and for softmaxes along columns.
+
+    Read-only: both may be the same tensor.
+    """
+
+    by_row: Tensor
+    by_column: Tensor
 
 
-@dataclass(frozen=True)
-class Shift:
-    """What is taken from logits before exp: one constant, or the maxima of all rows [B] and local columns [b]."""
+class Shift(ABC):
+    """Numbers that are subtracted from logits before exp.
+
+    rows, columns: of a row's and of a column's softmax; one number for all, or [B] and [b].
+    """
 
     rows: Tensor | float
     columns: Tensor | float
 
-    @staticmethod
-    def constant(bound: float, dtype: torch.dtype) -> Shift:
-        """For logits of absolute value up to `bound`."""
-        shift = max(0.0, bound - largest_exponent(dtype))
-        return Shift(shift, shift)
+    @abstractmethod
+    def by_row(self, logits: Tensor, tile: Tile, out: Tensor, scale: float = 1.0) -> Tensor:
+        """exp(scale * logits - shift) [m, n] for softmaxes along rows, written to `out`."""
 
-    def both(self, logits: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-        """Exponentials [m, n] for softmaxes along rows and along columns, from logits that are overwritten.
+    @abstractmethod
+    def by_column(self, logits: Tensor, tile: Tile, out: Tensor, scale: float = 1.0) -> Tensor:
+        """exp(scale * logits - shift) [m, n] for softmaxes along columns, written to `out`."""
 
-        One and the same tensor under a constant.
-        """
-        if isinstance(self.rows, Tensor):
-            return self.along_rows(logits, part, out=torch.empty_like(logits)), self.along_columns(logits, part)
-        exponentials = self.along_rows(logits, part)
-        return exponentials, exponentials
-
-    def along_rows(self, logits: Tensor, part: Part, out: Tensor | None = None) -> Tensor:
-        """Those of softmaxes along rows alone, in place or into `out`."""
-        return _exp(logits, self.rows[part.rows, None] if isinstance(self.rows, Tensor) else self.rows, out)
-
-    def along_columns(self, logits: Tensor, part: Part, out: Tensor | None = None) -> Tensor:
-        """Those of softmaxes along columns alone, in place or into `out`."""
-        return _exp(logits, self.columns[part.columns] if isinstance(self.columns, Tensor) else self.columns, out)
+    @abstractmethod
+    def both(self, logits: Tensor, tile: Tile, out: Tensor, scale: float = 1.0) -> Exponentials:
+        """The exponentials of both directions; `out` holds one of them, or both if they are equal."""
 
 
-def _exp(logits: Tensor, shift: Tensor | float, out: Tensor | None) -> Tensor:
-    out = logits if out is None else out
-    if isinstance(shift, float) and shift == 0:
-        return torch.exp(logits, out=out)
-    return torch.sub(logits, shift, out=out).exp_()
+class ConstantShift(Shift):
+    """One number for all logits, none of which exceeds `bound` in absolute value. Directions share exponentials."""
+
+    rows: float
+    columns: float
+
+    def __init__(self, bound: float, dtype: torch.dtype) -> None:
+        self.rows = self.columns = max(0.0, bound - largest_exponent(dtype))
+
+    def by_row(self, logits: Tensor, tile: Tile, out: Tensor, scale: float = 1.0) -> Tensor:
+        return _exp(logits, self.rows, out, scale)
+
+    def by_column(self, logits: Tensor, tile: Tile, out: Tensor, scale: float = 1.0) -> Tensor:
+        return _exp(logits, self.columns, out, scale)
+
+    def both(self, logits: Tensor, tile: Tile, out: Tensor, scale: float = 1.0) -> Exponentials:
+        exponentials = _exp(logits, self.rows, out, scale)
+        return Exponentials(exponentials, exponentials)
 
 
-def maxima(block: ScoreBlock, tiles: Sequence[Tile], logits: Callable[[Tile], Tensor]) -> Shift:
-    """The shift that never loses a sum, for one more sweep."""
-    rows, columns = (torch.full((size,), -torch.inf, dtype=block.dtype, device=block.device) for size in block.shape)
-    for tile in tiles:
-        values = logits(tile)
-        torch.maximum(rows[tile.rows], values.amax(1), out=rows[tile.rows])
-        torch.maximum(columns[tile.columns], values.amax(0), out=columns[tile.columns])
-    return Shift(block.max(rows), columns)
+class MaximaShift(Shift):
+    """The largest logit of every row [B], over all ranks, and of every local column [b]: no sum is lost.
+
+    They take one more sweep, over `logits(tile)` [m, n] of all tiles.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, block: ScoreBlock, tiles: Sequence[Tile], logits: Callable[[Tile], Tensor]) -> None:
+        rows, columns = (torch.full((n,), -torch.inf, dtype=block.dtype, device=block.device) for n in block.shape)
+        for tile in tiles:
+            values = logits(tile)
+            torch.maximum(rows[tile.rows], values.amax(1), out=rows[tile.rows])
+            torch.maximum(columns[tile.columns], values.amax(0), out=columns[tile.columns])
+        self.rows, self.columns = block.max(rows), columns
+
+    def by_row(self, logits: Tensor, tile: Tile, out: Tensor, scale: float = 1.0) -> Tensor:
+        return _exp(logits, self.rows[tile.rows, None], out, scale)
+
+    def by_column(self, logits: Tensor, tile: Tile, out: Tensor, scale: float = 1.0) -> Tensor:
+        return _exp(logits, self.columns[tile.columns], out, scale)
+
+    def both(self, logits: Tensor, tile: Tile, out: Tensor, scale: float = 1.0) -> Exponentials:
+        by_row = self.by_row(logits, tile, torch.empty_like(out), scale)
+        return Exponentials(by_row, self.by_column(logits, tile, out, scale))
+
+
+def _exp(logits: Tensor, shift: Tensor | float, out: Tensor, scale: float) -> Tensor:
+    """exp(scale * logits - shift) in `out`; multiplications by 1 and subtractions of 0 are left out."""
+    scaled = logits if scale == 1 else torch.mul(logits, scale, out=out)
+    shifted = scaled if isinstance(shift, float) and shift == 0 else torch.sub(scaled, shift, out=out)
+    return torch.exp(shifted, out=out)
 
 
 def log_sums(sums: Tensor, shift: Tensor | float) -> Tensor:
-    """log of sums of exponentials before the shift, float64."""
+    """Log-sum-exps, float64: the logarithms of sums of exponentials, with the shift added back."""
     return sums.log() + shift
 
 
-def weigh(along_rows: Tensor, along_columns: Tensor, rows: Tensor, columns: Tensor, space: Tensor) -> Tensor:
-    """Rows [m] times the one's exponentials plus columns [n] times the other's, in place of the latter."""
-    if along_rows is along_columns:
-        return along_columns.mul_(torch.add(rows[:, None], columns, out=space))
-    return along_columns.mul_(columns).addcmul_(along_rows, rows[:, None])
+def largest_exponent(dtype: torch.dtype) -> float:
+    """The largest logit whose exponential can be summed MOST_SUMMANDS times."""
+    return math.log(torch.finfo(dtype).max) - math.log(MOST_SUMMANDS)
 
 
 def all_in_range(block: ScoreBlock, *sums: Tensor) -> bool:
-    """Whether on every rank no sum has overflown, nor is so small that its summands may have been lost."""
+    """Whether on every rank no sum has overflown, and none is so small that its summands may have been lost."""
     limit = largest_exponent(block.dtype)
     low, high = math.exp(-limit), torch.finfo(block.dtype).max
     lost = torch.stack([~((s >= low) & (s <= high)).all() for s in sums]).any()
@@ -97,5 +130,6 @@ def all_in_range(block: ScoreBlock, *sums: Tensor) -> bool:
 
 
 def largest_of_ranks(block: ScoreBlock, bounds: Sequence[Tensor]) -> list[float]:
-    """Bounds that hold for the columns of all ranks."""
-    return block.max(torch.stack(list(bounds))).tolist()
+    """Bounds that hold for the columns of all ranks, from those of this rank."""
+    largest: list[float] = block.max(torch.stack(list(bounds))).tolist()
+    return largest

@@ -1,4 +1,4 @@
-"""NT-Xent, distillation, CMSC and intra-modal contrast: one cross-entropy, told apart by its targets.
+"""NT-Xent, distillation, CMSC and intra-modal contrast: one soft cross-entropy with different targets.
 
 Shape suffixes: B texts of the global batch, b audios of this rank, k id columns.
 """
@@ -21,7 +21,7 @@ def nt_xent(
 ) -> Tensor:
     """`dense.nt_xent` on a score block.
 
-    positives: (text ids [B, k], audio ids [b, k]) int64; a pair is positive where any column agrees.
+    positives: (text ids [B, k], audio ids [b, k]) int64; a pair is positive if any column agrees.
     kept_bytes, here and below: see `tiles.LOSS_BYTES`.
     """
     return soft_cross_entropy(block, temperature, Targets(Positives.of(block, positives)), kept_bytes)
@@ -30,10 +30,10 @@ def nt_xent(
 def distillation(
     block: ScoreBlock, teacher_block: ScoreBlock, temperature: float | Tensor, kept_bytes: int = LOSS_BYTES
 ) -> Tensor:
-    """`dense.distillation` on a score block and its teacher's block of the same shape, constant (no gradient).
+    """`dense.distillation` on a score block; teacher_block: of the same shape, without a gradient.
 
-    An ensemble's mean cosine is one `EmbeddingScores`: its members' unit vectors, each times the root of its weight,
-    joined along their width.
+    The mean cosine of an ensemble is one `EmbeddingScores`: the members' embeddings, each times the square root of its
+    member's weight, joined along their width.
     """
     _same_shape(block, "teacher_block", teacher_block)
     teacher = (Logits.of(temperature, teacher_block),)
@@ -52,7 +52,10 @@ def cmsc(
     mode: Literal["each", "add"] = "each",
     kept_bytes: int = LOSS_BYTES,
 ) -> Tensor:
-    """`dense.cmsc` on score blocks; text_block: all texts x this rank's, audio_block: all audios x this rank's."""
+    """`dense.cmsc` on score blocks [B, b] with B = all texts = all audios.
+
+    text_block: all texts against this rank's texts. audio_block: all audios against this rank's audios.
+    """
     if block.shape[0] != block.num_columns:
         raise UserError(f"cmsc needs as many texts as audios, got scores {[block.shape[0], block.num_columns]}")
     _same_shape(block, "text_block", text_block)
@@ -70,8 +73,8 @@ def intra_modal(
 ) -> Tensor:
     """`dense.intra_modal` on a block of one modality's samples: all of the global batch x this rank's.
 
-    same: (ids [B, k] of all samples, ids [b, k] of this rank's) int64; pairs that agree in any column are left out of
-    the negatives. With `ModalityScores` the gradient is complete on the rank.
+    same: (ids [B, k] of all samples, ids [b, k] of this rank's) int64; pairs that agree in any column are no negatives.
+    On `ModalityScores` the gradient needs no traffic between ranks.
     """
     if block.shape[0] != block.num_columns:
         raise UserError(f"intra_modal needs samples against themselves, got {[block.shape[0], block.num_columns]}")

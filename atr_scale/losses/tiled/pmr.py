@@ -1,6 +1,15 @@
-"""Prior-matrix-revised loss on score blocks: two sweeps forward, one back.
+"""Prior-matrix-revised loss on score blocks: two sweeps forward, one backward.
 
-Shape suffixes: B texts of the global batch, b audios of this rank; a stripe is [B, some columns].
+The names follow docs/math/tiled_losses.md, section 4, which derives the gradient:
+
+    E = exp(omega s),  k_j = sum_i E_ij,  r_i = sum_j E_ij,  P = E / k_j,  Q = E / r_i
+    x = h_x s P,  X_i = sum_j exp x_ij,  gx = d loss / d x,  HC_j = sum_i gx_ij x_ij     (t2a)
+    y = h_y s Q,  Y_j = sum_i exp y_ij,  gy = d loss / d y,  HR_i = sum_j gy_ij y_ij     (a2t)
+
+with h_x = h_y = 1 / temperature, times the number of candidates if the prior is scaled by the batch.
+
+Shape suffixes: B texts of the global batch, b audios of this rank, m rows and n columns of a tile, P positive pairs; a
+stripe is [B, n].
 """
 
 from __future__ import annotations
@@ -11,9 +20,16 @@ import torch
 from torch import Tensor
 
 from atr_scale.losses.targets import Ids, Positives
-from atr_scale.losses.tiled.exponentials import Shift, all_in_range, largest_of_ranks, log_sums, maxima
-from atr_scale.losses.tiled.statistics import as_tensor, loss_dtype, outputs, query_weights, zeros
-from atr_scale.losses.tiled.tiles import PairsByPart, Part, Tile, Workspace, parts_of, tiles_of
+from atr_scale.losses.tiled.exponentials import (
+    ConstantShift,
+    MaximaShift,
+    Shift,
+    all_in_range,
+    largest_of_ranks,
+    log_sums,
+)
+from atr_scale.losses.tiled.statistics import as_tensor, input_gradients, loss_dtype, query_weights, zeros
+from atr_scale.losses.tiled.tiles import PairsByTile, Stripe, Tile, Workspace, stripes_of, tiles_of
 from atr_scale.score_block import ScoreBlock
 
 
@@ -27,188 +43,194 @@ def pmr(
 ) -> Tensor:
     """`dense.pmr` on a score block (arXiv 2303.05681, eq. 12-14 on the corrected axis).
 
-    positives: (text ids [B, k], audio ids [b, k]) int64; a pair is positive where any column agrees.
+    positives: (text ids [B, k], audio ids [b, k]) int64; a pair is positive if any column agrees.
     """
-    factors = (float(block.shape[0]), float(block.num_columns)) if scale_by_batch else (1.0, 1.0)
+    candidates = (float(block.shape[0]), float(block.num_columns)) if scale_by_batch else (1.0, 1.0)
     pairs = Positives.of(block, positives)
-    return _PMR.apply(block, pairs, omega, detach_prior, factors, as_tensor(temperature, block), *block.tensors)
+    loss: Tensor = _PMR.apply(
+        block, pairs, omega, detach_prior, candidates, as_tensor(temperature, block), *block.tensors
+    )
+    return loss
 
 
 class _PMR(torch.autograd.Function):
-    """Prior-revised logits; with E = exp(omega s), k_j and r_i its column and row sums, h = 1 / tau:
-
-    x = h s E / k (t2a), y = h s E / r (a2t), g = d L / d logits, HC_j = sum_i gx x, HR_i = sum_j gy y,
-    dL/ds = E {(1 + omega s) h (gx / k_j + gy / r_i) - omega (HC_j / k_j + HR_i / r_i)};
-    a detached prior drops the terms in omega, scaling by the batch puts a factor to each direction's h.
-    """
-
     @staticmethod
     def forward(
         ctx: Any,
         block: ScoreBlock,
         pairs: Positives,
         omega: float,
-        detached: bool,
-        factors: tuple[float, float],
+        detach_prior: bool,
+        candidates: tuple[float, float],
         temperature: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
-        scale = 1 / temperature.item()
-        ctx.sweeps = _Sweeps(block, pairs, omega, scale * factors[0], scale * factors[1])
-        loss = ctx.sweeps.loss(scale)
-        ctx.detached = detached
+        h = 1 / temperature.item()
+        sweeps = _Sweeps(block, pairs, omega, h * candidates[0], h * candidates[1])
+        loss = sweeps.loss(h)
+        ctx.sweeps, ctx.detach_prior = sweeps, detach_prior
         ctx.save_for_backward(temperature, *tensors)
         return loss.to(loss_dtype(block, temperature))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         temperature, *_ = ctx.saved_tensors
-        gradients, pull = ctx.sweeps.gradients(ctx.detached)
-        return (None,) * 5 + outputs(grads[0], temperature, pull * temperature, ctx.sweeps.block, gradients)
+        sweeps: _Sweeps = ctx.sweeps
+        gradients, by_log_h = sweeps.gradients(ctx.detach_prior)
+        by_h = by_log_h * temperature
+        by_inputs: tuple[Tensor, ...] = input_gradients(grads[0], temperature, by_h, sweeps.block, gradients)
+        return None, None, None, None, None, *by_inputs
 
 
 class _Sweeps:
-    """What the sweeps forward leave for the sweep back.
+    """The sweeps of one loss, and the state that the forward pass saves for the backward pass.
 
-    prior, prior_rows [B], prior_columns [b]: shift and sums of E. t2a, rows [B]: those of exp x along rows.
-    a2t, columns [b]: those of exp y along columns. row_pull: [B], HR.
+    w_t2a [B], w_a2t [b]: weights of the queries in the loss. T_t2a, T_a2t [P]: targets of the positive pairs, times
+    the weight of their query. E_shift, x_shift, y_shift: of omega s, x and y before exp.
+    k, Y [b] and r, X, HR [B]: see above, float64, rows over all ranks; HR_local: HR of this rank's columns alone.
+    h_over_k [b], h_over_r [B, 1], w_over_X [B, 1], w_over_Y [b]: factors of the exponentials, in the scores' dtype.
     """
 
-    prior: Shift
-    t2a: Shift
-    a2t: Shift
-    prior_rows: Tensor
-    prior_columns: Tensor
-    rows: Tensor
-    columns: Tensor
-    row_pull: Tensor
+    E_shift: Shift
+    x_shift: Shift
+    y_shift: Shift
+    k: Tensor
+    r: Tensor
+    X: Tensor
+    Y: Tensor
+    HR: Tensor
+    HR_local: Tensor
+    h_over_k: Tensor
+    h_over_r: Tensor
+    w_over_X: Tensor
+    w_over_Y: Tensor
 
-    def __init__(self, block: ScoreBlock, pairs: Positives, omega: float, scale_t2a: float, scale_a2t: float) -> None:
-        self.block, self.omega = block, omega
-        self.scale_t2a, self.scale_a2t = scale_t2a, scale_a2t
-        self.stripes, self.work = tiles_of(block, whole_columns=True), Workspace(block)
-        self.pairs = PairsByPart(pairs, parts_of(self.stripes))
-        self.row_weight, self.column_weight = query_weights(block, pairs)
-        self.share_t2a = pairs.row_weight[self.pairs.rows] / (2 * block.shape[0])
-        self.share_a2t = pairs.column_weight[self.pairs.columns] / (2 * block.num_columns)
+    def __init__(self, block: ScoreBlock, pairs: Positives, omega: float, h_x: float, h_y: float) -> None:
+        self.block, self.omega, self.h_x, self.h_y = block, omega, h_x, h_y
+        self.work = Workspace(block)
+        self.stripes = stripes_of(block, times_smaller=2)  # up to six buffers of a tile's size are in use at once
+        self.pairs = PairsByTile(pairs, tiles_of(self.stripes))
+        self.w_t2a, self.w_a2t = query_weights(block, pairs)
+        self.T_t2a = pairs.row_weight[self.pairs.rows] / (2 * block.shape[0])
+        self.T_a2t = pairs.column_weight[self.pairs.columns] / (2 * block.num_columns)
 
-    def loss(self, scale: float) -> Tensor:
-        """The loss of all ranks, float64, after as many sweeps as the spread of the logits asks for."""
-        block = self.block
+    def loss(self, h: float) -> Tensor:
+        """The loss of all ranks, float64; sweeps six times more if constant shifts lose sums."""
+        block, tiles = self.block, tiles_of(self.stripes)
         (bound,) = largest_of_ranks(block, [block.bound()])
-        self.prior = Shift.constant(abs(self.omega) * bound, block.dtype)
-        self.t2a = self.a2t = Shift.constant(scale * bound, block.dtype)
-        positive = self._sweep_texts() + self._sweep_audios()
-        if not all_in_range(block, self.prior_rows, self.prior_columns, self.rows, self.columns):
-            self.prior = maxima(block, self.stripes, lambda stripe: self._scores(stripe).mul_(self.omega))
-            self._sweep_texts()  # sums of the prior alone, for the next two
-            self.t2a = maxima(block, self.stripes, self._t2a_logits)
-            self.a2t = maxima(block, self.stripes, self._a2t_logits)
-            positive = self._sweep_texts() + self._sweep_audios()
-        from_rows = (self.row_weight * log_sums(self.rows, self.t2a.rows)).sum()
-        from_columns = (self.column_weight * log_sums(self.columns, self.a2t.columns)).sum()
-        self.local_pull, self.row_pull = self.row_pull.sum(), block.sum(self.row_pull)
-        return from_rows + block.sum(from_columns - positive)
+        self.E_shift = ConstantShift(abs(self.omega) * bound, block.dtype)
+        self.x_shift = self.y_shift = ConstantShift(h * bound, block.dtype)
+        positive_logits = self._sweep_t2a() + self._sweep_a2t()
+        if not all_in_range(block, self.r, self.k, self.X, self.Y):
+            self.E_shift = MaximaShift(block, tiles, lambda tile: self.omega * self._s(tile))
+            self._sweep_t2a()  # k and r under the new shift, which x and y need
+            self.x_shift = MaximaShift(block, tiles, lambda tile: self._x(self._s(tile), tile))
+            self.y_shift = MaximaShift(block, tiles, lambda tile: self._y(self._s(tile), tile))
+            positive_logits = self._sweep_t2a() + self._sweep_a2t()
+        from_rows = (self.w_t2a * log_sums(self.X, self.x_shift.rows)).sum()
+        from_columns = (self.w_a2t * log_sums(self.Y, self.y_shift.columns)).sum()
+        return from_rows + block.sum(from_columns - positive_logits)
 
-    def _scores(self, stripe: Tile) -> Tensor:
-        return self.block.stripe(stripe.columns, out=self.work.get("scores", stripe))
+    def _sweep_t2a(self) -> Tensor:
+        """Computes k, r and X. Returns sum T_ij x_ij over this rank's positive pairs."""
+        block, work, dtype = self.block, self.work, self.block.dtype
+        work.start_sweep()
+        self.k, self.r, self.X = (zeros(block, block.shape[axis]) for axis in (1, 0, 0))
+        self.h_over_k = torch.empty(block.shape[1], dtype=dtype, device=block.device)
+        positive_logits = zeros(block)
+        for stripe in self.stripes:
+            s_stripe, sE = self._s(stripe), work.get("s E", stripe)
+            for tile in stripe.tiles:
+                s = s_stripe[tile.rows]
+                E = self.E_shift.both(s, tile, work.get("E", tile), self.omega)
+                self.r[tile.rows] += E.by_row.sum(1)
+                self.k[tile.columns] += E.by_column.sum(0)
+                torch.mul(s, E.by_column, out=sE[tile.rows])
+            self.h_over_k[stripe.columns] = (self.h_x / self.k[stripe.columns]).to(dtype)
+            for tile in stripe.tiles:  # k of the stripe is complete
+                x = torch.mul(sE[tile.rows], self.h_over_k[tile.columns], out=work.get("x", tile))
+                positive_logits += (self.T_t2a[self.pairs.of(tile)] * x[self.pairs.within(tile)]).sum()
+                self.X[tile.rows] += self.x_shift.by_row(x, tile, work.get("exp x", tile)).sum(1)
+        self.r, self.X = block.sum(torch.stack([self.r, self.X]))
+        self.h_over_r = (self.h_y / self.r).to(dtype)[:, None]
+        self.w_over_X = (self.w_t2a / self.X).to(dtype)[:, None]
+        return positive_logits
 
-    def _exponent(self, scores: Tensor, part: Part) -> Tensor:
-        return torch.mul(scores, self.omega, out=self.work.get("prior", part))
+    def _sweep_a2t(self) -> Tensor:
+        """Computes Y and HR. Returns sum T'_ij y_ij over this rank's positive pairs."""
+        block, work, dtype = self.block, self.work, self.block.dtype
+        work.start_sweep()
+        self.Y, self.HR_local = zeros(block, block.shape[1]), zeros(block, block.shape[0])
+        self.w_over_Y = torch.empty(block.shape[1], dtype=dtype, device=block.device)
+        positive_logits = zeros(block)
+        for stripe in self.stripes:
+            s, y_exp_y = self._s(stripe), work.get("y exp y", stripe)
+            for tile in stripe.tiles:
+                y, own = self._y(s[tile.rows], tile), self.pairs.of(tile)
+                Ty = self.T_a2t[own] * y[self.pairs.within(tile)]
+                positive_logits += Ty.sum()
+                self.HR_local.index_add_(0, self.pairs.rows[own], Ty, alpha=-1)
+                exp_y = self.y_shift.by_column(y, tile, work.get("exp y", tile))
+                self.Y[tile.columns] += exp_y.sum(0)
+                torch.mul(y, exp_y, out=y_exp_y[tile.rows])
+            self.w_over_Y[stripe.columns] = (self.w_a2t[stripe.columns] / self.Y[stripe.columns]).to(dtype)
+            self.HR_local += y_exp_y @ self.w_over_Y[stripe.columns]  # HR_i = sum_j (w'_j exp y_ij / Y_j - T'_ij) y_ij
+        self.HR = block.sum(self.HR_local)
+        return positive_logits
 
-    def _over_texts(self, columns: slice) -> Tensor:
-        """What makes h * the prior over texts of its exponentials, [columns]."""
-        return (self.scale_t2a / self.prior_columns[columns]).to(self.block.dtype)
+    def gradients(self, detach_prior: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+        """(d loss / d s as the block's tensors receive it, d loss / d log h of this rank's columns).
 
-    def _over_audios(self, rows: slice) -> Tensor:
-        """The same over audios, [rows, 1]."""
-        return (self.scale_a2t / self.prior_rows[rows]).to(self.block.dtype)[:, None]
-
-    def _t2a_logits(self, stripe: Tile) -> Tensor:
-        scores = self._scores(stripe)
-        prior = self.prior.along_columns(scores * self.omega, stripe)
-        return scores.mul_(prior).mul_(self._over_texts(stripe.columns))
-
-    def _a2t_logits(self, stripe: Tile) -> Tensor:
-        scores = self._scores(stripe)
-        for part in stripe.parts:
-            own = stripe.of(scores, part)
-            prior = self.prior.along_rows(self._exponent(own, part), part)
-            own.mul_(prior).mul_(self._over_audios(part.rows))
-        return scores
-
-    def _sweep_texts(self) -> Tensor:
-        """Sums of the prior and of t2a; the prior over texts is complete after the first pass over a stripe.
-
-        Returns sum of target * logit of t2a over this rank's positives.
+        d loss / d s = (1 + omega s) (gx h_x P + gy h_y Q) - omega (Q HR_i + P HC_j), without the terms in omega if the
+        prior is detached.
         """
-        block, positive = self.block, zeros(self.block)
-        self.prior_rows, self.rows = zeros(block, block.shape[0]), zeros(block, block.shape[0])
-        self.prior_columns = zeros(block, block.shape[1])
+        block, work, omega = self.block, self.work, 0.0 if detach_prior else self.omega
+        work.start_sweep()
+        gradients, by_log_h = block.new_gradients(), self.HR_local.sum()
+        HR_factor = (omega / self.h_y * self.HR).to(block.dtype)[:, None]  # of h_y Q
         for stripe in self.stripes:
-            products = self._scores(stripe)
-            for part in stripe.parts:
-                scores = stripe.of(products, part)
-                along_rows, along_columns = self.prior.both(self._exponent(scores, part), part)
-                self.prior_rows[part.rows] += along_rows.sum(1)
-                self.prior_columns[part.columns] += along_columns.sum(0)
-                scores.mul_(along_columns)
-            over_texts = self._over_texts(stripe.columns)
-            for part in stripe.parts:
-                logits = stripe.of(products, part).mul_(over_texts)
-                positive += (self.share_t2a[self.pairs.of(part)] * logits[self.pairs.within(part)]).sum()
-                self.rows[part.rows] += self.t2a.along_rows(logits, part).sum(1)
-        self.prior_rows, self.rows = block.sum(torch.stack([self.prior_rows, self.rows]))
-        return positive
+            hP_stripe, gradient_stripe = work.get("h_x P", stripe), work.get("gradient", stripe)
+            HC = torch.zeros(stripe.shape[1], dtype=block.dtype, device=block.device)
+            for tile in stripe.tiles:
+                s, rows = self._s(tile), tile.rows
+                E = self.E_shift.both(s, tile, work.get("E", tile), self.omega)
+                hP = torch.mul(E.by_column, self.h_over_k[tile.columns], out=hP_stripe[rows])
+                x = torch.mul(hP, s, out=work.get("x or y", tile))
+                gx = self._gx(x, tile, work.get("gx or gy", tile))
+                HC += torch.mul(gx, x, out=work.get("gx x", tile)).sum(0)
+                gradient = torch.mul(gx, hP, out=gradient_stripe[rows])  # gx h_x P
+                hQ = torch.mul(E.by_row, self.h_over_r[rows], out=work.get("h_y Q", tile))
+                y = torch.mul(hQ, s, out=work.get("x or y", tile))
+                gy = self._gy(y, tile, work.get("gx or gy", tile))
+                gradient.addcmul_(gy, hQ)  # + gy h_y Q
+                if omega:
+                    gradient.addcmul_(gradient, s, value=omega)  # times 1 + omega s
+                    gradient.addcmul_(hQ, HR_factor[rows], value=-1)  # - omega Q HR_i
+            if omega:
+                gradient_stripe.addcmul_(hP_stripe, omega / self.h_x * HC, value=-1)  # - omega P HC_j
+            by_log_h = by_log_h + HC.sum().double()
+            block.add_gradient(gradients, stripe.columns, gradient_stripe)
+        return gradients, by_log_h
 
-    def _sweep_audios(self) -> Tensor:
-        """Sums of a2t and HR; returns sum of target * logit of a2t over this rank's positives."""
-        block, positive = self.block, zeros(self.block)
-        self.row_pull, self.columns = zeros(block, block.shape[0]), zeros(block, block.shape[1])
-        for stripe in self.stripes:
-            products = self._a2t_logits(stripe)
-            for part in stripe.parts:
-                logits, own = stripe.of(products, part), self.pairs.of(part)
-                targets = self.share_a2t[own] * logits[self.pairs.within(part)]
-                self.row_pull.index_add_(0, self.pairs.rows[own], targets, alpha=-1)
-                positive += targets.sum()
-                exponentials = self.a2t.along_columns(logits, part, out=self.work.get("prior", part))
-                self.columns[part.columns] += exponentials.sum(0)
-                logits.mul_(exponentials)
-            weight = self.column_weight[stripe.columns] / self.columns[stripe.columns]
-            self.row_pull += products @ weight.to(block.dtype)
-        return positive
+    def _s(self, place: Tile | Stripe) -> Tensor:
+        return self.block.stripe(place.columns, place.rows, out=self.work.get("s", place))
 
-    def gradients(self, detached: bool) -> tuple[tuple[Tensor, ...], Tensor]:
-        """(d L / d scores as the block's tensors receive it, d L / d log h)."""
-        block, omega, work = self.block, self.omega, self.work
-        gradients, pull = block.new_gradients(), self.local_pull
-        row_factor = (self.row_weight / self.rows).to(block.dtype)[:, None]
-        column_factor = (self.column_weight / self.columns).to(block.dtype)
-        row_pull = (omega / self.scale_a2t * self.row_pull).to(block.dtype)[:, None]
-        for stripe in self.stripes:
-            columns = stripe.columns
-            stripe_scores, stripe_texts = self._scores(stripe), work.get("over texts", stripe)
-            column_pull, over_texts = torch.zeros_like(column_factor[columns]), self._over_texts(columns)
-            for part in stripe.parts:
-                scores, own, positives = stripe.of(stripe_scores, part), self.pairs.of(part), self.pairs.within(part)
-                along_rows, along_columns = self.prior.both(self._exponent(scores, part), part)
-                texts = torch.mul(along_columns, over_texts, out=stripe.of(stripe_texts, part))
-                audios = along_rows.mul_(self._over_audios(part.rows))
-                logits = torch.mul(texts, scores, out=work.get("logits", part))
-                grad = self.t2a.along_rows(logits, part, out=work.get("gradient", part)).mul_(row_factor[part.rows])
-                grad[positives] -= self.share_t2a[own].to(grad.dtype)
-                column_pull += logits.mul_(grad).sum(0)
-                grad_a2t = self.a2t.along_columns(torch.mul(audios, scores, out=logits), part)
-                grad_a2t.mul_(column_factor[columns])
-                grad_a2t[positives] -= self.share_a2t[own].to(grad.dtype)
-                grad.mul_(texts).addcmul_(grad_a2t, audios)
-                if detached:
-                    scores.copy_(grad)
-                else:
-                    scores.mul_(omega).add_(1).mul_(grad).addcmul_(audios, row_pull[part.rows], value=-1)
-            pull = pull + column_pull.sum().double()
-            if not detached:
-                stripe_scores.addcmul_(stripe_texts, column_pull / self.scale_t2a, value=-omega)
-            block.add_gradient(gradients, columns, stripe_scores)
-        return gradients, pull
+    def _x(self, s: Tensor, tile: Tile) -> Tensor:
+        E = self.E_shift.by_column(s, tile, self.work.get("E", tile), self.omega)
+        return torch.mul(s, E, out=self.work.get("x", tile)).mul_(self.h_over_k[tile.columns])
+
+    def _y(self, s: Tensor, tile: Tile) -> Tensor:
+        E = self.E_shift.by_row(s, tile, self.work.get("E", tile), self.omega)
+        return torch.mul(s, E, out=self.work.get("y", tile)).mul_(self.h_over_r[tile.rows])
+
+    def _gx(self, x: Tensor, tile: Tile, out: Tensor) -> Tensor:
+        """w_i exp(x_ij) / X_i - T_ij."""
+        gx = self.x_shift.by_row(x, tile, out).mul_(self.w_over_X[tile.rows])
+        gx[self.pairs.within(tile)] -= self.T_t2a[self.pairs.of(tile)].to(gx.dtype)
+        return gx
+
+    def _gy(self, y: Tensor, tile: Tile, out: Tensor) -> Tensor:
+        """w'_j exp(y_ij) / Y_j - T'_ij."""
+        gy = self.y_shift.by_column(y, tile, out).mul_(self.w_over_Y[tile.columns])
+        gy[self.pairs.within(tile)] -= self.T_a2t[self.pairs.of(tile)].to(gy.dtype)
+        return gy

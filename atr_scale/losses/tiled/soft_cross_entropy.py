@@ -1,9 +1,9 @@
-"""Cross-entropy of scaled scores against hard, soft or mixed targets: one sweep forward, one back.
+"""Cross-entropy of logits u = h s against hard, soft or mixed targets: one sweep forward, one backward.
 
-Shape suffixes: B texts of the global batch, b audios of this rank, m rows and n columns of a part, P positive pairs.
+Symbols and derivation: docs/math/tiled_losses.md, section 3. Soft targets are softmaxes of a teacher's score block.
+They enter the loss as sums over the exponentials of the teacher's logits, so that no matrix of targets is stored.
 
-Soft targets are softmaxes of a teacher's score block; they enter as sum_j P_ij u_ij, which is summed beside the
-exponentials of the teacher's logits, so no target matrix is kept.
+Shape suffixes: B texts of the global batch, b audios of this rank, m rows and n columns of a tile, P positive pairs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,43 +19,36 @@ from torch import Tensor
 
 from atr_scale.losses.targets import Pairs, Positives
 from atr_scale.losses.tiled.exponentials import (
+    ConstantShift,
+    Exponentials,
+    MaximaShift,
     Shift,
     all_in_range,
     largest_of_ranks,
     log_sums,
-    maxima,
-    weigh,
 )
-from atr_scale.losses.tiled.statistics import as_tensor, loss_dtype, outputs, query_weights, zeros
-from atr_scale.losses.tiled.tiles import (
-    KeptTiles,
-    PairsByPart,
-    Part,
-    Tile,
-    Workspace,
-    parts_of,
-    tiles_of,
-)
+from atr_scale.losses.tiled.statistics import as_tensor, input_gradients, loss_dtype, query_weights, zeros
+from atr_scale.losses.tiled.tiles import KeptTiles, PairsByTile, Tile, Workspace, stripes_of, tiles_of
 from atr_scale.score_block import ScoreBlock
 
 
 @dataclass(frozen=True)
 class Logits:
-    """scale * the blocks' summed scores, without the pairs `excluded`."""
+    """scale * the sum of the blocks' scores; minus infinity for the pairs `excluded`."""
 
     blocks: tuple[ScoreBlock, ...]
     scale: float
-    excluded: PairsByPart | None = None
+    excluded: PairsByTile | None = None
 
     @staticmethod
     def of(temperature: float | Tensor, *blocks: ScoreBlock) -> Logits:
-        """The blocks' mean scores / temperature."""
+        """The mean of the blocks' scores / temperature."""
         return Logits(blocks, 1 / (as_tensor(temperature, blocks[0]).item() * len(blocks)))
 
-    def tile(self, tile: Tile, out: Tensor | None = None) -> Tensor:
-        """[m, n], the caller's to overwrite."""
+    def tile(self, tile: Tile, work: Workspace, name: str = "logits") -> Tensor:
+        """[m, n], in the buffer `name`."""
         first, *others = self.blocks
-        logits = first.stripe(tile.columns, tile.rows, self.scale, out)
+        logits = first.stripe(tile.columns, tile.rows, self.scale, work.get(name, tile))
         for other in others:
             logits += other.stripe(tile.columns, tile.rows, self.scale)
         if self.excluded is not None:
@@ -62,7 +56,7 @@ class Logits:
         return logits
 
     def bound(self) -> Tensor:
-        """No logit of this rank is larger in absolute value."""
+        """No logit of this rank is larger in absolute value; a scalar."""
         return self.scale * torch.stack([block.bound().double() for block in self.blocks]).sum()
 
 
@@ -70,8 +64,9 @@ class Logits:
 class Targets:
     """(1 - beta) * positives + beta * softmax(teacher), constant.
 
-    teacher: logits of the soft targets, one for both directions or one for each (t2a, a2t). excluded: pairs that no
-    softmax sees. divergence: the targets' entropy is subtracted, so that the loss is KL.
+    teacher:    logits of the soft targets: none, one for both directions, or one for each (t2a, a2t).
+    divergence: the entropy of the targets is subtracted, which makes the loss a Kullback-Leibler divergence.
+    excluded:   pairs that no softmax counts.
     """
 
     pairs: Positives
@@ -82,19 +77,16 @@ class Targets:
 
 
 def soft_cross_entropy(block: ScoreBlock, temperature: float | Tensor, targets: Targets, kept_bytes: int) -> Tensor:
-    """1/2 [mean_i (m_i lse_j u_ij - sum_j Y_ij u_ij) + mean_j (m'_j lse_i u_ij - sum_i Y'_ij u_ij)], u = s / tau,
+    """1/2 [mean_i (m_i log sum_j exp u_ij - sum_j T_ij u_ij) + mean_j (m'_j log sum_i exp u_ij - sum_i T'_ij u_ij)].
 
-    m the sum of a query's targets Y: 1, or less where it has no positive. kept_bytes: see `tiles.LOSS_BYTES`.
+    u = scores / temperature, T and T' the targets of t2a and a2t, m and m' their sums for a query: 1, or less if the
+    query has no positive. A float scalar, the same on every rank. kept_bytes: see `tiles.LOSS_BYTES`.
     """
-    return _SoftCrossEntropy.apply(block, targets, kept_bytes, as_tensor(temperature, block), *block.tensors)
+    loss: Tensor = _SoftCrossEntropy.apply(block, targets, kept_bytes, as_tensor(temperature, block), *block.tensors)
+    return loss
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """With E = exp(u), r_i and k_j its row and column sums: d L / d u_ij = E_ij (m_i / r_i + m'_j / k_j) - Y_ij - Y'_ij
-
-    where everything is times the weight of its query in the loss.
-    """
-
     @staticmethod
     def forward(
         ctx: Any, block: ScoreBlock, targets: Targets, kept_bytes: int, temperature: Tensor, *tensors: Tensor
@@ -110,168 +102,190 @@ class _SoftCrossEntropy(torch.autograd.Function):
         temperature, *_ = ctx.saved_tensors
         sweeps: _Sweeps = ctx.sweeps
         gradients = sweeps.gradients()
-        by_scale = sweeps.block.inner_product(gradients)
-        return (
-            None,
-            None,
-            None,
-            *outputs(grads[0], temperature, by_scale, sweeps.block, gradients, sweeps.student.scale),
-        )
+        by_h = sweeps.block.inner_product(gradients)  # u = h s
+        h = sweeps.student.scale
+        return None, None, None, *input_gradients(grads[0], temperature, by_h, sweeps.block, gradients, h)
 
 
 class _Sums:
-    """Of exponentials, and of exponentials times values: of rows [B] and of local columns [b], float64."""
+    """Sums over the exponentials of a softmax in both directions, float64.
+
+    rows [B], columns [b]: of the exponentials. row_products [B], column_products [b]: of exponentials times values.
+    """
 
     def __init__(self, block: ScoreBlock) -> None:
         self.rows, self.row_products = zeros(block, block.shape[0]), zeros(block, block.shape[0])
         self.columns, self.column_products = zeros(block, block.shape[1]), zeros(block, block.shape[1])
         self._dtype = block.dtype
 
-    def divide(self, rows: Tensor | float, columns: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Weights of queries over the sums of their exponentials."""
-        return (rows / self.rows).to(self._dtype), (columns / self.columns).to(self._dtype)
+    def add(self, tile: Tile, exponentials: Exponentials) -> None:
+        self.rows[tile.rows] += exponentials.by_row.sum(1)
+        self.columns[tile.columns] += exponentials.by_column.sum(0)
+
+    def add_products(self, tile: Tile, exponentials: Exponentials, values: Sequence[Tensor], out: Tensor) -> None:
+        """values: [m, n], the same for both directions or one for each. out: a buffer."""
+        self.row_products[tile.rows] += torch.mul(exponentials.by_row, values[0], out=out).sum(1)
+        self.column_products[tile.columns] += torch.mul(exponentials.by_column, values[-1], out=out).sum(0)
 
     def merge(self, block: ScoreBlock) -> None:
-        """Rows over ranks."""
+        """Add up the rows of all ranks."""
         self.rows, self.row_products = block.sum(torch.stack([self.rows, self.row_products]))
+
+    def divide(self, row_weight: Tensor | float, column_weight: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Factors [B], [b] that turn exponentials into softmaxes times the weights of their queries."""
+        return (row_weight / self.rows).to(self._dtype), (column_weight / self.columns).to(self._dtype)
 
 
 class _Sweeps:
-    """What the sweep forward leaves for the sweep back."""
+    """The sweeps of one loss, and the state that the forward pass saves for the backward pass.
+
+    pairs:             the P positive pairs.
+    row_share [P], column_share [P]: a pair's part of its text's and of its audio's hard targets.
+    pair_weight [P]:   weight of a pair's logit in the loss, both directions together.
+    soft_weights:      weight of a text's and of an audio's soft targets in the loss.
+    row_weight [B], column_weight [b]: weight of a query's log-sum-exp in the loss.
+    shifts:            of the student's logits, then of the teacher's.
+    sums:              the student's, then the teacher's (rows from its t2a logits, columns from its a2t logits).
+    positive_logits [1 or more, P] float64: at the positive pairs, the student's and then the teacher's.
+    """
+
+    shifts: Sequence[Shift]
+    sums: list[_Sums]
+    positive_logits: Tensor
+    kept: KeptTiles
 
     def __init__(self, block: ScoreBlock, targets: Targets, scale: float) -> None:
-        self.block, self.targets = block, targets
-        self.tiles = tiles_of(block)
-        excluded = None if targets.excluded is None else PairsByPart(targets.excluded, self.tiles)
+        self.block, self.targets, self.work = block, targets, Workspace(block)
+        self.tiles = tiles_of(stripes_of(block))
+        excluded = None if targets.excluded is None else PairsByTile(targets.excluded, self.tiles)
         self.student = Logits((block,), scale, excluded)
-        self.pairs = PairsByPart(targets.pairs, parts_of(self.tiles))
-        # Weight in the loss of a text's soft targets and of an audio's, of the pairs' hard ones, and of a query's sum.
-        self.soft_weights = targets.beta / (2 * block.shape[0]), targets.beta / (2 * block.num_columns)
-        hard = 1 - targets.beta
-        rows, columns = query_weights(block, targets.pairs)
-        self.row_weight, self.column_weight = hard * rows + self.soft_weights[0], hard * columns + self.soft_weights[1]
+        self.pairs = PairsByTile(targets.pairs, self.tiles)
         self.row_share = targets.pairs.row_weight[self.pairs.rows]
         self.column_share = targets.pairs.column_weight[self.pairs.columns]
-        self.pair_weight = hard / 2 * (self.row_share / block.shape[0] + self.column_share / block.num_columns)
+        hard, (B, all_audios) = 1 - targets.beta, (block.shape[0], block.num_columns)
+        self.pair_weight = hard / 2 * (self.row_share / B + self.column_share / all_audios)
+        self.soft_weights = targets.beta / (2 * B), targets.beta / (2 * all_audios)
+        rows, columns = query_weights(block, targets.pairs)
+        self.row_weight, self.column_weight = hard * rows + self.soft_weights[0], hard * columns + self.soft_weights[1]
 
     def loss(self, kept_bytes: int) -> Tensor:
-        """The loss of all ranks, float64, after as many sweeps as the spread of the logits asks for."""
+        """The loss of all ranks, float64; sweeps twice more if a constant shift loses sums."""
         logits = (self.student, *self.targets.teacher)
         bounds = largest_of_ranks(self.block, [each.bound() for each in logits])
-        self._sweep([Shift.constant(bound, self.block.dtype) for bound in bounds], kept_bytes)
+        self._sweep([ConstantShift(bound, self.block.dtype) for bound in bounds], kept_bytes)
         if not all_in_range(self.block, *(x for sums in self.sums for x in (sums.rows, sums.columns))):
-            self._sweep([maxima(self.block, self.tiles, each.tile) for each in logits], kept_bytes=0)
+            maxima = [MaximaShift(self.block, self.tiles, partial(each.tile, work=self.work)) for each in logits]
+            self._sweep(maxima, kept_bytes=0)
         return self._loss()
 
     def _sweep(self, shifts: Sequence[Shift], kept_bytes: int) -> None:
-        """Sums and positives' logits under these shifts: the student's, then the teacher's."""
+        """Sums and the logits of the positive pairs under these shifts, one for the student and for each teacher."""
         block, teacher = self.block, self.targets.teacher
-        self.shifts, self.sums = shifts, [_Sums(block) for _ in shifts[:2]]
-        self.work, self.kept = Workspace(block), KeptTiles(block, kept_bytes)
-        self.positives = torch.zeros(1 + len(teacher), len(self.pairs.rows), dtype=torch.float64, device=block.device)
+        self.shifts, self.kept = shifts, KeptTiles(block, kept_bytes)
+        self.work.start_sweep()
+        self.sums = [_Sums(block) for _ in shifts[:2]]
+        self.positive_logits = zeros(block, len(shifts), len(self.pairs.rows))
         for tile in self.tiles:
-            kept = self.kept.reserve(tile, len(shifts))
-            logits = self._logits(tile, kept)
-            for part in tile.parts:
-                student, *others = (tile.of(x, part) for x in logits)
-                i, j = self.pairs.within(part)
-                self.positives[:, self.pairs.of(part)] = torch.stack([x[i, j] for x in (student, *others)]).double()
-                if teacher:
-                    self._add_soft(part, student, others)
-                self._add(self.sums[0], part, *shifts[0].both(student, part))
+            logits = self._logits(tile)
+            positive = [x[self.pairs.within(tile)] for x in logits]
+            self.positive_logits[:, self.pairs.of(tile)] = torch.stack(positive).double()
+            every = self._exponentials(tile, logits, self.kept.reserve(tile, len(logits)))
+            for sums, exponentials in zip(self.sums, every, strict=True):
+                sums.add(tile, exponentials)
+            if teacher:
+                values, products = self._values(tile, logits), self.work.get("products", tile)
+                self.sums[1].add_products(tile, every[1], values, products)
         for sums in self.sums:
             sums.merge(block)
 
-    def _logits(self, tile: Tile, out: Sequence[Tensor] = ()) -> list[Tensor]:
-        """The student's and then the teacher's, in `out` or in the workspace."""
-        every = (self.student, *self.targets.teacher)
-        out = out or [self.work.get(f"logits {n}", tile) for n in range(len(every))]
-        return [each.tile(tile, x) for each, x in zip(every, out, strict=True)]
+    def _logits(self, tile: Tile) -> list[Tensor]:
+        """The student's, then the teacher's."""
+        every = zip(self._names("logits"), (self.student, *self.targets.teacher), strict=True)
+        return [logits.tile(tile, self.work, name) for name, logits in every]
 
-    def _add_soft(self, part: Part, student: Tensor, teacher: Sequence[Tensor]) -> None:
-        """Sums of the teacher's exponentials, and of their products with the student's logits.
-
-        In a divergence with the difference of the student's and the teacher's.
-        """
-        sums, out, values = self.sums[1], self.work.get("products", part), [student]
-        if self.targets.divergence:
-            values = [torch.sub(student, x, out=self.work.get(f"values {n}", part)) for n, x in enumerate(teacher)]
-        along = self._exponentials(part, teacher)
-        self._add(sums, part, *along)
-        sums.row_products[part.rows] += torch.mul(along[0], values[0], out=out).sum(1)
-        if along[0] is not along[1]:
-            torch.mul(along[1], values[-1], out=out)
-        sums.column_products[part.columns] += out.sum(0)
-
-    def _exponentials(self, part: Part, teacher: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Those of the soft targets along rows and along columns, from the teacher's logits, which are overwritten."""
+    def _exponentials(self, tile: Tile, logits: Sequence[Tensor], out: Sequence[Tensor] = ()) -> list[Exponentials]:
+        """The student's, then the soft targets'; out: a tensor for each of the logits, by default of the workspace."""
+        out = out or [self.work.get(name, tile) for name in self._names("exponentials")]
+        student, *teacher = self.shifts
+        every = [student.both(logits[0], tile, out[0])]
         if len(teacher) == 1:
-            return self.shifts[1].both(teacher[0], part)
-        return self.shifts[1].along_rows(teacher[0], part), self.shifts[2].along_columns(teacher[1], part)
+            every.append(teacher[0].both(logits[1], tile, out[1]))
+        elif teacher:
+            t2a, a2t = teacher
+            every.append(Exponentials(t2a.by_row(logits[1], tile, out[1]), a2t.by_column(logits[2], tile, out[2])))
+        return every
 
-    @staticmethod
-    def _add(sums: _Sums, part: Part, along_rows: Tensor, along_columns: Tensor) -> None:
-        sums.rows[part.rows] += along_rows.sum(1)
-        sums.columns[part.columns] += along_columns.sum(0)
+    def _kept_exponentials(self, tile: Tile) -> list[Exponentials]:
+        """The same from the tile's kept tensors, or an empty list. Tiles are kept under constant shifts alone."""
+        kept = self.kept.pop(tile)
+        student, teacher = kept[:1], kept[1:]
+        return [Exponentials(by_direction[0], by_direction[-1]) for by_direction in (student, teacher) if by_direction]
+
+    def _values(self, tile: Tile, logits: Sequence[Tensor]) -> list[Tensor]:
+        """Factors of the soft targets in the loss: u, or u - t in a divergence, with t the teacher's logits."""
+        student, *teacher = logits
+        if not self.targets.divergence:
+            return [student]
+        return [torch.sub(student, t, out=self.work.get(f"u - t, {n}", tile)) for n, t in enumerate(teacher)]
+
+    def _names(self, content: str) -> list[str]:
+        """Names of buffers, for the student and for each teacher."""
+        return [f"student {content}", *(f"teacher {content}, {n}" for n in range(len(self.targets.teacher)))]
 
     def _loss(self) -> Tensor:
         student, shift = self.sums[0], self.shifts[0]
         rows = (self.row_weight * log_sums(student.rows, shift.rows)).sum()
         columns = (self.column_weight * log_sums(student.columns, shift.columns)).sum()
-        columns -= (self.pair_weight * self.positives[0]).sum()
+        columns -= (self.pair_weight * self.positive_logits[0]).sum()
         if self.targets.teacher:
             soft_rows, soft_columns = self._soft_loss()
             rows, columns = rows + soft_rows, columns + soft_columns
         return rows + self.block.sum(columns)
 
     def _soft_loss(self) -> tuple[Tensor, Tensor]:
-        """Part of the soft targets in the loss, from all ranks' rows and from this rank's columns."""
+        """The soft targets' part of the loss: of all rows, the same on every rank, and of this rank's columns."""
         sums, beta = self.sums[1], self.targets.beta
         row_weight, column_weight = self.soft_weights
         rows = -row_weight * (sums.row_products / sums.rows).sum()
         columns = -column_weight * (sums.column_products / sums.columns).sum()
         if self.targets.divergence:
-            row_sums = log_sums(sums.rows, self.shifts[1].rows)
-            column_sums = log_sums(sums.columns, self.shifts[-1].columns)
-            rows += (beta * math.log(beta) if beta else 0.0) - row_weight * row_sums.sum()
-            columns += self._positives_entropy(row_sums, column_sums) - column_weight * column_sums.sum()
+            row_log_sums = log_sums(sums.rows, self.shifts[1].rows)
+            column_log_sums = log_sums(sums.columns, self.shifts[-1].columns)
+            rows += (beta * math.log(beta) if beta else 0.0) - row_weight * row_log_sums.sum()
+            columns += self._mixed_entropy(row_log_sums, column_log_sums) - column_weight * column_log_sums.sum()
         return rows, columns
 
-    def _positives_entropy(self, row_sums: Tensor, column_sums: Tensor) -> Tensor:
-        """What the positives add to sum Y log Y of the soft part alone, from this rank's pairs."""
+    def _mixed_entropy(self, row_log_sums: Tensor, column_log_sums: Tensor) -> Tensor:
+        """sum T log T over this rank's positive pairs, less the same sum for the soft targets alone."""
         pairs, beta = self.pairs, self.targets.beta
         total = zeros(self.block)
-        for logits, sums, share, queries in (
-            (self.positives[1], row_sums[pairs.rows], self.row_share, self.block.shape[0]),
-            (self.positives[-1], column_sums[pairs.columns], self.column_share, self.block.num_columns),
+        for logits, log_sum, share, queries in (
+            (self.positive_logits[1], row_log_sums[pairs.rows], self.row_share, self.block.shape[0]),
+            (self.positive_logits[-1], column_log_sums[pairs.columns], self.column_share, self.block.num_columns),
         ):
-            soft = beta * (logits - sums).exp()
+            soft = beta * (logits - log_sum).exp()
             mixed = (1 - beta) * share + soft
             total += (torch.xlogy(mixed, mixed) - torch.xlogy(soft, soft)).sum() / (2 * queries)
         return total
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """d L / d u, as the block's tensors receive it from scores that are u."""
+        """d loss / d u, as the block's tensors receive it from scores equal to u."""
         block, work = self.block, self.work
+        work.start_sweep()
         gradients = block.new_gradients()
-        factors = [self.sums[0].divide(self.row_weight, self.column_weight)]
-        factors += [sums.divide(*self.soft_weights) for sums in self.sums[1:]]
+        student_factors = self.sums[0].divide(self.row_weight, self.column_weight)
+        soft_factors = [sums.divide(*self.soft_weights) for sums in self.sums[1:]]
         for tile in self.tiles:
-            kept = self.kept.pop(tile)
-            tensors = kept or self._logits(tile)
-            for part in tile.parts:
-                student, *others = (tile.of(x, part) for x in tensors)
-                both = (student, student) if kept else self.shifts[0].both(student, part)
-                weighed = [both]
-                if others:
-                    weighed.append((others[0], others[-1]) if kept else self._exponentials(part, others))
-                grad, *soft = (
-                    weigh(*both, rows[part.rows], columns[part.columns], work.get("weights", part))
-                    for both, (rows, columns) in zip(weighed, factors, strict=True)
-                )
-                for targets in soft:
-                    grad -= targets
-                i, j = self.pairs.within(part)
-                grad[i, j] -= self.pair_weight[self.pairs.of(part)].to(grad.dtype)
-            block.add_gradient(gradients, tile.columns, tensors[0], tile.rows)
+            every = self._kept_exponentials(tile) or self._exponentials(tile, self._logits(tile))
+            gradient = _weighted(every[0], student_factors, tile, work.get("gradient", tile))
+            for exponentials, factors in zip(every[1:], soft_factors, strict=True):
+                gradient -= _weighted(exponentials, factors, tile, work.get("soft targets", tile))
+            gradient[self.pairs.within(tile)] -= self.pair_weight[self.pairs.of(tile)].to(gradient.dtype)
+            block.add_gradient(gradients, tile.columns, gradient, tile.rows)
         return gradients
+
+
+def _weighted(exponentials: Exponentials, factors: tuple[Tensor, Tensor], tile: Tile, out: Tensor) -> Tensor:
+    """rows_i E_ij + columns_j E'_ij [m, n] in `out`, from the exponentials E along rows and E' along columns."""
+    rows, columns = factors[0][tile.rows, None], factors[1][tile.columns]
+    return torch.mul(exponentials.by_row, rows, out=out).addcmul_(exponentials.by_column, columns)

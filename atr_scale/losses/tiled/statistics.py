@@ -1,4 +1,4 @@
-"""What the tiled losses share: weights of queries, and gradients of the outputs.
+"""Parts that all tiled losses share: weights of queries, the dtype of the loss, gradients of the inputs.
 
 Shape suffixes: B texts of the global batch, b audios of this rank.
 """
@@ -13,30 +13,30 @@ from atr_scale.score_block import ScoreBlock
 
 
 def zeros(block: ScoreBlock, *size: int) -> Tensor:
-    """Float64 statistics to add up in."""
+    """Float64 zeros to accumulate statistics in."""
     return torch.zeros(size, dtype=torch.float64, device=block.device)
 
 
 def query_weights(block: ScoreBlock, pairs: Positives) -> tuple[Tensor, Tensor]:
-    """Weight of every query in the loss: 1/2 for the direction, 1/number of queries, 0 without a positive."""
+    """Weights [B], [b] of the queries in the loss: 1/2 for the direction / number of queries; 0 without a positive."""
     rows = (pairs.row_weight > 0).double() / (2 * block.shape[0])
     columns = (pairs.column_weight > 0).double() / (2 * block.num_columns)
     return rows, columns
 
 
-def outputs(
+def input_gradients(
     upstream: Tensor,
     temperature: Tensor,
-    by_scale: Tensor,
+    by_h: Tensor,
     block: ScoreBlock,
     gradients: tuple[Tensor, ...],
     factor: float = 1.0,
 ) -> tuple[Tensor, ...]:
-    """Gradients for (temperature, *block.tensors), the latter times `factor`.
+    """Gradients of (temperature, *block.tensors) from d loss / d h, h = 1 / temperature, and from `gradients`.
 
-    d scale / d temperature = -1 / temperature^2.
+    The gradients of the block's tensors are multiplied by `factor`, in place, and all by `upstream`.
     """
-    by_temperature = (upstream.double() * -by_scale / temperature.double().square()).to(temperature.dtype)
+    by_temperature = (upstream.double() * -by_h / temperature.double().square()).to(temperature.dtype)
     scaled = (
         gradient.mul_((upstream * factor).to(gradient.dtype)).to(tensor.dtype)
         for gradient, tensor in zip(gradients, block.tensors, strict=True)
@@ -45,11 +45,12 @@ def outputs(
 
 
 def loss_dtype(block: ScoreBlock, temperature: Tensor) -> torch.dtype:
-    """That of scores / temperature."""
+    """The dtype of scores / temperature."""
     return torch.promote_types(block.dtype, temperature.dtype)
 
 
 def as_tensor(temperature: float | Tensor, block: ScoreBlock) -> Tensor:
+    """The temperature as a tensor; a number gets the block's dtype and the shape (1,)."""
     if isinstance(temperature, Tensor):
         return temperature
     return torch.tensor([temperature], dtype=block.dtype, device=block.device)

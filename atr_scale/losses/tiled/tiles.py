@@ -1,6 +1,6 @@
-"""Tiles of a score block: where they lie, which pairs fall into them, and the memory they are computed in.
+"""Tiles of a score block: their place in the block, the positive pairs inside them, and memory to compute them in.
 
-Shape suffixes: B texts of the global batch, b audios of this rank, m rows and n columns of a part, P pairs.
+Shape suffixes: B texts of the global batch, b audios of this rank, m rows and n columns of a tile, P pairs.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from torch import Tensor
 from atr_scale.losses.targets import Pairs
 from atr_scale.score_block import ScoreBlock, slices
 
-# Rows of a tile, so that matrix products run at full speed, and of a part, so that all else that is done with a tile
-# finds it in the cache of a core. A GPU gets few and large kernels instead.
-TILE_ROWS = {"cpu": 1024, "cuda": 2**16}
-PART_ROWS = {"cpu": 256, "cuda": 2**16}
-# What gradients and tiles kept from the forward pass to the backward pass may take together; every kept tile spares a
-# matrix product. A fixed size, so that memory grows with the batch and not with its square: the gradients alone take it
-# from 37,000 pairs of width 512 on.
+# Rows of a tile. On a CPU a tile fits in the cache of a core and its matrix products still run at full speed. A GPU
+# gets few and large kernels instead.
+TILE_ROWS = {"cpu": 512, "cuda": 2**14}
+# Bytes of the gradients and of the tiles kept from the forward pass to the backward pass, together. Every kept tile
+# saves a matrix product. The size is fixed so that memory grows with the batch and not with its square: the gradients
+# alone take this much at 37,000 pairs of width 512.
 LOSS_BYTES = 144 * 2**20
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some rows of a stripe of columns of a block; `number` counts them in the order of visits."""
+class Tile:
+    """Some rows and some columns of a block; `number` counts tiles in the order of visits."""
 
     number: int
     rows: slice
@@ -35,82 +34,95 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(m, n)."""
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
 
 @dataclass(frozen=True)
-class Tile(Part):
-    """A part of a block that is made of smaller ones."""
+class Stripe:
+    """Some columns of a block with all B rows, as tiles from the first row to the last."""
 
-    parts: tuple[Part, ...]
+    columns: slice
+    tiles: tuple[Tile, ...]
 
-    def of(self, tile: Tensor, part: Part) -> Tensor:
-        """The rows of `tile` that are the part's."""
-        return tile[part.rows.start - self.rows.start : part.rows.stop - self.rows.start]
+    @property
+    def rows(self) -> slice:
+        return slice(0, self.tiles[-1].rows.stop)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, n)."""
+        return self.rows.stop, self.columns.stop - self.columns.start
 
 
-def tiles_of(block: ScoreBlock, whole_columns: bool = False) -> list[Tile]:
-    """All of a block, stripe by stripe; whole_columns: every tile is a stripe."""
+def stripes_of(block: ScoreBlock, times_smaller: int = 1) -> list[Stripe]:
+    """All of a block, in tiles of TILE_ROWS / times_smaller rows."""
     kind = block.device.type
-    tile_rows, part_rows = (sizes[kind if kind in sizes else "cuda"] for sizes in (TILE_ROWS, PART_ROWS))
-    tiles: list[Tile] = []
-    count = itertools.count()
-    for columns in block.stripes():
-        for rows in slices(0, block.shape[0], block.shape[0] if whole_columns else tile_rows):
-            parts = (Part(next(count), part, columns) for part in slices(rows.start, rows.stop, part_rows))
-            tiles.append(Tile(len(tiles), rows, columns, tuple(parts)))
-    return tiles
+    tile_rows = max(1, TILE_ROWS[kind if kind in TILE_ROWS else "cuda"] // times_smaller)
+    number = itertools.count()
+    return [
+        Stripe(columns, tuple(Tile(next(number), rows, columns) for rows in slices(0, block.shape[0], tile_rows)))
+        for columns in block.stripes()
+    ]
 
 
-def parts_of(tiles: Sequence[Tile]) -> list[Part]:
-    """Those of all tiles."""
-    return [part for tile in tiles for part in tile.parts]
+def tiles_of(stripes: Sequence[Stripe]) -> list[Tile]:
+    """The tiles of all stripes in the order of visits."""
+    return [tile for stripe in stripes for tile in stripe.tiles]
 
 
-class PairsByPart:
-    """Pairs in the order of the parts of a block that they lie in.
+class PairsByTile:
+    """Pairs of a block, sorted by the tile that they lie in.
 
-    rows, columns: [P] in the block.
+    rows, columns: [P] indices in the block.
     """
 
-    def __init__(self, pairs: Pairs, parts: Sequence[Part]) -> None:
+    def __init__(self, pairs: Pairs, tiles: Sequence[Tile]) -> None:
         row_starts, column_starts = (
             torch.tensor(sorted(set(starts)), device=pairs.rows.device)
-            for starts in ([p.rows.start for p in parts], [p.columns.start for p in parts])
+            for starts in ([t.rows.start for t in tiles], [t.columns.start for t in tiles])
         )
         stripe = torch.bucketize(pairs.columns, column_starts, right=True) - 1
         number = stripe * len(row_starts) + torch.bucketize(pairs.rows, row_starts, right=True) - 1
         order = torch.argsort(number, stable=True)
         self.rows, self.columns = pairs.rows[order], pairs.columns[order]
-        self._ends = [0, *torch.bincount(number, minlength=len(parts)).cumsum(0).tolist()]
+        self._ends = [0, *torch.bincount(number, minlength=len(tiles)).cumsum(0).tolist()]
 
-    def of(self, part: Part) -> slice:
-        """Which pairs a part has."""
-        return slice(self._ends[part.number], self._ends[part.number + 1])
+    def of(self, tile: Tile) -> slice:
+        """The tile's part of the P pairs."""
+        return slice(self._ends[tile.number], self._ends[tile.number + 1])
 
-    def within(self, part: Part) -> tuple[Tensor, Tensor]:
-        """(row, column) of them inside the part."""
-        own = self.of(part)
-        return self.rows[own] - part.rows.start, self.columns[own] - part.columns.start
+    def within(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """(rows, columns) of the tile's pairs, counted from the tile's first row and column."""
+        own = self.of(tile)
+        return self.rows[own] - tile.rows.start, self.columns[own] - tile.columns.start
 
 
 class Workspace:
-    """Memory for one part of a block at a time, by name, made once."""
+    """Buffers in the block's dtype. Each has a name that states its content; their memory is allocated once."""
 
     def __init__(self, block: ScoreBlock) -> None:
         self._like = torch.empty(0, dtype=block.dtype, device=block.device)
         self._buffers: dict[str, Tensor] = {}
+        self._free: list[Tensor] = []
 
-    def get(self, name: str, part: Part) -> Tensor:
-        """[m, n], its contents left from before."""
-        m, n = part.shape
-        if name not in self._buffers or self._buffers[name].numel() < m * n:
-            self._buffers[name] = self._like.new_empty(m * n)
-        return self._buffers[name][: m * n].view(m, n)
+    def start_sweep(self) -> None:
+        """Forget all contents and names, and keep the memory for the names of the next sweep."""
+        self._free = sorted([*self._free, *self._buffers.values()], key=Tensor.numel)
+        self._buffers.clear()
+
+    def get(self, name: str, place: Tile | Stripe) -> Tensor:
+        """The buffer `name` in the shape of `place`, with the values of its last use in it."""
+        rows, columns = place.shape
+        size = rows * columns
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            fitting = next((n for n, memory in enumerate(self._free) if memory.numel() >= size), None)
+            self._buffers[name] = self._like.new_empty(size) if fitting is None else self._free.pop(fitting)
+        return self._buffers[name][:size].view(rows, columns)
 
 
 class KeptTiles:
-    """Tensors of as many tiles as fit in `budget` bytes beside the gradients."""
+    """Exponentials of as many tiles as fit, together with the gradients, in `budget` bytes."""
 
     def __init__(self, block: ScoreBlock, budget: int) -> None:
         self._like = torch.empty(0, dtype=block.dtype, device=block.device)
@@ -119,7 +131,7 @@ class KeptTiles:
         self._kept: dict[int, tuple[Tensor, ...]] = {}
 
     def reserve(self, tile: Tile, count: int) -> tuple[Tensor, ...]:
-        """`count` new tensors [m, n] that are kept for the tile; none where they do not fit."""
+        """`count` new tensors [m, n] that are kept for the tile; an empty tuple if they do not fit."""
         m, n = tile.shape
         size = count * m * n * self._like.element_size()
         if size > self._left:
@@ -129,5 +141,5 @@ class KeptTiles:
         return self._kept[tile.number]
 
     def pop(self, tile: Tile) -> tuple[Tensor, ...]:
-        """What was reserved for the tile, or nothing; given up, so that the backward pass frees memory as it goes."""
+        """The tile's tensors, or an empty tuple. They are given up, so that the backward pass frees memory."""
         return self._kept.pop(tile.number, ())
