@@ -1,10 +1,10 @@
-"""GradCache: what chunks cost in time and save in memory, and 32,768 pairs in one loss on one process and on two.
+"""GradCache: time and memory of chunks, and 32,768 pairs in one loss on one process and on two.
 
     python -m tools.bench.gradcache [--json FILE]
 
-With no graph kept every chunk is encoded twice. The row "a second whole forward" is what that costs where chunks are as
-fast as the whole, 4/3 where a backward pass takes two forwards; on a processor small chunks stay in the cache and are
-faster.
+If no graph is kept, every chunk is encoded twice. The row "a second whole forward" is the cost of this if chunks are as
+fast as the whole batch: 4/3 if a backward pass takes as long as two forward passes. On a processor small chunks stay in
+the cache and are faster.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
-from tools.bench import updates
+from tools.bench import steps
 from tools.bench.measure import peak_mib, seconds
 from tools.bench.table import Row, run
 from tools.parity import trainable, with_train
@@ -32,23 +32,23 @@ LARGE, LARGE_CHUNK, SHORT = 32_768, 256, 1.0
 
 
 def costs(configs: list[RunConfig]) -> dict[str, Any]:
-    """Seconds and peak MiB of an update of each configuration, seconds of the first one's forward without a graph."""
-    engines = [updates.start(config) for config in configs]
+    """Seconds and peak MiB of an optimizer step of each configuration, seconds of a forward without a graph."""
+    engines = [steps.start(config) for config in configs]
     whole = engines[0].model
-    batch = updates.noise(SIZE, SECONDS, whole.sample_rate, World.current())
+    batch = steps.noise(SIZE, SECONDS, whole.sample_rate, World.current())
 
     @torch.no_grad()
     def forward() -> None:
-        whole(batch.to(updates.device()))
+        whole(batch.to(steps.device()))
 
-    steps = [lambda engine=engine: updates.update(engine, batch) for engine in engines]
-    *times, alone = seconds(*steps, forward)
-    return {"times": times, "forward": alone, "memory": [peak_mib(step) for step in steps]}
+    timed = [lambda engine=engine: steps.update(engine, batch) for engine in engines]
+    *times, alone = seconds(*timed, forward)
+    return {"times": times, "forward": alone, "memory": [peak_mib(step) for step in timed]}
 
 
 def first_gradients(config: RunConfig) -> dict[str, np.ndarray]:
     """The gradients of one update, averaged over ranks as the optimizer gets them."""
-    engine = updates.start(config)
+    engine = steps.start(config)
     found: dict[str, np.ndarray] = {}
     judge = engine._bad_ranks  # called when gradients are complete and not yet clipped
 
@@ -58,7 +58,7 @@ def first_gradients(config: RunConfig) -> dict[str, np.ndarray]:
 
     engine._bad_ranks = keep  # type: ignore[method-assign]
     world = World.current()
-    result = updates.update(engine, updates.noise(LARGE, SHORT, engine.model.sample_rate, world))
+    result = steps.update(engine, steps.noise(LARGE, SHORT, engine.model.sample_rate, world))
     assert result.applied and found
     return found
 
@@ -66,7 +66,7 @@ def first_gradients(config: RunConfig) -> dict[str, np.ndarray]:
 def rows() -> Iterable[Row]:
     for audio in ("tiny_htsat", "mn04"):
         with tempfile.TemporaryDirectory() as folder:
-            whole = updates.configuration(Path(folder), audio, dim=64, global_batch_size=SIZE)
+            whole = steps.configuration(Path(folder), audio, dim=64, global_batch_size=SIZE)
             chunked = [with_train(whole, micro_batch_size=CHUNK, kept_chunks=kept) for kept in KEPT]
             (found,) = run_ranks(costs, 1, [whole, *chunked])
         (one_time, *times), (one_memory, *memory) = found["times"], found["memory"]
@@ -76,7 +76,7 @@ def rows() -> Iterable[Row]:
             yield Row(f"{name}: time", time, one_time, "one forward", "s", KEPT[kept])
             yield Row(f"{name}: memory", peak, one_memory, "one forward", "MiB")
     with tempfile.TemporaryDirectory() as folder:
-        large = updates.configuration(
+        large = steps.configuration(
             Path(folder), "small_cnn", dim=32, layers=1, global_batch_size=LARGE, micro_batch_size=LARGE_CHUNK
         )
         one, two = (run_ranks(first_gradients, size, large)[0] for size in (1, 2))

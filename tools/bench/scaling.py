@@ -1,7 +1,7 @@
-"""One process against two at the same global batch, and the planner's figures against what such updates do.
+"""One process against two at the same global batch, and the planner's figures against those of real steps.
 
-Real updates under DeepSpeed (small_cnn on clips of 10 s, a text encoder of two layers, 64 pairs) on noise. CPU time is
-that of all processes together, so that two of them may share a core; the efficiency is what dividing the batch costs.
+Real optimizer steps under DeepSpeed (small_cnn on clips of 10 s, a text encoder of two layers, 64 pairs) on noise. CPU
+time is summed over all processes, so that two of them may share a core. The efficiency is the cost of dividing the batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from atr_scale.planner.ops import Recorder
 from atr_scale.planner.planner import measure_costs
 from atr_scale.planner.traffic import transfers
 from atr_scale.planner.zero_memory import BUCKET, FP32
-from tools.bench import updates
+from tools.bench import steps
 from tools.bench.measure import peak_mib
 from tools.bench.table import Row, run
 from tools.parity import with_train
@@ -39,7 +39,7 @@ CORE = GPU("core", 2**34, 80e9, 80e9, 10e9, 1e9, 1e9, 0.0)
 
 @dataclass(frozen=True)
 class Found:
-    """Of one rank: CPU seconds of an update, bytes that it handed to collectives, MiB held at the most."""
+    """Of one rank: CPU seconds of an optimizer step, bytes handed to collectives, peak memory in MiB."""
 
     seconds: float
     given: int
@@ -49,11 +49,11 @@ class Found:
 def rows() -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         config, lgmm = (
-            updates.configuration(Path(folder) / scorer, "small_cnn", scorer=scorer, global_batch_size=PAIRS)
+            steps.configuration(Path(folder) / scorer, "small_cnn", scorer=scorer, global_batch_size=PAIRS)
             for scorer in ("mean", "lgmm")
         )
         yield from efficiency(config)
-        wide = updates.configuration(Path(folder) / "wide", "small_cnn", dim=768, layers=4, global_batch_size=4)
+        wide = steps.configuration(Path(folder) / "wide", "small_cnn", dim=768, layers=4, global_batch_size=4)
         for name, one, seconds in (("activations most", config, SECONDS), ("parameters most", wide, 1.0)):
             for stage in range(4):
                 yield from planned(f"{name}, ZeRO {stage}", with_train(one, zero_stage=stage), seconds)
@@ -70,7 +70,7 @@ def efficiency(config: RunConfig) -> Iterator[Row]:
 def planned(name: str, config: RunConfig, seconds: float) -> Iterator[Row]:
     """Bytes and memory of rank 0 of 2; DeepSpeed's bucket, which would hide all else, is left out of both sides."""
     found = run_ranks(measured, 2, config, seconds)[0]
-    costs, _ = measure_costs(config, seconds, updates.NUM_WORDS, gpu=False)
+    costs, _ = measure_costs(config, seconds, steps.NUM_WORDS, gpu=False)
     pairs = config.train.global_batch_size
     given = sum(
         t.nbytes * (2 if t.collective == "reduce_scatter" else 1)
@@ -83,7 +83,7 @@ def planned(name: str, config: RunConfig, seconds: float) -> Iterator[Row]:
 
 
 def error(name: str, planned: float, found: float, found_is: str, target: float) -> Row:
-    """How far the plan is off, whichever way, as a share of what was found."""
+    """Absolute error of the plan, relative to the measured value."""
     return Row(f"{name}: planned {planned:.4g}, off by", abs(planned - found), found, found_is, "MiB", target)
 
 
@@ -99,20 +99,20 @@ def ratios(config: RunConfig, lgmm: RunConfig) -> Iterator[Row]:
 
 
 def planned_step(config: RunConfig, world_size: int = 1, seconds: float = SECONDS) -> StepEstimate:
-    costs, _ = measure_costs(config, seconds, updates.NUM_WORDS, gpu=False)
+    costs, _ = measure_costs(config, seconds, steps.NUM_WORDS, gpu=False)
     return estimate_step(costs, Cluster(CORE, world_size, 8, 0.0, 1), config.train.global_batch_size)
 
 
 def measured(config: RunConfig, seconds: float = SECONDS) -> Found:
-    """Some updates of this rank on its share of the same noise."""
+    """Some optimizer steps of this rank on its local batch of the same noise."""
     kept: list[Any] = []
 
     def first_updates() -> None:
-        engine = updates.start(config)
-        batch = updates.noise(config.train.global_batch_size, seconds, engine.model.sample_rate, World.current())
+        engine = steps.start(config)
+        batch = steps.noise(config.train.global_batch_size, seconds, engine.model.sample_rate, World.current())
         for _ in range(WARM_UP):
             with Recorder() as recorder:
-                updates.update(engine, batch)
+                steps.update(engine, batch)
         kept.extend((engine, batch, recorder.collectives))
 
     peak = peak_mib(first_updates)
@@ -120,7 +120,7 @@ def measured(config: RunConfig, seconds: float = SECONDS) -> Found:
     times = []
     for _ in range(REPEATS):
         start = time.process_time()
-        updates.update(engine, batch)
+        steps.update(engine, batch)
         times.append(time.process_time() - start)
     return Found(median(times), sum(one.nbytes for one in collectives), peak)
 

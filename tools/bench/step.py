@@ -1,10 +1,10 @@
-"""What an update costs beside the model: ours, under DeepSpeed, against a bare loop of torch with the same model; and
-what the options of audio encoders give in time and memory.
+"""The cost of an optimizer step beside the model: this engine under DeepSpeed against a bare loop of torch with the
+same model. Also time and memory of the options of audio encoders.
 
     python -m tools.bench.step [--json FILE]
 
 The bare loop: forward, backward, clip_grad_norm_, AdamW(fused=True), zero_grad; no ranks, no skipping of non-finite
-updates, no checkpoints. `compile` needs a C++ compiler.
+steps, no checkpoints. `compile` needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from atr_scale.distributed.world import World
 from atr_scale.encoders import build_audio_encoder
 from atr_scale.model import Retriever
 from atr_scale.training.param_groups import optimizer_groups
-from tools.bench import updates
+from tools.bench import steps
 from tools.bench.measure import Function, peak_mib, seconds
 from tools.bench.table import Row, run
 from tools.parity import with_train
@@ -41,25 +41,25 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 
 def bare_loop(config: RunConfig, fused: bool) -> tuple[Retriever, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = Retriever(config.model, config.objective).to(updates.device()).train()
+    model = Retriever(config.model, config.objective).to(steps.device()).train()
     groups = list(optimizer_groups(model, config.train))
-    return model, torch.optim.AdamW(groups, lr=updates.RATE, fused=fused, foreach=not fused)
+    return model, torch.optim.AdamW(groups, lr=steps.RATE, fused=fused, foreach=not fused)
 
 
 def times(config: RunConfig) -> list[float]:
-    """Seconds of an update: bare, then ours at each stage; of AdamW alone: fused, then by `foreach`."""
+    """Seconds of an optimizer step: bare, then ours at each stage; of AdamW alone: fused, then by `foreach`."""
     model, optimizer = bare_loop(config, fused=True)
-    batch = updates.noise(SIZE, SECONDS, model.sample_rate, World.current())
+    batch = steps.noise(SIZE, SECONDS, model.sample_rate, World.current())
 
     def bare() -> None:
-        model(batch.to(updates.device()))["loss"].backward()
+        model(batch.to(steps.device()))["loss"].backward()
         clip_grad_norm_(model.parameters(), config.train.gradient_clipping)
         optimizer.step()
         optimizer.zero_grad()
 
-    engines = [updates.start(with_train(config, zero_stage=stage)) for stage in STAGES]
-    steps: list[Callable[[], object]] = [partial(updates.update, engine, batch) for engine in engines]
-    found = seconds(bare, *steps, repeats=9)
+    engines = [steps.start(with_train(config, zero_stage=stage)) for stage in STAGES]
+    timed: list[Callable[[], object]] = [partial(steps.update, engine, batch) for engine in engines]
+    found = seconds(bare, *timed, repeats=9)
     alone = []
     for fused in (True, False):
         model, optimizer = bare_loop(config, fused)
@@ -71,7 +71,7 @@ def times(config: RunConfig) -> list[float]:
 
 def rows() -> Iterable[Row]:
     with tempfile.TemporaryDirectory() as folder:
-        config = updates.configuration(Path(folder), AUDIO, global_batch_size=SIZE)
+        config = steps.configuration(Path(folder), AUDIO, global_batch_size=SIZE)
         ((bare, *ours, fused, foreach),) = run_ranks(times, 1, config)
     for stage, time in zip(STAGES, ours, strict=True):
         yield Row(f"update, {SIZE} clips of {SECONDS:g} s, ZeRO {stage}", time, bare, "bare torch loop", "s", 1.02)
@@ -88,8 +88,8 @@ def rows() -> Iterable[Row]:
 
 def encoding(name: str, **options: Any) -> Function:
     """Forward and backward of an audio encoder in training."""
-    encoder = build_audio_encoder(name, **options).to(updates.device()).train()
-    waveform = 0.1 * torch.randn(CLIPS, round(SECONDS * encoder.sample_rate), device=updates.device())
+    encoder = build_audio_encoder(name, **options).to(steps.device()).train()
+    waveform = 0.1 * torch.randn(CLIPS, round(SECONDS * encoder.sample_rate), device=steps.device())
     parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
 
     def forward_and_backward() -> None:

@@ -1,4 +1,4 @@
-"""What every benchmark prints: rows of ours against another, and where it ran."""
+"""The rows that every benchmark prints: this project against an alternative, and the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of updates share: configurations without a corpus, engines and batches of noise."""
+"""Shared by the benchmarks of optimizer steps: configurations without a corpus, engines and batches of noise."""
 
 from __future__ import annotations
 
