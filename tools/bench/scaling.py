@@ -1,7 +1,7 @@
 """One process against two at the same global batch, and the planner's figures against those of real steps.
 
-Real optimizer steps under DeepSpeed (small_cnn on clips of 10 s, a text encoder of two layers, 64 pairs) on noise. CPU
-time is summed over all processes, so that two of them may share a core. The efficiency is the cost of dividing the batch.
+Real optimizer steps under DeepSpeed on noise: small_cnn on clips of 10 s, a text encoder of two layers, 64 pairs. CPU
+time is summed over all processes, so that two of them may share a core. The efficiency is the cost of dividing a batch.
 """
 
 from __future__ import annotations
