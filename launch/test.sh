@@ -28,4 +28,4 @@ while (($#)); do
     shift
 done
 # Files in the order of collection: those with several processes, which take longest, come first.
-exec python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "${tier[@]}" "${arguments[@]}"
+exec python -m pytest -n 2 --dist loadscope --no-loadscope-reorder "${tier[@]}" "${arguments[@]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,15 +13,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Files whose tests measure the memory of a process, or start services with fixed resources (a SLURM cluster, a
-# browser): they share one group, so no two of them run side by side.
+# browser): one worker runs them one after another.
 ALONE = ("test_soak", "test_slurm", "test_tensorboard_page")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file run in one worker and share its fixtures."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "alone" if Path(file).stem in ALONE else file
+
+    return Files(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        name = "alone" if item.path.stem in ALONE else str(item.path.relative_to(config.rootpath))
-        item.add_marker(pytest.mark.xdist_group(name))  # a file's tests run in one worker and share its fixtures
     if config.getoption("--real-data"):
         return
     skip = pytest.mark.skip(reason="needs --real-data=DIR")
