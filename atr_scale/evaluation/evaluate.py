@@ -174,6 +174,11 @@ def evaluate_run(
         raise UserError("re-ranking needs both --rerank K and --candidates RUN, the run whose best K are re-ranked")
     parallel = Parallel(world, device)
     model, config, folder = load_retriever(location, plugins)
+    if rerank_top is not None and model.scorer.is_dual_encoder:
+        raise UserError(
+            f"{location} has the dual encoder {config.model.scorer.name}, whose search over all clips is exact and "
+            "fast: evaluate it without --rerank, or give a run with a pairwise scorer"
+        )
     if class_prompt is not None:
         values = config.model_dump()
         values["evaluation"]["class_prompt"] = class_prompt

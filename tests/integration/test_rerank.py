@@ -93,3 +93,12 @@ def test_wrong_candidates_are_one_line(
     said = capsys.readouterr().err
     lines = [text for text in said.splitlines() if words in text]
     assert len(lines) == 1 and "Traceback" not in said
+
+
+def test_a_dual_encoder_does_not_re_rank(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its embeddings are kept without the tokens, which a second scoring of pairs would read."""
+    options = ("--split", "validation", "--rerank", "4", "--candidates", "runs/dual")
+    assert call(monkeypatch, place, "evaluate", "runs/dual", *options) == 2
+    assert "runs/dual has the dual encoder meanmax" in capsys.readouterr().err

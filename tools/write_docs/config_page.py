@@ -143,7 +143,11 @@ def _description(kind: type[Section], prefix: str, name: str) -> str:
     description = kind.model_fields[name].description
     if not description:
         raise UserError(f"{prefix}{name} has no description: give Field(description=...) in {_files_of(kind)}")
-    return f"{description[0].upper()}{description[1:].removesuffix('.')}.".replace("|", "\\|")
+    words = description.removesuffix(".").replace("|", "\\|")
+    # A description that begins with a value of the key keeps the spelling of the value.
+    values = typing.get_args(kind.model_fields[name].annotation)
+    first = words.split()[0].rstrip(":,")
+    return f"{words}." if first in values else f"{words[0].upper()}{words[1:]}."
 
 
 def _sentence(description: str, kind: type[Section]) -> str:
