@@ -127,6 +127,7 @@ class _Sweeps:
             self.x_shift = MaximaShift(block, tiles, lambda tile: self._x(self._s(tile), tile))
             self.y_shift = MaximaShift(block, tiles, lambda tile: self._y(self._s(tile), tile))
             positive_logits = self._sweep_t2a() + self._sweep_a2t()
+        self.work.clear()
         from_rows = (self.w_t2a * log_sums(self.X, self.x_shift.rows)).sum()
         from_columns = (self.w_a2t * log_sums(self.Y, self.y_shift.columns)).sum()
         return from_rows + block.sum(from_columns - positive_logits)

@@ -176,6 +176,7 @@ class _Sweeps:
         if not all_in_range(self.block, *(x for sums in self.sums for x in (sums.rows, sums.columns))):
             maxima = [MaximaShift(self.block, self.tiles, partial(each.tile, work=self.work)) for each in logits]
             self._sweep(maxima, kept_bytes=0)
+        self.work.clear()
         return self._loss()
 
     def _sweep(self, shifts: Sequence[Shift], kept_bytes: int) -> None:

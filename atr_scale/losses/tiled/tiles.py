@@ -111,6 +111,11 @@ class Workspace:
         self._free = sorted([*self._free, *self._buffers.values()], key=Tensor.numel)
         self._buffers.clear()
 
+    def clear(self) -> None:
+        """Release all memory, so that none is held between the forward and the backward pass."""
+        self._buffers.clear()
+        self._free.clear()
+
     def get(self, name: str, place: Tile | Stripe) -> Tensor:
         """The buffer `name` in the shape of `place`, with the values of its last use in it."""
         rows, columns = place.shape
