@@ -44,7 +44,11 @@ def exit_with_mistake(error: UserError) -> NoReturn:
         if not error.launcher_stops:
             print(line, file=sys.stderr)
     elif _message_in(_of_first_rank(Path(file))) != line:
-        _write(Path(file), line, error.seen_at or time.time())
+        try:
+            _write(Path(file), line, error.seen_at or time.time())
+        except OSError:  # the launcher that named the file is gone
+            print(line, file=sys.stderr)
+            sys.exit(2)
         if os.environ.get("TORCHELASTIC_RESTART_COUNT") != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
             print(line, file=sys.stderr)  # the launcher starts the ranks again and reports only the last attempt
     sys.exit(2)
@@ -70,8 +74,11 @@ def defer_to_first_rank(error: UserError) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     deadline = time.monotonic() + GRACE_S
-    while not error.launcher_stops and time.monotonic() < deadline:
-        time.sleep(0.05)
+    try:
+        while not error.launcher_stops and time.monotonic() < deadline:
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        pass  # no more waiting: the mistake is reported
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code stays 2, whatever a launcher sends meanwhile
 
 

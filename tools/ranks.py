@@ -25,7 +25,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
     queue: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_rank, args=(function, rank, size, f"{folder}/store", queue, args))
+            context.Process(target=_rank, args=(function, rank, size, f"{folder}/store", queue, dict(os.environ), args))
             for rank in range(size)
         ]
         for process in processes:
@@ -56,8 +56,18 @@ def _collect(queue: Any, processes: list[Any]) -> dict[int, Any]:
     return found
 
 
-def _rank(function: Callable[..., Any], rank: int, size: int, store: str, queue: Any, args: tuple[Any, ...]) -> None:
+def _rank(
+    function: Callable[..., Any],
+    rank: int,
+    size: int,
+    store: str,
+    queue: Any,
+    environment: dict[str, str],
+    args: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
+    os.environ.clear()  # the fork server has the environment of its start
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))  # DeepSpeed looks for them
     try:
         dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size)

@@ -15,6 +15,7 @@ from atr_scale.batch import stable_id
 from atr_scale.checkpoint import WEIGHTS, load_retriever, read_state
 from atr_scale.config import RunConfig, parse_config
 from atr_scale.data.shard_reader import ShardSet, open_shards
+from atr_scale.data.storage import make_folder
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
@@ -172,6 +173,8 @@ def evaluate_run(
     """
     if (rerank_top is None) != (candidates is None):
         raise UserError("re-ranking needs both --rerank K and --candidates RUN, the run whose best K are re-ranked")
+    if out is not None:
+        make_folder(str(out))
     parallel = Parallel(world, device)
     model, config, folder = load_retriever(location, plugins)
     if rerank_top is not None and model.scorer.is_dual_encoder:

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from atr_scale.data.storage import make_folder
 from atr_scale.planner import gpus
 from atr_scale.planner.estimate import StepEstimate
 from atr_scale.planner.planner import Row, RunPlan
@@ -23,7 +24,7 @@ def describe_plan(plan: RunPlan) -> str:
 
 def write_plan(plan: RunPlan, folder: Path) -> list[Path]:
     """Write plan.json and plan.png into `folder`. Returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(str(folder))
     numbers, picture = folder / "plan.json", folder / "plan.png"
     numbers.write_text(json.dumps(plan_as_json(plan), indent=1) + "\n")
     plot_plan(plan).savefig(picture)

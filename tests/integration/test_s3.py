@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def server() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         for name, value in environment.items():
             patch.setenv(name, value)
+        # Workers of a stream start from the fork server, which keeps the environment of its own start.
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
         for _ in range(1200):
             try:
                 urllib.request.urlopen(url, timeout=5).close()
@@ -56,6 +59,7 @@ def server() -> Iterator[str]:
         storage._filesystem_of.cache_clear()
         yield url
         storage._filesystem_of.cache_clear()
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
         process.kill()
 
 

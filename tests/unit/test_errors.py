@@ -116,3 +116,21 @@ def test_a_rank_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     errors.defer_to_first_rank(error)
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits again"))
     errors.defer_to_first_rank(error)
+
+
+def test_a_launcher_that_has_gone_does_not_hide_the_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
+    assert stderr_of("no shards in nowhere", capsys) == LINE + "\n"
+
+
+def test_an_interrupt_while_waiting_does_not_hide_the_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    monkeypatch.setenv("RANK", "1")
+    assert stderr_of("no shards in nowhere", capsys) == LINE + "\n"
