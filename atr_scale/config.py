@@ -247,7 +247,9 @@ class EvaluationSection(Section):
     @classmethod
     def without_precision(cls, values: Any) -> Any:
         """Run folders of version 0.1 hold evaluation.precision, which changed no result."""
-        return {key: values[key] for key in values if key != "precision"} if isinstance(values, dict) else values
+        if isinstance(values, dict) and values.get("precision") in ("fp32", "bf16"):  # its values; others are mistakes
+            return {key: values[key] for key in values if key != "precision"}
+        return values
 
     @model_validator(mode="after")
     def prompt_names_label(self) -> EvaluationSection:

@@ -29,12 +29,7 @@ def train_rank() -> None:
         datefmt="%H:%M:%S",
         handlers=[ConsoleHandler()],
     )
-    run = cli.main
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import record
-
-        run = record(cli.main)  # the launcher's report ends with the traceback of the rank that failed first
-    run(["train", *sys.argv[1:]])
+    cli.main(["train", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

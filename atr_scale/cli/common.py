@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -70,6 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments: default, those of the command line.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", handlers=[ConsoleHandler()])
+    run = _run
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        run = record(_run)  # the launcher's report ends with the traceback of the rank that failed first
+    run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     try:
         app(arguments, prog_name="atr-scale")
     except UserError as error:

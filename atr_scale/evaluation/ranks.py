@@ -59,8 +59,9 @@ def embedding_ranks(
 def best_items(queries: Tensor, items: Tensor, k: int) -> Tensor:
     """[Q, min(k, I)] int64: the items with the highest exact scores of each query, best first.
 
-    queries [Q, d] and items [I, d], float, on one device. Of scores that float64 cannot tell apart the lower index
-    comes first. Raises UserError if an embedding is not finite.
+    queries [Q, d] and items [I, d], float, on one device. Scores are compared in multiples of the tie of their query
+    (docs/math/ranks.md), and of equal ones the lower index comes first. Equal embeddings always have equal scores.
+    Raises UserError if an embedding is not finite.
     """
     k = min(k, len(items))
     if len(queries) == 0:  # of a process that has no query to re-rank

@@ -229,3 +229,12 @@ def test_every_configuration_here_parses() -> None:
 def test_parse_config_needs_sections() -> None:
     with pytest.raises(UserError, match="there holds no configuration: expected the sections run, data"):
         parse_config([1], "there")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_precision_of_version_0_1_is_ignored(file: Path, precision: str) -> None:
+    assert load_config(file, [f"evaluation.precision={precision}"]) == load_config(file)
+
+
+def test_another_precision_of_evaluation_is_a_mistake(file: Path) -> None:
+    assert "evaluation.precision" in refusal(file, "evaluation.precision=rubbish")

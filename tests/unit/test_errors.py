@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from atr_scale import errors
+from atr_scale.cli import common, main
 from atr_scale.errors import UserError, exit_with_mistake
 
 LINE = "error: no shards in nowhere"
@@ -134,3 +135,15 @@ def test_an_interrupt_while_waiting_does_not_hide_the_mistake(
     monkeypatch.setattr(time, "sleep", interrupt)
     monkeypatch.setenv("RANK", "1")
     assert stderr_of("no shards in nowhere", capsys) == LINE + "\n"
+
+
+def test_a_failure_of_any_verb_is_handed_to_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of order")
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setattr(common, "app", fail)
+    with pytest.raises(RuntimeError, match="out of order"):
+        main(["evaluate", "runs/one"])
+    assert "RuntimeError: out of order" in file.read_text()
