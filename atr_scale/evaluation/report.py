@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from atr_scale import plots
 from atr_scale.errors import UserError
-from atr_scale.evaluation.metrics import GRADED_AT, PRECISION_AT, RECALL_AT
+from atr_scale.evaluation.metrics import CUTOFFS, GRADED_AT, PRECISION_AT, RECALL_AT
 from atr_scale.evaluation.result import EvaluationResult, Example
 
 logger = logging.getLogger(__name__)
@@ -98,14 +98,18 @@ def _split(result: EvaluationResult, pictures: _Pictures) -> Iterator[str]:
 
 def _retrieval_table(result: EvaluationResult) -> str:
     rows = [f"| | {' | '.join(title for _, title in DIRECTIONS)} |", "|:-|-:|-:|"]
-    for name in (*(f"R@{k}" for k in RECALL_AT), f"mAP@{PRECISION_AT}"):
+    several = (
+        f"t2a/nDCG@{GRADED_AT}" in result.metrics
+    )  # mAP@16 then counts several relevant clips, and has its own row
+    names = [*(f"R@{k}" for k in RECALL_AT), *(key for key in CUTOFFS if not (several and key == f"mAP@{GRADED_AT}"))]
+    for name in names:
         cells = [_with_interval(result, f"{direction}/{name}", _percent) for direction, _ in DIRECTIONS]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     cells = [_with_interval(result, f"{direction}/median_rank", "{:g}".format) for direction, _ in DIRECTIONS]
     rows.append(f"| median rank | {' | '.join(cells)} |")
-    for name, note in ((f"mAP@{GRADED_AT}", "several relevant clips"), (f"nDCG@{GRADED_AT}", "graded relevance")):
-        if f"t2a/{name}" in result.metrics:
-            rows.append(f"| {name}, {note} | {_percent(result.metrics[f't2a/{name}'])} | |")
+    if several:
+        for name, note in ((f"mAP@{GRADED_AT}", "several relevant clips"), (f"nDCG@{GRADED_AT}", "graded relevance")):
+            rows.append(f"| {name}, {note} | {_with_interval(result, f't2a/{name}', _percent)} | |")
     note = (
         f"In brackets: 95 % bootstrap intervals over clips. Chance is R@1 {_percent(1 / result.num_clips)} for text →"
         f" audio. Audio → text recall counts the best ranked caption of a clip. Scoring: {result.method}."
