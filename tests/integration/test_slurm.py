@@ -173,8 +173,8 @@ def test_sweep_of_two_configurations_and_two_seeds(cluster: Cluster, tiny: TinyI
     """An array job, of which the task with the array's own number is preempted; then the runs are compared."""
     folder, total = tmp_path / "sweep", 12
     config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run", steps=total, checkpoint_every=total)
-    command = ("python", "-m", "atr_scale.cli", "sweep", str(config), "train.lr=[1e-3,1e-5]", "--seeds", "2")
-    command += (f"data.test={tiny.shards}", "--out", str(folder), "--slurm", "--at-once", "2")
+    command = ["python", "-m", "atr_scale.cli", "sweep", str(config), "train.lr=[1e-3,1e-5]", "--seeds", "2"]
+    command += [f"data.test={tiny.shards}", "--out", str(folder), "--slurm", "--at-once", "2"]
     size = "--nodes=1 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1"
     said = cluster.call(*command, "--sbatch", size)
     assert said.count("not submitted") == 4
