@@ -47,7 +47,10 @@ class AudioEncoderSection(AudioEncoderOptions):
     """Options of all audio encoders; `encoder_section` adds those of the chosen one."""
 
     name: str = Field(description="an audio encoder of docs/encoders.md, or one that a plug-in adds")
-    checkpoint: str | None = Field(None, description="checkpoint file of the original project; null: random weights")
+    checkpoint: str | None = Field(
+        None,
+        description="original weights: a name that `atr-scale fetch-weights --list` shows, or a file; null: random",
+    )
 
     @field_validator("name")
     @classmethod

@@ -115,7 +115,7 @@ def doctor_command(
         str | None, typer.Option(help="Name of an audio encoder; by default the one that --checkpoint fits.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint to load: an original file or a transformers folder.")
+        str | None, typer.Option(help="Checkpoint: a name of fetch-weights, an original file or a transformers folder.")
     ] = None,
     audio: Annotated[Path | None, typer.Option(help="Recording to tag with the classifier of the checkpoint.")] = None,
     labels: Annotated[
