@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     Field,
     SerializeAsAny,
@@ -25,11 +23,12 @@ from pydantic import (
     model_validator,
 )
 
+from atr_scale.config_file import Leftovers, assemble, parse_override, read_files, resolve
 from atr_scale.data.options import DataSection
 from atr_scale.encoders.audio import AudioEncoderOptions
-from atr_scale.encoders.audio_encoders import AUDIO_ENCODERS, audio_encoder_options
+from atr_scale.encoders.audio_encoders import AUDIO_ENCODERS, audio_encoder_keys, audio_encoder_options
 from atr_scale.encoders.text import TextEncoderOptions
-from atr_scale.encoders.text_encoders import text_encoder_options
+from atr_scale.encoders.text_encoders import text_encoder_keys, text_encoder_options
 from atr_scale.errors import UserError
 from atr_scale.losses import LOSS_TERMS, TermSection, check_loss_terms
 from atr_scale.losses.terms import CMSCSection, DistillationSection, IntraModalSection, NTXentSection, PMRSection
@@ -59,11 +58,23 @@ class AudioEncoderSection(AudioEncoderOptions):
             raise ValueError(f"unknown audio encoder: known are {', '.join(AUDIO_ENCODERS)}")
         return name
 
+    @classmethod
+    def leftovers(cls, values: dict[str, Any]) -> list[tuple[str, ...]]:
+        """The keys of another encoder in `values`: its checkpoint, and options that the named encoder does not have."""
+        kept = {"name", *audio_encoder_keys(_name_in(values))}
+        return [(key,) for key, value in values.items() if key not in kept and value is not None]
+
 
 class TextEncoderSection(TextEncoderOptions):
     """Options of all text encoders; `encoder_section` adds those of the chosen one."""
 
     name: str = Field(description="hub name or folder of a transformers model, or a text encoder of a plug-in")
+
+    @classmethod
+    def leftovers(cls, values: dict[str, Any]) -> list[tuple[str, ...]]:
+        """The options in `values` that the named encoder does not have."""
+        kept = {"name", *text_encoder_keys(_name_in(values))}
+        return [(key,) for key in values if key not in kept]
 
 
 @cache
@@ -95,6 +106,12 @@ class ScorerSection(Section):
         if name not in SCORERS:
             raise ValueError(f"unknown scorer: known are {', '.join(SCORERS)}")
         return name
+
+    @classmethod
+    def leftovers(cls, values: dict[str, Any]) -> list[tuple[str, ...]]:
+        """The options in `values`, which are those of another scorer."""
+        options = values.get("options")
+        return [("options", key) for key in options] if isinstance(options, dict) else []
 
     @field_validator("options")
     @classmethod
@@ -277,45 +294,31 @@ class RunConfig(Section):
         return text
 
 
+# Sections whose name decides which other keys they have.
+LEFTOVERS: Leftovers = {
+    ("model", "audio"): AudioEncoderSection.leftovers,
+    ("model", "text"): TextEncoderSection.leftovers,
+    ("model", "scorer"): ScorerSection.leftovers,
+}
+
+
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str] = (), trusted: bool = True
 ) -> RunConfig:
     """Reads and checks the configuration of a run.
 
-    path: a YAML file. overrides: "key.sub=value", each replaces the value of its key; a mapping replaces a whole
-    section. plugins, trusted: see `parse_config`.
-    Raises UserError for a missing file, YAML that does not parse, an unknown key (with a suggestion), a wrong value.
+    path: a YAML file; the file that its key `extends` names, relative to it, gives the values that it leaves out.
+    overrides: changes in the order of their application. "key.sub=value" replaces a value, a list or a whole section,
+    "key[0].sub=value" a value in a list; "key+=value" appends to a list, "~key" removes a key, "~key[0]" a list's item.
+    plugins, trusted: see `parse_config`.
+    Raises UserError for a missing file, YAML that does not parse, an override that cannot be applied, an unknown key
+    (with a suggestion), a wrong value.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no configuration file at {path}: give the path of a YAML file, for example configs/*.yaml")
-    try:
-        loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} does not parse as YAML: {_one_line(error)}") from None
-    for override in overrides:
-        _apply(loaded, override)
-    try:
-        values = OmegaConf.to_container(loaded, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path} does not resolve with its overrides: {_one_line(error)}") from None
-    return parse_config(values, str(path), plugins, trusted)
-
-
-def _apply(loaded: Any, override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not (key and equals):
-        raise UserError(f"override {override!r} is not of the form key.sub=value, for example train.lr=1e-4")
-    try:
-        # Parsed as OmegaConf parses a file: 1e-4 is a number, [a, b] a list.
-        parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
-        OmegaConf.update(loaded, key, parsed["value"], merge=False, force_add=True)  # type: ignore[index, call-overload]
-    except (yaml.YAMLError, OmegaConfBaseException, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"override {override!r} cannot be applied: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    files = read_files(Path(path))
+    changes = [parse_override(override) for override in overrides]
+    # The plug-ins come first: they may add the encoder that a name stands for.
+    _import_plugins(resolve(assemble(files, changes), str(path)), str(path), plugins, trusted)
+    return parse_config(resolve(assemble(files, changes, LEFTOVERS), str(path)), str(path), plugins, trusted)
 
 
 def parse_config(values: Any, place: str, plugins: Sequence[str] = (), trusted: bool = True) -> RunConfig:
@@ -326,6 +329,16 @@ def parse_config(values: Any, place: str, plugins: Sequence[str] = (), trusted: 
     names and that is not among `plugins` is not imported, which is an error.
     Raises UserError for an unknown key (with a suggestion), a wrong value, or a plug-in that cannot be imported.
     """
+    _import_plugins(values, place, plugins, trusted)
+    kind = run_config_type()
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{place}: {explain(error, kind, values)}") from None
+
+
+def _import_plugins(values: Any, place: str, plugins: Sequence[str], trusted: bool) -> None:
+    """Imports `plugins` and, if trusted, those that the configuration names; see `parse_config`."""
     if not isinstance(values, dict):
         raise UserError(f"{place} holds no configuration: expected the sections {', '.join(RunConfig.model_fields)}")
     named = values.get("plugins")
@@ -338,11 +351,6 @@ def parse_config(values: Any, place: str, plugins: Sequence[str] = (), trusted: 
         )
     import_plugins(plugins)
     import_plugins(missing)
-    kind = run_config_type()
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{place}: {explain(error, kind, values)}") from None
 
 
 def run_config_type() -> type[RunConfig]:

@@ -8,7 +8,7 @@ import typing
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from atr_scale.errors import UserError
 
@@ -21,7 +21,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class Section(BaseModel):
     """A section of a configuration: unknown keys are refused, and defaults are checked like given values.
 
-    Every field has a description, from which docs/config.md is written.
+    Every field has a description, from which docs/config.md is written. null for a section, a mapping or a list stands
+    for its default, unless the field itself takes null.
     """
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
@@ -35,18 +36,32 @@ class Section(BaseModel):
         field = cls.model_fields.get(key)
         return field.annotation if field else None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None or not cls._is_container(key)}
+
+    @classmethod
+    def _is_container(cls, key: str) -> bool:
+        kind = cls.model_fields[key].annotation if key in cls.model_fields else None
+        return typing.get_origin(kind) in (dict, list, tuple) or _is_section(kind)
+
 
 AnySection = TypeVar("AnySection", bound=Section)
 
 
 def options_of(entry: Any, default: type[AnySection]) -> type[AnySection]:
-    """The attribute `Options` of an entry of SCORERS, AUDIO_ENCODERS or the like; `default` if it has none.
+    """The attribute `Options` of an entry of SCORERS, AUDIO_ENCODERS or the like; `default` if it has none."""
+    return getattr(class_of(entry), "Options", default)
 
-    An entry may be a class or a functools.partial of one.
-    """
+
+def class_of(entry: Any) -> Any:
+    """The class behind an entry of SCORERS, AUDIO_ENCODERS or the like, which may be a functools.partial of one."""
     while isinstance(entry, partial):
         entry = entry.func
-    return getattr(entry, "Options", default)
+    return entry
 
 
 def own_fields(options: Section, common: type[Section]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def test_later_overrides_win_and_the_file_may_give_way(file: Path) -> None:
         ("data=5", "'data'"),
         ("train.lr", "override 'train.lr' is not of the form key.sub=value"),
         ("=3", "override '=3' is not of the form"),
-        ("data.train[7].shards=x", "override 'data.train[7].shards=x' cannot be applied: list index out of range"),
+        ("data.train[7].shards=x", "override 'data.train[7].shards=x' cannot be applied: data.train has 2 items"),
         ("train.lr=[1", "override 'train.lr=[1' cannot be applied"),
         ("train.lr=${nowhere}", "does not resolve with its overrides"),
         ("train.lr.x=1", "train.lr"),
