@@ -31,6 +31,7 @@ from atr_scale.encoders.text import TextEncoderOptions
 from atr_scale.encoders.text_encoders import text_encoder_keys, text_encoder_options
 from atr_scale.errors import UserError
 from atr_scale.losses import LOSS_TERMS, TermSection, check_loss_terms
+from atr_scale.losses.targets import PositivesMean, PositivesRule
 from atr_scale.losses.terms import CMSCSection, DistillationSection, IntraModalSection, NTXentSection, PMRSection
 from atr_scale.plugins import import_plugins
 from atr_scale.scorers import SCORERS, scorer_options
@@ -174,6 +175,15 @@ class ObjectiveSection(Section):
         DistillationSection(), description="soft labels from teacher tables (arXiv 2408.11641)"
     )
     temperature: TemperatureSection = Field(TemperatureSection(), description="temperature that all loss terms share")
+    positives: PositivesRule = Field(
+        "clip_and_text",
+        description="positive pairs: clip (of one clip), clip_and_text (also of equal captions after cleaning)",
+    )
+    positives_mean: PositivesMean = Field(
+        "queries",
+        description="mean of nt_xent and pmr with several positives: over queries (their positives have equal shares) "
+        "or over all positive pairs",
+    )
 
     @property
     def terms(self) -> dict[str, TermSection]:

@@ -113,6 +113,7 @@ class Retriever(nn.Module):
         self.scorer = build_scorer(model.scorer.name, dim=self.audio_projection.dim, **model.scorer.options)
         self.temperature = _temperature(objective.temperature)
         self.objective = build_objective(objective.terms)
+        self.positives, self.positives_mean = objective.positives, objective.positives_mean
         self.reads_audio_tokens = self.scorer.reads_audio_tokens or "audio_tokens" in self.objective.inputs
         self.reads_text_tokens = self.scorer.reads_text_tokens or "text_tokens" in self.objective.inputs
 
@@ -183,6 +184,8 @@ class Retriever(nn.Module):
             audio_tokens=lambda: gather_sequence(audio, world, with_tokens=True),
             teacher=teacher,
             step=context.step,
+            positives=self.positives,
+            positives_mean=self.positives_mean,
         )
 
     def _whole_clip(self, audio: TokenSequence) -> Tensor:

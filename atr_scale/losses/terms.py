@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from atr_scale.errors import UserError
 from atr_scale.losses import dense, tiled
 from atr_scale.losses.inputs import INPUTS, LossInputs
+from atr_scale.losses.targets import PositivesMean
 from atr_scale.losses.tiled.tiles import LOSS_BYTES
 from atr_scale.sections import NonNegative, Positive, Section, Share
 
@@ -112,7 +113,15 @@ class LossTerm(nn.Module):
         return loss.detach() + (loss - loss.detach()) / inputs.block.world.size
 
 
-class NTXentSection(TermSection):
+class TwoWaySection(TermSection):
+    """Options of every term that has a direction t2a and a direction a2t."""
+
+    t2a_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="part of the term that is its text-to-audio direction; the rest is audio-to-text"
+    )
+
+
+class NTXentSection(TwoWaySection):
     weight: NonNegative = Field(1.0, description="factor of the term in the loss; 0 leaves it out")
 
 
@@ -120,15 +129,17 @@ class NTXent(LossTerm):
     """`dense.nt_xent`."""
 
     Section = NTXentSection
+    section: NTXentSection
 
-    def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor) -> Tensor:
-        return dense.nt_xent(scores, temperature, positives)
+    def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor, positives_mean: PositivesMean) -> Tensor:
+        return dense.nt_xent(scores, temperature, positives, self.section.t2a_share, positives_mean)
 
     def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
-        return tiled.nt_xent(inputs.block, inputs.temperature, inputs.ids, kept_bytes)
+        share, mean = self.section.t2a_share, inputs.positives_mean
+        return tiled.nt_xent(inputs.block, inputs.temperature, inputs.ids, kept_bytes, share, mean)
 
 
-class PMRSection(TermSection):
+class PMRSection(TwoWaySection):
     omega: Positive = Field(5.0, description="inverse temperature of the prior's softmax")
     detach_prior: bool = Field(False, description="whether the prior is constant, without a gradient through it")
     scale_by_batch: bool = Field(
@@ -142,16 +153,18 @@ class PMR(LossTerm):
     Section = PMRSection
     section: PMRSection
 
-    def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor) -> Tensor:
-        own = self.section
-        return dense.pmr(scores, temperature, own.omega, positives, own.detach_prior, own.scale_by_batch)
+    def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor, positives_mean: PositivesMean) -> Tensor:
+        return dense.pmr(scores, temperature, positives=positives, **self._options(positives_mean))
 
     def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
-        own = self.section
-        return tiled.pmr(inputs.block, inputs.temperature, own.omega, inputs.ids, own.detach_prior, own.scale_by_batch)
+        options = self._options(inputs.positives_mean)
+        return tiled.pmr(inputs.block, inputs.temperature, positives=inputs.ids, **options)
+
+    def _options(self, positives_mean: PositivesMean) -> dict[str, Any]:
+        return {**self.section.model_dump(exclude={"weight"}), "positives_mean": positives_mean}
 
 
-class CMSCSection(TermSection):
+class CMSCSection(TwoWaySection):
     beta: Share = Field(0.2, description="part of the targets that comes from similarities inside a modality")
     beta_warmup_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="optimizer steps over which beta rises from 0"
@@ -179,8 +192,17 @@ class CMSC(LossTerm):
         positives: Tensor,
         step: int,
     ) -> Tensor:
-        targets, mode = self._target_temperature(temperature), self.section.mode
-        return dense.cmsc(scores, text_scores, audio_scores, temperature, self._beta(step), targets, positives, mode)
+        return dense.cmsc(
+            scores,
+            text_scores,
+            audio_scores,
+            temperature,
+            self._beta(step),
+            self._target_temperature(temperature),
+            positives,
+            self.section.mode,
+            self.section.t2a_share,
+        )
 
     def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
         return tiled.cmsc(
@@ -193,6 +215,7 @@ class CMSC(LossTerm):
             inputs.ids,
             self.section.mode,
             kept_bytes,
+            self.section.t2a_share,
         )
 
     def _beta(self, step: int) -> float:
