@@ -7,6 +7,7 @@ Unknown keys are refused with a suggestion; the resolved configuration is saved 
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic import (
     ValidationInfo,
     create_model,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -197,6 +199,25 @@ class ObjectiveSection(Section):
         return self
 
 
+ModelPart = Literal[
+    "audio_encoder", "text_encoder", "audio_projection", "text_projection", "scorer", "temperature", "objective"
+]
+MODEL_PARTS: tuple[ModelPart, ...] = typing.get_args(ModelPart)
+
+
+class InitialCheckpoint(Section):
+    from_: str = Field(alias="from", description="run folder or checkpoint whose weights start this run")
+    parts: Annotated[list[ModelPart], Field(min_length=1)] | None = Field(
+        None,
+        description="parts of the model whose weights are taken, each of which must fit; "
+        "default: both encoders, and whichever of the projections and the scorer fits",
+    )
+
+    @model_serializer
+    def _by_key(self) -> dict[str, Any]:
+        return {"from": self.from_, "parts": self.parts}
+
+
 class TrainSection(Section):
     steps: Count | None = Field(None, description="length of the run in optimizer steps; give this or epochs")
     epochs: Positive | None = Field(None, description="length of the run in passes over the training clips")
@@ -244,8 +265,8 @@ class TrainSection(Section):
         "bf16", description="dtype of autocast; parameters, scores and losses stay fp32; fp16 scales the loss"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
-    initial_checkpoint: str | None = Field(
-        None, description="run folder or checkpoint whose weights start this run, without its optimizer state"
+    initial_checkpoint: InitialCheckpoint | None = Field(
+        None, description="weights of another run that start this one, never its settings; a text alone is `from`"
     )
     evaluate_every: Count | None = Field(None, description="optimizer steps between validations; default: one epoch")
     checkpoint_every: Count | None = Field(
@@ -256,6 +277,11 @@ class TrainSection(Section):
     max_bad_steps: Count = Field(
         3, description="optimizer steps in a row with a non-finite loss or gradient after which the run stops"
     )
+
+    @field_validator("initial_checkpoint", mode="before")
+    @classmethod
+    def text_is_from(cls, value: Any) -> Any:
+        return {"from": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def one_length(self) -> TrainSection:

@@ -87,7 +87,7 @@ def explain(error: ValidationError, kind: type[Section], values: Any) -> str:
 
 def _clause(error: Any, kind: type[Section], values: Any) -> str:
     keys = [str(part) for part in error["loc"]]
-    name = ".".join(keys)
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
     if error["type"] == "extra_forbidden":
         known = _known_keys(keys[:-1], kind, values)
         close = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
@@ -107,7 +107,7 @@ def _known_keys(path: list[str], section: Any, values: Any) -> list[str]:
             values = values[int(key)]
         elif isinstance(values, dict) and key in values and _is_section(section):
             section, values = _section_type(section.part(key, values)), values[key]
-    return list(section.model_fields) if _is_section(section) else []
+    return [field.alias or name for name, field in section.model_fields.items()] if _is_section(section) else []
 
 
 def _section_type(annotation: Any) -> Any:

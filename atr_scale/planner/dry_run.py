@@ -39,6 +39,8 @@ def dry_run(config: RunConfig, world_size: int) -> str:
         f"precision   {train.precision}",
         *describe_layers(model, train),
     ]
+    if parts.initial:
+        lines.append(f"initial     {parts.initial}")
     for source, shards in zip(config.data.train, stream.sources, strict=True):
         lines.append(f"train       {source.shards}: {len(shards)} clips in {len(shards.names)} shards")
     for name, shards in {**validation, **({"test": open_shards(config.data.test)} if config.data.test else {})}.items():

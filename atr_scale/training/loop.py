@@ -106,6 +106,8 @@ class Training:
         (self.run_dir / PREEMPTED).unlink(missing_ok=True)
         (self.run_dir / "config.resolved.yaml").write_text(config.to_yaml())
         write_environment(self.run_dir, self.world.size)
+        if parts.initial:
+            parts.initial.write(self.run_dir)
         self.monitor.text("configuration", f"```yaml\n{config.to_yaml()}\n```")
         logger.info(
             "%s: %.1f M parameters, %d ranks on %s, ZeRO %d, %s, steps %d to %d; reads %s",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atr_scale.checkpoint import build_retriever, check_checksums, find_checkpoint
+from atr_scale.checkpoint import build_retriever
 from atr_scale.config import RunConfig
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.stream import TrainingStream
@@ -20,6 +20,7 @@ from atr_scale.distributed.world import World
 from atr_scale.evaluation.selection import check_labels, check_selection
 from atr_scale.model import Retriever
 from atr_scale.teachers.tables import TeacherEnsemble
+from atr_scale.training.initial_weights import InitialWeights, start_from
 from atr_scale.training.param_groups import freeze
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,13 @@ class RunLength:
 
 @dataclass(frozen=True)
 class RunParts:
-    """All that a run reads, and the model that it trains (with its frozen layers), before DeepSpeed takes it over."""
+    """All that a run reads, and the model that it trains (with its frozen layers), before DeepSpeed takes it over.
+
+    initial: what the model has taken from train.initial_checkpoint, None if nothing.
+    """
 
     model: Retriever
+    initial: InitialWeights | None
     tokenizer: CaptionTokenizer
     stream: TrainingStream
     teacher: TeacherEnsemble | None
@@ -50,15 +55,18 @@ class RunParts:
 def open_parts(config: RunConfig, world: World, resume_from: Path | None = None) -> RunParts:
     """Build the model and open the training data. Raises UserError if a part is missing or does not fit the others."""
     text, audio = config.model.text.name, config.model.audio
-    weights = f" from {audio.checkpoint}" if audio.checkpoint and resume_from is None else ""
+    pretrained = resume_from is None and config.train.initial_checkpoint is None
+    weights = f" from {audio.checkpoint}" if audio.checkpoint and pretrained else ""
     with announced("loading", f"text encoder {text} and audio encoder {audio.name}{weights}"):
-        model = new_model(config, world, resume_from)
+        model, initial = new_model(config, world, resume_from)
+    if initial:
+        logger.info("initial weights %s", initial)
     freeze(model, config.train)
     tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
     with announced("opening", f"training shards {', '.join(source.shards for source in config.data.train)}"):
         stream = training_stream(config, tokenizer, model.sample_rate, world)
         teacher = read_teacher(config, stream.sources)
-    return RunParts(model, tokenizer, stream, teacher, run_length(config, stream))
+    return RunParts(model, initial, tokenizer, stream, teacher, run_length(config, stream))
 
 
 @contextmanager
@@ -83,22 +91,22 @@ def open_validation(config: RunConfig) -> dict[str, ShardSet]:
     return sets
 
 
-def new_model(config: RunConfig, world: World, resume_from: Path | None = None) -> Retriever:
-    """The model of a run as its optimizer steps need it, with its first weights.
+def new_model(
+    config: RunConfig, world: World, resume_from: Path | None = None
+) -> tuple[Retriever, InitialWeights | None]:
+    """The model of a run as its optimizer steps need it, with its first weights, and what is taken of another run.
 
-    These are the weights of the checkpoint that the run continues, else of train.initial_checkpoint, else pretrained
-    and new ones. Raises UserError if a checkpoint is of another model.
+    The weights are those of the checkpoint that the run continues, else those that train.initial_checkpoint names, else
+    pretrained and new ones. Raises UserError if a checkpoint does not fit.
     """
-    start = resume_from
-    if start is None and config.train.initial_checkpoint:
-        start = find_checkpoint(config.train.initial_checkpoint)
-        check_checksums(start)
     # ZeRO 3 gathers parameters inside every forward pass: all ranks must make equally many.
     rounds = world.max_int if config.train.zero_stage == 3 else None
     options: dict[str, Any] = {"precision": config.train.precision, "equal_rounds": rounds}
-    if start is None:
-        return Retriever(config.model, config.objective, **options)
-    return build_retriever(config, start, **options)
+    if resume_from is not None:
+        return build_retriever(config, resume_from, **options), None
+    if config.train.initial_checkpoint is not None:
+        return start_from(config.train.initial_checkpoint, config, **options)
+    return Retriever(config.model, config.objective, **options), None
 
 
 def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate: int, world: World) -> TrainingStream:

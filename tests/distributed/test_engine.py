@@ -149,7 +149,7 @@ def frozen_and_restored(configs: list[RunConfig], folder: Path) -> list[dict[str
         outcomes = [outcome(engine, later)]
         for source in (place, place / "old"):
             torch.manual_seed(7)  # other weights than those of the run
-            model = new_model(config, world)
+            model, _ = new_model(config, world)
             load_weights(model, weights, "the checkpoint")
             freeze(model, config.train)
             again = Engine(model, config.train, world, torch.device("cpu"))

@@ -80,7 +80,7 @@ def test_later_overrides_win_and_the_file_may_give_way(file: Path) -> None:
     [
         ("train.lrr=1", "unknown key 'train.lrr'; did you mean 'lr'?"),
         ("trian.lr=1", "unknown key 'trian'; did you mean 'train'?"),
-        ("data.train[0].shard=x", "unknown key 'data.train.0.shard'; did you mean 'shards'?"),
+        ("data.train[0].shard=x", "unknown key 'data.train[0].shard'; did you mean 'shards'?"),
         ("objective.temperature.init=1", "did you mean 'initial'?"),
         ("model.zzz=1", "unknown key 'model.zzz'; known keys: audio, text, projection, scorer"),
         ("model.audio.name=small", "'model.audio.name': unknown audio encoder: known are cnn14, "),

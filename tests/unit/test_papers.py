@@ -90,7 +90,7 @@ def test_trainings_write_to_folders_of_their_own_and_others_read_from_these() ->
     folders = [config.run.dir for config in configurations]
     assert len(set(folders)) == len(folders)
     starts = (config.train.initial_checkpoint for config in configurations)
-    read = {start.removesuffix("/best") for start in starts if start}
+    read = {start.from_.removesuffix("/best") for start in starts if start}
     tables = set()
     for command in COMMANDS:
         if command.startswith("atr-scale evaluate "):
