@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 import typer
+import yaml
 
 from atr_scale.cli import app
 from atr_scale.config import RunConfig, load_config
@@ -29,3 +32,16 @@ def configuration(command: str) -> RunConfig:
     verb, given = parse(command)
     assert verb in ("train", "plan"), f"{command} has no configuration"
     return load_config(ROOT / given["config"], given["overrides"] or ())
+
+
+def sweep(command: str) -> list[RunConfig]:
+    """The configurations of an `atr-scale sweep` command: one for each combination of the values in its lists."""
+    _, verb, file, *words = shlex.split(command)
+    assert verb == "sweep"
+    overrides = [word for word in words if not word.startswith("--") and not word.isdecimal()]
+    axes: list[list[str]] = []
+    for word in overrides:
+        key, _, text = word.partition("=")
+        values = yaml.safe_load(text)
+        axes.append([f"{key}={json.dumps(value)}" for value in values] if isinstance(values, list) else [word])
+    return [load_config(ROOT / file, combination) for combination in itertools.product(*axes)]

@@ -136,7 +136,7 @@ def _write_runs_and_tables() -> None:
     wanted: dict[str, tuple[str, set[str]]] = {}
     for config in configurations().values():
         if start := config.train.initial_checkpoint:
-            _save(str(start).removesuffix("/best"), places)
+            _save(start.from_.removesuffix("/best"), places)
         for table in map(Path, config.objective.distillation.tables):
             _, members = wanted.setdefault(str(table.parent), (config.data.train[0].shards, set()))
             members.add(by_name[table.stem])

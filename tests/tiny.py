@@ -41,7 +41,9 @@ def make_tiny_inputs(folder: Path, clips: int = 12, captions: int = 1) -> TinyIn
     shards = folder / "shards"
     build_shards("folder", corpus, shards, shard_size=5, sample_rate=RATE, workers=1)
     text_encoder = folder / "text_encoder"
-    build_demo_text_encoder([caption for _, *texts in rows for caption in texts], text_encoder, layers=2, dim=32, heads=2)
+    build_demo_text_encoder(
+        [caption for _, *texts in rows for caption in texts], text_encoder, layers=2, dim=32, heads=2
+    )
     settings = text_encoder / "config.json"
     without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     settings.write_text(json.dumps({**json.loads(settings.read_text()), **without_dropout}))
