@@ -69,8 +69,9 @@ class Projection(nn.Module):
         elif section.kind == "linear":
             self.map, self.dim = nn.Linear(width, section.dim), section.dim
         else:
-            # Linear, ReLU, Linear at the common width: Mei et al. and WavCaps.
-            self.map = nn.Sequential(nn.Linear(width, section.dim), nn.ReLU(), nn.Linear(section.dim, section.dim))
+            # Linear, ReLU, Linear, with a hidden width of 2048 in Mei et al. and of `dim` in WavCaps.
+            hidden = section.hidden_dim or section.dim
+            self.map = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, section.dim))
             self.dim = section.dim
 
     def forward(self, sequence: TokenSequence, with_tokens: bool) -> TokenSequence:
