@@ -91,6 +91,13 @@ class ProjectionSection(Section):
         "linear", description="none (both encoders need one width), linear (one layer) or mlp (two with a ReLU)"
     )
     dim: Count = Field(512, description="width of what the scorer compares; unused with kind none")
+    hidden_dim: Count | None = Field(None, description="width of the hidden layer of an mlp; default: dim")
+
+    @model_validator(mode="after")
+    def hidden_layer_has_its_mlp(self) -> ProjectionSection:
+        if self.hidden_dim is not None and self.kind != "mlp":
+            raise ValueError(f"hidden_dim is of kind mlp, and kind is {self.kind}: set it to null, or kind to mlp")
+        return self
 
 
 class ScorerSection(Section):
