@@ -28,10 +28,10 @@ from atr_scale.errors import UserError
 from atr_scale.evaluation.selection import selection_score
 from atr_scale.memory import peak_memory
 from atr_scale.model import StepContext, count_parameters
-from atr_scale.training.checks import check_batch_size, check_run_folder, checkpoint_to_resume
+from atr_scale.training.checks import check_batch_size, check_length, check_run_folder, checkpoint_to_resume
 from atr_scale.training.engine import Engine, StepResult
 from atr_scale.training.monitor import Monitor
-from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
+from atr_scale.training.parts import RunLength, RunParts, announced, open_parts, open_validation, run_length
 from atr_scale.training.preemption import PreemptionFlag
 from atr_scale.training.run_info import write_environment
 from atr_scale.training.schedule import learning_rate, seeds
@@ -85,6 +85,8 @@ class Training:
         resume_from = checkpoint_to_resume(config, world)
         torch.manual_seed(config.run.seed)  # the same new weights on every rank
         self.parts = open_parts(config, world, resume_from)
+        if resume_from:
+            check_length(config, resume_from, self.parts.length.steps)
         with announced("starting", f"DeepSpeed (ZeRO {config.train.zero_stage}) on {world.size} ranks"):
             self.engine = Engine(self.parts.model, config.train, world, device)
         self.progress = resumed(self.engine, resume_from, config) if resume_from else Progress()
@@ -99,6 +101,8 @@ class Training:
         self._since_log = Interval()
         if world.is_main:
             self._describe_run(self.parts)
+            if resume_from:
+                self._tell_new_length(resume_from)
 
     def _describe_run(self, parts: RunParts) -> None:
         """Write the files that describe this start of the run, and log its summary."""
@@ -115,6 +119,18 @@ class Training:
             config.train.zero_stage, config.train.precision, self.progress.step, parts.length.steps,
             describe(parts.stream.sources),
         )  # fmt: skip
+
+    def _tell_new_length(self, resumed_from: Path) -> None:
+        """Log what another length than that of the checkpoint does to the learning rate from here on."""
+        saved = checkpoint.read_config(resumed_from, self.config.plugins)
+        old, new, step = run_length(saved, self.parts.stream), self.parts.length, self.progress.step
+        if new.steps != old.steps:
+            was, now = (self._learning_rates(step, length)["heads"] for length in (old, new))
+            logger.info(
+                "%s: %d steps instead of %d; from step %d on the schedule is the new one: there, the learning rate of "
+                "heads is %.3g, and %.3g in the old one",
+                self.run_dir, new.steps, old.steps, step, now, was,
+            )  # fmt: skip
 
     def run(self) -> None:
         """Train from the current step to the last one, or until a signal has asked for a stop."""
@@ -168,15 +184,16 @@ class Training:
             self._since_log.dropped.update(batch.dropped)
         return taken
 
-    def _learning_rates(self, step: int) -> dict[str, float]:
-        train = self.config.train
+    def _learning_rates(self, step: int, length: RunLength | None = None) -> dict[str, float]:
+        """By group. length: that of another schedule than the run's."""
+        train, length = self.config.train, length or self.parts.length
         peaks = {"audio": train.lr_audio, "text": train.lr_text, "heads": train.lr_heads}
         return {
             name: learning_rate(
                 step,
                 peak=train.lr if peak is None else peak,
-                warmup_steps=self.parts.length.warmup_steps,
-                steps=self.parts.length.steps,
+                warmup_steps=length.warmup_steps,
+                steps=length.steps,
                 floor=train.lr_floor,
             )
             for name, peak in peaks.items()

@@ -136,7 +136,7 @@ def test_length_of_a_run(folder: Path) -> None:
 def test_drift_names_keys_and_leaves_the_free_ones(folder: Path) -> None:
     saved = tiny_config(folder, folder / "run").model_dump(mode="json")
     now = tiny_config(folder, folder / "elsewhere", lr=5e-4, log_every=7).model_dump(mode="json")
-    now["data"]["workers"] = 3
+    now["data"]["workers"], now["train"]["steps"], now["train"]["epochs"] = 3, None, 40
     now["model"]["projection"]["kind"] = "mlp"
     assert differences(saved, now) == ["model.projection.kind was linear, now mlp", "train.lr was 0.001, now 0.0005"]
 
