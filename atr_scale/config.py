@@ -32,6 +32,7 @@ from atr_scale.encoders.text import TextEncoderOptions
 from atr_scale.encoders.text_encoders import text_encoder_options
 from atr_scale.errors import UserError
 from atr_scale.losses import LOSS_TERMS, TermSection, check_loss_terms
+from atr_scale.losses.targets import PositivesMean, PositivesRule
 from atr_scale.losses.terms import CMSCSection, DistillationSection, IntraModalSection, NTXentSection, PMRSection
 from atr_scale.plugins import import_plugins
 from atr_scale.scorers import SCORERS, scorer_options
@@ -74,6 +75,13 @@ class ProjectionSection(Section):
         "linear", description="none (both encoders need one width), linear (one layer) or mlp (two with a ReLU)"
     )
     dim: Count = Field(512, description="width of what the scorer compares; unused with kind none")
+    hidden_dim: Count | None = Field(None, description="width of the hidden layer of an mlp; default: dim")
+
+    @model_validator(mode="after")
+    def hidden_layer_has_its_mlp(self) -> ProjectionSection:
+        if self.hidden_dim is not None and self.kind != "mlp":
+            raise ValueError(f"hidden_dim is of kind mlp, and kind is {self.kind}: set it to null, or kind to mlp")
+        return self
 
 
 class ScorerSection(Section):
@@ -154,6 +162,15 @@ class ObjectiveSection(Section):
         DistillationSection(), description="soft labels from teacher tables (arXiv 2408.11641)"
     )
     temperature: TemperatureSection = Field(TemperatureSection(), description="temperature that all loss terms share")
+    positives: PositivesRule = Field(
+        "clip_and_text",
+        description="positive pairs: clip (of one clip), clip_and_text (also of equal captions after cleaning)",
+    )
+    positives_mean: PositivesMean = Field(
+        "queries",
+        description="mean of nt_xent and pmr with several positives: over queries (their positives have equal shares) "
+        "or over all positive pairs",
+    )
 
     @property
     def terms(self) -> dict[str, TermSection]:

@@ -70,8 +70,9 @@ class Projection(nn.Module):
         elif section.kind == "linear":
             self.map, self.dim = nn.Linear(width, section.dim), section.dim
         else:
-            # Linear, ReLU, Linear at the common width: Mei et al. and WavCaps.
-            self.map = nn.Sequential(nn.Linear(width, section.dim), nn.ReLU(), nn.Linear(section.dim, section.dim))
+            # Linear, ReLU, Linear, with a hidden width of 2048 in Mei et al. and of `dim` in WavCaps.
+            hidden = section.hidden_dim or section.dim
+            self.map = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, section.dim))
             self.dim = section.dim
 
     def forward(self, sequence: TokenSequence, with_tokens: bool) -> TokenSequence:
@@ -114,6 +115,7 @@ class Retriever(nn.Module):
         self.scorer = build_scorer(model.scorer.name, dim=self.audio_projection.dim, **model.scorer.options)
         self.temperature = _temperature(objective.temperature)
         self.objective = build_objective(objective.terms)
+        self.positives, self.positives_mean = objective.positives, objective.positives_mean
         self.reads_audio_tokens = self.scorer.reads_audio_tokens or "audio_tokens" in self.objective.inputs
         self.reads_text_tokens = self.scorer.reads_text_tokens or "text_tokens" in self.objective.inputs
 
@@ -184,6 +186,8 @@ class Retriever(nn.Module):
             audio_tokens=lambda: gather_sequence(audio, world, with_tokens=True),
             teacher=teacher,
             step=context.step,
+            positives=self.positives,
+            positives_mean=self.positives_mean,
         )
 
     def _whole_clip(self, audio: TokenSequence) -> Tensor:

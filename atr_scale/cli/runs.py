@@ -76,7 +76,8 @@ def plan_command(
         int, typer.Option(min=1, help="Number of clips in the training set; the default is WavCaps.")
     ] = 403_050,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Number of tokens in a caption; by default data.captions.max_tokens.")
+        int | None,
+        typer.Option(min=1, help="Number of tokens in a caption; by default data.captions.max_tokens, or 64."),
     ] = None,
     decode_ms: Annotated[
         float,

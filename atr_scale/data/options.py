@@ -30,8 +30,10 @@ class CaptionSection(Section):
         description="text cleaning before the tokenizer: none; wavcaps (lower case, most punctuation replaced by "
         "spaces); lower_no_punctuation (lower case, all punctuation removed)",
     )
-    max_tokens: Annotated[int, Field(ge=4, le=512)] = Field(
-        64, description="longer captions are cut to this many tokens, special tokens included"
+    max_tokens: Annotated[int, Field(ge=4)] | None = Field(
+        64,
+        description="longer captions are cut to this many tokens, special tokens included; null: only to the text "
+        "encoder's own limit, which always holds",
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atr_scale.batch import TokenSequence
 from atr_scale.losses.soft_labels import SoftLabels
-from atr_scale.losses.targets import Ids, positives_mask
+from atr_scale.losses.targets import Ids, PositivesMean, PositivesRule, positives_mask
 from atr_scale.score_block import ModalityScores, ScoreBlock
 
 
@@ -23,11 +23,13 @@ class LossInputs:
 
     block:       scores [B, b] of all texts against this rank's audios.
     temperature: (1,), the model's.
-    own_ids:     [b, k] int64 of this rank's pairs, (clip, caption text); a pair is positive if any column agrees.
+    own_ids:     [b, 2] int64 of this rank's pairs, (clip, caption text).
     text, audio: embeddings [b, D] of unit length, one for each caption and each clip of this rank.
     text_tokens, audio_tokens: token sequences [B, T, D] of all ranks.
     teacher:     soft labels of the batch, from the scores [B, b] of its teachers.
     step:        optimizer steps made so far.
+    positives, positives_mean: which pairs are positives, and what a direction of a loss is the mean of, as the
+    objective's options of these names say.
     """
 
     block: ScoreBlock
@@ -39,11 +41,19 @@ class LossInputs:
     audio_tokens: Callable[[], TokenSequence]
     teacher: Callable[[], SoftLabels[ScoreBlock]]
     step: int = 0
+    positives: PositivesRule = "clip_and_text"
+    positives_mean: PositivesMean = "queries"
 
     @cached_property
     def ids(self) -> Ids:
         """(ids [B, k] of all texts, ids [b, k] of this rank's audios), as the tiled losses take positives."""
-        return self.block.world.gather(self.own_ids), self.own_ids
+        compared = slice(1) if self.positives == "clip" else slice(None)
+        return self.all_ids[:, compared], self.own_ids[:, compared]
+
+    @cached_property
+    def all_ids(self) -> Tensor:
+        """[B, 2] int64 of all pairs, (clip, caption text)."""
+        return self.block.world.gather(self.own_ids)
 
     @cached_property
     def text_block(self) -> ScoreBlock:
@@ -74,8 +84,9 @@ class WholeInputs:
 
     scores:         [B, B], every text against every audio, at least fp32.
     temperature:    (1,), of the softmax over scores.
-    positives:      [B, B] bool, pairs of one clip or of one caption text. Text i belongs to audio i, so the same
-                    matrix marks equal clips and captions inside a modality.
+    positives:      [B, B] bool, pairs of one clip or, if the objective says so, of one caption text. Text i belongs to
+                    audio i, so the same matrix marks equal clips and captions inside a modality.
+    positives_mean: "queries" or "pairs", what a direction of a loss with several positives is the mean of.
     text_scores, audio_scores: [B, B], cosines inside a modality, with a gradient.
     teacher_scores: [B, B], the teachers' scores, their mean by weight, without a gradient; 0 for a pair without one.
     soft_labels:    SoftLabels, the teachers' scores one by one, as matrices [B, B] without a gradient.
@@ -102,6 +113,10 @@ class WholeInputs:
         return positives_mask(ids, ids)
 
     @cached_property
+    def positives_mean(self) -> PositivesMean:
+        return self._inputs.positives_mean
+
+    @cached_property
     def text_scores(self) -> Tensor:
         return self.text_embeddings @ self.text_embeddings.T
 
@@ -119,11 +134,11 @@ class WholeInputs:
 
     @cached_property
     def clip_ids(self) -> Tensor:
-        return self._inputs.ids[0][:, 0]
+        return self._inputs.all_ids[:, 0]
 
     @cached_property
     def caption_ids(self) -> Tensor:
-        return self._inputs.ids[0][:, 1]
+        return self._inputs.all_ids[:, 1]
 
     @cached_property
     def text_embeddings(self) -> Tensor:

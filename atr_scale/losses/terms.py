@@ -18,6 +18,7 @@ from atr_scale.errors import UserError
 from atr_scale.losses import dense, tiled
 from atr_scale.losses.inputs import INPUTS, LossInputs
 from atr_scale.losses.soft_labels import SoftLabels
+from atr_scale.losses.targets import PositivesMean
 from atr_scale.losses.tiled.tiles import LOSS_BYTES
 from atr_scale.sections import NonNegative, Positive, Section, Share
 
@@ -113,7 +114,15 @@ class LossTerm(nn.Module):
         return loss.detach() + (loss - loss.detach()) / inputs.block.world.size
 
 
-class NTXentSection(TermSection):
+class TwoWaySection(TermSection):
+    """Options of every term that has a direction t2a and a direction a2t."""
+
+    t2a_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="part of the term that is its text-to-audio direction; the rest is audio-to-text"
+    )
+
+
+class NTXentSection(TwoWaySection):
     weight: NonNegative = Field(1.0, description="factor of the term in the loss; 0 leaves it out")
 
 
@@ -121,15 +130,17 @@ class NTXent(LossTerm):
     """`dense.nt_xent`."""
 
     Section = NTXentSection
+    section: NTXentSection
 
-    def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor) -> Tensor:
-        return dense.nt_xent(scores, temperature, positives)
+    def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor, positives_mean: PositivesMean) -> Tensor:
+        return dense.nt_xent(scores, temperature, positives, self.section.t2a_share, positives_mean)
 
     def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
-        return tiled.nt_xent(inputs.block, inputs.temperature, inputs.ids, kept_bytes)
+        share, mean = self.section.t2a_share, inputs.positives_mean
+        return tiled.nt_xent(inputs.block, inputs.temperature, inputs.ids, kept_bytes, share, mean)
 
 
-class PMRSection(TermSection):
+class PMRSection(TwoWaySection):
     omega: Positive = Field(5.0, description="inverse temperature of the prior's softmax")
     detach_prior: bool = Field(False, description="whether the prior is constant, without a gradient through it")
     scale_by_batch: bool = Field(
@@ -143,16 +154,18 @@ class PMR(LossTerm):
     Section = PMRSection
     section: PMRSection
 
-    def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor) -> Tensor:
-        own = self.section
-        return dense.pmr(scores, temperature, own.omega, positives, own.detach_prior, own.scale_by_batch)
+    def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor, positives_mean: PositivesMean) -> Tensor:
+        return dense.pmr(scores, temperature, positives=positives, **self._options(positives_mean))
 
     def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
-        own = self.section
-        return tiled.pmr(inputs.block, inputs.temperature, own.omega, inputs.ids, own.detach_prior, own.scale_by_batch)
+        options = self._options(inputs.positives_mean)
+        return tiled.pmr(inputs.block, inputs.temperature, positives=inputs.ids, **options)
+
+    def _options(self, positives_mean: PositivesMean) -> dict[str, Any]:
+        return {**self.section.model_dump(exclude={"weight"}), "positives_mean": positives_mean}
 
 
-class CMSCSection(TermSection):
+class CMSCSection(TwoWaySection):
     beta: Share = Field(0.2, description="part of the targets that comes from similarities inside a modality")
     beta_warmup_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="optimizer steps over which beta rises from 0"
@@ -180,8 +193,17 @@ class CMSC(LossTerm):
         positives: Tensor,
         step: int,
     ) -> Tensor:
-        targets, mode = self._target_temperature(temperature), self.section.mode
-        return dense.cmsc(scores, text_scores, audio_scores, temperature, self._beta(step), targets, positives, mode)
+        return dense.cmsc(
+            scores,
+            text_scores,
+            audio_scores,
+            temperature,
+            self._beta(step),
+            self._target_temperature(temperature),
+            positives,
+            self.section.mode,
+            self.section.t2a_share,
+        )
 
     def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
         return tiled.cmsc(
@@ -194,6 +216,7 @@ class CMSC(LossTerm):
             inputs.ids,
             self.section.mode,
             kept_bytes,
+            self.section.t2a_share,
         )
 
     def _beta(self, step: int) -> float:
@@ -235,7 +258,7 @@ class TeacherTableSection(Section):
     )
 
 
-class DistillationSection(TermSection):
+class DistillationSection(TwoWaySection):
     tables: list[TeacherTableSection] = Field(
         [], description="teacher tables: files, or mappings of path, weight and temperature"
     )
@@ -289,14 +312,14 @@ class Distillation(LossTerm):
     section: DistillationSection
 
     def dense(self, scores: Tensor, soft_labels: SoftLabels[Tensor], temperature: Tensor) -> Tensor:
-        own, labels = self._temperature(temperature), soft_labels
-        share = labels.share(len(scores))
-        student = labels.matrix(scores)
+        own, share = self._temperature(temperature), soft_labels.share(len(scores))
         if not share:
             return 0 * (scores.sum() + temperature.sum())  # every parameter keeps its place in the graph
+        student, t2a_share = soft_labels.matrix(scores), self.section.t2a_share
         losses = [
-            teacher.weight * dense.distillation(student, teacher.t2a, own, teacher.temperature_or(own), teacher.a2t)
-            for teacher in (each.map(labels.matrix) for each in labels.teachers)
+            teacher.weight
+            * dense.distillation(student, teacher.t2a, own, teacher.temperature_or(own), teacher.a2t, t2a_share)
+            for teacher in (each.map(soft_labels.matrix) for each in soft_labels.teachers)
         ]
         return share * torch.stack(losses).sum()
 
@@ -305,19 +328,13 @@ class Distillation(LossTerm):
         share = labels.share(inputs.block.shape[0])
         if not share:
             return 0 * torch.stack([tensor.sum() for tensor in (inputs.temperature, *inputs.block.tensors)]).sum()
-        student = labels.block(inputs.block)
-        losses = [
-            teacher.weight
-            * tiled.distillation(
-                student,
-                teacher.t2a,
-                own,
-                teacher.temperature_or(own),
-                None if teacher.a2t is teacher.t2a else teacher.a2t,
-                kept_bytes,
-            )
-            for teacher in (each.map(labels.block) for each in labels.teachers)
-        ]
+        student, t2a_share = labels.block(inputs.block), self.section.t2a_share
+        losses = []
+        for teacher in (each.map(labels.block) for each in labels.teachers):
+            a2t = None if teacher.a2t is teacher.t2a else teacher.a2t
+            temperature = teacher.temperature_or(own)
+            loss = tiled.distillation(student, teacher.t2a, own, temperature, a2t, kept_bytes, t2a_share)
+            losses.append(teacher.weight * loss)
         return share * torch.stack(losses).sum()
 
     def _temperature(self, temperature: Tensor) -> float | Tensor:

@@ -30,6 +30,8 @@ WAVCAPS_CLIPS = 403_050  # 7,568 h
 SIZES = tuple(2**k for k in range(11))  # GPUs, 1 to 1024
 DECODE_S = 0.00045  # seconds of one core for a second of flac at 32 kHz: 4.5 ms for 10 s
 
+UNCUT_TOKENS = 64  # of the captions of a batch if no limit cuts them: captions of all corpora here are shorter
+
 
 @dataclass(frozen=True)
 class Row:
@@ -85,12 +87,15 @@ def plan_run(
     tokens: int | None = None,
     decode_s: float = DECODE_S,
 ) -> RunPlan:
-    """Measure the model of `config` and plan its run. decode_s: seconds of one core to decode a second of audio.
+    """Measure the model of `config` and plan its run.
+
+    tokens: length of a caption; default: data.captions.max_tokens, or UNCUT_TOKENS if captions are not cut.
+    decode_s: seconds of one core to decode a second of audio.
 
     Reads no shards and needs no GPU. Raises UserError if the batch does not divide among the GPUs, or if nothing fits.
     """
     train, data = config.train, config.data
-    tokens = tokens or data.captions.max_tokens
+    tokens = tokens or data.captions.max_tokens or UNCUT_TOKENS
     world_size = nodes * gpus_per_node
     if train.global_batch_size % world_size:
         raise UserError(

@@ -122,13 +122,39 @@ def test_options_reach_their_terms(way: str) -> None:
     values = [
         loss(pmr=pmr),
         loss(pmr={**pmr, "scale_by_batch": True}),
+        loss(pmr={**pmr, "t2a_share": 0.9}),
+        loss(nt_xent={}),
+        loss(nt_xent={"t2a_share": 0.9}),
         loss(cmsc=cmsc),
+        loss(cmsc={**cmsc, "t2a_share": 0.9}),
         loss(cmsc={**cmsc, "mode": "add"}),
         loss(cmsc={**cmsc, "target_temperature": 0.5}),
         loss(distillation=distillation),
         loss(distillation={**distillation, "temperature": 0.5}),
     ]
     assert len({round(float(value), 6) for value in values}) == len(values)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["nt_xent", "pmr"])
+def test_positives_and_their_mean_are_choices_of_the_objective(name: str, way: str) -> None:
+    """IDS: one clip twice, and one caption text of two clips."""
+    objective = build_objective(sections(**{name: {"weight": 1.0, **OPTIONS[name]}}), WAYS[way])
+    scores = unit(N, 5, 0) @ unit(N, 5, 1).T
+    by_clip, by_either = (positives_mask(ids, ids) for ids in (IDS[:, :1], IDS))
+    assert by_clip.sum() == N + 2 and by_either.sum() == N + 4
+    for rule, mask in (("clip", by_clip), ("clip_and_text", by_either)):
+        for mean in ("queries", "pairs"):
+            options = {key: value for key, value in OPTIONS[name].items() if key == "omega"}
+            want = getattr(dense, name)(scores, TAU, positives=mask, positives_mean=mean, **options)
+            found = objective(inputs(positives=rule, positives_mean=mean))["loss"]
+            assert abs(found - want) < 1e-13, (rule, mean)
+
+
+def test_a_term_is_told_both_ids_whatever_makes_a_positive() -> None:
+    whole = inputs(positives="clip").whole
+    assert torch.equal(whole.positives, positives_mask(IDS[:, :1], IDS[:, :1]))
+    assert torch.equal(whole.clip_ids, IDS[:, 0]) and torch.equal(whole.caption_ids, IDS[:, 1])
 
 
 def test_a_detached_prior_has_another_gradient() -> None:
@@ -152,6 +178,7 @@ class Asking(LossTerm):
         scores: Tensor,
         temperature: Tensor,
         positives: Tensor,
+        positives_mean: str,
         text_scores: Tensor,
         audio_scores: Tensor,
         teacher_scores: Tensor,
@@ -189,8 +216,8 @@ def test_inputs_by_name() -> None:
             ("audio_embeddings", audio),
         ):
             assert torch.equal(seen[name], want), name
-        assert seen["temperature"] is TAU and seen["step"] == 9
         assert torch.equal(seen["soft_labels"].teachers[0].t2a, seen["teacher_scores"])
+        assert seen["temperature"] is TAU and seen["step"] == 9 and seen["positives_mean"] == "queries"
         assert seen["text_tokens"] is tokens[0] and seen["audio_tokens"] is tokens[1]
 
 

@@ -252,7 +252,8 @@ def test_the_verb(
     """No shards are read; text to stdout, JSON and picture to a folder; a mistake is one line and code 2."""
     path = tmp_path / "run.yaml"
     path.write_text(config.to_yaml())
-    command = ["atr-scale", "plan", str(path), "data.train=[{shards: nowhere}]", "train.global_batch_size=1024"]
+    overrides = ["data.train=[{shards: nowhere}]", "train.global_batch_size=1024", "data.captions.max_tokens=null"]
+    command = ["atr-scale", "plan", str(path), *overrides]
     monkeypatch.setattr(sys, "argv", [*command, "--gpu", "L4", "--price", "2", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as left:
         cli.main()
@@ -260,6 +261,7 @@ def test_the_verb(
     assert left.value.code == 0
     for word in ("memory", "network", "time", "run", "largest", "assumptions until a run has measured them"):
         assert word in printed
+    assert "captions of 64 tokens" in printed, "of captions that nothing cuts"
     written = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert [row["gpus"] for row in written["sizes"]] == [2**k for k in range(11)]
     chosen = written["chosen"]

@@ -36,7 +36,7 @@ UNITS = {
     **dict.fromkeys(("seed", "weight", "omega", "beta", "lambda1", "lambda2", "heads", "depth"), ""),
     **dict.fromkeys(("initial", "minimum", "maximum", "temperature", "target_temperature"), ""),
     **dict.fromkeys(("lr", "lr_audio", "lr_text", "lr_heads", "betas", "eps", "weight_decay", "gradient_clipping"), ""),
-    **dict.fromkeys(("max_drop_rate", "augmented_captions", "dropout", "lr_floor"), "fraction"),
+    **dict.fromkeys(("max_drop_rate", "augmented_captions", "dropout", "lr_floor", "t2a_share"), "fraction"),
     **dict.fromkeys(("layer_decay_audio", "layer_decay_text"), "fraction"),
     **dict.fromkeys(("dim", "width", "ffn_width", "pool_width", "joint", "attention_dim", "hidden_dim"), "channels"),
     **dict.fromkeys(("frozen_layers_audio", "frozen_layers_text"), "layers"),
