@@ -25,6 +25,7 @@ from atr_scale.distributed.world import World
 from atr_scale.encoders import TextEncoder, TokenSequence, build_audio_encoder, build_text_encoder
 from atr_scale.errors import UserError
 from atr_scale.losses import LossInputs, build_objective
+from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.temperature import Temperature
 from atr_scale.score_block import ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
@@ -47,12 +48,12 @@ class StepContext:
 
     step: number of optimizer steps so far; loss terms may depend on it.
     augment_seed: seed of the random draws of the audio encoder, equal on all ranks.
-    teacher: gives the teacher scores [B, b] of all captions of a global batch with the clips of this rank.
+    teacher: gives the soft labels of a global batch, as blocks [B, b] of all its captions with the clips of this rank.
     """
 
     step: int = 0
     augment_seed: int = 0
-    teacher: Callable[[Batch, World], ScoreBlock] | None = None
+    teacher: Callable[[Batch, World], SoftLabels[ScoreBlock]] | None = None
 
 
 NO_CONTEXT = StepContext()
@@ -171,7 +172,7 @@ class Retriever(nn.Module):
         """Inputs of the objective. encoded: the encoded rows of `batch`."""
         world, (text, audio) = World.current(), encoded
 
-        def teacher() -> ScoreBlock:
+        def teacher() -> SoftLabels[ScoreBlock]:
             assert context.teacher is not None, "a loss term needs a teacher and none is given"
             return context.teacher(batch, world)
 

@@ -27,6 +27,7 @@ from atr_scale.batch import Batch
 from atr_scale.data.collate import DecodedClip, collate
 from atr_scale.data.corpora import CORPORA
 from atr_scale.data.decode import Crop, decode
+from atr_scale.data.folds import without_fold
 from atr_scale.data.options import DataSection
 from atr_scale.data.paraphrases.stored import FILE, Paraphrases, refuse_evaluation_split
 from atr_scale.data.sample import BadSample, RawSample
@@ -77,7 +78,7 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         world: World,
     ) -> None:
         assert global_batch_size % world.size == 0
-        self.sources = [open_shards(source.shards) for source in data.train]
+        self.sources = [open_training_shards(data, source.shards) for source in data.train]
         for source, shards in zip(data.train, self.sources, strict=True):
             if len(shards) == 0:
                 raise UserError(
@@ -199,6 +200,12 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         elif start:
             out[:length] = out[start : start + length]
         return length
+
+
+def open_training_shards(data: DataSection, location: str) -> ShardSet:
+    """The shards at `location`, without the fold that data.folds leaves out. Raises UserError as `open_shards` does."""
+    shards, folds = open_shards(location), data.folds
+    return shards if folds is None else without_fold(shards, folds.count, folds.held_out)
 
 
 def _in_groups(

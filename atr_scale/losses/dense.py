@@ -69,18 +69,28 @@ def pmr(
     return _both(t2a, a2t, t2a_share)
 
 
-def distillation(scores: Tensor, teacher_scores: Tensor, temperature: float | Tensor) -> Tensor:
+def distillation(
+    scores: Tensor,
+    teacher_scores: Tensor,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None = None,
+    teacher_scores_a2t: Tensor | None = None,
+    t2a_share: float = 0.5,
+) -> Tensor:
     """Soft cross-entropy against estimated correspondences (L_dist of arXiv 2408.11641).
 
-    The soft labels are softmax(teacher_scores / temperature), without a gradient.
-    teacher_scores: [texts, audios]; for an ensemble the mean of its members' cosines.
+    The soft labels are softmax(teacher_scores / teacher_temperature), without a gradient.
+    teacher_scores: [texts, audios]; for an ensemble the weighted mean of its members' cosines. teacher_temperature:
+    default, the student's. teacher_scores_a2t: [texts, audios], those of a2t if they differ from those of t2a.
     """
     logits = at_least_fp32(scores) / temperature
-    teacher = at_least_fp32(teacher_scores.detach()) / _constant(temperature)
-    return _both(
-        _soft_cross_entropy(logits, teacher.softmax(1), 1),
-        _soft_cross_entropy(logits, teacher.softmax(0), 0),
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    t2a, a2t = (
+        at_least_fp32(own.detach()) / _constant(teacher_temperature)
+        for own in (teacher_scores, teacher_scores if teacher_scores_a2t is None else teacher_scores_a2t)
     )
+    both = _soft_cross_entropy(logits, t2a.softmax(1), 1), _soft_cross_entropy(logits, a2t.softmax(0), 0)
+    return _both(*both, t2a_share)
 
 
 def cmsc(

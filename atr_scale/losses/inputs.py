@@ -12,6 +12,7 @@ from functools import cached_property
 from torch import Tensor
 
 from atr_scale.batch import TokenSequence
+from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.targets import Ids, PositivesMean, PositivesRule, positives_mask
 from atr_scale.score_block import ModalityScores, ScoreBlock
 
@@ -26,7 +27,7 @@ class LossInputs:
     text, audio: embeddings [b, D] of unit length, one for each caption and each clip of this rank: the mean over the
                  tokens if the scorer reads them, else the pooled embedding.
     text_tokens, audio_tokens: token sequences [B, T, D] of all ranks.
-    teacher:     scores [B, b] of the teachers, the mean over the ensemble.
+    teacher:     soft labels of the batch, from the scores [B, b] of its teachers.
     step:        optimizer steps made so far.
     positives, positives_mean: which pairs are positives, and what a direction of a loss is the mean of, as the
     objective's options of these names say.
@@ -39,7 +40,7 @@ class LossInputs:
     audio: Callable[[], Tensor]
     text_tokens: Callable[[], TokenSequence]
     audio_tokens: Callable[[], TokenSequence]
-    teacher: Callable[[], ScoreBlock]
+    teacher: Callable[[], SoftLabels[ScoreBlock]]
     step: int = 0
     positives: PositivesRule = "clip_and_text"
     positives_mean: PositivesMean = "queries"
@@ -66,8 +67,8 @@ class LossInputs:
         return ModalityScores(self.audio(), self.block.world)
 
     @cached_property
-    def teacher_block(self) -> ScoreBlock:
-        """Scores [B, b] of the teachers."""
+    def soft_labels(self) -> SoftLabels[ScoreBlock]:
+        """Soft labels of the batch, as blocks of teacher scores."""
         return self.teacher()
 
     @cached_property
@@ -88,7 +89,8 @@ class WholeInputs:
                     audio i, so the same matrix marks equal clips and captions inside a modality.
     positives_mean: "queries" or "pairs", what a direction of a loss with several positives is the mean of.
     text_scores, audio_scores: [B, B], cosines inside a modality, with a gradient.
-    teacher_scores: [B, B], the teachers' scores, without a gradient.
+    teacher_scores: [B, B], the teachers' scores, their mean by weight, without a gradient; 0 for a pair without one.
+    soft_labels:    SoftLabels, the teachers' scores one by one, as matrices [B, B] without a gradient.
     clip_ids, caption_ids: [B] int64, stable ids of clips and of caption texts.
     text_embeddings, audio_embeddings: [B, D] of unit length, one for each caption and each clip.
     text_tokens, audio_tokens: TokenSequence [B, T, D].
@@ -125,7 +127,11 @@ class WholeInputs:
 
     @cached_property
     def teacher_scores(self) -> Tensor:
-        return self._inputs.teacher_block.whole().detach()
+        return self.soft_labels.mean_scores()
+
+    @cached_property
+    def soft_labels(self) -> SoftLabels[Tensor]:
+        return self._inputs.soft_labels.whole()
 
     @cached_property
     def clip_ids(self) -> Tensor:

@@ -41,8 +41,12 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     ]
     if parts.initial:
         lines.append(f"initial     {parts.initial}")
+    folds = config.data.folds
+    left_out = f", without fold {folds.held_out} of {folds.count}" if folds else ""
     for source, shards in zip(config.data.train, stream.sources, strict=True):
-        lines.append(f"train       {source.shards}: {len(shards)} clips in {len(shards.names)} shards")
+        lines.append(f"train       {source.shards}: {len(shards)} clips in {len(shards.names)} shards{left_out}")
+    for found in parts.teacher.coverage if parts.teacher else ():
+        lines.append(f"teachers    {found.location}: {found.describe()}")
     for name, shards in {**validation, **({"test": open_shards(config.data.test)} if config.data.test else {})}.items():
         lines.append(f"{name:<11} {shards.location}: {len(shards)} clips in {len(shards.names)} shards")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,13 +148,13 @@ def _teachers(config: RunConfig, model: Retriever) -> list[int]:
     if section.weight == 0:
         return []
     widths = []
-    for place in section.tables:
+    for place in (table.path for table in section.tables):
         width = model.audio_projection.dim
         if Path(place).is_file():
             try:
                 with safe_open(place, "pt") as file:
                     if "text" in file.keys():  # noqa: SIM118
-                        width = file.get_slice("text").get_shape()[1]
+                        width = math.prod(file.get_slice("text").get_shape()[1:])
             except SafetensorError as error:
                 raise UserError(f"{place} is damaged ({error}): run `atr-scale estimate` again") from None
         widths.append(width)

@@ -163,7 +163,7 @@ class Training:
         """One optimizer step, with its record."""
         train, step, teacher = self.config.train, self.progress.step, self.parts.teacher
         taken = self._take(batches)
-        context = StepContext(step, teacher=teacher.block if teacher else None)
+        context = StepContext(step, teacher=teacher.labels if teacher else None)
         drawn = seeds(self.config.run.seed, step, train.accum_steps, self.world.rank)
         result = self.engine.update(taken, self._learning_rates(step), drawn, context)
         self.progress.step += 1

@@ -19,7 +19,8 @@ from atr_scale.data.tokenizer import CaptionTokenizer, caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.evaluation.selection import check_labels, check_selection
 from atr_scale.model import Retriever
-from atr_scale.teachers.tables import TeacherEnsemble
+from atr_scale.teachers.ensemble import TeacherEnsemble
+from atr_scale.teachers.targets import Constructed, true_targets
 from atr_scale.training.initial_weights import InitialWeights, start_from
 from atr_scale.training.param_groups import freeze
 
@@ -48,7 +49,7 @@ class RunParts:
     initial: InitialWeights | None
     tokenizer: CaptionTokenizer
     stream: TrainingStream
-    teacher: TeacherEnsemble | None
+    teacher: TeacherEnsemble | Constructed | None
     length: RunLength
 
 
@@ -121,17 +122,18 @@ def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate:
     )
 
 
-def read_teacher(config: RunConfig, sources: Sequence[ShardSet]) -> TeacherEnsemble | None:
-    """The teacher tables of objective.distillation, None if it has no weight.
+def read_teacher(config: RunConfig, sources: Sequence[ShardSet]) -> TeacherEnsemble | Constructed | None:
+    """The teachers of objective.distillation, None if it has no weight.
 
-    Raises UserError if the tables are not about the clips of `sources`.
+    Raises UserError if they do not know the clips of `sources`.
     """
     section = config.objective.distillation
     if section.weight == 0:
         return None
-    teacher = TeacherEnsemble.read(section.tables)
-    for shards in sources:
-        teacher.check(shards)
+    if section.targets in ("random", "uniform"):
+        return Constructed(section.targets, config.run.seed)
+    teacher = TeacherEnsemble.read(section) if section.targets == "estimated" else true_targets(section, sources)
+    teacher.check(sources)
     return teacher
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
 from atr_scale.losses import LOSS_TERMS, Budget, LossInputs, LossTerm, TermSection
+from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.targets import positives_mask
 from atr_scale.losses.temperature import Temperature
 from atr_scale.score_block import EmbeddingScores, StoredScores
@@ -122,7 +123,7 @@ def on_ranks(name: str, way: str, stored: bool) -> tuple[float, dict[str, np.nda
         audio=lambda: audio,
         text_tokens=lambda: gather_sequence(words, world, with_tokens=True),
         audio_tokens=lambda: gather_sequence(frames, world, with_tokens=True),
-        teacher=lambda: EmbeddingScores(*teacher),
+        teacher=lambda: SoftLabels.of(EmbeddingScores(*teacher)),
         step=STEP,
         positives="clip",
         positives_mean="pairs",

@@ -19,10 +19,11 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.losses import LOSS_TERMS, Budget, LossInputs, LossTerm, TermSection, build_objective, dense, tiled
 from atr_scale.losses.inputs import INPUTS
+from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.targets import positives_mask
 from atr_scale.losses.terms import PMR, PMRSection
 from atr_scale.model import Encoded, Retriever, StepContext
-from atr_scale.score_block import EmbeddingScores
+from atr_scale.score_block import EmbeddingScores, ScoreBlock
 from tests.losses import unit
 from tests.sequences import random_sequence
 from tests.tiny_run import tiny_config
@@ -56,7 +57,7 @@ def all_inputs() -> dict[str, Callable[[], Any]]:
     return {
         "text": lambda: unit(N, 5, 2),
         "audio": lambda: unit(N, 5, 3),
-        "teacher": lambda: EmbeddingScores(unit(N, 5, 4), unit(N, 5, 5)),
+        "teacher": lambda: SoftLabels.of(EmbeddingScores(unit(N, 5, 4), unit(N, 5, 5))),
     }
 
 
@@ -181,6 +182,7 @@ class Asking(LossTerm):
         text_scores: Tensor,
         audio_scores: Tensor,
         teacher_scores: Tensor,
+        soft_labels: SoftLabels[Tensor],
         clip_ids: Tensor,
         caption_ids: Tensor,
         text_embeddings: Tensor,
@@ -214,6 +216,7 @@ def test_inputs_by_name() -> None:
             ("audio_embeddings", audio),
         ):
             assert torch.equal(seen[name], want), name
+        assert torch.equal(seen["soft_labels"].teachers[0].t2a, seen["teacher_scores"])
         assert seen["temperature"] is TAU and seen["step"] == 9 and seen["positives_mean"] == "queries"
         assert seen["text_tokens"] is tokens[0] and seen["audio_tokens"] is tokens[1]
 
@@ -242,7 +245,7 @@ def term_both_ways(name: str, batch: int, width: int, dtype: torch.dtype, *budge
             partial(inside.__getitem__, 1),
             refuse,
             refuse,
-            lambda: EmbeddingScores(unit(batch, width, 4).to(dtype), unit(batch, width, 5).to(dtype)),
+            lambda: SoftLabels.of(EmbeddingScores(unit(batch, width, 4).to(dtype), unit(batch, width, 5).to(dtype))),
         )
         loss = build_objective(sections(**{name: options}), budget)(given)["loss"]
         gradients = torch.autograd.grad(loss, (text, audio, *inside, tau), allow_unused=True)
@@ -360,9 +363,9 @@ def test_the_model_asks_its_teacher_about_the_batch(config: RunConfig) -> None:
     data = batch()
     asked: list[Batch] = []
 
-    def teacher(rows: Batch, world: World) -> EmbeddingScores:
+    def teacher(rows: Batch, world: World) -> SoftLabels[ScoreBlock]:
         asked.append(rows)
-        return EmbeddingScores(unit(5, 4, 0).float(), unit(5, 4, 1).float(), world)
+        return SoftLabels.of(EmbeddingScores(unit(5, 4, 0).float(), unit(5, 4, 1).float(), world))
 
     found = model(data, StepContext(teacher=teacher))
     scores = model.scorer.scores(

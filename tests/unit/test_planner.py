@@ -16,6 +16,7 @@ from atr_scale import cli
 from atr_scale.config import InitialCheckpoint, RunConfig
 from atr_scale.errors import UserError
 from atr_scale.losses import build_objective
+from atr_scale.losses.terms import TeacherTableSection
 from atr_scale.planner import measure as measuring
 from atr_scale.planner import zero_memory
 from atr_scale.planner.architecture import build_without_weights
@@ -286,6 +287,7 @@ def test_a_dry_run_reads_what_the_job_starts_from(config: RunConfig) -> None:
     with pytest.raises(UserError, match="no checkpoint at nowhere"):
         dry_run(config.model_copy(update={"train": train}), 1)
     objective = config.objective.model_copy(deep=True)
-    objective.distillation.weight, objective.distillation.tables = 1.0, ["missing.safetensors"]
+    objective.distillation.weight = 1.0
+    objective.distillation.tables = [TeacherTableSection(path="missing.safetensors")]
     with pytest.raises(UserError, match="no teacher table at missing"):
         dry_run(config.model_copy(update={"objective": objective}), 1)

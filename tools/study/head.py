@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from atr_scale.batch import TokenSequence
 from atr_scale.config import ProjectionSection
 from atr_scale.losses import LOSS_TERMS, LossInputs, build_objective, dense
+from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.temperature import Temperature
 from atr_scale.model import Projection, whole
 from atr_scale.score_block import StoredScores
@@ -57,7 +58,7 @@ class Head(nn.Module):
                 audio=lambda: normalize(clips, dim=-1),
                 text_tokens=lambda: text,
                 audio_tokens=lambda: audio,
-                teacher=lambda: StoredScores(teachers[0]),
+                teacher=lambda: SoftLabels.of(StoredScores(teachers[0])),
                 step=step,
             )
             loss = loss + self.objective(inputs)["loss"]

@@ -34,16 +34,25 @@ def nt_xent(
 
 
 def distillation(
-    block: ScoreBlock, teacher_block: ScoreBlock, temperature: float | Tensor, kept_bytes: int = LOSS_BYTES
+    block: ScoreBlock,
+    teacher_block: ScoreBlock,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None = None,
+    teacher_block_a2t: ScoreBlock | None = None,
+    kept_bytes: int = LOSS_BYTES,
+    t2a_share: float = 0.5,
 ) -> Tensor:
-    """`dense.distillation` on a score block; teacher_block: of the same shape, without a gradient.
+    """`dense.distillation` on a score block; the teacher's blocks: of the same shape, without a gradient.
 
-    The mean cosine of an ensemble is one `EmbeddingScores`: the members' embeddings, each times the square root of its
-    member's weight, joined along their width.
+    The mean cosine of an ensemble is one `EmbeddingScores`: the members' embeddings joined along their width, with the
+    texts' times their member's weight.
     """
-    _same_shape(block, "teacher_block", teacher_block)
-    teacher = (Logits.of(temperature, teacher_block),)
-    targets = Targets(Positives.none(block), beta=1.0, teacher=teacher)
+    blocks = [teacher_block] if teacher_block_a2t is None else [teacher_block, teacher_block_a2t]
+    for each in blocks:
+        _same_shape(block, "teacher_block", each)
+    own = temperature if teacher_temperature is None else teacher_temperature
+    teacher = tuple(Logits.of(own, each) for each in blocks)
+    targets = Targets(Positives.none(block), beta=1.0, teacher=teacher, t2a_share=t2a_share)
     return soft_cross_entropy(block, temperature, targets, kept_bytes)
 
 
