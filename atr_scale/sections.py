@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
@@ -83,6 +84,18 @@ def check_options(kind: type[AnySection], values: dict[str, Any], place: str) ->
 def explain(error: ValidationError, kind: type[Section], values: Any) -> str:
     """One line with a clause for each mistake in `values`, which failed the check as a section of `kind`."""
     return "; ".join(_clause(details, kind, values) for details in error.errors())
+
+
+def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested dicts, and in lists of them, such as a configuration."""
+    if isinstance(values, dict) and values:
+        for key, inner in values.items():
+            yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(values, list) and any(isinstance(item, dict | list) for item in values):
+        for index, inner in enumerate(values):
+            yield from flat(inner, f"{prefix}.{index}")
+    else:
+        yield prefix, values
 
 
 def _clause(error: Any, kind: type[Section], values: Any) -> str:

@@ -25,6 +25,7 @@ from atr_scale.data.stream import describe, read_batches
 from atr_scale.distributed.start import distributed
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
+from atr_scale.evaluation.results import record_training
 from atr_scale.evaluation.selection import selection_score
 from atr_scale.memory import peak_memory
 from atr_scale.model import StepContext, count_parameters
@@ -112,6 +113,7 @@ class Training:
         write_environment(self.run_dir, self.world.size)
         if parts.initial:
             parts.initial.write(self.run_dir)
+        record_training(self.run_dir, config, self.progress.step, parts.length.steps)
         self.monitor.text("configuration", f"```yaml\n{config.to_yaml()}\n```")
         logger.info(
             "%s: %.1f M parameters, %d ranks on %s, ZeRO %d, %s, steps %d to %d; reads %s",
@@ -151,6 +153,7 @@ class Training:
                 break
         self.monitor.close()
         if self.world.is_main and self.progress.step == length.steps:
+            record_training(self.run_dir, self.config, length.steps, length.steps)
             logger.info("%s: trained to step %d; measure it with `atr-scale evaluate`", self.run_dir, length.steps)
 
     def _batches(self) -> Iterator[Batch]:
@@ -265,13 +268,15 @@ class Training:
         if not self.validator.sets:
             return False
         start = time.perf_counter()
-        metrics = self.validator.evaluate(self.engine.model, self.progress.step)
-        self._since_log.start += time.perf_counter() - start  # the logged speed is that of training alone
+        found = self.validator.evaluate(self.engine.model, self.progress.step)
+        metrics = {name: evaluation.metrics for name, evaluation in found.items()}
         score = selection_score(metrics, self.config.evaluation.select)
-        if score <= self.progress.best:
-            return False
-        self.progress.best, self.progress.best_metric = score, self.config.evaluation.select
-        return True
+        improved = score > self.progress.best
+        if improved:
+            self.progress.best, self.progress.best_metric = score, self.config.evaluation.select
+        self.validator.record(found, improved)
+        self._since_log.start += time.perf_counter() - start  # the logged speed is that of training alone
+        return improved
 
     def _save(self, best: bool) -> None:
         start = time.perf_counter()
