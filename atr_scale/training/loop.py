@@ -34,7 +34,7 @@ from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
 from atr_scale.training.preemption import PreemptionFlag
 from atr_scale.training.run_info import write_environment
-from atr_scale.training.schedule import learning_rate, seeds
+from atr_scale.training.schedule import describe_length, learning_rate, seeds
 from atr_scale.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -113,11 +113,12 @@ class Training:
             config.train.zero_stage, config.train.precision, self.progress.step, parts.length.steps,
             describe(parts.stream.sources),
         )  # fmt: skip
+        logger.info("%s; visits: %s", *describe_length(config, parts.length))
 
     def run(self) -> None:
         """Train from the current step to the last one, or until a signal has asked for a stop."""
         train, length = self.config.train, self.parts.length
-        evaluate_every = train.evaluate_every or length.epoch_steps
+        evaluate_every = train.evaluate_every or max(1, math.ceil(length.epoch_steps))
         save_every = train.checkpoint_every or evaluate_every
         batches = self._batches()
         self._since_log = Interval()
@@ -167,15 +168,18 @@ class Training:
         return taken
 
     def _learning_rates(self, step: int) -> dict[str, float]:
-        train = self.config.train
+        train, length = self.config.train, self.parts.length
         peaks = {"audio": train.lr_audio, "text": train.lr_text, "heads": train.lr_heads}
         return {
             name: learning_rate(
                 step,
                 peak=train.lr if peak is None else peak,
-                warmup_steps=self.parts.length.warmup_steps,
-                steps=self.parts.length.steps,
+                warmup_steps=length.warmup_steps,
+                steps=length.steps,
                 floor=train.lr_floor,
+                schedule=train.schedule,
+                decay_steps=length.decay_steps,
+                cooldown_steps=length.cooldown_steps,
             )
             for name, peak in peaks.items()
         }
@@ -223,7 +227,7 @@ class Training:
             "data_wait": interval.waited / seconds,
             "memory_gb": peak_memory(self.device) / 1e9,
             "samples_seen": float(seen),
-            "epoch": seen / self.config.train.global_batch_size / self.parts.stream.order.epoch_batches,
+            "epoch": seen / self.parts.length.epoch_visits,
             "skipped_steps": float(self.progress.skipped_steps),
             "fp16_overflows": float(self.progress.fp16_overflows),
             **{f"dropped/{reason}": float(n) for reason, n in self.progress.dropped.items()},
