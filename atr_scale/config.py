@@ -227,7 +227,12 @@ class InitialCheckpoint(Section):
 
 class TrainSection(Section):
     steps: Count | None = Field(None, description="length of the run in optimizer steps; give this or epochs")
-    epochs: Positive | None = Field(None, description="length of the run in passes over the training clips")
+    epochs: Positive | None = Field(None, description="length of the run in epochs of the training data; see epoch_of")
+    epoch_of: Literal["clips", "captions"] = Field(
+        "clips",
+        description="what an epoch counts: it has as many visits to clips as the training data has clips, or captions; "
+        "the sample order is the same",
+    )
     global_batch_size: Count = Field(64, description="text-audio pairs inside one loss, over all ranks")
     micro_batch_size: Count | None = Field(
         None, description="pairs in one forward pass; below the local batch, GradCache runs; default: the local batch"
@@ -247,7 +252,7 @@ class TrainSection(Section):
         None, description="peak learning rate of projections, scorer, temperature and loss parameters; default: lr"
     )
     lr_floor: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.01, description="learning rate at the end of the cosine schedule, as a fraction of the peak"
+        0.01, description="learning rate at the end of the cosine or of the cool-down, as a fraction of the peak"
     )
     layer_decay_audio: Share = Field(
         1.0, description="learning rate of an audio encoder layer, as a fraction of that of the layer above"
@@ -261,9 +266,21 @@ class TrainSection(Section):
     frozen_layers_text: Annotated[int, Field(ge=0)] = Field(
         0, description="lowest layers of the text encoder that are not trained"
     )
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="learning rate after the warm-up: a cosine to lr_floor, or constant until the cool-down"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         None, description="optimizer steps over which the learning rate rises from 0; default: 5 % of all"
     )
+    warmup_epochs: NonNegative | None = Field(None, description="the same length in epochs; give one of both")
+    decay_steps: Count | None = Field(
+        None, description="optimizer steps from the first on after which the cosine ends; default: the end of the run"
+    )
+    decay_epochs: Positive | None = Field(None, description="the same length in epochs; give one of both")
+    cooldown_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="last optimizer steps of a constant schedule, in which the rate falls linearly; default: none"
+    )
+    cooldown_epochs: NonNegative | None = Field(None, description="the same length in epochs; give one of both")
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's two moments")
     eps: Positive = Field(1e-8, description="epsilon in AdamW's denominator")
     weight_decay: NonNegative = Field(0.01, description="decoupled weight decay of AdamW")
@@ -294,6 +311,19 @@ class TrainSection(Section):
     def one_length(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
+        return self
+
+    @model_validator(mode="after")
+    def one_schedule(self) -> TrainSection:
+        for name in ("warmup", "decay", "cooldown"):
+            given = [getattr(self, f"{name}_{unit}") is not None for unit in ("steps", "epochs")]
+            if all(given):
+                raise ValueError(f"give {name}_steps or {name}_epochs, and null for the other one")
+            wanted = {"decay": "cosine", "cooldown": "constant"}.get(name, self.schedule)
+            if any(given) and self.schedule != wanted:
+                raise ValueError(
+                    f"{name} belongs to schedule {wanted}, but schedule is {self.schedule}: drop one of both"
+                )
         return self
 
 

@@ -128,7 +128,7 @@ def write_original(encoder: str, path: Path) -> None:
 
 def _write_runs_and_tables() -> None:
     """The runs that recipes start from or take teacher tables of, untrained, and these tables."""
-    places = {config.run.dir: (path, []) for path, config in configurations().items()}
+    places: dict[str, tuple[str, list[str]]] = {config.run.dir: (path, []) for path, config in configurations().items()}
     for member in MEMBERS:
         overrides = [f"run.dir=runs/two_stage/{member}", f"model.scorer.name={member}"]
         places[f"runs/two_stage/{member}"] = ("configs/quickstart/pretrain.yaml", overrides)
@@ -137,7 +137,7 @@ def _write_runs_and_tables() -> None:
     for config in configurations().values():
         if start := config.train.initial_checkpoint:
             _save(start.from_.removesuffix("/best"), places)
-        for table in map(Path, config.objective.distillation.tables):
+        for table in (Path(table.path) for table in config.objective.distillation.tables):
             _, members = wanted.setdefault(str(table.parent), (config.data.train[0].shards, set()))
             members.add(by_name[table.stem])
     for folder, (shards, runs) in wanted.items():

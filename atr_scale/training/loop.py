@@ -32,10 +32,10 @@ from atr_scale.model import StepContext, count_parameters
 from atr_scale.training.checks import check_batch_size, check_length, check_run_folder, checkpoint_to_resume
 from atr_scale.training.engine import Engine, StepResult
 from atr_scale.training.monitor import Monitor
-from atr_scale.training.parts import RunLength, RunParts, announced, open_parts, open_validation, run_length
+from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
 from atr_scale.training.preemption import PreemptionFlag
 from atr_scale.training.run_info import write_environment
-from atr_scale.training.schedule import learning_rate, seeds
+from atr_scale.training.schedule import RunLength, describe_length, learning_rate, run_length, seeds
 from atr_scale.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -121,11 +121,12 @@ class Training:
             config.train.zero_stage, config.train.precision, self.progress.step, parts.length.steps,
             describe(parts.stream.sources),
         )  # fmt: skip
+        logger.info("%s; visits: %s", *describe_length(config, parts.length))
 
     def _tell_new_length(self, resumed_from: Path) -> None:
         """Log what another length than that of the checkpoint does to the learning rate from here on."""
         saved = checkpoint.read_config(resumed_from, self.config.plugins)
-        old, new, step = run_length(saved, self.parts.stream), self.parts.length, self.progress.step
+        old, new, step = run_length(saved, self.parts.stream.sources), self.parts.length, self.progress.step
         if new.steps != old.steps:
             was, now = (self._learning_rates(step, length)["heads"] for length in (old, new))
             logger.info(
@@ -137,7 +138,7 @@ class Training:
     def run(self) -> None:
         """Train from the current step to the last one, or until a signal has asked for a stop."""
         train, length = self.config.train, self.parts.length
-        evaluate_every = train.evaluate_every or length.epoch_steps
+        evaluate_every = train.evaluate_every or max(1, math.ceil(length.epoch_steps))
         save_every = train.checkpoint_every or evaluate_every
         batches = self._batches()
         self._since_log = Interval()
@@ -198,6 +199,9 @@ class Training:
                 warmup_steps=length.warmup_steps,
                 steps=length.steps,
                 floor=train.lr_floor,
+                schedule=train.schedule,
+                decay_steps=length.decay_steps,
+                cooldown_steps=length.cooldown_steps,
             )
             for name, peak in peaks.items()
         }
@@ -245,7 +249,7 @@ class Training:
             "data_wait": interval.waited / seconds,
             "memory_gb": peak_memory(self.device) / 1e9,
             "samples_seen": float(seen),
-            "epoch": seen / self.config.train.global_batch_size / self.parts.stream.order.epoch_batches,
+            "epoch": seen / self.parts.length.epoch_visits,
             "skipped_steps": float(self.progress.skipped_steps),
             "fp16_overflows": float(self.progress.fp16_overflows),
             **{f"dropped/{reason}": float(n) for reason, n in self.progress.dropped.items()},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 from atr_scale.checkpoint import build_retriever
 from atr_scale.config import RunConfig
 from atr_scale.data.shard_reader import ShardSet, open_shards
-from atr_scale.data.stream import TrainingStream
+from atr_scale.data.stream import TrainingStream, open_sources
 from atr_scale.data.tokenizer import CaptionTokenizer, caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.evaluation.selection import check_labels, check_selection
@@ -23,19 +22,11 @@ from atr_scale.teachers.ensemble import TeacherEnsemble
 from atr_scale.teachers.targets import Constructed, true_targets
 from atr_scale.training.initial_weights import InitialWeights, start_from
 from atr_scale.training.param_groups import freeze
+from atr_scale.training.schedule import RunLength, objective_in_steps, run_length
 
 logger = logging.getLogger(__name__)
 
 LONG_S = 3.0
-
-
-@dataclass(frozen=True)
-class RunLength:
-    """Lengths in optimizer steps: of the whole run, of its warm-up, and of an epoch (rounded up)."""
-
-    steps: int
-    warmup_steps: int
-    epoch_steps: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,11 @@ class RunParts:
 
 
 def open_parts(config: RunConfig, world: World, resume_from: Path | None = None) -> RunParts:
-    """Build the model and open the training data. Raises UserError if a part is missing or does not fit the others."""
+    """Open the training data and build the model. Raises UserError if a part is missing or does not fit the others."""
+    with announced("opening", f"training shards {', '.join(source.shards for source in config.data.train)}"):
+        sources = open_sources(config.data)
+        length = run_length(config, sources)
+    config = objective_in_steps(config, length)
     text, audio = config.model.text.name, config.model.audio
     pretrained = resume_from is None and config.train.initial_checkpoint is None
     weights = f" from {audio.checkpoint}" if audio.checkpoint and pretrained else ""
@@ -64,10 +59,8 @@ def open_parts(config: RunConfig, world: World, resume_from: Path | None = None)
         logger.info("initial weights %s", initial)
     freeze(model, config.train)
     tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
-    with announced("opening", f"training shards {', '.join(source.shards for source in config.data.train)}"):
-        stream = training_stream(config, tokenizer, model.sample_rate, world)
-        teacher = read_teacher(config, stream.sources)
-    return RunParts(model, initial, tokenizer, stream, teacher, run_length(config, stream))
+    stream = training_stream(config, tokenizer, model.sample_rate, world, sources)
+    return RunParts(model, initial, tokenizer, stream, read_teacher(config, sources), length)
 
 
 @contextmanager
@@ -110,8 +103,14 @@ def new_model(
     return Retriever(config.model, config.objective, **options), None
 
 
-def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate: int, world: World) -> TrainingStream:
-    """This rank's stream of training batches at `sample_rate` Hz."""
+def training_stream(
+    config: RunConfig,
+    tokenizer: CaptionTokenizer,
+    sample_rate: int,
+    world: World,
+    sources: Sequence[ShardSet] | None = None,
+) -> TrainingStream:
+    """This rank's stream of training batches at `sample_rate` Hz, from `sources`, by default those of `data.train`."""
     return TrainingStream(
         config.data,
         tokenizer=tokenizer,
@@ -119,6 +118,7 @@ def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate:
         global_batch_size=config.train.global_batch_size,
         seed=config.run.seed,
         world=world,
+        sources=sources,
     )
 
 
@@ -135,14 +135,3 @@ def read_teacher(config: RunConfig, sources: Sequence[ShardSet]) -> TeacherEnsem
     teacher = TeacherEnsemble.read(section) if section.targets == "estimated" else true_targets(section, sources)
     teacher.check(sources)
     return teacher
-
-
-def run_length(config: RunConfig, stream: TrainingStream) -> RunLength:
-    """The lengths that train.steps or train.epochs, and train.warmup_steps, ask for."""
-    train, epoch = config.train, stream.order.epoch_batches / config.train.accum_steps
-    steps = train.steps
-    if steps is None:
-        assert train.epochs is not None
-        steps = max(1, math.ceil(train.epochs * stream.order.epoch_batches / train.accum_steps))
-    warmup = round(0.05 * steps) if train.warmup_steps is None else train.warmup_steps
-    return RunLength(steps, warmup, max(1, math.ceil(epoch)))
