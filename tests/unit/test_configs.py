@@ -110,8 +110,8 @@ def test_a_recipe_makes_the_optimizer_steps_that_it_quotes(path: Path) -> None:
     """Published code drops the last incomplete batch of an epoch; here it opens the next epoch."""
     quoted, about, ours = read_quote(path)
     config = load_config(path)
-    older = {"tap_pmr", "lgmm_cmsc", "co_attention"} & {path.stem, path.parent.name}  # papers on what is left of AudioCaps
-    steps = length_on(config, **({"audiocaps": DOWNLOADED} if older else {})).steps
+    downloaded = {"tap_pmr", "lgmm_cmsc", "co_attention"} & {path.stem, path.parent.name}
+    steps = length_on(config, **({"audiocaps": DOWNLOADED} if downloaded else {})).steps
     if about:
         assert steps == pytest.approx(quoted, rel=0.01)
     elif ours:
