@@ -293,6 +293,12 @@ class DistillationSection(TwoWaySection):
         """A table that is given as its path."""
         return [{"path": x} if isinstance(x, str) else x for x in tables] if isinstance(tables, list) else tables
 
+    @field_validator("targets", mode="before")
+    @classmethod
+    def true_is_a_word(cls, targets: Any) -> Any:
+        """YAML reads `true` as a truth value."""
+        return "true" if targets is True else targets
+
     @model_validator(mode="after")
     def has_teachers(self) -> DistillationSection:
         if self.weight == 0:

@@ -50,5 +50,5 @@ class _Sorted:
         """[m] int64: the row of each wanted value, UNKNOWN if there is none."""
         if not len(self._values):
             return torch.full_like(wanted, UNKNOWN)
-        place = torch.searchsorted(self._values, wanted).clamp(max=len(self._values) - 1)
+        place = torch.searchsorted(self._values, wanted.contiguous()).clamp(max=len(self._values) - 1)
         return torch.where(self._values[place] == wanted, self._rows[place], UNKNOWN)

@@ -37,7 +37,7 @@ BEST = {"caption_best", "caption_scores", "caption_rest", "clip_best", "clip_sco
 LAYOUTS = (EMBEDDINGS, EMBEDDINGS | FOLDS, SCORES, SCORES | {"scores_a2t"}, BEST)
 CHECKSUM = "tensors_sha256"
 DTYPES = {"I64": torch.int64, "I32": torch.int32, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-BLOCK_BYTES = 1 << 24  # of a file, hashed at once
+BLOCK_BYTES = 1 << 20  # of a file, hashed at once
 REMEDY = "run `atr-scale estimate` on the shards of data.train"
 
 
