@@ -140,10 +140,11 @@ class ModelSection(Section):
 
     @classmethod
     def part(cls, key: str, values: Any) -> Any:
+        name = _name_in(values.get(key)) if isinstance(values, dict) else ""
         if key == "audio":
-            return encoder_section(AudioEncoderSection, audio_encoder_options(_name_in(values[key])))
+            return encoder_section(AudioEncoderSection, audio_encoder_options(name))
         if key == "text":
-            return encoder_section(TextEncoderSection, text_encoder_options(_name_in(values[key])))
+            return encoder_section(TextEncoderSection, text_encoder_options(name))
         return super().part(key, values)
 
     @field_validator("audio", "text", mode="before")

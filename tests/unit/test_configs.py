@@ -167,7 +167,7 @@ def test_a_mistake_in_a_configuration_ends_with_2_and_one_line(
         train_rank()
     assert left.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "'train.epoch'" in line and "did you mean 'epochs'" in line
+    assert "'train.epoch'" in line and "did you mean 'train.epochs'" in line
 
 
 def accelerate_settings(file: str) -> dict:
