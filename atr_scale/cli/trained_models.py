@@ -68,6 +68,10 @@ def evaluate(
             device=device,
         )
         if world.is_main:
+            if out is None and (Path(run) / "tensorboard").is_dir():
+                from atr_scale.training.monitor import record_evaluation
+
+                record_evaluation(Path(run), evaluation.results[0].step, {split: evaluation.metrics})
             for name, value in evaluation.metrics.items():
                 print(f"{name:<20} {value:.4f}")
 

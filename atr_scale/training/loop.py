@@ -115,6 +115,7 @@ class Training:
             parts.initial.write(self.run_dir)
         record_training(self.run_dir, config, self.progress.step, parts.length.steps)
         self.monitor.text("configuration", f"```yaml\n{config.to_yaml()}\n```")
+        self.monitor.hyperparameters(config.model_dump(mode="json"))
         logger.info(
             "%s: %.1f M parameters, %d ranks on %s, ZeRO %d, %s, steps %d to %d; reads %s",
             self.run_dir, count_parameters(parts.model.parameters()) / 1e6, self.world.size, self.device.type,
