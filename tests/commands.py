@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
 
 from atr_scale.cli import app
 from atr_scale.config import RunConfig, load_config
+from atr_scale.experiments.grid import combinations, parse_arguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,13 +33,9 @@ def configuration(command: str) -> RunConfig:
 
 
 def sweep(command: str) -> list[RunConfig]:
-    """The configurations of an `atr-scale sweep` command: one for each combination of the values in its lists."""
-    _, verb, file, *words = shlex.split(command)
+    """The configurations of all runs of an `atr-scale sweep` command."""
+    verb, given = parse(command)
     assert verb == "sweep"
-    overrides = [word for word in words if not word.startswith("--") and not word.isdecimal()]
-    axes: list[list[str]] = []
-    for word in overrides:
-        key, _, text = word.partition("=")
-        values = yaml.safe_load(text)
-        axes.append([f"{key}={json.dumps(value)}" for value in values] if isinstance(values, list) else [word])
-    return [load_config(ROOT / file, combination) for combination in itertools.product(*axes)]
+    axes, shared = parse_arguments(given["grid"] or ())
+    grid = [[f"{key}={value}" for key, value in values.items()] for values in combinations(axes)]
+    return [load_config(ROOT / given["config"], [*shared, *values]) for values in grid]

@@ -56,11 +56,16 @@ def runs(command: str) -> list[RunConfig]:
 
 
 def with_variant(command: str, variant: str) -> str:
-    """The command with a variant of its row: lists replace the lists of a sweep, other values are appended."""
-    words = command.split(" '")  # lists are quoted
-    if command.startswith("atr-scale sweep ") and LIST.match(variant):
-        words = [words[0], *(word for word in words[1:] if not LIST.match(word))]
-    return " ".join([words[0], *(f"'{word}" for word in words[1:]), variant])
+    """The command with a variant of its row: a list replaces all lists of a sweep, a value the list of the same key."""
+    words, changed = shlex.split(command), {word.partition("=")[0] for word in shlex.split(variant)}
+    if words[1] == "sweep":
+        replaced = LIST.match(variant) is not None
+        words = [
+            w
+            for w in words
+            if not LIST.match(w) or w.count("[") > 1 or not (replaced or w.partition("=")[0] in changed)
+        ]
+    return f"{shlex.join(words)} {variant}"
 
 
 def test_every_row_has_a_command_or_says_not_yet() -> None:
@@ -103,7 +108,8 @@ def test_variants_are_right(row: Row) -> None:
 def test_trainings_write_to_folders_of_their_own_and_others_read_from_these() -> None:
     configurations = [configuration(command) for command in TRAININGS]
     folders = [config.run.dir for config in configurations]
-    assert len(set(folders)) == len(folders)
+    sweeps = [str(parse(row.command)[1]["out"]) for row in RUNS if row.command.startswith("atr-scale sweep ")]
+    assert len({*folders, *sweeps}) == len(folders) + len(sweeps) and "None" not in sweeps
     starts = (config.train.initial_checkpoint for config in configurations)
     read = {start.from_.removesuffix("/best") for start in starts if start}
     tables = set()
@@ -113,11 +119,11 @@ def test_trainings_write_to_folders_of_their_own_and_others_read_from_these() ->
             read |= {given["run"], given["candidates"]} - {None}
         elif command.startswith(("atr-scale estimate ", "atr-scale compare ")):
             given = parse(command)[1]
-            read |= set(given["runs"])
+            read |= set(map(str, given["runs"]))
             if "estimate" in command:
                 tables |= {f"{given['out']}/{Path(run).name}.safetensors" for run in given["runs"]}
     assert read <= set(folders)
-    assert {table for config in configurations for table in config.objective.distillation.tables} <= tables
+    assert {table.path for config in configurations for table in config.objective.distillation.tables} <= tables
 
 
 @pytest.fixture(scope="module")
