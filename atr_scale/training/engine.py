@@ -262,7 +262,7 @@ def _load_learned(src: dict[str, Tensor], dst: nn.Module) -> None:
     new = sorted(learned.intersection(found.missing_keys))
     if new:
         raise UserError(
-            f"this run was started with an older version, whose model had no {new[0]}: go on with that version, or start "
+            f"this run was started with an older version, whose model had no {new[0]}: go on with that one, or start "
             "a new run from its weights with train.initial_checkpoint"
         )
 

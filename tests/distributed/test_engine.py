@@ -51,9 +51,7 @@ def test_a_run_without_a_parameter_of_this_version_does_not_go_on() -> None:
     """One of version 0.2 with X-Pool's block, which had no biases. What is frozen may be missing."""
     model = build_scorer("tap", dim=8, attention_dim=4, residual=True)
     saved = {name: value for name, value in model.state_dict().items() if name != "weights.out_bias"}
-    with pytest.raises(
-        UserError, match=r"whose model had no weights\.out_bias: go on with that version, or start a new"
-    ):
+    with pytest.raises(UserError, match=r"whose model had no weights\.out_bias: go on with that one, or"):
         _load_learned(saved, model)
     model.requires_grad_(False)
     _load_learned(saved, model)
