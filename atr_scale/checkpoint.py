@@ -35,6 +35,7 @@ from atr_scale.encoders.text_encoders import build_text_encoder, load_text_encod
 from atr_scale.errors import UserError
 from atr_scale.files import sha256_of, sync
 from atr_scale.model import Retriever
+from atr_scale.scorers.tap import with_zero_biases
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def read_weights(location: str | Path) -> dict[str, Tensor]:
     """Read the weights of a run folder or a checkpoint folder. Raises UserError if they are damaged."""
     path = find_checkpoint(location) / WEIGHTS
     try:
-        return load_file(path)
+        return with_zero_biases(load_file(path))
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): give another checkpoint") from None
 
