@@ -273,15 +273,19 @@ class TrainSection(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         None, description="optimizer steps over which the learning rate rises from 0; default: 5 % of all"
     )
-    warmup_epochs: NonNegative | None = Field(None, description="the same length in epochs; give one of both")
+    warmup_epochs: NonNegative | None = Field(
+        None, description="length of the warm-up in epochs, instead of warmup_steps"
+    )
     decay_steps: Count | None = Field(
         None, description="optimizer steps from the first on after which the cosine ends; default: the end of the run"
     )
-    decay_epochs: Positive | None = Field(None, description="the same length in epochs; give one of both")
+    decay_epochs: Positive | None = Field(None, description="end of the cosine in epochs, instead of decay_steps")
     cooldown_steps: Annotated[int, Field(ge=0)] | None = Field(
         None, description="last optimizer steps of a constant schedule, in which the rate falls linearly; default: none"
     )
-    cooldown_epochs: NonNegative | None = Field(None, description="the same length in epochs; give one of both")
+    cooldown_epochs: NonNegative | None = Field(
+        None, description="length of the cool-down in epochs, instead of cooldown_steps"
+    )
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's two moments")
     eps: Positive = Field(1e-8, description="epsilon in AdamW's denominator")
     weight_decay: NonNegative = Field(0.01, description="decoupled weight decay of AdamW")

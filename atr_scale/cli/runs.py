@@ -73,7 +73,8 @@ def plan_command(
         float | None, typer.Option(min=0, help="Price of a GPU hour in USD; by default that of the built-in table.")
     ] = None,
     clips: Annotated[
-        int, typer.Option(min=1, help="Number of clips in the training set; the default is WavCaps.")
+        int,
+        typer.Option(min=1, help="Number of clips (train.epoch_of: captions) in the training set; by default WavCaps."),
     ] = 403_050,
     tokens: Annotated[
         int | None,

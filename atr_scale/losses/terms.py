@@ -171,7 +171,7 @@ class CMSCSection(TwoWaySection):
         0, description="optimizer steps over which beta rises from 0"
     )
     beta_warmup_epochs: NonNegative | None = Field(
-        None, description="the same length in epochs, which training turns into steps; give one of both"
+        None, description="length of beta's rise in epochs, instead of beta_warmup_steps; training turns it into steps"
     )
     target_temperature: Positive | None = Field(
         None, description="temperature of these similarities; default: the model's"

@@ -69,7 +69,13 @@ evaluation, checkpoints, log and memory; any other difference is refused.
 """
 # Units of the keys that hold numbers, by the last part of the key; "" for a number without a unit. By the end of a
 # name first: window_seconds is in seconds.
-ENDINGS = {"_seconds": "s", "_steps": "optimizer steps", "_tokens": "tokens", "_every": "optimizer steps"}
+ENDINGS = {
+    "_seconds": "s",
+    "_steps": "optimizer steps",
+    "_epochs": "epochs",
+    "_tokens": "tokens",
+    "_every": "optimizer steps",
+}
 UNITS = {
     **dict.fromkeys(("seed", "weight", "omega", "beta", "lambda1", "lambda2", "heads", "depth"), ""),
     **dict.fromkeys(("initial", "minimum", "maximum", "temperature", "target_temperature"), ""),
