@@ -86,6 +86,7 @@ def _fill() -> None:
         _link(place, five.shards if "clotho" in place else one.shards)
     for inputs in (one, five):
         _write_paraphrases(inputs.shards)
+    _write_relevance(five.shards, Path("relevance.csv"))
     FOLDER.mkdir()
     for weights in WEIGHTS.values():
         if weights.encoder in SMALL or weights.encoder.startswith("mn"):
@@ -112,6 +113,16 @@ def _write_paraphrases(shards: Path) -> None:
             clip_id, captions, _ = opened.read_text(row)
             record = {"clip_id": clip_id, "caption_index": 0, "caption": captions[0]}
             file.append({**record, "paraphrases": [{"text": f"{captions[0]} indeed"}]})
+
+
+def _write_relevance(shards: Path, path: Path) -> None:
+    """Every caption's own clip and the next one are relevant for it."""
+    opened = open_shards(str(shards))
+    samples = [opened.read_text(row) for row in range(len(opened))]
+    lines = ["query,audio_filenames"]
+    for (clip_id, captions, _), (other, _, _) in zip(samples, samples[1:] + samples[:1], strict=True):
+        lines += [f"{caption},{Path(clip_id).name};{Path(other).name}" for caption in captions]
+    path.write_text("\n".join(lines))
 
 
 def write_original(encoder: str, path: Path) -> None:
