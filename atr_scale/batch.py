@@ -39,7 +39,8 @@ class Batch:
                     that are read and moved.
     lengths:        [b] int64, number of samples of each clip.
     input_ids, attention_mask: [b, L] int64.
-    clip_ids, caption_ids: [b] int64, equal over processes and runs; rows that agree in one of them are positives.
+    clip_ids, caption_ids: [b] int64 of the clip and of the cleaned text of the caption, equal over processes and runs.
+                    Rows that agree in the first, or in either of them, are positives (`objective.positives`).
     caption_index:  [b] int64, number of the caption among the captions of the clip.
     keys:           source of each row, "corpus/shard/key", for audits and error reports.
     dropped:        number of unreadable samples by reason; their rows hold copies of readable ones.
@@ -57,7 +58,7 @@ class Batch:
 
     @property
     def ids(self) -> Tensor:
-        """[b, 2] int64: id of the clip and id of the caption. A pair that agrees in one of them is a positive."""
+        """[b, 2] int64: id of the clip and id of the caption text."""
         return torch.stack([self.clip_ids, self.caption_ids], 1)
 
     def to(self, device: torch.device) -> Batch:

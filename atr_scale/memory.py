@@ -29,3 +29,20 @@ def reset_peak_memory(device: torch.device) -> int | None:
     except OSError:
         return None
     return peak_memory(device)
+
+
+def free_memory() -> int:
+    """Bytes of main memory that new data can take on this machine, within the limit of the process's control group."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        cache = next(
+            int(line.split()[1])
+            for line in (group / "memory.stat").read_text().splitlines()
+            if line.startswith("file ")
+        )
+    except (OSError, ValueError, StopIteration):  # no control group, or no limit
+        return available
+    return min(available, limit - used + cache)

@@ -25,10 +25,11 @@ from atr_scale.distributed.world import World
 from atr_scale.encoders import TextEncoder, TokenSequence, build_audio_encoder, build_text_encoder
 from atr_scale.errors import UserError
 from atr_scale.losses import LossInputs, build_objective
+from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.temperature import Temperature
 from atr_scale.score_block import ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
-from atr_scale.scorers.pooling import mean as mean_over_frames
+from atr_scale.scorers.pooling import mean as mean_over_tokens
 from atr_scale.scorers.scorer import gather_sequence
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,12 +48,12 @@ class StepContext:
 
     step: number of optimizer steps so far; loss terms may depend on it.
     augment_seed: seed of the random draws of the audio encoder, equal on all ranks.
-    teacher: gives the teacher scores [B, b] of all captions of a global batch with the clips of this rank.
+    teacher: gives the soft labels of a global batch, as blocks [B, b] of all its captions with the clips of this rank.
     """
 
     step: int = 0
     augment_seed: int = 0
-    teacher: Callable[[Batch, World], ScoreBlock] | None = None
+    teacher: Callable[[Batch, World], SoftLabels[ScoreBlock]] | None = None
 
 
 NO_CONTEXT = StepContext()
@@ -69,8 +70,9 @@ class Projection(nn.Module):
         elif section.kind == "linear":
             self.map, self.dim = nn.Linear(width, section.dim), section.dim
         else:
-            # Linear, ReLU, Linear at the common width: Mei et al. and WavCaps.
-            self.map = nn.Sequential(nn.Linear(width, section.dim), nn.ReLU(), nn.Linear(section.dim, section.dim))
+            # Linear, ReLU, Linear, with a hidden width of 2048 in Mei et al. and of `dim` in WavCaps.
+            hidden = section.hidden_dim or section.dim
+            self.map = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, section.dim))
             self.dim = section.dim
 
     def forward(self, sequence: TokenSequence, with_tokens: bool) -> TokenSequence:
@@ -113,6 +115,7 @@ class Retriever(nn.Module):
         self.scorer = build_scorer(model.scorer.name, dim=self.audio_projection.dim, **model.scorer.options)
         self.temperature = _temperature(objective.temperature)
         self.objective = build_objective(objective.terms)
+        self.positives, self.positives_mean = objective.positives, objective.positives_mean
         self.reads_audio_tokens = self.scorer.reads_audio_tokens or "audio_tokens" in self.objective.inputs
         self.reads_text_tokens = self.scorer.reads_text_tokens or "text_tokens" in self.objective.inputs
 
@@ -169,7 +172,7 @@ class Retriever(nn.Module):
         """Inputs of the objective. encoded: the encoded rows of `batch`."""
         world, (text, audio) = World.current(), encoded
 
-        def teacher() -> ScoreBlock:
+        def teacher() -> SoftLabels[ScoreBlock]:
             assert context.teacher is not None, "a loss term needs a teacher and none is given"
             return context.teacher(batch, world)
 
@@ -177,17 +180,15 @@ class Retriever(nn.Module):
             block=self.scorer.block(text, audio, world),
             temperature=self.temperature(),
             own_ids=batch.ids,
-            text=lambda: _unit(text.pooled),
-            audio=lambda: _unit(self._whole_clip(audio)),
+            text=lambda: _unit(whole(text, self.scorer.reads_text_tokens)),
+            audio=lambda: _unit(whole(audio, self.scorer.reads_audio_tokens)),
             text_tokens=lambda: gather_sequence(text, world, with_tokens=True),
             audio_tokens=lambda: gather_sequence(audio, world, with_tokens=True),
             teacher=teacher,
             step=context.step,
+            positives=self.positives,
+            positives_mean=self.positives_mean,
         )
-
-    def _whole_clip(self, audio: TokenSequence) -> Tensor:
-        """One embedding per clip [b, D], from the part of the sequence that the scorer reads."""
-        return mean_over_frames(audio) if self.scorer.reads_audio_tokens else audio.pooled
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, except for frozen modules, whose dropout stays off."""
@@ -211,6 +212,15 @@ class Retriever(nn.Module):
                 group = {"audio_encoder": "audio", "text_encoder": "text"}.get(name.split(".", 1)[0], "heads")
                 groups[group].append((name, parameter))
         return groups
+
+
+def whole(sequence: TokenSequence, by_tokens: bool) -> Tensor:
+    """One embedding [b, D] for each clip or caption: the mean over its real tokens, or the encoder's pooled embedding.
+
+    by_tokens: whether the scorer reads the tokens. Losses inside a modality then train the embeddings that the scorer
+    aligns, and not a pooled one beside them, which nothing else would train.
+    """
+    return mean_over_tokens(sequence) if by_tokens else sequence.pooled
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:

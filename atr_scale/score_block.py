@@ -61,6 +61,13 @@ class ScoreBlock(ABC):
         return self.world.gather(self.local().T).T
 
     @abstractmethod
+    def take(self, rows: Tensor, columns: Tensor) -> ScoreBlock:
+        """The block of some rows and of some local columns (int64), with an autograd graph; all ranks call this.
+
+        The rows are the same on every rank; a rank may keep no column.
+        """
+
+    @abstractmethod
     def new_gradients(self) -> tuple[Tensor, ...]:
         """Zeros to accumulate gradients in, one tensor for each of `tensors`."""
 
@@ -110,6 +117,8 @@ class EmbeddingScores(ScoreBlock):
 
     def bound(self) -> Tensor:
         text, audio = self._text, self._audio
+        if not text.numel() or not audio.numel():
+            return torch.zeros((), dtype=self.dtype, device=self.device)
         longest: list[Tensor] = [torch.linalg.vector_norm(x, dim=1, dtype=self.dtype).amax() for x in (text, audio)]
         return longest[0] * longest[1]
 
@@ -120,6 +129,9 @@ class EmbeddingScores(ScoreBlock):
 
     def local(self) -> Tensor:
         return at_least_fp32(self.text) @ at_least_fp32(self.audio).T
+
+    def take(self, rows: Tensor, columns: Tensor) -> ScoreBlock:
+        return EmbeddingScores(self.text[rows], self.audio[columns], self.world)
 
     def new_gradients(self) -> tuple[Tensor, ...]:
         return tuple(torch.zeros_like(x, dtype=self.dtype) for x in (self._text, self._audio))
@@ -156,6 +168,9 @@ class ModalityScores(EmbeddingScores):
         embeddings = at_least_fp32(self.audio)
         return self.world.gather(embeddings) @ embeddings.T
 
+    def take(self, rows: Tensor, columns: Tensor) -> ScoreBlock:
+        raise NotImplementedError("a part of these scores is not symmetric")
+
     def new_gradients(self) -> tuple[Tensor, ...]:
         return (torch.zeros_like(self._audio, dtype=self.dtype),)
 
@@ -181,6 +196,8 @@ class StoredScores(ScoreBlock):
         return (self.scores,)
 
     def bound(self) -> Tensor:
+        if not self.scores.numel():
+            return torch.zeros((), dtype=self.dtype, device=self.device)
         lowest, highest = torch.aminmax(self.scores.detach())
         return torch.maximum(-lowest, highest).to(self.dtype)
 
@@ -192,6 +209,9 @@ class StoredScores(ScoreBlock):
     def local(self) -> Tensor:
         return at_least_fp32(self.scores)
 
+    def take(self, rows: Tensor, columns: Tensor) -> ScoreBlock:
+        return StoredScores(self.scores[rows][:, columns], self.world)
+
     def new_gradients(self) -> tuple[Tensor, ...]:
         return (torch.zeros_like(self.scores, dtype=self.dtype),)
 
@@ -200,7 +220,7 @@ class StoredScores(ScoreBlock):
 
     def inner_product(self, gradients: tuple[Tensor, ...]) -> Tensor:
         parts = (gradients[0][:, columns] * self.stripe(columns) for columns in self.stripes())
-        return torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum()
+        return sum((part.sum(dtype=torch.float64) for part in parts), torch.zeros((), device=self.device).double())
 
 
 def at_least_fp32(value: Tensor) -> Tensor:

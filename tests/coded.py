@@ -59,6 +59,9 @@ class NumberTokenizer(CaptionTokenizer):
     def __init__(self) -> None:
         pass
 
+    def clean(self, caption: str) -> str:
+        return caption
+
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         ids = torch.tensor([[int(n) for n in re.findall(r"\d+", caption)] for caption in captions])
         return ids, torch.ones_like(ids)

@@ -26,13 +26,18 @@ BLOCKS: dict[str, MakeBlock] = {
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nt_xent": ("nt_xent", {}),
+    "nt_xent_share": ("nt_xent", {"t2a_share": 0.8}),
+    "nt_xent_pairs": ("nt_xent", {"t2a_share": 0.3, "positives_mean": "pairs"}),
     "pmr": ("pmr", {"omega": 4.0}),
+    "pmr_share": ("pmr", {"omega": 4.0, "t2a_share": 1.0}),
+    "pmr_pairs": ("pmr", {"omega": 4.0, "t2a_share": 0.7, "positives_mean": "pairs"}),
     "pmr_detached": ("pmr", {"omega": 4.0, "detach_prior": True}),
     "pmr_by_batch": ("pmr", {"omega": 0.1, "scale_by_batch": True}),
     "pmr_sharp": ("pmr", {"omega": 120.0}),
     "distillation": ("distillation", {}),
     "cmsc": ("cmsc", {"beta": 0.3, "target_temperature": 0.2}),
     "cmsc_add": ("cmsc", {"beta": 0.3, "target_temperature": 0.2, "mode": "add"}),
+    "cmsc_share": ("cmsc", {"beta": 0.3, "target_temperature": 0.2, "t2a_share": 0.2}),
     "cmsc_hard": ("cmsc", {"beta": 0.0, "target_temperature": 0.2}),
     "cmsc_soft": ("cmsc", {"beta": 1.0, "target_temperature": 0.05}),
     "intra_modal": ("intra_modal", {}),

@@ -34,7 +34,7 @@ def start(config: RunConfig) -> tuple[Engine, Iterator[Batch]]:
     """A new engine on this rank, with its batches."""
     world = World.current()
     torch.manual_seed(config.run.seed)
-    model = new_model(config, world)
+    model, _ = new_model(config, world)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -69,7 +69,7 @@ def curve(config: RunConfig, updates: int) -> dict[str, Any]:
     for number in range(updates):
         taken = [next(batches) for _ in range(train.accum_steps)]
         drawn = seeds(config.run.seed, number, len(taken), engine.world.rank)
-        result = engine.update(taken, rates, drawn, StepContext(number, teacher=teacher.block if teacher else None))
+        result = engine.update(taken, rates, drawn, StepContext(number, teacher=teacher.labels if teacher else None))
         assert result.applied
         found["loss"].append(result.terms["loss"])
         found["norm"].append(result.gradient_norm)

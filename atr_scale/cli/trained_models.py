@@ -81,11 +81,21 @@ def estimate_command(
     runs: Annotated[
         list[str], typer.Argument(help="Run folders (their best checkpoints are used) or checkpoints/step-N.")
     ],
-    shards: Annotated[str, typer.Option(help="Shards of the split that the second stage trains on.")],
+    shards: Annotated[
+        list[str],
+        typer.Option(help="Shards that the second stage trains on; once for each set, one table covers all of them."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the teacher tables, estimate.json and report.md.")],
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Number of clips embedded at once; by default evaluation.batch_size.")
     ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Scores of a pairwise scorer kept for every caption and clip; by default all."),
+    ] = None,
+    cross_fit: Annotated[
+        bool, typer.Option("--cross-fit", help="Join runs that each left out one fold (data.folds) to one table.")
+    ] = False,
     plugins: Plugins = None,
 ) -> None:
     """Write teacher tables for a second stage of training.
@@ -94,8 +104,11 @@ def estimate_command(
     with each other. A table that exists already is kept.
 
     \b
-    Example:
+    Examples:
       atr-scale estimate runs/a runs/b --shards shards/train --out teachers
+      atr-scale estimate runs/tap --top-k 128 --shards shards/clotho/train \\
+          --shards shards/audiocaps/train --out teachers
+      atr-scale estimate runs/fold0 runs/fold1 --cross-fit --shards shards/train --out teachers
 
     \b
     Two processes:
@@ -107,7 +120,15 @@ def estimate_command(
 
     with distributed() as (world, device):
         comparison = write_teacher_tables(
-            runs, shards=shards, out=out, batch_size=batch_size, plugins=plugins or (), world=world, device=device
+            runs,
+            shards=shards,
+            out=out,
+            batch_size=batch_size,
+            top_k=top_k,
+            cross_fit=cross_fit,
+            plugins=plugins or (),
+            world=world,
+            device=device,
         )
     if comparison is not None:
         print(comparison.table())
@@ -119,7 +140,7 @@ def doctor_command(
         str | None, typer.Option(help="Name of an audio encoder; by default the one that --checkpoint fits.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint to load: an original file or a transformers folder.")
+        str | None, typer.Option(help="Checkpoint: a name of fetch-weights, an original file or a transformers folder.")
     ] = None,
     audio: Annotated[Path | None, typer.Option(help="Recording to tag with the classifier of the checkpoint.")] = None,
     labels: Annotated[

@@ -42,7 +42,7 @@ def collate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         clip_ids=torch.tensor([stable_id(clip.clip_id) for clip in clips]),
-        caption_ids=torch.tensor([caption_id(clip.caption) for clip in clips]),
+        caption_ids=torch.tensor([caption_id(tokenizer.clean(clip.caption)) for clip in clips]),
         caption_index=torch.tensor([clip.caption_index for clip in clips]),
         keys=[clip.place for clip in clips],
         dropped=dropped,

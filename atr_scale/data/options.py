@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from atr_scale.sections import Count, Positive, Section
 
@@ -30,9 +30,24 @@ class CaptionSection(Section):
         description="text cleaning before the tokenizer: none; wavcaps (lower case, most punctuation replaced by "
         "spaces); lower_no_punctuation (lower case, all punctuation removed)",
     )
-    max_tokens: Annotated[int, Field(ge=4, le=512)] = Field(
-        64, description="longer captions are cut to this many tokens, special tokens included"
+    max_tokens: Annotated[int, Field(ge=4)] | None = Field(
+        64,
+        description="longer captions are cut to this many tokens, special tokens included; null: only to the text "
+        "encoder's own limit, which always holds",
     )
+
+
+class FoldsSection(Section):
+    """Clips that training leaves out, for which a model is then an unbiased teacher."""
+
+    count: Annotated[int, Field(ge=2)] = Field(description="number of folds, into which the keys of samples are hashed")
+    held_out: Annotated[int, Field(ge=0)] = Field(description="fold that training leaves out, from 0 to count - 1")
+
+    @model_validator(mode="after")
+    def is_a_fold(self) -> FoldsSection:
+        if self.held_out >= self.count:
+            raise ValueError(f"held_out must be below count = {self.count}, got {self.held_out}")
+        return self
 
 
 class DataSection(Section):
@@ -61,6 +76,9 @@ class DataSection(Section):
     )
     max_drop_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="training stops if more than this fraction of its samples is unreadable"
+    )
+    folds: FoldsSection | None = Field(
+        None, description="train without the clips of one fold, as a member of cross-fitted teachers; null: on all"
     )
     captions: CaptionSection = Field(CaptionSection(), description="how captions become token ids")
     augmented_captions: Annotated[float, Field(ge=0, le=1)] = Field(

@@ -36,19 +36,25 @@ CLEANING: dict[str, Callable[[str], str]] = {
 
 
 class CaptionTokenizer:
-    """Captions -> (input_ids, attention_mask), each [captions, L] int64; cleaned, then cut to `max_tokens` tokens.
+    """Captions -> (input_ids, attention_mask), each [captions, L] int64; cleaned, then cut if they are too long.
 
     tokenizer: the text encoder's, with the call signature of transformers' tokenizers. cleaning: a name in CLEANING.
+    max_tokens: of a caption, special tokens included; None: as many as the text encoder takes, the tokenizer's
+    `model_max_length`, which is never exceeded.
     """
 
-    def __init__(self, tokenizer: Callable[..., Any], cleaning: str = "none", max_tokens: int = 64) -> None:
+    def __init__(self, tokenizer: Callable[..., Any], cleaning: str = "none", max_tokens: int | None = 64) -> None:
         self._tokenizer = tokenizer
-        self._clean = CLEANING[cleaning]
-        self._max_tokens = max_tokens
+        self._rule = CLEANING[cleaning]
+        own: int | None = getattr(tokenizer, "model_max_length", None)
+        self._max_tokens = max_tokens if max_tokens is None or own is None else min(max_tokens, own)
+
+    def clean(self, caption: str) -> str:
+        """The caption as the text encoder reads it. One that cleaning would empty (punctuation alone) is unchanged."""
+        return self._rule(caption) or caption
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        # A caption that cleaning would empty (punctuation alone) stays unchanged.
-        cleaned = [self._clean(c) or c for c in captions]
+        cleaned = [self.clean(c) for c in captions]
         out = self._tokenizer(cleaned, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
         return out["input_ids"], out["attention_mask"]
 

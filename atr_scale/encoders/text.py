@@ -37,10 +37,14 @@ class TextEncoderOptions(Section):
 
 
 class Tokenizer(Protocol):
-    """Called like a tokenizer of transformers: captions -> "input_ids" and "attention_mask", int64 [captions, T]."""
+    """Called like a tokenizer of transformers: captions -> "input_ids" and "attention_mask", int64 [captions, T].
+
+    max_length: the largest T; None stands for the largest that the encoder takes. A tokenizer may state that number as
+    its attribute `model_max_length`: then no larger one is asked for.
+    """
 
     def __call__(
-        self, captions: list[str], *, padding: bool, truncation: bool, max_length: int, return_tensors: str
+        self, captions: list[str], *, padding: bool, truncation: bool, max_length: int | None, return_tensors: str
     ) -> Mapping[str, Tensor]: ...
 
 

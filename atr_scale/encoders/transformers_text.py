@@ -5,6 +5,7 @@ Shape suffixes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,8 @@ class TransformersTextEncoder(TextEncoder):
         self.transformer, self.tokenizer = transformer, tokenizer
         self.dim = transformer.config.hidden_size
         self.options = options
+        if tokenizer is not None:  # files of a tokenizer may state no limit, or a larger one than the model's
+            tokenizer.model_max_length = min(tokenizer.model_max_length, self._positions())
         special_ids = {getattr(tokenizer, name, None) for name in SPECIAL_TOKEN_IDS} - {None}
         self.register_buffer("special_ids", torch.tensor(sorted(special_ids)), persistent=False)
 
@@ -146,6 +149,16 @@ class TransformersTextEncoder(TextEncoder):
             else:
                 embeddings.append(name)
         return [tuple(embeddings), *map(tuple, layers)]
+
+    def _positions(self) -> float:
+        """Number of tokens that the model has positions for; infinity if it states none."""
+        for name, module in self.transformer.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                # In the RoBERTa family positions start behind that of padding.
+                unused = 0 if module.padding_idx is None else module.padding_idx + 1
+                return module.num_embeddings - unused
+        limit: float = getattr(self.transformer.config, "max_position_embeddings", math.inf)
+        return limit
 
     def _stack(self) -> str | None:
         """Name of the module list of the layers in the transformer, None if the layers share their weights."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import ast
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,15 +47,23 @@ def read_relevance(path: str | Path, shards: ShardSet, embedded: Embedded) -> ND
     of the split.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no relevance file at {path}: give an npz file of grades, or a CSV with query and file names")
-    grades = _from_npz(path, shards, embedded) if path.suffix == ".npz" else _from_csv(path, embedded)
+    grades = _from_npz(path, shards, embedded) if path.suffix == ".npz" else grades_of_csv(path, embedded)
     if not grades.any():
         raise UserError(f"{path} grades no caption and clip of {shards.location}: give the file of this split")
     return grades
 
 
-class _Grades(NamedTuple):
+class Texts(Protocol):
+    """Captions [C] and clip ids [N] of a split."""
+
+    @property
+    def captions(self) -> list[str]: ...
+
+    @property
+    def clip_ids(self) -> list[str]: ...
+
+
+class Grades(NamedTuple):
     """Content of an npz file. rows: row of each (clip id, caption index). columns: column of each clip id."""
 
     grades_CN: NDArray[np.floating]
@@ -64,7 +72,7 @@ class _Grades(NamedTuple):
 
 
 def _from_npz(path: Path, shards: ShardSet, embedded: Embedded) -> NDArray[np.float32]:
-    known = _read_npz(path)
+    known = read_grades(path)
     index = np.arange(len(embedded.owner)) - np.searchsorted(embedded.owner, embedded.owner)
     captions = [(embedded.clip_ids[owner], int(k)) for owner, k in zip(embedded.owner, index, strict=True)]
     unknown = [clip for clip in embedded.clip_ids if clip not in known.columns]
@@ -78,7 +86,9 @@ def _from_npz(path: Path, shards: ShardSet, embedded: Embedded) -> NDArray[np.fl
     return known.grades_CN[chosen].astype(np.float32)
 
 
-def _read_npz(path: Path) -> _Grades:
+def read_grades(path: Path) -> Grades:
+    """The grades of an npz file. Raises UserError if it is none."""
+    _must_exist(path)
     needed = ", ".join(f"{name} {shape}" for name, (_, shape) in ARRAYS.items())
     try:
         if not zipfile.is_zipfile(path):
@@ -104,15 +114,22 @@ def _read_npz(path: Path) -> _Grades:
     rows = {key: row for row, key in enumerate(keys)}
     if (len(rows), len(columns)) != grades_CN.shape:
         raise UserError(f"{path} names a clip or a caption twice: each needs one column, or one row")
-    return _Grades(grades_CN, rows, columns)
+    return Grades(grades_CN, rows, columns)
 
 
-def _from_csv(path: Path, embedded: Embedded) -> NDArray[np.float32]:
-    columns = {Path(clip).stem: column for column, clip in enumerate(embedded.clip_ids)}
+def _must_exist(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"no relevance file at {path}: give an npz file of grades, or a CSV with query and file names")
+
+
+def grades_of_csv(path: Path, texts: Texts) -> NDArray[np.float32]:
+    """[C, N] float32: 1 for the clips that a CSV file names for a caption, else 0. UserError if it cannot be read."""
+    _must_exist(path)
+    columns = {Path(clip).stem: column for column, clip in enumerate(texts.clip_ids)}
     rows: dict[int, list[int]] = {}
-    for row, caption in enumerate(embedded.captions):
+    for row, caption in enumerate(texts.captions):
         rows.setdefault(caption_id(caption), []).append(row)
-    grades = np.zeros((len(embedded.captions), len(embedded.clip_ids)), np.float32)
+    grades = np.zeros((len(texts.captions), len(texts.clip_ids)), np.float32)
     lines = read_table(path)
     query, names = (next((name for name in known if name in lines[0]), None) for known in (QUERY_COLUMNS, CLIP_COLUMNS))
     if query is None or names is None:

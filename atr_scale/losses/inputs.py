@@ -12,7 +12,8 @@ from functools import cached_property
 from torch import Tensor
 
 from atr_scale.batch import TokenSequence
-from atr_scale.losses.targets import Ids, positives_mask
+from atr_scale.losses.soft_labels import SoftLabels
+from atr_scale.losses.targets import Ids, PositivesMean, PositivesRule, positives_mask
 from atr_scale.score_block import ModalityScores, ScoreBlock
 
 
@@ -22,11 +23,14 @@ class LossInputs:
 
     block:       scores [B, b] of all texts against this rank's audios.
     temperature: (1,), the model's.
-    own_ids:     [b, k] int64 of this rank's pairs, (clip, caption text); a pair is positive if any column agrees.
-    text, audio: embeddings [b, D] of unit length, one for each caption and each clip of this rank.
+    own_ids:     [b, 2] int64 of this rank's pairs, (clip, caption text).
+    text, audio: embeddings [b, D] of unit length, one for each caption and each clip of this rank: the mean over the
+                 tokens if the scorer reads them, else the pooled embedding.
     text_tokens, audio_tokens: token sequences [B, T, D] of all ranks.
-    teacher:     scores [B, b] of the teachers, the mean over the ensemble.
+    teacher:     soft labels of the batch, from the scores [B, b] of its teachers.
     step:        optimizer steps made so far.
+    positives, positives_mean: which pairs are positives, and what a direction of a loss is the mean of, as the
+    objective's options of these names say.
     """
 
     block: ScoreBlock
@@ -36,13 +40,21 @@ class LossInputs:
     audio: Callable[[], Tensor]
     text_tokens: Callable[[], TokenSequence]
     audio_tokens: Callable[[], TokenSequence]
-    teacher: Callable[[], ScoreBlock]
+    teacher: Callable[[], SoftLabels[ScoreBlock]]
     step: int = 0
+    positives: PositivesRule = "clip_and_text"
+    positives_mean: PositivesMean = "queries"
 
     @cached_property
     def ids(self) -> Ids:
         """(ids [B, k] of all texts, ids [b, k] of this rank's audios), as the tiled losses take positives."""
-        return self.block.world.gather(self.own_ids), self.own_ids
+        compared = slice(1) if self.positives == "clip" else slice(None)
+        return self.all_ids[:, compared], self.own_ids[:, compared]
+
+    @cached_property
+    def all_ids(self) -> Tensor:
+        """[B, 2] int64 of all pairs, (clip, caption text)."""
+        return self.block.world.gather(self.own_ids)
 
     @cached_property
     def text_block(self) -> ScoreBlock:
@@ -55,8 +67,8 @@ class LossInputs:
         return ModalityScores(self.audio(), self.block.world)
 
     @cached_property
-    def teacher_block(self) -> ScoreBlock:
-        """Scores [B, b] of the teachers."""
+    def soft_labels(self) -> SoftLabels[ScoreBlock]:
+        """Soft labels of the batch, as blocks of teacher scores."""
         return self.teacher()
 
     @cached_property
@@ -73,10 +85,12 @@ class WholeInputs:
 
     scores:         [B, B], every text against every audio, at least fp32.
     temperature:    (1,), of the softmax over scores.
-    positives:      [B, B] bool, pairs of one clip or of one caption text. Text i belongs to audio i, so the same
-                    matrix marks equal clips and captions inside a modality.
+    positives:      [B, B] bool, pairs of one clip or, if the objective says so, of one caption text. Text i belongs to
+                    audio i, so the same matrix marks equal clips and captions inside a modality.
+    positives_mean: "queries" or "pairs", what a direction of a loss with several positives is the mean of.
     text_scores, audio_scores: [B, B], cosines inside a modality, with a gradient.
-    teacher_scores: [B, B], the teachers' scores, without a gradient.
+    teacher_scores: [B, B], the teachers' scores, their mean by weight, without a gradient; 0 for a pair without one.
+    soft_labels:    SoftLabels, the teachers' scores one by one, as matrices [B, B] without a gradient.
     clip_ids, caption_ids: [B] int64, stable ids of clips and of caption texts.
     text_embeddings, audio_embeddings: [B, D] of unit length, one for each caption and each clip.
     text_tokens, audio_tokens: TokenSequence [B, T, D].
@@ -100,6 +114,10 @@ class WholeInputs:
         return positives_mask(ids, ids)
 
     @cached_property
+    def positives_mean(self) -> PositivesMean:
+        return self._inputs.positives_mean
+
+    @cached_property
     def text_scores(self) -> Tensor:
         return self.text_embeddings @ self.text_embeddings.T
 
@@ -109,15 +127,19 @@ class WholeInputs:
 
     @cached_property
     def teacher_scores(self) -> Tensor:
-        return self._inputs.teacher_block.whole().detach()
+        return self.soft_labels.mean_scores()
+
+    @cached_property
+    def soft_labels(self) -> SoftLabels[Tensor]:
+        return self._inputs.soft_labels.whole()
 
     @cached_property
     def clip_ids(self) -> Tensor:
-        return self._inputs.ids[0][:, 0]
+        return self._inputs.all_ids[:, 0]
 
     @cached_property
     def caption_ids(self) -> Tensor:
-        return self._inputs.ids[0][:, 1]
+        return self._inputs.all_ids[:, 1]
 
     @cached_property
     def text_embeddings(self) -> Tensor:

@@ -6,6 +6,7 @@ Shape suffixes: B texts of the global batch, b audios of this rank, k id columns
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from atr_scale.errors import UserError
 from atr_scale.score_block import ScoreBlock
 
 Ids = tuple[Tensor, Tensor]
+# Which pairs are positives: those of one clip, or also those of one caption text.
+PositivesRule = Literal["clip", "clip_and_text"]
+# What a direction of a loss is the mean of: queries, whose positives share one weight, or all positive pairs.
+PositivesMean = Literal["queries", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -59,17 +64,21 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Positives(Pairs):
-    """The positive pairs of a score block.
+    """The positive pairs of a score block, as hard targets of its queries.
 
-    row_weight:     [B] float64, 1 / number of positives of a text over all ranks, 0 if it has none.
-    column_weight:  [b] float64, the same for an audio.
+    row_share:  [B] float64, the target of each positive pair of a text: 1 / number of its pairs, over all ranks; in a
+                mean over pairs, number of texts / number of all pairs.
+    row_sum:    [B] float64, the sum of a text's targets; 0 if it has no positive.
+    column_share, column_sum: [b] float64, the same for an audio.
     """
 
-    row_weight: Tensor
-    column_weight: Tensor
+    row_share: Tensor
+    row_sum: Tensor
+    column_share: Tensor
+    column_sum: Tensor
 
     @staticmethod
-    def of(block: ScoreBlock, ids: Ids | None = None) -> Positives:
+    def of(block: ScoreBlock, ids: Ids | None = None, mean: PositivesMean = "queries") -> Positives:
         """Pairs in which any id column agrees; ids: (of texts [B, k], of audios [b, k]) int64.
 
         Without ids, text i belongs to audio i of the global batch. Raises UserError as `Pairs` does.
@@ -77,14 +86,22 @@ class Positives(Pairs):
         pairs = Pairs.by_position(block) if ids is None else Pairs.agreeing(block, ids)
         row_count = block.sum(torch.bincount(pairs.rows, minlength=block.shape[0]).double())
         column_count = torch.bincount(pairs.columns, minlength=block.shape[1]).double()
-        return Positives(pairs.rows, pairs.columns, _reciprocal(row_count), _reciprocal(column_count))
+        if mean == "pairs":
+            each = _reciprocal(row_count.sum())
+            rows, columns = (each * queries for queries in (block.shape[0], block.num_columns))
+            row_share, column_share = rows.expand_as(row_count), columns.expand_as(column_count)
+        else:
+            row_share, column_share = _reciprocal(row_count), _reciprocal(column_count)
+        return Positives(
+            pairs.rows, pairs.columns, row_share, row_share * row_count, column_share, column_share * column_count
+        )
 
     @staticmethod
     def none(block: ScoreBlock) -> Positives:
         """No positives, for losses with soft targets alone."""
         nothing = torch.empty(0, dtype=torch.int64, device=block.device)
         rows, columns = (torch.zeros(size, dtype=torch.float64, device=block.device) for size in block.shape)
-        return Positives(nothing, nothing, rows, columns)
+        return Positives(nothing, nothing, rows, rows, columns, columns)
 
 
 def positives_mask(text_ids: Tensor, audio_ids: Tensor) -> Tensor:

@@ -11,12 +11,14 @@ import re
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from atr_scale.errors import UserError
 from atr_scale.losses import dense, tiled
 from atr_scale.losses.inputs import INPUTS, LossInputs
+from atr_scale.losses.soft_labels import SoftLabels
+from atr_scale.losses.targets import PositivesMean
 from atr_scale.losses.tiled.tiles import LOSS_BYTES
 from atr_scale.sections import NonNegative, Positive, Section, Share
 
@@ -112,7 +114,15 @@ class LossTerm(nn.Module):
         return loss.detach() + (loss - loss.detach()) / inputs.block.world.size
 
 
-class NTXentSection(TermSection):
+class TwoWaySection(TermSection):
+    """Options of every term that has a direction t2a and a direction a2t."""
+
+    t2a_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="part of the term that is its text-to-audio direction; the rest is audio-to-text"
+    )
+
+
+class NTXentSection(TwoWaySection):
     weight: NonNegative = Field(1.0, description="factor of the term in the loss; 0 leaves it out")
 
 
@@ -120,15 +130,17 @@ class NTXent(LossTerm):
     """`dense.nt_xent`."""
 
     Section = NTXentSection
+    section: NTXentSection
 
-    def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor) -> Tensor:
-        return dense.nt_xent(scores, temperature, positives)
+    def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor, positives_mean: PositivesMean) -> Tensor:
+        return dense.nt_xent(scores, temperature, positives, self.section.t2a_share, positives_mean)
 
     def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
-        return tiled.nt_xent(inputs.block, inputs.temperature, inputs.ids, kept_bytes)
+        share, mean = self.section.t2a_share, inputs.positives_mean
+        return tiled.nt_xent(inputs.block, inputs.temperature, inputs.ids, kept_bytes, share, mean)
 
 
-class PMRSection(TermSection):
+class PMRSection(TwoWaySection):
     omega: Positive = Field(5.0, description="inverse temperature of the prior's softmax")
     detach_prior: bool = Field(False, description="whether the prior is constant, without a gradient through it")
     scale_by_batch: bool = Field(
@@ -142,19 +154,24 @@ class PMR(LossTerm):
     Section = PMRSection
     section: PMRSection
 
-    def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor) -> Tensor:
-        own = self.section
-        return dense.pmr(scores, temperature, own.omega, positives, own.detach_prior, own.scale_by_batch)
+    def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor, positives_mean: PositivesMean) -> Tensor:
+        return dense.pmr(scores, temperature, positives=positives, **self._options(positives_mean))
 
     def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
-        own = self.section
-        return tiled.pmr(inputs.block, inputs.temperature, own.omega, inputs.ids, own.detach_prior, own.scale_by_batch)
+        options = self._options(inputs.positives_mean)
+        return tiled.pmr(inputs.block, inputs.temperature, positives=inputs.ids, **options)
+
+    def _options(self, positives_mean: PositivesMean) -> dict[str, Any]:
+        return {**self.section.model_dump(exclude={"weight"}), "positives_mean": positives_mean}
 
 
-class CMSCSection(TermSection):
+class CMSCSection(TwoWaySection):
     beta: Share = Field(0.2, description="part of the targets that comes from similarities inside a modality")
     beta_warmup_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="optimizer steps over which beta rises from 0"
+    )
+    beta_warmup_epochs: NonNegative | None = Field(
+        None, description="length of beta's rise in epochs, instead of beta_warmup_steps; training turns it into steps"
     )
     target_temperature: Positive | None = Field(
         None, description="temperature of these similarities; default: the model's"
@@ -162,6 +179,12 @@ class CMSCSection(TermSection):
     mode: Literal["each", "add"] = Field(
         "each", description="each: similarities of texts for t2a, of audios for a2t; add: their mean for both"
     )
+
+    @model_validator(mode="after")
+    def one_warmup(self) -> CMSCSection:
+        if self.beta_warmup_steps and self.beta_warmup_epochs is not None:
+            raise ValueError("give beta_warmup_steps or beta_warmup_epochs: set the steps to 0, or the epochs to null")
+        return self
 
 
 class CMSC(LossTerm):
@@ -179,8 +202,17 @@ class CMSC(LossTerm):
         positives: Tensor,
         step: int,
     ) -> Tensor:
-        targets, mode = self._target_temperature(temperature), self.section.mode
-        return dense.cmsc(scores, text_scores, audio_scores, temperature, self._beta(step), targets, positives, mode)
+        return dense.cmsc(
+            scores,
+            text_scores,
+            audio_scores,
+            temperature,
+            self._beta(step),
+            self._target_temperature(temperature),
+            positives,
+            self.section.mode,
+            self.section.t2a_share,
+        )
 
     def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
         return tiled.cmsc(
@@ -193,6 +225,7 @@ class CMSC(LossTerm):
             inputs.ids,
             self.section.mode,
             kept_bytes,
+            self.section.t2a_share,
         )
 
     def _beta(self, step: int) -> float:
@@ -224,28 +257,100 @@ class IntraModal(LossTerm):
         return torch.stack(both).mean()
 
 
-class DistillationSection(TermSection):
-    tables: list[str] = Field([], description="files of teacher tables, as `atr-scale estimate` writes them")
+class TeacherTableSection(Section):
+    """One teacher of an ensemble."""
+
+    path: str = Field(description="file of a teacher table, as `atr-scale estimate` writes it")
+    weight: Positive = Field(1.0, description="weight of the teacher; those of all teachers are scaled to sum 1")
+    temperature: Positive | None = Field(
+        None, description="temperature of the teacher's scores; default: that of the term"
+    )
+
+
+class DistillationSection(TwoWaySection):
+    tables: list[TeacherTableSection] = Field(
+        [], description="teacher tables: files, or mappings of path, weight and temperature"
+    )
     temperature: Positive | None = Field(None, description="temperature of student and teachers; default: the model's")
+    ensemble: Literal["cosines", "probabilities"] = Field(
+        "cosines", description="what is averaged over teachers: their scores, or the softmaxes of these"
+    )
+    targets: Literal["estimated", "true", "random", "uniform"] = Field(
+        "estimated",
+        description="scores that give the soft labels: of tables, grades of a relevance file, of random embeddings, "
+        "or all equal",
+    )
+    relevance: str | None = Field(
+        None, description="file of graded relevance for targets true: DCASE's CSV file, or an npz file"
+    )
+    missing: Literal["refuse", "skip"] = Field(
+        "refuse", description="pairs without a teacher: refuse to train, or leave them out of this term"
+    )
+
+    @field_validator("tables", mode="before")
+    @classmethod
+    def paths_alone(cls, tables: Any) -> Any:
+        """A table that is given as its path."""
+        return [{"path": x} if isinstance(x, str) else x for x in tables] if isinstance(tables, list) else tables
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def true_is_a_word(cls, targets: Any) -> Any:
+        """YAML reads `true` as a truth value."""
+        return "true" if targets is True else targets
 
     @model_validator(mode="after")
     def has_teachers(self) -> DistillationSection:
-        if self.weight > 0 and not self.tables:
+        if self.weight == 0:
+            return self
+        if self.targets == "estimated" and not self.tables:
             raise ValueError("distillation needs teachers: give tables that `atr-scale estimate` has written")
+        if self.targets == "true" and not self.relevance:
+            raise ValueError("targets true need grades: give relevance, a file of graded relevance")
+        own = {table.temperature is None for table in self.tables}
+        if self.ensemble == "cosines" and len(own) == 2 and self.temperature is None:
+            raise ValueError(
+                "some tables have a temperature and others the model's, which cannot be one mean of scores: give every "
+                "table a temperature, or ensemble=probabilities"
+            )
         return self
 
 
 class Distillation(LossTerm):
-    """`dense.distillation` of the teachers' scores, which the training loop looks up in the teacher tables."""
+    """`dense.distillation` of the teachers, whose scores the training loop looks up in the teacher tables.
+
+    Its loss is the sum over teachers by weight. It is a mean over all pairs of the batch, to which a pair without a
+    teacher adds zero.
+    """
 
     Section = DistillationSection
     section: DistillationSection
 
-    def dense(self, scores: Tensor, teacher_scores: Tensor, temperature: Tensor) -> Tensor:
-        return dense.distillation(scores, teacher_scores, self._temperature(temperature))
+    def dense(self, scores: Tensor, soft_labels: SoftLabels[Tensor], temperature: Tensor) -> Tensor:
+        own, share = self._temperature(temperature), soft_labels.share(len(scores))
+        if not share:
+            return 0 * (scores.sum() + temperature.sum())  # every parameter keeps its place in the graph
+        student, t2a_share = soft_labels.matrix(scores), self.section.t2a_share
+        losses = [
+            teacher.weight
+            * dense.distillation(student, teacher.t2a, own, teacher.temperature_or(own), teacher.a2t, t2a_share)
+            for teacher in (each.map(soft_labels.matrix) for each in soft_labels.teachers)
+        ]
+        return share * torch.stack(losses).sum()
 
     def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
-        return tiled.distillation(inputs.block, inputs.teacher_block, self._temperature(inputs.temperature), kept_bytes)
+        own, labels = self._temperature(inputs.temperature), inputs.soft_labels
+        share = labels.share(inputs.block.shape[0])
+        if not share:
+            return 0 * torch.stack([tensor.sum() for tensor in (inputs.temperature, *inputs.block.tensors)]).sum()
+        student, t2a_share = labels.block(inputs.block), self.section.t2a_share
+        losses = []
+        for teacher in (each.map(labels.block) for each in labels.teachers):
+            a2t = None if teacher.a2t is teacher.t2a else teacher.a2t
+            temperature = teacher.temperature_or(own)
+            loss = tiled.distillation(student, teacher.t2a, own, temperature, a2t, kept_bytes, t2a_share)
+            losses.append(teacher.weight * loss)
+        return share * torch.stack(losses).sum()
 
     def _temperature(self, temperature: Tensor) -> float | Tensor:
         return temperature if self.section.temperature is None else self.section.temperature

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ from atr_scale.losses import Budget, Objective
 from atr_scale.model import AUTOCAST, Encoded, Retriever, StepContext
 from atr_scale.planner.architecture import become_fake
 from atr_scale.planner.ops import Collective, OpTable, Recorder
-from atr_scale.teachers.tables import TeacherEnsemble, TeacherTable
+from atr_scale.teachers.ensemble import TeacherEnsemble
+from atr_scale.teachers.tables import TeacherTable
 
 ROWS = (4, 8)  # batch sizes of the two runs of the encoders
 HEADS_RUNS = ((2, 2), (2, 3), (3, 2), (3, 3), (2, 4))  # (audios a rank, ranks), one run for each feature
@@ -195,7 +196,7 @@ def _run_heads(
     ids = torch.arange(local)
     nothing = torch.zeros(local, 0, dtype=torch.int64)
     batch = Batch(torch.zeros(local, 0), torch.zeros_like(ids), nothing, nothing, ids, ids, torch.zeros_like(ids))
-    context = StepContext(teacher=_teacher(teachers, local).block if teachers else None)
+    context = StepContext(teacher=_teacher(teachers, local).labels if teachers else None)
     leaves = [x for side in encoded for x in (side.tokens, side.pooled)]
     parameters = [*model.parameters(), *objective.parameters()]
     with _ranks(size), Recorder([*parameters, *leaves]) as recorder:
@@ -233,7 +234,7 @@ def _teacher(widths: list[int], rows: int) -> TeacherEnsemble:
     table = TeacherTable("planned", ids, ids, torch.zeros_like(ids), {})
     # Unit vectors as in real tables: the losses search scores outside of [-1, 1] for their maxima.
     values = [functional.normalize(torch.randn(rows, width), dim=1).half() for width in widths]
-    return TeacherEnsemble([TeacherTable(**{**vars(table), "values": {"text": x, "audio": x}}) for x in values])
+    return TeacherEnsemble.of(*(replace(table, values={"text": x, "audio": x}) for x in values))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ WAVCAPS_CLIPS = 403_050  # 7,568 h
 SIZES = tuple(2**k for k in range(11))  # GPUs, 1 to 1024
 DECODE_S = 0.00045  # seconds of one core for a second of flac at 32 kHz: 4.5 ms for 10 s
 
+UNCUT_TOKENS = 64  # of the captions of a batch if no limit cuts them: captions of all corpora here are shorter
+
 
 @dataclass(frozen=True)
 class Row:
@@ -48,8 +51,9 @@ class Row:
 class RunPlan:
     """A plan with its inputs.
 
-    epochs: over `clips` clips. seconds: length of a clip. tokens: length of a caption. model: numbers of parameters by
-    optimizer group, and of frozen ones. rows: all cluster sizes. chosen: the given one.
+    epochs: over `clips` clips, or captions if train.epoch_of counts these. seconds: length of a clip. tokens: length of
+    a caption. model: numbers of parameters by optimizer group, and of frozen ones. rows: all cluster sizes. chosen: the
+    given one.
     """
 
     config: RunConfig
@@ -84,12 +88,15 @@ def plan_run(
     tokens: int | None = None,
     decode_s: float = DECODE_S,
 ) -> RunPlan:
-    """Measure the model of `config` and plan its run. decode_s: seconds of one core to decode a second of audio.
+    """Measure the model of `config` and plan its run.
+
+    tokens: length of a caption; default: data.captions.max_tokens, or UNCUT_TOKENS if captions are not cut.
+    decode_s: seconds of one core to decode a second of audio.
 
     Reads no shards and needs no GPU. Raises UserError if the batch does not divide among the GPUs, or if nothing fits.
     """
     train, data = config.train, config.data
-    tokens = tokens or data.captions.max_tokens
+    tokens = tokens or data.captions.max_tokens or UNCUT_TOKENS
     world_size = nodes * gpus_per_node
     if train.global_batch_size % world_size:
         raise UserError(
@@ -142,13 +149,13 @@ def _teachers(config: RunConfig, model: Retriever) -> list[int]:
     if section.weight == 0:
         return []
     widths = []
-    for place in section.tables:
+    for place in (table.path for table in section.tables):
         width = model.audio_projection.dim
         if Path(place).is_file():
             try:
                 with safe_open(place, "pt") as file:
                     if "text" in file.keys():  # noqa: SIM118
-                        width = file.get_slice("text").get_shape()[1]
+                        width = math.prod(file.get_slice("text").get_shape()[1:])
             except SafetensorError as error:
                 raise UserError(f"{place} is damaged ({error}): run `atr-scale estimate` again") from None
         widths.append(width)

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from atr_scale import plots
 from atr_scale.evaluation.retrieval_scores import DualEncoderScores, RetrievalScores, ScoreMatrix
-from atr_scale.teachers.tables import TeacherTable, joined_embeddings
+from atr_scale.teachers.ensemble import joined_embeddings
+from atr_scale.teachers.tables import Direction, TeacherTable
 
 NUM_CLIPS = 4096  # clips that retrieval is measured on; drawn if the split has more
 NUM_PAIRS = 250_000  # pairs that a correlation is computed from: its standard error is 0.002
@@ -117,15 +118,12 @@ def compare_teachers(tables: Sequence[TeacherTable], split: str) -> Comparison:
 
     def retrieval(members: Sequence[TeacherTable]) -> Metrics:
         """Metrics of the sum of the members' scores, which has the same ranks as their mean."""
-        scores: RetrievalScores
-        if all(table.is_dual_encoder for table in members):
-            scores = DualEncoderScores(*joined_embeddings(members, captions, clips))
-        else:
-            total = members[0].scores(captions, clips)
-            for table in members[1:]:
-                total += table.scores(captions, clips)
-            scores = ScoreMatrix(total)
-        return scores.ranks(first.caption_clip[captions], first.clip_ids[clips]).metrics()
+        t2a = _scores(members, captions, clips, "t2a").ranks(first.caption_clip[captions], first.clip_ids[clips])
+        if not any(table.differs_by_direction for table in members):
+            return t2a.metrics()
+        a2t = _scores(members, captions, clips, "a2t").ranks(first.caption_clip[captions], first.clip_ids[clips])
+        own = a2t.metrics()
+        return {name: own[name] if name.startswith("a2t/") else value for name, value in t2a.metrics().items()}
 
     models = {
         table.name: retrieval([table]) for table in tqdm(tables, desc="comparing models", unit="model", disable=None)
@@ -151,6 +149,17 @@ def compare_teachers(tables: Sequence[TeacherTable], split: str) -> Comparison:
         unmatched=np.atleast_2d(np.corrcoef(values[:, ~matched])).tolist(),
         num_pairs=len(pairs),
     )
+
+
+def _scores(members: Sequence[TeacherTable], captions: Tensor, clips: Tensor, direction: Direction) -> RetrievalScores:
+    """The sum of the members' scores."""
+    if all(table.is_dual_encoder for table in members):
+        equal = [(table, 1.0) for table in members]
+        return DualEncoderScores(*joined_embeddings(equal, captions, clips, direction))
+    total = members[0].scores(captions, clips, direction)
+    for table in members[1:]:
+        total += table.scores(captions, clips, direction)
+    return ScoreMatrix(total)
 
 
 def _pairs(table: TeacherTable, rows: Tensor, columns: Tensor) -> NDArray[np.float64]:

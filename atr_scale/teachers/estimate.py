@@ -2,84 +2,102 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from atr_scale.batch import stable_id
-from atr_scale.checkpoint import WEIGHTS, find_checkpoint, load_retriever
+from atr_scale.batch import TokenSequence, stable_id
+from atr_scale.checkpoint import WEIGHTS, find_checkpoint, load_retriever, read_config
 from atr_scale.config import RunConfig
 from atr_scale.data import storage
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.evaluation.embed import embed, evaluating
+from atr_scale.evaluation.embed import Embedded, embed, evaluating
 from atr_scale.evaluation.parallel import Parallel
 from atr_scale.evaluation.score import score
 from atr_scale.files import sha256_of
 from atr_scale.model import Retriever
 from atr_scale.teachers.comparison import Comparison, compare_teachers
-from atr_scale.teachers.tables import TeacherEnsemble, TeacherTable, shards_checksum
+from atr_scale.teachers.cross_fit import by_fold, cross_fitted
+from atr_scale.teachers.sizes import check_sizes
+from atr_scale.teachers.tables import Source, TeacherTable, same_keys, shards_checksum
+from atr_scale.teachers.top_k import best_scores
 from atr_scale.version import __version__
 
 logger = logging.getLogger(__name__)
 
-IDENTITY = ("config", "weights_sha256", "shards_sha256")  # metadata that determines the values of a table
+IDENTITY = ("config", "weights_sha256", "top_k")  # metadata that, with the shards, determines the values of a table
 
 
 def write_teacher_tables(
     runs: Sequence[str],
     *,
-    shards: str,
+    shards: Sequence[str],
     out: Path,
-    batch_size: int | None,
+    batch_size: int | None = None,
+    top_k: int | None = None,
+    cross_fit: bool = False,
     plugins: Sequence[str] = (),
     world: World,
     device: torch.device,
 ) -> Comparison | None:
     """Write the teacher table of every run into the folder `out`, then compare them; all processes call this.
 
-    runs: run folders or checkpoints. shards: location of the split. batch_size: clips embedded at once; default
-    evaluation.batch_size of each run. plugins: modules that the configurations of the runs need.
+    runs: run folders or checkpoints. shards: locations of the shard sets that each table covers. batch_size: clips
+    embedded at once; default evaluation.batch_size of each run. top_k: best scores that the table of a pairwise scorer
+    keeps for every caption and every clip; default, all scores. cross_fit: join the tables to one in which every query
+    has the scores of the run that left out its fold. plugins: modules that the configurations of the runs need.
     An existing table of the same weights and shards is kept. Returns the comparison on the main rank, None elsewhere.
-    Raises UserError if a model or the shards do not exist, or if two models have the same name.
+    Raises UserError if a model or the shards do not exist, if two models have the same name, if the tables do not fit
+    into memory or on the disk, or if the folds of cross-fitted runs do not complement each other.
     """
     folders = _by_name(runs)
-    opened = open_shards(shards)
+    configs = {name: read_config(folder, plugins) for name, folder in folders.items()}
+    if cross_fit:
+        configs = by_fold(configs)
+        folders = {name: folders[name] for name in configs}
+    opened = [open_shards(place) for place in shards]
     storage.make_folder(str(out))
-    say = logger.info if world.is_main else logger.debug
-    paths: list[Path] = []
-    spent = 0.0
+    check_sizes(configs, opened, out, top_k, 1 if cross_fit else 0, world)
+    paths = [out / f"{name}.safetensors" for name in folders]
+    spent, made = 0.0, 0
     for number, (name, folder) in enumerate(folders.items()):
         start = time.monotonic()
-        paths.append(out / f"{name}.safetensors")
-        metadata = _metadata(folder, opened)
-        if world.gather_objects(world.is_main and _is_current(paths[-1], metadata))[0]:
-            say("%s exists and is kept", paths[-1])
+        path, metadata = paths[number], _metadata(folder, top_k)
+        if world.gather_objects(world.is_main and _is_current(path, metadata, opened))[0]:
+            _say(world, "%s exists and is kept", path)
             continue
-        say("model %d of %d: %s", number + 1, len(folders), name)
+        _say(world, "model %d of %d: %s", number + 1, len(folders), name)
         model, config, _ = load_retriever(folder, plugins)
         if batch_size is not None:
             config.evaluation.batch_size = batch_size
-        table = teacher_table(name, model.to(device), opened, config, Parallel(world, device), metadata)
+        table = teacher_table(name, model.to(device), opened, config, Parallel(world, device), metadata, top_k)
         if world.is_main:
             table.save(out)
-        spent += time.monotonic() - start
-        left = tqdm.format_interval(spent / len(paths) * (len(folders) - len(paths)))
-        say("%s is written, the others take about %s", paths[-1], left)
+        spent, made = spent + time.monotonic() - start, made + 1
+        left = tqdm.format_interval(spent / made * (len(folders) - number - 1))
+        _say(world, "%s is written, the others take about %s", path, left)
     if not world.is_main:
         return None
-    tables = TeacherEnsemble.read(paths).tables
-    comparison = compare_teachers(tables, f"{opened.corpus} {opened.split}".rstrip())
-    about = {path.stem: {"run": run, **table.metadata} for path, run, table in zip(paths, runs, tables, strict=True)}
-    for metadata in about.values():
-        del metadata["config"]
-    comparison.save(out, {"tables": about})
+    tables = [TeacherTable.read(path) for path in paths]
+    same_keys(tables)
+    if cross_fit:
+        tables = [TeacherTable.read(cross_fitted(tables, opened).save(out))]
+    comparison = compare_teachers(tables, ", ".join(f"{s.corpus} {s.split}".rstrip() for s in opened))
+    about = {table.name: {k: v for k, v in table.metadata.items() if k != "config"} for table in tables}
+    comparison.save(out, {"runs": list(runs), "tables": about})
     return comparison
+
+
+def _say(world: World, line: str, *values: object) -> None:
+    logger.log(logging.INFO if world.is_main else logging.DEBUG, line, *values)
 
 
 def _by_name(runs: Sequence[str]) -> dict[str, Path]:
@@ -97,52 +115,78 @@ def _by_name(runs: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _metadata(folder: Path, shards: ShardSet) -> dict[str, str]:
+def _metadata(folder: Path, top_k: int | None) -> dict[str, str]:
     config = folder / "config.resolved.yaml"
-    if not config.is_file():
-        raise UserError(f"{folder} has no config.resolved.yaml: give a run folder or one of its checkpoints/step-N")
     return {
         "config": config.read_text(encoding="utf-8"),
         "weights_sha256": sha256_of(folder / WEIGHTS),
-        "shards": shards.location,
-        "shards_sha256": shards_checksum(shards),
+        "top_k": str(top_k or ""),
         "atr_scale": __version__,
     }
 
 
-def _is_current(path: Path, metadata: dict[str, str]) -> bool:
+def _is_current(path: Path, metadata: dict[str, str], shards: Sequence[ShardSet]) -> bool:
     if not path.exists():
         return False
     try:
-        found = TeacherTable.read(path).metadata
+        found = TeacherTable.read(path)
     except UserError as error:
         logger.warning("%s is written anew: %s", path, error)
         return False
-    return all(found.get(key) == metadata[key] for key in IDENTITY)
+    same = all(found.metadata.get(key, "") == metadata[key] for key in IDENTITY)
+    return same and [source.sha256 for source in found.sources] == [shards_checksum(each) for each in shards]
 
 
 def teacher_table(
-    name: str, model: Retriever, shards: ShardSet, config: RunConfig, parallel: Parallel, metadata: dict[str, str]
+    name: str,
+    model: Retriever,
+    shards: Sequence[ShardSet],
+    config: RunConfig,
+    parallel: Parallel,
+    metadata: dict[str, str],
+    top_k: int | None = None,
 ) -> TeacherTable:
-    """The teacher table of a model for a split, on every process; all of them call this.
+    """The teacher table of a model for some shard sets, on every process; all of them call this.
 
     Raises UserError if a value is not finite, or if the shards hold a clip twice.
     """
-    embedded = embed(model, shards, config, parallel)
+    parts = [embed(model, each, config, parallel) for each in shards]
+    text, audio = (TokenSequence.cat([getattr(part, side) for part in parts]) for side in ("text", "audio"))
     if model.scorer.is_dual_encoder:
-        values = {"text": embedded.text.pooled, "audio": embedded.audio.pooled}
+        values = {"text": text.pooled, "audio": audio.pooled}
     else:
+        batch_size = config.evaluation.batch_size
         with evaluating(model):
-            batch_size = config.evaluation.batch_size
-            scores = score(model.scorer, embedded.text, embedded.audio, batch_size=batch_size, parallel=parallel)
-        values = {"scores": scores}
-    values = {key: value.half() for key, value in values.items()}
+            if top_k is not None:
+                values = best_scores(model.scorer, text, audio, top_k, batch_size=batch_size, parallel=parallel)
+            else:
+                values = {"scores": score(model.scorer, text, audio, batch_size=batch_size, parallel=parallel)}
+    values = {key: value.half() if value.is_floating_point() else value for key, value in values.items()}
     if not all(value.isfinite().all() for value in values.values()):
         raise UserError(f"the model {name} gives values that are not finite, it has diverged: give another checkpoint")
-    ids = torch.tensor([stable_id(clip) for clip in embedded.clip_ids])
+    sources = [_source(each, part) for each, part in zip(shards, parts, strict=True)]
+    about = {**metadata, "sources": json.dumps(sources), "scorer": config.model.scorer.name}
+    return TeacherTable(name, *_keys(parts, shards), values, about)
+
+
+def _source(shards: ShardSet, embedded: Embedded) -> Source:
+    dropped = np.setdiff1d(np.arange(len(shards)), embedded.index).tolist()
+    return Source(shards.location, shards_checksum(shards), len(embedded.clip_ids), dropped)
+
+
+def _keys(parts: Sequence[Embedded], shards: Sequence[ShardSet]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(clip_ids [N], caption_clip [C], caption_index [C]) of a table. UserError if a clip occurs twice."""
+    names = [clip for part in parts for clip in part.clip_ids]
+    ids = torch.tensor([stable_id(name) for name in names])
     if len(ids.unique()) < len(ids):
-        raise UserError(f"{shards.location} holds a clip twice: build its shards with one sample for each clip")
-    owner = torch.from_numpy(embedded.owner)
-    first = torch.searchsorted(owner, torch.arange(len(ids)))
-    index = torch.arange(len(owner)) - first[owner]
-    return TeacherTable(name, ids, ids[owner], index, values, {**metadata, "scorer": config.model.scorer.name})
+        seen: set[str] = set()
+        twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        places = " and ".join(each.location for each in shards)
+        raise UserError(
+            f"{places} hold the clip {twice} twice: build shards with one sample for each clip, or estimate each set "
+            "into a folder of its own"
+        )
+    counts = torch.cat([torch.from_numpy(np.bincount(part.owner, minlength=len(part.clip_ids))) for part in parts])
+    first = counts.cumsum(0) - counts
+    index = torch.arange(int(counts.sum())) - torch.repeat_interleave(first, counts)
+    return ids, torch.repeat_interleave(ids, counts), index

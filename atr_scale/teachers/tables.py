@@ -1,54 +1,72 @@
-"""Teacher tables: files with the embeddings or scores of teachers for a split, from which soft labels are computed.
+"""Teacher tables: files with the embeddings or scores of a teacher for a split, from which soft labels are computed.
 
 Source: distillation with estimated audio-caption correspondences, arXiv 2408.11641.
 
-Shape suffixes: C captions and N clips of the split, B texts of the global batch, b rows of this rank, d width.
+Shape suffixes: C captions and N clips of the table, c and n of its rows that are looked up, d width, F folds, K best.
 
-A caption is identified by (clip id, index among the captions of the clip), never by its text, which clips may share.
+A table on disk is mapped into memory, not read: pages that were looked up lie in the page cache of the machine, which
+all of its ranks share.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atr_scale.batch import Batch, stable_id
 from atr_scale.data import storage
-from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_reader import ShardSet
-from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.score_block import EmbeddingScores, ScoreBlock, StoredScores, at_least_fp32
+from atr_scale.score_block import at_least_fp32
+from atr_scale.teachers.keys import TableKeys
 
-logger = logging.getLogger(__name__)
+Direction = Literal["t2a", "a2t"]
 
 KEYS = ("clip_ids", "caption_clip", "caption_index")
-EMBEDDINGS, SCORES = {"text", "audio"}, {"scores"}
+EMBEDDINGS, FOLDS, SCORES = {"text", "audio"}, {"clip_fold"}, {"scores"}
+BEST = {"caption_best", "caption_scores", "caption_rest", "clip_best", "clip_scores", "clip_rest"}
+LAYOUTS = (EMBEDDINGS, EMBEDDINGS | FOLDS, SCORES, SCORES | {"scores_a2t"}, BEST)
 CHECKSUM = "tensors_sha256"
-SPOT_CHECKS = 64  # samples of unknown shards that are looked up before training starts
+DTYPES = {"I64": torch.int64, "I32": torch.int32, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+BLOCK_BYTES = 1 << 20  # of a file, hashed at once
 REMEDY = "run `atr-scale estimate` on the shards of data.train"
+
+
+class Source(NamedTuple):
+    """One shard set that a table was made from.
+
+    clips: number of its clips in the table. dropped: rows of its samples that were unreadable.
+    """
+
+    location: str
+    sha256: str
+    clips: int
+    dropped: list[int]
 
 
 @dataclass(frozen=True)
 class TeacherTable:
-    """Embeddings or scores of one teacher for the captions and clips of a split; on disk `<name>.safetensors`.
+    """Embeddings or scores of one teacher for captions and clips; on disk `<name>.safetensors`.
 
     clip_ids:      [N] int64, `stable_id` of every clip, each once.
     caption_clip:  [C] int64, the clip id of every caption.
     caption_index: [C] int64, the index of every caption among the captions of its clip.
-    values:        of a dual encoder embeddings of unit length, "text" [C, d] and "audio" [N, d]; of a pairwise scorer
-                   "scores" [C, N]. fp16: the score of two embeddings is exact to 5e-5 for d = 1024, a stored score
-                   below 1 to 2.5e-4.
+    values:        in fp16: the score of two embeddings is exact to 5e-5 for d = 1024, a stored score below 1 to 2.5e-4.
+                   Of a dual encoder embeddings of unit length, "text" [C, d] and "audio" [N, d].
+                   Of a pairwise scorer "scores" [C, N], or only the best: for every caption "caption_best" [C, K]
+                   int32, rows of clips, "caption_scores" [C, K], and "caption_rest" [C], the mean of the other scores;
+                   for every clip "clip_best", "clip_scores", "clip_rest" likewise.
+                   Cross-fitted: "text" [C, F, d] and "audio" [N, F, d] of the members that left out each fold, and
+                   "clip_fold" [N] int64; or "scores" for t2a and "scores_a2t" [C, N].
     metadata:      model and shards, as `atr-scale estimate` writes them.
     """
 
@@ -62,37 +80,98 @@ class TeacherTable:
     @property
     def is_dual_encoder(self) -> bool:
         """Whether it holds embeddings."""
-        return self.values.keys() == EMBEDDINGS
+        return self.values.keys() >= EMBEDDINGS
 
-    def scores(self, captions: Tensor, clips: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    @property
+    def differs_by_direction(self) -> bool:
+        """Whether t2a and a2t have different scores."""
+        return not self.values.keys() <= EMBEDDINGS | SCORES
+
+    @cached_property
+    def keys(self) -> TableKeys:
+        """Finds the rows of clips and captions."""
+        return TableKeys(self.clip_ids, self.caption_clip, self.caption_index)
+
+    @property
+    def sources(self) -> list[Source]:
+        """The shard sets that the table was made from. Tables of version 0.2 and before name one."""
+        listed = self.metadata.get("sources")
+        if listed is not None:
+            return [Source(*source) for source in json.loads(listed)]
+        return [
+            Source(self.metadata.get("shards", "?"), self.metadata.get("shards_sha256", ""), len(self.clip_ids), [])
+        ]
+
+    def scores(
+        self, captions: Tensor, clips: Tensor, direction: Direction = "t2a", device: torch.device | str = "cpu"
+    ) -> Tensor:
         """[c, n], at least fp32: scores of the rows `captions` [c] with the rows `clips` [n], both int64."""
         if self.is_dual_encoder:
-            text, audio = self.embeddings("text", captions, device), self.embeddings("audio", clips, device)
+            text, audio = self.embeddings(captions, clips, direction, device)
             return text @ audio.T
-        return at_least_fp32(self.values["scores"][captions[:, None], clips].to(device))
+        if "scores" in self.values:
+            stored = self.values.get("scores_a2t" if direction == "a2t" else "scores", self.values["scores"])
+            return at_least_fp32(stored[captions[:, None], clips].to(device))
+        if direction == "t2a":
+            return self._best_scores("caption", captions, clips).to(device)
+        return self._best_scores("clip", clips, captions).T.to(device)
 
     def pairs(self, captions: Tensor, clips: Tensor) -> Tensor:
-        """[p], at least fp32: scores of row captions[k] with row clips[k]."""
+        """[p], at least fp32: t2a scores of row captions[k] with row clips[k]."""
         if self.is_dual_encoder:
-            return (self.embeddings("text", captions) * self.embeddings("audio", clips)).sum(1)
-        return at_least_fp32(self.values["scores"][captions, clips])
+            text, audio = self.embeddings(captions, clips)
+            return (text * audio).sum(1)
+        if "scores" in self.values:
+            return at_least_fp32(self.values["scores"][captions, clips])
+        best, scores, rest = (self.values[f"caption_{name}"][captions] for name in ("best", "scores", "rest"))
+        hit = best == clips[:, None]
+        return torch.where(hit.any(1), at_least_fp32(scores).masked_fill(~hit, 0).sum(1), at_least_fp32(rest))
 
-    def embeddings(self, side: str, rows: Tensor, device: torch.device | str = "cpu") -> Tensor:
-        """[c, d], at least fp32: embeddings of these rows; side: "text" or "audio"."""
-        return at_least_fp32(self.values[side][rows].to(device))
+    def embeddings(
+        self, captions: Tensor, clips: Tensor, direction: Direction = "t2a", device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """([c, w], [n, w]), at least fp32: embeddings whose products are the scores of these rows.
+
+        w = d; of a cross-fitted table w = F d: a query has only the embedding of the member that left out its fold,
+        beside zeros, a candidate those of all members.
+        """
+        text, audio = (
+            at_least_fp32(self.values[side][rows].to(device)) for side, rows in (("text", captions), ("audio", clips))
+        )
+        if "clip_fold" in self.values:
+            folds = self.values["clip_fold"]
+            if direction == "t2a":
+                text = _of_fold(text, folds[self.keys.caption_clip_row[captions]].to(device))
+            else:
+                audio = _of_fold(audio, folds[clips].to(device))
+        return text.flatten(1), audio.flatten(1)
+
+    def _best_scores(self, side: str, queries: Tensor, candidates: Tensor) -> Tensor:
+        """[q, m]: the stored scores of the best candidates of each query, and the mean of the others for the rest."""
+        best, scores, rest = (self.values[f"{side}_{name}"][queries] for name in ("best", "scores", "rest"))
+        different, place = torch.unique(candidates, return_inverse=True)
+        found = at_least_fp32(rest)[:, None].repeat(1, len(different))
+        column = torch.searchsorted(different, best.long()).clamp(max=len(different) - 1)
+        row, rank = (different[column] == best).nonzero(as_tuple=True)
+        found[row, column[row, rank]] = at_least_fp32(scores[row, rank])
+        return found[:, place]
 
     def save(self, folder: str | Path) -> Path:
         """Write `<name>.safetensors` atomically; returns its path."""
         path = Path(folder) / f"{self.name}.safetensors"
         tensors = {name: getattr(self, name) for name in KEYS} | self.values
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        parts = ((name, x.dtype, list(x.shape), [x.numpy().data]) for name, x in tensors.items())
         with storage.atomic_file(str(path)) as partial:
-            save_file(tensors, partial, {**self.metadata, CHECKSUM: _checksum(tensors)})
+            save_file(tensors, partial, {**self.metadata, CHECKSUM: _checksum(parts)})
         return path
 
     @staticmethod
-    def read(path: str | Path) -> TeacherTable:
-        """Read a file that `save` wrote. Raises UserError if there is none, if it is damaged or no teacher table."""
+    def read(path: str | Path, verify: bool = True) -> TeacherTable:
+        """Open a file that `save` wrote. Raises UserError if there is none, if it is damaged or no teacher table.
+
+        verify: compare its checksum, which reads the whole file once; one rank of a machine does it for all.
+        """
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -101,96 +180,19 @@ class TeacherTable:
             raise UserError(f"no teacher table at {path}: {REMEDY}") from None
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}): {REMEDY} again") from None
-        if CHECKSUM not in metadata or set(tensors) not in ({*KEYS, *EMBEDDINGS}, {*KEYS, *SCORES}):
+        if CHECKSUM not in metadata or set(tensors) not in [{*KEYS, *layout} for layout in LAYOUTS]:
             raise UserError(f"{path} is no teacher table: {REMEDY}")
-        if metadata.pop(CHECKSUM) != _checksum(tensors):
+        checksum = metadata.pop(CHECKSUM)
+        if verify and checksum != _checksum(_stored(Path(path))):
             raise UserError(f"{path} is damaged (another checksum): {REMEDY} again")
         keys = {name: tensors.pop(name) for name in KEYS}
         return TeacherTable(Path(path).name.removesuffix(".safetensors"), **keys, values=tensors, metadata=metadata)
 
 
-class TeacherEnsemble:
-    """The mean of the scores of several teacher tables of one split, as soft labels of a batch.
-
-    Raises UserError if the tables are of different splits.
-    """
-
-    def __init__(self, tables: Sequence[TeacherTable]) -> None:
-        first, *others = tables
-        for other in others:
-            if not all(torch.equal(getattr(first, key), getattr(other, key)) for key in KEYS):
-                raise UserError(
-                    f"the teacher tables {first.name} and {other.name} are of different splits: "
-                    "write both with one `atr-scale estimate`"
-                )
-        self.tables = tables
-        self._clips = {clip: row for row, clip in enumerate(first.clip_ids.tolist())}
-        keys = zip(first.caption_clip.tolist(), first.caption_index.tolist(), strict=True)
-        self._captions = {key: row for row, key in enumerate(keys)}
-
-    @staticmethod
-    def read(paths: Sequence[str | Path]) -> TeacherEnsemble:
-        """The ensemble of these files. Raises UserError like `TeacherTable.read`."""
-        return TeacherEnsemble([TeacherTable.read(path) for path in paths])
-
-    def check(self, shards: ShardSet) -> None:
-        """Raises UserError if the tables were made from other clips than those of `shards`.
-
-        Shards with the same manifest as those of the tables hold the same samples. Of other shards a few samples are
-        read, because only samples hold clip ids. If they miss an unknown caption, `block` reports it once it is in a
-        batch.
-        """
-        if shards_checksum(shards) == self.tables[0].metadata.get("shards_sha256"):
-            return
-        made_from = self.tables[0].metadata.get("shards")
-        logger.info(
-            "%s: its teacher tables are of other shards (%s), clips are matched by their ids",
-            shards.location,
-            made_from,
-        )
-        for row in np.unique(np.linspace(0, len(shards) - 1, SPOT_CHECKS).astype(int)).tolist():
-            try:
-                clip_id, captions, _ = shards.read_text(row)
-            except BadSample:  # training drops it too
-                continue
-            for index in range(len(captions)):
-                if (stable_id(clip_id), index) not in self._captions:
-                    raise self._unknown(f"caption {index} of {clip_id} in {shards.location}")
-
-    def block(self, batch: Batch, world: World | None = None) -> ScoreBlock:
-        """Scores [B, b] of all captions of the global batch with this rank's clips; all ranks call this.
-
-        They are the mean of the teachers' scores, before temperature and softmax. If all tables hold embeddings, the
-        block holds the embeddings of all teachers, concatenated. Raises UserError on every rank if a caption of any
-        rank is unknown.
-        """
-        world = world or World.current()
-        keys = torch.stack([batch.clip_ids, batch.caption_index], 1).tolist()
-        own = [self._captions.get((clip, index), -1) for clip, index in keys]
-        captions = world.gather(torch.tensor(own, device=batch.clip_ids.device)).cpu()
-        if (captions < 0).any():
-            lost = own.index(-1) if -1 in own else None
-            raise self._unknown("a caption of another rank" if lost is None else _describe(batch, lost))
-        clips = torch.tensor([self._clips[clip] for clip, _ in keys])
-        device, members = batch.clip_ids.device, len(self.tables)
-        if all(table.is_dual_encoder for table in self.tables):
-            text, audio = joined_embeddings(self.tables, captions, clips, device)
-            return EmbeddingScores(text / members, audio, world)
-        total = sum(table.scores(captions, clips, device) for table in self.tables)
-        assert isinstance(total, Tensor)
-        return StoredScores(total / members, world)
-
-    def _unknown(self, what: str) -> UserError:
-        names = ", ".join(table.name for table in self.tables)
-        return UserError(f"{what} is not in the teacher tables ({names}): {REMEDY}")
-
-
-def joined_embeddings(
-    tables: Sequence[TeacherTable], captions: Tensor, clips: Tensor, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """([c, d], [n, d]): embeddings of all tables, concatenated. Their products are the sums of the tables' scores."""
-    text = torch.cat([table.embeddings("text", captions, device) for table in tables], 1)
-    return text, torch.cat([table.embeddings("audio", clips, device) for table in tables], 1)
+def _of_fold(embeddings: Tensor, folds: Tensor) -> Tensor:
+    """[n, F, d] with zeros for all members except the one of each row's fold."""
+    chosen = torch.nn.functional.one_hot(folds, embeddings.shape[1]).to(embeddings)
+    return embeddings * chosen[:, :, None]
 
 
 def shards_checksum(shards: ShardSet) -> str:
@@ -199,14 +201,42 @@ def shards_checksum(shards: ShardSet) -> str:
     return hashlib.sha256(json.dumps(shards.manifest or index, sort_keys=True).encode()).hexdigest()
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def same_keys(tables: Sequence[TeacherTable]) -> None:
+    """Raises UserError if the tables do not have the same captions and clips in the same order."""
+    first, *others = tables
+    for other in others:
+        if not all(torch.equal(getattr(first, key), getattr(other, key)) for key in KEYS):
+            raise UserError(
+                f"the teacher tables {first.name} and {other.name} are of different splits: "
+                "write both with one `atr-scale estimate`"
+            )
+
+
+Part = tuple[str, torch.dtype, list[int], Any]  # name, dtype, shape, blocks of bytes
+
+
+def _checksum(parts: Any) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.numpy().data)
+    for name, dtype, shape, blocks in sorted(parts, key=lambda part: part[0]):
+        digest.update(f"{name} {dtype} {shape}".encode())
+        for block in blocks:
+            digest.update(block)
     return digest.hexdigest()
 
 
-def _describe(batch: Batch, row: int) -> str:
-    place = batch.keys[row] if batch.keys else f"clip {int(batch.clip_ids[row])}"
-    return f"caption {int(batch.caption_index[row])} of {place}"
+def _stored(path: Path) -> Iterator[Part]:
+    """The tensors of a safetensors file, read with ordinary reads: mapped pages would count as memory of this rank."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = (8 + size + offset for offset in entry["data_offsets"])
+            yield name, DTYPES[entry["dtype"]], entry["shape"], _blocks(path, start, stop)
+
+
+def _blocks(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        for first in range(start, stop, BLOCK_BYTES):
+            yield file.read(min(BLOCK_BYTES, stop - first))

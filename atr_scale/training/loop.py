@@ -29,13 +29,13 @@ from atr_scale.evaluation.results import record_training
 from atr_scale.evaluation.selection import selection_score
 from atr_scale.memory import peak_memory
 from atr_scale.model import StepContext, count_parameters
-from atr_scale.training.checks import check_batch_size, check_run_folder, checkpoint_to_resume
+from atr_scale.training.checks import check_batch_size, check_length, check_run_folder, checkpoint_to_resume
 from atr_scale.training.engine import Engine, StepResult
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
 from atr_scale.training.preemption import PreemptionFlag
 from atr_scale.training.run_info import write_environment
-from atr_scale.training.schedule import learning_rate, seeds
+from atr_scale.training.schedule import RunLength, describe_length, learning_rate, run_length, seeds
 from atr_scale.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,8 @@ class Training:
         resume_from = checkpoint_to_resume(config, world)
         torch.manual_seed(config.run.seed)  # the same new weights on every rank
         self.parts = open_parts(config, world, resume_from)
+        if resume_from:
+            check_length(config, resume_from, self.parts.length.steps)
         with announced("starting", f"DeepSpeed (ZeRO {config.train.zero_stage}) on {world.size} ranks"):
             self.engine = Engine(self.parts.model, config.train, world, device)
         self.progress = resumed(self.engine, resume_from, config) if resume_from else Progress()
@@ -100,6 +102,8 @@ class Training:
         self._since_log = Interval()
         if world.is_main:
             self._describe_run(self.parts)
+            if resume_from:
+                self._tell_new_length(resume_from)
 
     def _describe_run(self, parts: RunParts) -> None:
         """Write the files that describe this start of the run, and log its summary."""
@@ -107,6 +111,8 @@ class Training:
         (self.run_dir / PREEMPTED).unlink(missing_ok=True)
         (self.run_dir / "config.resolved.yaml").write_text(config.to_yaml())
         write_environment(self.run_dir, self.world.size)
+        if parts.initial:
+            parts.initial.write(self.run_dir)
         record_training(self.run_dir, config, self.progress.step, parts.length.steps)
         self.monitor.text("configuration", f"```yaml\n{config.to_yaml()}\n```")
         self.monitor.hyperparameters(config.model_dump(mode="json"))
@@ -116,11 +122,24 @@ class Training:
             config.train.zero_stage, config.train.precision, self.progress.step, parts.length.steps,
             describe(parts.stream.sources),
         )  # fmt: skip
+        logger.info("%s; visits: %s", *describe_length(config, parts.length))
+
+    def _tell_new_length(self, resumed_from: Path) -> None:
+        """Log what another length than that of the checkpoint does to the learning rate from here on."""
+        saved = checkpoint.read_config(resumed_from, self.config.plugins)
+        old, new, step = run_length(saved, self.parts.stream.sources), self.parts.length, self.progress.step
+        if new.steps != old.steps:
+            was, now = (self._learning_rates(step, length)["heads"] for length in (old, new))
+            logger.info(
+                "%s: %d steps instead of %d; from step %d on the schedule is the new one: there, the learning rate of "
+                "heads is %.3g, and %.3g in the old one",
+                self.run_dir, new.steps, old.steps, step, now, was,
+            )  # fmt: skip
 
     def run(self) -> None:
         """Train from the current step to the last one, or until a signal has asked for a stop."""
         train, length = self.config.train, self.parts.length
-        evaluate_every = train.evaluate_every or length.epoch_steps
+        evaluate_every = train.evaluate_every or max(1, math.ceil(length.epoch_steps))
         save_every = train.checkpoint_every or evaluate_every
         batches = self._batches()
         self._since_log = Interval()
@@ -149,7 +168,7 @@ class Training:
         """One optimizer step, with its record."""
         train, step, teacher = self.config.train, self.progress.step, self.parts.teacher
         taken = self._take(batches)
-        context = StepContext(step, teacher=teacher.block if teacher else None)
+        context = StepContext(step, teacher=teacher.labels if teacher else None)
         drawn = seeds(self.config.run.seed, step, train.accum_steps, self.world.rank)
         result = self.engine.update(taken, self._learning_rates(step), drawn, context)
         self.progress.step += 1
@@ -170,16 +189,20 @@ class Training:
             self._since_log.dropped.update(batch.dropped)
         return taken
 
-    def _learning_rates(self, step: int) -> dict[str, float]:
-        train = self.config.train
+    def _learning_rates(self, step: int, length: RunLength | None = None) -> dict[str, float]:
+        """By group. length: that of another schedule than the run's."""
+        train, length = self.config.train, length or self.parts.length
         peaks = {"audio": train.lr_audio, "text": train.lr_text, "heads": train.lr_heads}
         return {
             name: learning_rate(
                 step,
                 peak=train.lr if peak is None else peak,
-                warmup_steps=self.parts.length.warmup_steps,
-                steps=self.parts.length.steps,
+                warmup_steps=length.warmup_steps,
+                steps=length.steps,
                 floor=train.lr_floor,
+                schedule=train.schedule,
+                decay_steps=length.decay_steps,
+                cooldown_steps=length.cooldown_steps,
             )
             for name, peak in peaks.items()
         }
@@ -227,7 +250,7 @@ class Training:
             "data_wait": interval.waited / seconds,
             "memory_gb": peak_memory(self.device) / 1e9,
             "samples_seen": float(seen),
-            "epoch": seen / self.config.train.global_batch_size / self.parts.stream.order.epoch_batches,
+            "epoch": seen / self.parts.length.epoch_visits,
             "skipped_steps": float(self.progress.skipped_steps),
             "fp16_overflows": float(self.progress.fp16_overflows),
             **{f"dropped/{reason}": float(n) for reason, n in self.progress.dropped.items()},

@@ -16,6 +16,7 @@ from atr_scale.data.stream import read_batches
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.encoders.spec_augment import SpecAugmentSection
+from atr_scale.losses.terms import TeacherTableSection
 from atr_scale.model import Retriever, StepContext
 from atr_scale.teachers.tables import TeacherTable
 from atr_scale.training.grad_cache import GradCache, cut
@@ -113,7 +114,7 @@ def write_teacher(config: RunConfig, folder: Path) -> Path:
 def test_ranks_and_zero_stages_agree_in_chunks(folder: Path, tmp_path: Path) -> None:
     """One process without ZeRO and without chunks against two with both: gradients, losses, norms, with all terms."""
     config = with_train(tiny_config(folder, folder / "run"), accum_steps=2)
-    config.objective.distillation.tables = [str(write_teacher(config, tmp_path))]
+    config.objective.distillation.tables = [TeacherTableSection(path=str(write_teacher(config, tmp_path)))]
     config.objective.cmsc.beta_warmup_steps = 2
     for term in config.objective.terms.values():
         term.weight = 0.5

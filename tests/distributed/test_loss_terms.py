@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
 from atr_scale.losses import LOSS_TERMS, Budget, LossInputs, LossTerm, TermSection
+from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.targets import positives_mask
 from atr_scale.losses.temperature import Temperature
 from atr_scale.score_block import EmbeddingScores, StoredScores
@@ -26,9 +27,9 @@ from tools.ranks import run_ranks
 B, D = 12, 6
 WAYS = {"dense": Budget(dense=4 * B**2), "tiled": Budget(dense=0)}
 TERMS: dict[str, dict[str, Any]] = {
-    "nt_xent": {},
-    "pmr": {"omega": 4.0},
-    "cmsc": {"beta": 0.4, "beta_warmup_steps": 8, "target_temperature": 0.2},
+    "nt_xent": {"t2a_share": 0.3},
+    "pmr": {"omega": 4.0, "t2a_share": 0.8},
+    "cmsc": {"t2a_share": 0.6, "beta": 0.4, "beta_warmup_steps": 8, "target_temperature": 0.2},
     "intra_modal": {},
     "distillation": {"tables": ["given by the test"]},
     "sigmoid": {"initial_bias": -2.0},
@@ -122,8 +123,10 @@ def on_ranks(name: str, way: str, stored: bool) -> tuple[float, dict[str, np.nda
         audio=lambda: audio,
         text_tokens=lambda: gather_sequence(words, world, with_tokens=True),
         audio_tokens=lambda: gather_sequence(frames, world, with_tokens=True),
-        teacher=lambda: EmbeddingScores(*teacher),
+        teacher=lambda: SoftLabels.of(EmbeddingScores(*teacher)),
         step=STEP,
+        positives="clip",
+        positives_mean="pairs",
     )
     loss = model.term(given, WAYS[way])
     loss.backward()
@@ -138,7 +141,8 @@ def in_one_process(name: str) -> tuple[float, dict[str, np.ndarray]]:
     whole: dict[str, Callable[[], Any]] = {
         "scores": lambda: text @ audio.T,
         "temperature": model.temperature,
-        "positives": lambda: positives_mask(ids(), ids()),
+        "positives": lambda: positives_mask(ids()[:, :1], ids()[:, :1]),
+        "positives_mean": lambda: "pairs",
         "text_scores": lambda: text @ text.T,
         "audio_scores": lambda: audio @ audio.T,
         "teacher_scores": lambda: unit(B, 5, 98) @ unit(B, 5, 99).T,

@@ -21,8 +21,9 @@ from atr_scale.errors import UserError
 from atr_scale.losses import dense
 from atr_scale.model import Retriever, StepContext
 from atr_scale.teachers.comparison import Comparison
+from atr_scale.teachers.ensemble import TeacherEnsemble
 from atr_scale.teachers.estimate import write_teacher_tables
-from atr_scale.teachers.tables import TeacherEnsemble, TeacherTable
+from atr_scale.teachers.tables import TeacherTable
 from tests.distributed.test_evaluation import write_split
 from tests.losses import unit
 from tests.tiny_run import save_run, tiny_config
@@ -79,7 +80,7 @@ def distilled(config: RunConfig) -> dict[str, Any]:
     world, found = World.current(), {}
     for kind in KINDS:
         model = student(config)
-        context = StepContext(teacher=TeacherEnsemble(tables(kind)).block)
+        context = StepContext(teacher=TeacherEnsemble.of(*tables(kind)).labels)
         loss = model(part_of(global_batch()[0], world), context)["loss"]
         (world.size * loss).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -126,7 +127,7 @@ def surprised() -> str:
     if world.rank == world.size - 1:
         batch = replace(batch, caption_index=batch.caption_index + EACH)
     with pytest.raises(UserError) as error:
-        TeacherEnsemble(tables("vectors")).block(batch)
+        TeacherEnsemble.of(*tables("vectors")).labels(batch)
     return str(error.value)
 
 
@@ -153,7 +154,7 @@ def test_ranks_equal_one_process(config: RunConfig, alone: dict[str, Any], size:
 def written(runs: list[Path], shards: Path, out: Path) -> Comparison | None:
     return write_teacher_tables(
         [str(run) for run in runs],
-        shards=str(shards),
+        shards=[str(shards)],
         out=out,
         batch_size=4,
         world=World.current(),

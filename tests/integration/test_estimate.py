@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from atr_scale import cli
 from atr_scale.checkpoint import load_retriever
+from atr_scale.data.options import FoldsSection
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.evaluation.embed import embed
 from atr_scale.evaluation.metrics import retrieval_metrics
@@ -88,7 +89,8 @@ def test_tables_hold_what_the_models_say(place: Path) -> None:
         assert all(value.dtype == torch.float16 for value in found.values.values())
         everything = torch.arange(40)
         torch.testing.assert_close(found.scores(everything, everything), want, rtol=0, atol=2e-3)
-        assert found.metadata["scorer"] == scorer and found.metadata["shards"] == "inputs/train/shards"
+        assert found.metadata["scorer"] == scorer
+        assert [source.location for source in found.sources] == ["inputs/train/shards"]
         assert found.metadata["config"] == (folder / "config.resolved.yaml").read_text()
 
 
@@ -195,3 +197,70 @@ def test_one_model_is_self_distillation(place: Path, monkeypatch: pytest.MonkeyP
     found = json.loads((place / "alone" / "estimate.json").read_text())
     assert found["without"] == {} and found["ensemble"] == found["models"]["first"]
     assert "Correlation" not in (place / "alone" / "report.md").read_text()
+
+
+def test_one_table_for_several_shard_sets(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All scores of a dual encoder, the best of a pairwise scorer; a dry run finds a teacher for every clip of both."""
+    both = ("--shards", "inputs/train/shards", "--shards", "sounds/shards")
+    assert call(monkeypatch, place, "estimate", "runs/first", "runs/third", *both, "--out", "both", "--top-k", "8") == 0
+    vectors, best = (TeacherTable.read(place / "both" / f"{name}.safetensors") for name in ("first", "third"))
+    for found in (vectors, best):
+        assert [(source.location, source.clips) for source in found.sources] == [(both[1], 40), (both[3], 11)]
+        assert len(found.clip_ids) == 51 and len(found.caption_clip) == 40 + 21
+    assert vectors.is_dual_encoder and best.values["caption_best"].shape == (61, 8)
+    every = torch.arange(40)
+    whole, some = table(place, "third").scores(every, every), best.scores(every, every)
+    same = (some - whole).abs() < 2e-3
+    assert same.sum() >= 40 * 4 and (whole[~same] < whole[same].mean()).float().mean() > 0.8
+    assert call(monkeypatch, place, "estimate", "runs/third", *both, "--out", "both") == 0  # all scores: written anew
+    assert TeacherTable.read(place / "both" / "third.safetensors").values["scores"].shape == (61, 51)
+    capfd.readouterr()
+    distil = (
+        "train",
+        "run.yaml",
+        "--dry-run",
+        "objective.distillation.weight=1",
+        "data.train=[{shards: inputs/train/shards}, {shards: sounds/shards}]",
+    )
+    assert call(monkeypatch, place, *distil, "objective.distillation.tables=[both/first.safetensors]") == 0
+    said = capfd.readouterr().out
+    assert "teachers    inputs/train/shards: all 40 clips" in said and "sounds/shards: all 11 clips have a tea" in said
+    skip = ("objective.distillation.tables=[tables/first.safetensors]", "objective.distillation.missing=skip")
+    assert call(monkeypatch, place, *distil, *skip) == 0
+    said = capfd.readouterr().out
+    assert "teachers    sounds/shards: 11 of 11 clips have no teacher, their pairs are left out of distillation" in said
+
+
+def test_cross_fitted_teachers_of_a_run_that_also_trains_on_clips_without_one(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two members that each left out a fold become one table; the second stage has further clips without a teacher."""
+    config = tiny_config(place / "inputs", place / "run")
+    for held_out in (0, 1):
+        config.data.folds = FoldsSection(count=2, held_out=held_out)
+        save_run(config, place / "runs" / f"without{held_out}", 20 + held_out, "mean")
+    line = ("--cross-fit", "--shards", "inputs/train/shards", "--out", "crossed")
+    assert call(monkeypatch, place, "estimate", "runs/without1", "runs/first", *line) == 2
+    assert "first was trained on all clips (data.folds is null)" in capfd.readouterr().err
+    assert call(monkeypatch, place, "estimate", "runs/without1", "runs/without0", *line) == 0
+    assert "| cross_fit " in capfd.readouterr().out
+    assert json.loads((place / "crossed" / "estimate.json").read_text())["tables"].keys() == {"cross_fit"}
+    crossed, *members = (
+        TeacherTable.read(place / "crossed" / f"{name}.safetensors") for name in ("cross_fit", "without0", "without1")
+    )
+    fold, every = crossed.values["clip_fold"], torch.arange(40)
+    t2a = torch.stack([members[fold[row]].scores(every, every)[row] for row in range(40)])
+    torch.testing.assert_close(crossed.scores(every, every), t2a)
+    start(
+        place,
+        "run.yaml",
+        "run.dir=runs/crossed",
+        "data.validation=null",
+        "data.train=[{shards: inputs/train/shards}, {shards: sounds/shards}]",
+        "objective.nt_xent.weight=0",
+        "objective.distillation={weight: 1, tables: [crossed/cross_fit.safetensors], missing: skip, t2a_share: 0.25}",
+    )
+    losses = [line["loss/distillation"] for line in read_training(place / "runs" / "crossed")]
+    assert len(losses) == 6 and all(0 < loss < 3 for loss in losses)

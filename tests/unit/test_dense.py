@@ -57,23 +57,27 @@ def entropy(target: Matrix) -> float:
 IDENTITY = [[1.0 if i == j else 0.0 for j in N] for i in N]
 
 
-def check(value: Tensor, t2a: float, a2t: float) -> None:
+def check(value: Tensor, t2a: float, a2t: float, t2a_share: float = 0.5) -> None:
     assert value.shape == ()
-    assert value.item() == pytest.approx((t2a + a2t) / 2, abs=1e-12)
+    assert value.item() == pytest.approx(t2a_share * t2a + (1 - t2a_share) * a2t, abs=1e-12)
 
 
-def test_nt_xent_by_hand() -> None:
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_nt_xent_by_hand(share: float) -> None:
     logits = scaled(S, 1 / TAU)
-    check(dense.nt_xent(tensor(S), TAU), soft_ce(logits, IDENTITY), soft_ce(transposed(logits), IDENTITY))
+    value = dense.nt_xent(tensor(S), TAU, t2a_share=share)
+    check(value, soft_ce(logits, IDENTITY), soft_ce(transposed(logits), IDENTITY), share)
 
 
-def test_pmr_by_hand() -> None:
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_pmr_by_hand(share: float) -> None:
     omega = 3.0
     over_texts = transposed([softmax([omega * v for v in column]) for column in transposed(S)])
     over_audios = [softmax([omega * v for v in row]) for row in S]
     t2a = [[S[i][j] * over_texts[i][j] / TAU for j in N] for i in N]
     a2t = [[S[i][j] * over_audios[i][j] / TAU for j in N] for i in N]
-    check(dense.pmr(tensor(S), TAU, omega), soft_ce(t2a, IDENTITY), soft_ce(transposed(a2t), IDENTITY))
+    value = dense.pmr(tensor(S), TAU, omega, t2a_share=share)
+    check(value, soft_ce(t2a, IDENTITY), soft_ce(transposed(a2t), IDENTITY), share)
 
 
 def test_pmr_by_hand_scaled_by_the_batch() -> None:
@@ -97,16 +101,17 @@ def test_distillation_by_hand() -> None:
     check(value, soft_ce(logits, rows), soft_ce(transposed(logits), columns))
 
 
+@pytest.mark.parametrize("share", [0.5, 0.8])
 @pytest.mark.parametrize("mode", ["each", "add"])
-def test_cmsc_by_hand(mode: Literal["each", "add"]) -> None:
+def test_cmsc_by_hand(mode: Literal["each", "add"], share: float) -> None:
     beta, target_tau = 0.3, 0.2
     mean = [[(TEXTS[i][j] + AUDIOS[i][j]) / 2 for j in N] for i in N]
     guides = (TEXTS, AUDIOS) if mode == "each" else (mean, mean)
     soft = [[softmax([v / target_tau for v in row]) for row in guide] for guide in guides]
     t2a, a2t = ([[(1 - beta) * IDENTITY[i][j] + beta * q[i][j] for j in N] for i in N] for q in soft)
     logits = scaled(S, 1 / TAU)
-    value = dense.cmsc(tensor(S), tensor(TEXTS), tensor(AUDIOS), TAU, beta, target_tau, mode=mode)
-    check(value, soft_ce(logits, t2a) - entropy(t2a), soft_ce(transposed(logits), a2t) - entropy(a2t))
+    value = dense.cmsc(tensor(S), tensor(TEXTS), tensor(AUDIOS), TAU, beta, target_tau, mode=mode, t2a_share=share)
+    check(value, soft_ce(logits, t2a) - entropy(t2a), soft_ce(transposed(logits), a2t) - entropy(a2t), share)
 
 
 def test_intra_modal_by_hand() -> None:
@@ -149,6 +154,24 @@ def test_several_positives_share_a_query() -> None:
     t2a = -((rows[0, 0] + rows[0, 1]) / 2 + rows[1, 1]) / 3
     a2t = -(columns[0, 0] + (columns[0, 1] + columns[1, 1]) / 2) / 4
     check(dense.nt_xent(scores, TAU, positives), t2a.item(), a2t.item())
+
+
+def test_a_mean_over_pairs() -> None:
+    """As salsa's code: in each direction the mean over the positive pairs of a batch, however many a query has."""
+    positives = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    torch.manual_seed(1)
+    scores = torch.randn(3, 4, dtype=torch.float64)
+    over_audios, over_texts = (scores / TAU).log_softmax(1), (scores / TAU).log_softmax(0)
+    t2a, a2t = (-(x[0, 0] + x[0, 1] + x[1, 1]).item() / 3 for x in (over_audios, over_texts))
+    check(dense.nt_xent(scores, TAU, positives, positives_mean="pairs"), t2a, a2t)
+    t2a_logits, a2t_logits = (scores * (3.0 * scores).softmax(dim) / TAU for dim in (0, 1))
+    t2a, a2t = (-x[positives].mean().item() for x in (t2a_logits.log_softmax(1), a2t_logits.log_softmax(0)))
+    check(dense.pmr(scores, TAU, 3.0, positives, positives_mean="pairs"), t2a, a2t)
+
+
+def test_both_means_agree_if_all_queries_have_equally_many_positives() -> None:
+    scores = tensor(S)
+    assert dense.nt_xent(scores, TAU, positives_mean="pairs") == dense.nt_xent(scores, TAU)
 
 
 def test_the_prior_of_pmr_needs_both_directions() -> None:

@@ -19,10 +19,11 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.losses import LOSS_TERMS, Budget, LossInputs, LossTerm, TermSection, build_objective, dense, tiled
 from atr_scale.losses.inputs import INPUTS
+from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.targets import positives_mask
 from atr_scale.losses.terms import PMR, PMRSection
-from atr_scale.model import Retriever, StepContext
-from atr_scale.score_block import EmbeddingScores
+from atr_scale.model import Encoded, Retriever, StepContext
+from atr_scale.score_block import EmbeddingScores, ScoreBlock
 from tests.losses import unit
 from tests.sequences import random_sequence
 from tests.tiny_run import tiny_config
@@ -56,7 +57,7 @@ def all_inputs() -> dict[str, Callable[[], Any]]:
     return {
         "text": lambda: unit(N, 5, 2),
         "audio": lambda: unit(N, 5, 3),
-        "teacher": lambda: EmbeddingScores(unit(N, 5, 4), unit(N, 5, 5)),
+        "teacher": lambda: SoftLabels.of(EmbeddingScores(unit(N, 5, 4), unit(N, 5, 5))),
     }
 
 
@@ -121,13 +122,39 @@ def test_options_reach_their_terms(way: str) -> None:
     values = [
         loss(pmr=pmr),
         loss(pmr={**pmr, "scale_by_batch": True}),
+        loss(pmr={**pmr, "t2a_share": 0.9}),
+        loss(nt_xent={}),
+        loss(nt_xent={"t2a_share": 0.9}),
         loss(cmsc=cmsc),
+        loss(cmsc={**cmsc, "t2a_share": 0.9}),
         loss(cmsc={**cmsc, "mode": "add"}),
         loss(cmsc={**cmsc, "target_temperature": 0.5}),
         loss(distillation=distillation),
         loss(distillation={**distillation, "temperature": 0.5}),
     ]
     assert len({round(float(value), 6) for value in values}) == len(values)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["nt_xent", "pmr"])
+def test_positives_and_their_mean_are_choices_of_the_objective(name: str, way: str) -> None:
+    """IDS: one clip twice, and one caption text of two clips."""
+    objective = build_objective(sections(**{name: {"weight": 1.0, **OPTIONS[name]}}), WAYS[way])
+    scores = unit(N, 5, 0) @ unit(N, 5, 1).T
+    by_clip, by_either = (positives_mask(ids, ids) for ids in (IDS[:, :1], IDS))
+    assert by_clip.sum() == N + 2 and by_either.sum() == N + 4
+    for rule, mask in (("clip", by_clip), ("clip_and_text", by_either)):
+        for mean in ("queries", "pairs"):
+            options = {key: value for key, value in OPTIONS[name].items() if key == "omega"}
+            want = getattr(dense, name)(scores, TAU, positives=mask, positives_mean=mean, **options)
+            found = objective(inputs(positives=rule, positives_mean=mean))["loss"]
+            assert abs(found - want) < 1e-13, (rule, mean)
+
+
+def test_a_term_is_told_both_ids_whatever_makes_a_positive() -> None:
+    whole = inputs(positives="clip").whole
+    assert torch.equal(whole.positives, positives_mask(IDS[:, :1], IDS[:, :1]))
+    assert torch.equal(whole.clip_ids, IDS[:, 0]) and torch.equal(whole.caption_ids, IDS[:, 1])
 
 
 def test_a_detached_prior_has_another_gradient() -> None:
@@ -151,9 +178,11 @@ class Asking(LossTerm):
         scores: Tensor,
         temperature: Tensor,
         positives: Tensor,
+        positives_mean: str,
         text_scores: Tensor,
         audio_scores: Tensor,
         teacher_scores: Tensor,
+        soft_labels: SoftLabels[Tensor],
         clip_ids: Tensor,
         caption_ids: Tensor,
         text_embeddings: Tensor,
@@ -187,7 +216,8 @@ def test_inputs_by_name() -> None:
             ("audio_embeddings", audio),
         ):
             assert torch.equal(seen[name], want), name
-        assert seen["temperature"] is TAU and seen["step"] == 9
+        assert torch.equal(seen["soft_labels"].teachers[0].t2a, seen["teacher_scores"])
+        assert seen["temperature"] is TAU and seen["step"] == 9 and seen["positives_mean"] == "queries"
         assert seen["text_tokens"] is tokens[0] and seen["audio_tokens"] is tokens[1]
 
 
@@ -215,7 +245,7 @@ def term_both_ways(name: str, batch: int, width: int, dtype: torch.dtype, *budge
             partial(inside.__getitem__, 1),
             refuse,
             refuse,
-            lambda: EmbeddingScores(unit(batch, width, 4).to(dtype), unit(batch, width, 5).to(dtype)),
+            lambda: SoftLabels.of(EmbeddingScores(unit(batch, width, 4).to(dtype), unit(batch, width, 5).to(dtype))),
         )
         loss = build_objective(sections(**{name: options}), budget)(given)["loss"]
         gradients = torch.autograd.grad(loss, (text, audio, *inside, tau), allow_unused=True)
@@ -283,7 +313,7 @@ def batch() -> Batch:
 
 def retriever(config: RunConfig, scorer: str, **weights: float) -> Retriever:
     config = config.model_copy(deep=True)
-    config.model.scorer.name = scorer
+    config.model.scorer.name, config.model.text.pooling = scorer, "first"
     config.objective.nt_xent.weight = 0.0
     for name, weight in weights.items():
         config.objective.terms[name].weight = weight
@@ -291,18 +321,20 @@ def retriever(config: RunConfig, scorer: str, **weights: float) -> Retriever:
     return Retriever(config.model, config.objective).eval()
 
 
-@pytest.mark.parametrize("scorer", ["pooled", "mean"])
+@pytest.mark.parametrize("scorer", ["pooled", "mean", "lgmm"])
 def test_the_model_compares_whole_clips_and_captions_inside_their_modality(config: RunConfig, scorer: str) -> None:
-    """Pooled vectors of the encoders, or the mean of frames where the scorer reads frames."""
+    """Pooled embeddings of the encoders, or the mean over what the scorer reads: frames, and tokens of a caption."""
     model = retriever(config, scorer, cmsc=1.0, intra_modal=0.5)
     data = batch()
     found = model(data)
-    text = normalize(model.encode_text(data.input_ids, data.attention_mask).pooled, dim=1)
+    words = model.encode_text(data.input_ids, data.attention_mask)
     sequence = model.encode_audio(data.waveform, data.lengths)
-    assert sequence.mask.all()
-    audio = normalize(sequence.pooled if scorer == "pooled" else sequence.tokens.mean(1), dim=1)
+    assert sequence.mask.all() and words.mask.any(1).all()
+    means = [torch.stack([t[m].mean(0) for t, m in zip(x.tokens, x.mask, strict=True)]) for x in (words, sequence)]
+    text = normalize(means[0] if scorer == "lgmm" else words.pooled, dim=1)
+    audio = normalize(sequence.pooled if scorer == "pooled" else means[1], dim=1)
     mask, tau = positives_mask(data.ids, data.ids), model.temperature()
-    cmsc = dense.cmsc(text @ audio.T, text @ text.T, audio @ audio.T, tau, 0.2, tau, mask)
+    cmsc = dense.cmsc(model.scorer.scores(words, sequence), text @ text.T, audio @ audio.T, tau, 0.2, tau, mask)
     intra = (dense.intra_modal(text @ text.T, tau, mask) + dense.intra_modal(audio @ audio.T, tau, mask)) / 2
     assert found["cmsc"].item() == pytest.approx(cmsc.item(), rel=1e-5)
     assert found["intra_modal"].item() == pytest.approx(intra.item(), rel=1e-5)
@@ -312,14 +344,28 @@ def test_the_model_compares_whole_clips_and_captions_inside_their_modality(confi
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in projection.parameters())
 
 
+def test_lgmm_trains_no_embedding_that_it_does_not_align(config: RunConfig) -> None:
+    """The first token's is read by nothing, so intra-modal contrast can be left out without a change elsewhere."""
+    model, data = retriever(config, "lgmm", nt_xent=1.0, cmsc=1.0, intra_modal=1.0), batch()
+    text, audio = model.encode(data)
+    pooled = [x.pooled.detach().requires_grad_() for x in (text, audio)]
+    other = [torch.randn_like(x).requires_grad_() for x in pooled]
+    losses = [
+        model(data, encoded=Encoded(text._replace(pooled=t), audio._replace(pooled=a))) for t, a in (pooled, other)
+    ]
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+    losses[0]["loss"].backward()
+    assert all(x.grad is None or not x.grad.any() for x in pooled)
+
+
 def test_the_model_asks_its_teacher_about_the_batch(config: RunConfig) -> None:
     model = retriever(config, "pooled", distillation=1.0)
     data = batch()
     asked: list[Batch] = []
 
-    def teacher(rows: Batch, world: World) -> EmbeddingScores:
+    def teacher(rows: Batch, world: World) -> SoftLabels[ScoreBlock]:
         asked.append(rows)
-        return EmbeddingScores(unit(5, 4, 0).float(), unit(5, 4, 1).float(), world)
+        return SoftLabels.of(EmbeddingScores(unit(5, 4, 0).float(), unit(5, 4, 1).float(), world))
 
     found = model(data, StepContext(teacher=teacher))
     scores = model.scorer.scores(

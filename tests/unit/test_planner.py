@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from atr_scale import cli
-from atr_scale.config import RunConfig
+from atr_scale.config import InitialCheckpoint, RunConfig
 from atr_scale.errors import UserError
 from atr_scale.losses import build_objective
+from atr_scale.losses.terms import TeacherTableSection
 from atr_scale.planner import measure as measuring
 from atr_scale.planner import zero_memory
 from atr_scale.planner.architecture import build_without_weights
@@ -251,7 +252,8 @@ def test_the_verb(
     """No shards are read; text to stdout, JSON and picture to a folder; a mistake is one line and code 2."""
     path = tmp_path / "run.yaml"
     path.write_text(config.to_yaml())
-    command = ["atr-scale", "plan", str(path), "data.train=[{shards: nowhere}]", "train.global_batch_size=1024"]
+    overrides = ["data.train=[{shards: nowhere}]", "train.global_batch_size=1024", "data.captions.max_tokens=null"]
+    command = ["atr-scale", "plan", str(path), *overrides]
     monkeypatch.setattr(sys, "argv", [*command, "--gpu", "L4", "--price", "2", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as left:
         cli.main()
@@ -259,6 +261,7 @@ def test_the_verb(
     assert left.value.code == 0
     for word in ("memory", "network", "time", "run", "largest", "assumptions until a run has measured them"):
         assert word in printed
+    assert "captions of 64 tokens" in printed, "of captions that nothing cuts"
     written = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert [row["gpus"] for row in written["sizes"]] == [2**k for k in range(11)]
     chosen = written["chosen"]
@@ -278,10 +281,13 @@ def test_the_verb(
 
 
 def test_a_dry_run_reads_what_the_job_starts_from(config: RunConfig) -> None:
-    train = config.train.model_copy(update={"initial_checkpoint": "nowhere"})
+    train = config.train.model_copy(
+        update={"initial_checkpoint": InitialCheckpoint.model_validate({"from": "nowhere"})}
+    )
     with pytest.raises(UserError, match="no checkpoint at nowhere"):
         dry_run(config.model_copy(update={"train": train}), 1)
     objective = config.objective.model_copy(deep=True)
-    objective.distillation.weight, objective.distillation.tables = 1.0, ["missing.safetensors"]
+    objective.distillation.weight = 1.0
+    objective.distillation.tables = [TeacherTableSection(path="missing.safetensors")]
     with pytest.raises(UserError, match="no teacher table at missing"):
         dry_run(config.model_copy(update={"objective": objective}), 1)

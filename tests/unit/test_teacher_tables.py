@@ -23,7 +23,8 @@ from atr_scale.losses import dense
 from atr_scale.model import Retriever, StepContext
 from atr_scale.score_block import EmbeddingScores, StoredScores
 from atr_scale.teachers.comparison import compare_teachers
-from atr_scale.teachers.tables import TeacherEnsemble, TeacherTable, shards_checksum
+from atr_scale.teachers.ensemble import TeacherEnsemble
+from atr_scale.teachers.tables import TeacherTable, shards_checksum
 from atr_scale.training.parts import read_teacher, training_stream
 from tests.losses import unit
 from tests.tiny import TinyInputs, make_tiny_inputs, write_tiny_config
@@ -72,7 +73,7 @@ DRAWN = [5, 0, 2, 3, 1]  # clip 0 twice and clip 2 twice, with different caption
 
 def test_the_teacher_is_the_mean_of_cosines() -> None:
     tables = [vectors("a", 4, 1), vectors("b", 7, 2), vectors("c", 3, 3)]
-    block = TeacherEnsemble(tables).block(rows_of(DRAWN))
+    block = TeacherEnsemble.of(*tables).labels(rows_of(DRAWN)).teachers[0].t2a
     assert isinstance(block, EmbeddingScores), "vectors stay vectors: no matrix of the batch is kept"
     assert block.tensors[0].shape == (5, 14) and block.tensors[1].shape == (5, 14)
     torch.testing.assert_close(block.stripe(slice(0, 5)), mean_scores(tables, DRAWN), rtol=0, atol=1e-14)
@@ -81,7 +82,7 @@ def test_the_teacher_is_the_mean_of_cosines() -> None:
 
 def test_a_member_that_scores_pairs_joins_the_mean() -> None:
     for tables in ([vectors("a", 4, 1), pairwise("b", 2)], [pairwise("a", 1)], [pairwise("a", 1), pairwise("b", 2)]):
-        block = TeacherEnsemble(tables).block(rows_of(DRAWN))
+        block = TeacherEnsemble.of(*tables).labels(rows_of(DRAWN)).teachers[0].t2a
         assert isinstance(block, StoredScores)
         torch.testing.assert_close(block.stripe(slice(0, 5)), mean_scores(tables, DRAWN), rtol=0, atol=1e-14)
 
@@ -89,7 +90,7 @@ def test_a_member_that_scores_pairs_joins_the_mean() -> None:
 def test_half_precision_tables_give_fp32_scores() -> None:
     exact = [vectors("a", 64, 1), pairwise("b", 2)]
     for number, make in enumerate((vectors("a", 64, 1, torch.float16), pairwise("b", 2, torch.float16))):
-        found = TeacherEnsemble([make]).block(rows_of(DRAWN)).stripe(slice(0, 5))
+        found = TeacherEnsemble.of(make).labels(rows_of(DRAWN)).teachers[0].t2a.stripe(slice(0, 5))
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), mean_scores([exact[number]], DRAWN), rtol=1e-3, atol=1e-3)
         by_hand = mean_scores([replace(make, values={k: v.float() for k, v in make.values.items()})], DRAWN)
@@ -98,8 +99,8 @@ def test_half_precision_tables_give_fp32_scores() -> None:
 
 def test_captions_that_read_the_same_are_told_apart() -> None:
     """All captions of these batches share their text's id: only clip and index say which vector is theirs."""
-    teacher = TeacherEnsemble([vectors("a", 4, 1)])
-    texts = {tuple(teacher.block(rows_of([row])).tensors[0][0].tolist()) for row in range(6)}
+    teacher = TeacherEnsemble.of(vectors("a", 4, 1))
+    texts = {tuple(teacher.labels(rows_of([row])).teachers[0].t2a.tensors[0][0].tolist()) for row in range(6)}
     assert len(texts) == 6
 
 
@@ -139,18 +140,18 @@ def test_missing_damaged_and_other_files(tmp_path: Path) -> None:
 def test_tables_of_different_splits() -> None:
     other = replace(vectors("b", 4, 1), caption_index=INDEX.flip(0))
     with pytest.raises(UserError, match="a and b are of different splits"):
-        TeacherEnsemble([vectors("a", 4, 1), other])
+        TeacherEnsemble.of(vectors("a", 4, 1), other)
 
 
 def test_an_unknown_caption_is_named() -> None:
-    teacher = TeacherEnsemble([vectors("a", 4, 1), vectors("b", 4, 2)])
+    teacher = TeacherEnsemble.of(vectors("a", 4, 1), vectors("b", 4, 2))
     batch = rows_of([0, 5], ["sounds/0.tar/dog", "sounds/0.tar/bell"])
     batch = replace(batch, caption_index=torch.tensor([0, 3]))
     line = r"caption 3 of sounds/0.tar/bell is not in the teacher tables \(a, b\): run `atr-scale estimate`"
     with pytest.raises(UserError, match=line):
-        teacher.block(batch)
+        teacher.labels(batch)
     with pytest.raises(UserError, match="caption 0 of clip 7 is not"):
-        teacher.block(replace(rows_of([0]), clip_ids=torch.tensor([7])))
+        teacher.labels(replace(rows_of([0]), clip_ids=torch.tensor([7])))
 
 
 @pytest.fixture(scope="module")
@@ -177,10 +178,12 @@ def of_shards(inputs: TinyInputs, clips: int = 12, checksum: str = "") -> Teache
 def test_foreign_tables_are_refused_before_training_starts(inputs: TinyInputs, tmp_path: Path) -> None:
     """By the samples themselves where the manifest is another; and a run says so before it makes anything."""
     shards = open_shards(str(inputs.shards))
-    TeacherEnsemble([of_shards(inputs)]).check(shards)
+    TeacherEnsemble.of(of_shards(inputs)).check([shards])
     with pytest.raises(UserError, match=r"caption 0 of corpus/tone-\d+.wav in .*shards is not in the teacher tables"):
-        TeacherEnsemble([of_shards(inputs, clips=11)]).check(shards)
-    TeacherEnsemble([of_shards(inputs, 11, shards_checksum(shards))]).check(shards)  # not read: the manifest is known
+        TeacherEnsemble.of(of_shards(inputs, clips=11)).check([shards])
+    TeacherEnsemble.of(of_shards(inputs, 11, shards_checksum(shards))).check(
+        [shards]
+    )  # not read: the manifest is known
     foreign = distilling(inputs, tmp_path, vectors("foreign", 4, 1).save(tmp_path))
     with pytest.raises(UserError, match=r"not in the teacher tables \(foreign\)"):
         read_teacher(foreign, [shards])
@@ -219,7 +222,7 @@ def test_a_student_that_is_its_teacher_learns_nothing(inputs: TinyInputs, tmp_pa
     norms = []
     for teacher in (table, shifted):
         model.zero_grad()
-        terms = model(batch, StepContext(teacher=TeacherEnsemble([teacher]).block))
+        terms = model(batch, StepContext(teacher=TeacherEnsemble.of(teacher).labels))
         terms["loss"].backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norms.append(max(float(gradient.abs().max()) for gradient in gradients))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from atr_scale.compat import enable_gradient_checkpointing
+from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.encoders import TextEncoder, build_text_encoder, load_text_encoder
 from atr_scale.encoders.transformers_text import TransformersTextEncoder
 from atr_scale.errors import UserError
@@ -150,6 +151,18 @@ def test_what_cannot_be_loaded_is_one_clear_line(tmp_path: Path) -> None:
         transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     ).save_pretrained(tmp_path)
     refused(tmp_path, "t5 model", "BERT")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_tokens", [None, 600, 12])
+def test_no_caption_is_longer_than_the_encoder_takes(folder: Path, max_tokens: int | None) -> None:
+    """The tokenizers here state no limit of their own; RoBERTa's positions start behind that of padding."""
+    encoder = build_text_encoder(folder)
+    config = transformer_of(encoder).config
+    limit = {"bert": 40, "roberta": 38, "distilbert": 512}[config.model_type]
+    ids, mask = CaptionTokenizer(encoder.tokenizer, max_tokens=max_tokens)([1000 * "dog ", "a dog barks"])
+    assert ids.shape == mask.shape == (2, min(limit, max_tokens or limit)) and mask[1].sum() == 5
+    assert encoder(ids, mask).tokens.isfinite().all()
 
 
 @torch.no_grad()

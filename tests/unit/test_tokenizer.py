@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
+from atr_scale.data.collate import DecodedClip, collate
 from atr_scale.data.options import CaptionSection
 from atr_scale.data.tokenizer import CLEANING, CaptionTokenizer, caption_tokenizer
 
@@ -34,6 +39,29 @@ def test_captions_are_cleaned_then_truncated_and_padded() -> None:
     assert input_ids.shape == (3, 5) and attention_mask.sum(1).tolist() == [5, 3, 4]
     assert input_ids[0, 2] == input_ids[1, 1] == low
     assert input_ids[2, 1] == mark, "what cleaning leaves nothing of stays as it is"
+
+
+def test_a_tokenizer_without_a_limit_is_asked_for_none() -> None:
+    """One of a plug-in: its encoder takes captions of any length."""
+    asked: list[int | None] = []
+
+    def tokenizer(captions: list[str], max_length: int | None, **_: Any) -> dict[str, torch.Tensor]:
+        asked.append(max_length)
+        return dict.fromkeys(("input_ids", "attention_mask"), torch.ones(len(captions), 1, dtype=torch.int64))
+
+    for captions in (CaptionSection(max_tokens=None), CaptionSection(max_tokens=1000), CaptionSection()):
+        caption_tokenizer(tokenizer, captions)(["a low tone"])
+    assert asked == [None, 1000, 64]
+
+
+@pytest.mark.parametrize(("cleaning", "equal"), [("none", 3), ("wavcaps", 2), ("lower_no_punctuation", 1)])
+def test_ids_of_captions_are_those_of_what_the_encoder_reads(cleaning: str, equal: int) -> None:
+    """Captions that cleaning makes equal are positives of each other."""
+    tokenizer = caption_tokenizer(AutoTokenizer.from_pretrained(TEXT_ENCODER), CaptionSection(cleaning=cleaning))
+    captions = ["It's a low tone", "it's a low, tone.", "its a low tone"]
+    clips = [DecodedClip(4, caption, 0, f"clip {n}", "place") for n, caption in enumerate(captions)]
+    batch = collate(np.zeros((3, 4), np.int16), clips, tokenizer, Counter())
+    assert len(set(batch.caption_ids.tolist())) == equal and len(set(batch.clip_ids.tolist())) == 3
 
 
 def test_loader_workers_get_the_tokenizer_by_pickle() -> None:

@@ -103,6 +103,9 @@ class NoTokenizer(CaptionTokenizer):
     def __init__(self) -> None:
         pass
 
+    def clean(self, caption: str) -> str:
+        return caption
+
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         return torch.zeros(len(captions), 16, dtype=torch.int64), torch.ones(len(captions), 16, dtype=torch.int64)
 

@@ -10,34 +10,49 @@ from typing import Literal
 from torch import Tensor
 
 from atr_scale.errors import UserError
-from atr_scale.losses.targets import Ids, Pairs, Positives
+from atr_scale.losses.targets import Ids, Pairs, Positives, PositivesMean
 from atr_scale.losses.tiled.soft_cross_entropy import Logits, Targets, soft_cross_entropy
 from atr_scale.losses.tiled.tiles import LOSS_BYTES
 from atr_scale.score_block import ScoreBlock
 
 
 def nt_xent(
-    block: ScoreBlock, temperature: float | Tensor, positives: Ids | None = None, kept_bytes: int = LOSS_BYTES
+    block: ScoreBlock,
+    temperature: float | Tensor,
+    positives: Ids | None = None,
+    kept_bytes: int = LOSS_BYTES,
+    t2a_share: float = 0.5,
+    positives_mean: PositivesMean = "queries",
 ) -> Tensor:
     """`dense.nt_xent` on a score block.
 
     positives: (text ids [B, k], audio ids [b, k]) int64; a pair is positive if any column agrees.
     kept_bytes, here and below: see `tiles.LOSS_BYTES`.
     """
-    return soft_cross_entropy(block, temperature, Targets(Positives.of(block, positives)), kept_bytes)
+    targets = Targets(Positives.of(block, positives, positives_mean), t2a_share=t2a_share)
+    return soft_cross_entropy(block, temperature, targets, kept_bytes)
 
 
 def distillation(
-    block: ScoreBlock, teacher_block: ScoreBlock, temperature: float | Tensor, kept_bytes: int = LOSS_BYTES
+    block: ScoreBlock,
+    teacher_block: ScoreBlock,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None = None,
+    teacher_block_a2t: ScoreBlock | None = None,
+    kept_bytes: int = LOSS_BYTES,
+    t2a_share: float = 0.5,
 ) -> Tensor:
-    """`dense.distillation` on a score block; teacher_block: of the same shape, without a gradient.
+    """`dense.distillation` on a score block; the teacher's blocks: of the same shape, without a gradient.
 
-    The mean cosine of an ensemble is one `EmbeddingScores`: the members' embeddings, each times the square root of its
-    member's weight, joined along their width.
+    The mean cosine of an ensemble is one `EmbeddingScores`: the members' embeddings joined along their width, with the
+    texts' times their member's weight.
     """
-    _same_shape(block, "teacher_block", teacher_block)
-    teacher = (Logits.of(temperature, teacher_block),)
-    targets = Targets(Positives.none(block), beta=1.0, teacher=teacher)
+    blocks = [teacher_block] if teacher_block_a2t is None else [teacher_block, teacher_block_a2t]
+    for each in blocks:
+        _same_shape(block, "teacher_block", each)
+    own = temperature if teacher_temperature is None else teacher_temperature
+    teacher = tuple(Logits.of(own, each) for each in blocks)
+    targets = Targets(Positives.none(block), beta=1.0, teacher=teacher, t2a_share=t2a_share)
     return soft_cross_entropy(block, temperature, targets, kept_bytes)
 
 
@@ -51,6 +66,7 @@ def cmsc(
     positives: Ids | None = None,
     mode: Literal["each", "add"] = "each",
     kept_bytes: int = LOSS_BYTES,
+    t2a_share: float = 0.5,
 ) -> Tensor:
     """`dense.cmsc` on score blocks [B, b] with B = all texts = all audios.
 
@@ -64,7 +80,8 @@ def cmsc(
         teacher: tuple[Logits, ...] = (Logits.of(target_temperature, text_block, audio_block),)
     else:
         teacher = (Logits.of(target_temperature, text_block), Logits.of(target_temperature, audio_block))
-    targets = Targets(Positives.of(block, positives), beta=beta, teacher=teacher, divergence=True)
+    pairs = Positives.of(block, positives)
+    targets = Targets(pairs, beta=beta, teacher=teacher, divergence=True, t2a_share=t2a_share)
     return soft_cross_entropy(block, temperature, targets, kept_bytes)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atr_scale.losses.targets import Ids, Positives
+from atr_scale.losses.targets import Ids, Positives, PositivesMean
 from atr_scale.losses.tiled.exponentials import (
     ConstantShift,
     MaximaShift,
@@ -40,15 +40,17 @@ def pmr(
     positives: Ids | None = None,
     detach_prior: bool = False,
     scale_by_batch: bool = False,
+    t2a_share: float = 0.5,
+    positives_mean: PositivesMean = "queries",
 ) -> Tensor:
     """`dense.pmr` on a score block (arXiv 2303.05681, eq. 12-14 on the corrected axis).
 
     positives: (text ids [B, k], audio ids [b, k]) int64; a pair is positive if any column agrees.
     """
     candidates = (float(block.shape[0]), float(block.num_columns)) if scale_by_batch else (1.0, 1.0)
-    pairs = Positives.of(block, positives)
+    pairs = Positives.of(block, positives, positives_mean)
     loss: Tensor = _PMR.apply(
-        block, pairs, omega, detach_prior, candidates, as_tensor(temperature, block), *block.tensors
+        block, pairs, omega, detach_prior, candidates, t2a_share, as_tensor(temperature, block), *block.tensors
     )
     return loss
 
@@ -62,11 +64,12 @@ class _PMR(torch.autograd.Function):
         omega: float,
         detach_prior: bool,
         candidates: tuple[float, float],
+        t2a_share: float,
         temperature: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
         h = 1 / temperature.item()
-        sweeps = _Sweeps(block, pairs, omega, h * candidates[0], h * candidates[1])
+        sweeps = _Sweeps(block, pairs, omega, h * candidates[0], h * candidates[1], t2a_share)
         loss = sweeps.loss(h)
         ctx.sweeps, ctx.detach_prior = sweeps, detach_prior
         ctx.save_for_backward(temperature, *tensors)
@@ -79,7 +82,7 @@ class _PMR(torch.autograd.Function):
         gradients, by_log_h = sweeps.gradients(ctx.detach_prior)
         by_h = by_log_h * temperature
         by_inputs: tuple[Tensor, ...] = input_gradients(grads[0], temperature, by_h, sweeps.block, gradients)
-        return None, None, None, None, None, *by_inputs
+        return None, None, None, None, None, None, *by_inputs
 
 
 class _Sweeps:
@@ -105,14 +108,17 @@ class _Sweeps:
     w_over_X: Tensor
     w_over_Y: Tensor
 
-    def __init__(self, block: ScoreBlock, pairs: Positives, omega: float, h_x: float, h_y: float) -> None:
+    def __init__(
+        self, block: ScoreBlock, pairs: Positives, omega: float, h_x: float, h_y: float, t2a_share: float
+    ) -> None:
         self.block, self.omega, self.h_x, self.h_y = block, omega, h_x, h_y
         self.work = Workspace(block)
         self.stripes = stripes_of(block, times_smaller=2)  # up to six buffers of a tile's size are in use at once
         self.pairs = PairsByTile(pairs, tiles_of(self.stripes))
-        self.w_t2a, self.w_a2t = query_weights(block, pairs)
-        self.T_t2a = pairs.row_weight[self.pairs.rows] / (2 * block.shape[0])
-        self.T_a2t = pairs.column_weight[self.pairs.columns] / (2 * block.num_columns)
+        of_text, of_audio = query_weights(block, t2a_share)
+        self.w_t2a, self.w_a2t = of_text * pairs.row_sum, of_audio * pairs.column_sum
+        self.T_t2a = of_text * pairs.row_share[self.pairs.rows]
+        self.T_a2t = of_audio * pairs.column_share[self.pairs.columns]
 
     def loss(self, h: float) -> Tensor:
         """The loss of all ranks, float64; sweeps six times more if constant shifts lose sums."""

@@ -62,11 +62,12 @@ class Logits:
 
 @dataclass(frozen=True)
 class Targets:
-    """(1 - beta) * positives + beta * softmax(teacher), constant.
+    """(1 - beta) * positives + beta * softmax(teacher), constant, and how much each direction counts.
 
     teacher:    logits of the soft targets: none, one for both directions, or one for each (t2a, a2t).
     divergence: the entropy of the targets is subtracted, which makes the loss a Kullback-Leibler divergence.
     excluded:   pairs that no softmax counts.
+    t2a_share:  part of t2a in the loss; the rest is that of a2t.
     """
 
     pairs: Positives
@@ -74,13 +75,14 @@ class Targets:
     teacher: tuple[Logits, ...] = ()
     divergence: bool = False
     excluded: Pairs | None = None
+    t2a_share: float = 0.5
 
 
 def soft_cross_entropy(block: ScoreBlock, temperature: float | Tensor, targets: Targets, kept_bytes: int) -> Tensor:
-    """1/2 [mean_i (m_i log sum_j exp u_ij - sum_j T_ij u_ij) + mean_j (m'_j log sum_i exp u_ij - sum_i T'_ij u_ij)].
+    """w sum_i (m_i log sum_j exp u_ij - sum_j T_ij u_ij) + w' sum_j (m'_j log sum_i exp u_ij - sum_i T'_ij u_ij).
 
-    u = scores / temperature, T and T' the targets of t2a and a2t, m and m' their sums for a query: 1, or less if the
-    query has no positive. A float scalar, the same on every rank. kept_bytes: see `tiles.LOSS_BYTES`.
+    u = scores / temperature, T and T' the targets of t2a and a2t, m and m' their sums for a query, w and w' the weights
+    of a query (`query_weights`). A float scalar, the same on every rank. kept_bytes: see `tiles.LOSS_BYTES`.
     """
     loss: Tensor = _SoftCrossEntropy.apply(block, targets, kept_bytes, as_tensor(temperature, block), *block.tensors)
     return loss
@@ -142,6 +144,7 @@ class _Sweeps:
     pairs:             the P positive pairs.
     row_share [P], column_share [P]: a pair's part of its text's and of its audio's hard targets.
     pair_weight [P]:   weight of a pair's logit in the loss, both directions together.
+    query_weights:     weight of a text and of an audio as a query in the loss.
     soft_weights:      weight of a text's and of an audio's soft targets in the loss.
     row_weight [B], column_weight [b]: weight of a query's log-sum-exp in the loss.
     shifts:            of the student's logits, then of the teacher's.
@@ -160,13 +163,14 @@ class _Sweeps:
         excluded = None if targets.excluded is None else PairsByTile(targets.excluded, self.tiles)
         self.student = Logits((block,), scale, excluded)
         self.pairs = PairsByTile(targets.pairs, self.tiles)
-        self.row_share = targets.pairs.row_weight[self.pairs.rows]
-        self.column_share = targets.pairs.column_weight[self.pairs.columns]
-        hard, (B, all_audios) = 1 - targets.beta, (block.shape[0], block.num_columns)
-        self.pair_weight = hard / 2 * (self.row_share / B + self.column_share / all_audios)
-        self.soft_weights = targets.beta / (2 * B), targets.beta / (2 * all_audios)
-        rows, columns = query_weights(block, targets.pairs)
-        self.row_weight, self.column_weight = hard * rows + self.soft_weights[0], hard * columns + self.soft_weights[1]
+        positives, beta = targets.pairs, targets.beta
+        self.row_share = positives.row_share[self.pairs.rows]
+        self.column_share = positives.column_share[self.pairs.columns]
+        self.query_weights = of_text, of_audio = query_weights(block, targets.t2a_share)
+        self.pair_weight = (1 - beta) * (of_text * self.row_share + of_audio * self.column_share)
+        self.soft_weights = beta * of_text, beta * of_audio
+        self.row_weight = (1 - beta) * of_text * positives.row_sum + self.soft_weights[0]
+        self.column_weight = (1 - beta) * of_audio * positives.column_sum + self.soft_weights[1]
 
     def loss(self, kept_bytes: int) -> Tensor:
         """The loss of all ranks, float64; sweeps twice more if a constant shift loses sums."""
@@ -252,21 +256,22 @@ class _Sweeps:
         if self.targets.divergence:
             row_log_sums = log_sums(sums.rows, self.shifts[1].rows)
             column_log_sums = log_sums(sums.columns, self.shifts[-1].columns)
+            # beta log beta of every query; the weights of all queries sum to 1.
             rows += (beta * math.log(beta) if beta else 0.0) - row_weight * row_log_sums.sum()
             columns += self._mixed_entropy(row_log_sums, column_log_sums) - column_weight * column_log_sums.sum()
         return rows, columns
 
     def _mixed_entropy(self, row_log_sums: Tensor, column_log_sums: Tensor) -> Tensor:
         """sum T log T over this rank's positive pairs, less the same sum for the soft targets alone."""
-        pairs, beta = self.pairs, self.targets.beta
+        pairs, beta, (of_text, of_audio) = self.pairs, self.targets.beta, self.query_weights
         total = zeros(self.block)
-        for logits, log_sum, share, queries in (
-            (self.positive_logits[1], row_log_sums[pairs.rows], self.row_share, self.block.shape[0]),
-            (self.positive_logits[-1], column_log_sums[pairs.columns], self.column_share, self.block.num_columns),
+        for logits, log_sum, share, weight in (
+            (self.positive_logits[1], row_log_sums[pairs.rows], self.row_share, of_text),
+            (self.positive_logits[-1], column_log_sums[pairs.columns], self.column_share, of_audio),
         ):
             soft = beta * (logits - log_sum).exp()
             mixed = (1 - beta) * share + soft
-            total += (torch.xlogy(mixed, mixed) - torch.xlogy(soft, soft)).sum() / (2 * queries)
+            total += weight * (torch.xlogy(mixed, mixed) - torch.xlogy(soft, soft)).sum()
         return total
 
     def gradients(self) -> tuple[Tensor, ...]:

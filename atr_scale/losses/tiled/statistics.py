@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atr_scale.losses.targets import Positives
 from atr_scale.score_block import ScoreBlock
 
 
@@ -17,11 +16,9 @@ def zeros(block: ScoreBlock, *size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.float64, device=block.device)
 
 
-def query_weights(block: ScoreBlock, pairs: Positives) -> tuple[Tensor, Tensor]:
-    """Weights [B], [b] of the queries in the loss: 1/2 for the direction / number of queries; 0 without a positive."""
-    rows = (pairs.row_weight > 0).double() / (2 * block.shape[0])
-    columns = (pairs.column_weight > 0).double() / (2 * block.num_columns)
-    return rows, columns
+def query_weights(block: ScoreBlock, t2a_share: float) -> tuple[float, float]:
+    """Weight of a text and of an audio as a query in the loss: the share of its direction / number of queries."""
+    return t2a_share / block.shape[0], (1 - t2a_share) / block.num_columns
 
 
 def input_gradients(

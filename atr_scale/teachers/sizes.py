@@ -1,0 +1,93 @@
+"""Whether a teacher table fits into memory and on the disk, before anything is embedded.
+
+Shape suffixes: C captions, N clips, d width, K best.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from atr_scale.config import RunConfig
+from atr_scale.data import storage
+from atr_scale.data.sample import BadSample
+from atr_scale.data.shard_reader import ShardSet
+from atr_scale.distributed.world import World
+from atr_scale.errors import UserError
+from atr_scale.memory import free_memory
+from atr_scale.scorers import build_scorer
+
+SAMPLED = 64  # samples of shards without a manifest, whose captions are counted
+UNPROJECTED = 1024  # width that is assumed for encoders without a projection
+USUAL_K = 128
+
+
+class TableSize(NamedTuple):
+    """Bytes of a table on the disk, and of its values in the memory of every rank while it is made."""
+
+    disk: int
+    memory: int
+
+
+def table_size(config: RunConfig, num_captions: int, num_clips: int, top_k: int | None) -> TableSize:
+    """The size of the teacher table that a run with this configuration writes."""
+    width = UNPROJECTED if config.model.projection.kind == "none" else config.model.projection.dim
+    if build_scorer(config.model.scorer.name, width, **config.model.scorer.options).is_dual_encoder:
+        values = (num_captions + num_clips) * width
+        return TableSize(2 * values, (4 + 2) * values)  # fp16; fp32, then fp16
+    if top_k is not None:
+        values = num_captions * min(top_k, num_clips) + num_clips * min(top_k, num_captions)
+        return TableSize((4 + 2) * values, 4 * (4 + 4) * values)  # int32 and fp16; both with fp32, joined and sorted
+    return TableSize(2 * num_captions * num_clips, (4 + 2) * num_captions * num_clips)
+
+
+def check_sizes(
+    runs: dict[str, RunConfig], shards: Sequence[ShardSet], out: Path, top_k: int | None, copies: int, world: World
+) -> None:
+    """Raises UserError on every rank if a table does not fit; all ranks call this.
+
+    runs: configurations by name. copies: tables of the cross-fitted one beside those of the runs, which it joins.
+    """
+    captions, clips = sum(map(count_captions, shards)), sum(map(len, shards))
+    hosts = world.gather_objects(socket.gethostname())
+    memory = min(world.gather_objects(free_memory() // hosts.count(socket.gethostname())))
+    disk = None if storage.is_remote(str(out)) else shutil.disk_usage(out).free
+    on_disk = 0
+    for name, config in runs.items():
+        size = table_size(config, captions, clips, top_k)
+        on_disk += (1 + copies) * size.disk
+        small = table_size(config, captions, clips, USUAL_K)
+        if small.memory < size.memory:
+            remedy = f"give --top-k {USUAL_K}, which needs {_gb(small.memory)} of memory and {_gb(small.disk)} of disk"
+        else:
+            remedy = "use machines with more memory for each rank, or fewer --shards at once"
+        what = f"the teacher table of {name} for {captions} captions and {clips} clips"
+        if size.memory > memory:
+            raise UserError(f"{what} needs {_gb(size.memory)} of memory on each rank, {_gb(memory)} are free: {remedy}")
+        if disk is not None and on_disk > disk:
+            remedy = remedy if small.disk < size.disk else "give an --out with more space"
+            raise UserError(
+                f"{what} takes the tables in {out} to {_gb(on_disk)}, {_gb(disk)} of the disk are free: {remedy}"
+            )
+
+
+def count_captions(shards: ShardSet) -> int:
+    """Number of captions of the shards: the manifest's, or an estimate from some samples."""
+    if "num_captions" in shards.manifest:
+        return int(shards.manifest["num_captions"])
+    counts = []
+    for row in np.unique(np.linspace(0, len(shards) - 1, SAMPLED).astype(int)).tolist():
+        try:
+            counts.append(len(shards.read_text(row)[1]))
+        except BadSample:
+            continue
+    return round(len(shards) * float(np.mean(counts or [1])))
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,104 @@
+"""Soft labels that come from no model: known relevance, random scores, equal scores.
+
+Shape suffixes: B texts of the global batch, b rows of this rank, C captions and N clips, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from atr_scale.batch import Batch, stable_id
+from atr_scale.data.sample import BadSample
+from atr_scale.data.shard_reader import ShardSet
+from atr_scale.distributed.world import World
+from atr_scale.evaluation.relevance import grades_of_csv, read_grades
+from atr_scale.losses.soft_labels import SoftLabels
+from atr_scale.losses.terms import DistillationSection
+from atr_scale.score_block import EmbeddingScores, ScoreBlock
+from atr_scale.teachers.ensemble import Coverage, Member, TeacherEnsemble
+from atr_scale.teachers.tables import TeacherTable
+
+RANDOM_WIDTH = 64  # of random embeddings: their cosines have a standard deviation of 1/8
+
+
+class Constructed:
+    """Random or equal scores of all pairs, which need no table.
+
+    Random scores are cosines of random unit vectors, one for each caption and each clip, drawn from their stable ids
+    and `seed`: the same in every epoch and on any number of ranks.
+    """
+
+    coverage: Sequence[Coverage] = ()
+
+    def __init__(self, kind: str, seed: int) -> None:
+        self.kind, self.seed = kind, seed
+
+    def labels(self, batch: Batch, world: World | None = None) -> SoftLabels[ScoreBlock]:
+        """Soft labels of the global batch; all ranks call this."""
+        world, clips = world or World.current(), batch.clip_ids
+        if self.kind == "uniform":
+            audio = torch.zeros(len(clips), 1, device=clips.device)
+            return SoftLabels.of(EmbeddingScores(world.gather(audio), audio, world))
+        captions = random_vectors(torch.stack([clips, batch.caption_index + 1], 1), self.seed)
+        audio = random_vectors(torch.stack([clips, torch.zeros_like(clips)], 1), self.seed)
+        return SoftLabels.of(EmbeddingScores(world.gather(captions), audio, world))
+
+
+def random_vectors(ids: Tensor, seed: int) -> Tensor:
+    """[n, d] float32 of unit length, a function of each row of `ids` [n, 2] int64 and of the seed."""
+    streams = [np.random.Philox(key=[seed, clip], counter=[0, 0, 0, index]) for clip, index in ids.tolist()]
+    vectors = np.stack([np.random.Generator(each).standard_normal(RANDOM_WIDTH, np.float32) for each in streams])
+    return normalize(torch.from_numpy(vectors), dim=1).to(ids.device)
+
+
+def true_targets(section: DistillationSection, sources: Sequence[ShardSet]) -> TeacherEnsemble:
+    """The grades of the relevance file of a configuration, as the scores of a teacher.
+
+    A caption's own clip has the grade 1. Raises UserError if the file cannot be read or grades no caption of `sources`.
+    """
+    path = Path(section.relevance or "")
+    table = _of_npz(path) if path.suffix == ".npz" else _of_csv(path, sources)
+    own = table.keys.caption_clip_row
+    table.values["scores"][torch.arange(len(own)), own] = 1.0
+    return TeacherEnsemble([Member(table)], missing=section.missing)
+
+
+def _of_npz(path: Path) -> TeacherTable:
+    known = read_grades(path)
+    clip_ids = torch.tensor([stable_id(clip) for clip in known.columns])
+    rows = torch.tensor([[stable_id(clip), index] for clip, index in known.rows])
+    return _table(path, clip_ids, rows[:, 0], rows[:, 1], known.grades_CN)
+
+
+class _Texts(NamedTuple):
+    captions: list[str]
+    clip_ids: list[str]
+
+
+def _of_csv(path: Path, sources: Sequence[ShardSet]) -> TeacherTable:
+    """A CSV file names captions by their text, so the texts of all samples are read."""
+    texts, rows = _Texts([], []), []
+    for shards in sources:
+        for sample in range(len(shards)):
+            try:
+                clip_id, captions, _ = shards.read_text(sample)
+            except BadSample:  # training drops it too
+                continue
+            texts.clip_ids.append(clip_id)
+            texts.captions.extend(captions)
+            rows += [(stable_id(clip_id), index) for index in range(len(captions))]
+    keys = torch.tensor(rows)
+    clip_ids = torch.tensor([stable_id(clip) for clip in texts.clip_ids])
+    return _table(path, clip_ids, keys[:, 0], keys[:, 1], grades_of_csv(path, texts))
+
+
+def _table(path: Path, clip_ids: Tensor, caption_clip: Tensor, index: Tensor, grades: np.ndarray) -> TeacherTable:
+    scores = {"scores": torch.from_numpy(grades.astype(np.float16))}
+    return TeacherTable(path.name, clip_ids, caption_clip, index, scores)
