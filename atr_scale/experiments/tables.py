@@ -147,7 +147,11 @@ def plot(comparison: ComparedRuns) -> Figure:
     whole = comparison.measured[ALL]
     binned = {name: measured for name, measured in comparison.measured.items() if name != ALL}
     bins = {
-        key: {name: [cell.mean for cell in measured[key]] for name, measured in binned.items()}
+        key: {
+            name: [cell.mean for cell in measured[key]]
+            for name, measured in binned.items()
+            if comparison.queries[name][key.partition("/")[0]]
+        }
         for key in PICTURED
         if binned
     }
