@@ -101,7 +101,7 @@ def test_trainings_write_to_folders_of_their_own_and_others_read_from_these() ->
             read |= set(given["runs"])
             tables |= {f"{given['out']}/{Path(run).name}.safetensors" for run in given["runs"]}
     assert read <= set(folders)
-    assert {table for config in configurations for table in config.objective.distillation.tables} <= tables
+    assert {table.path for config in configurations for table in config.objective.distillation.tables} <= tables
 
 
 @pytest.fixture(scope="module")
