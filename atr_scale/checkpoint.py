@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ from atr_scale.encoders.text_encoders import build_text_encoder, load_text_encod
 from atr_scale.errors import UserError
 from atr_scale.files import sha256_of, sync
 from atr_scale.model import Retriever
+from atr_scale.scorers.tap import with_zero_biases
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def read_weights(location: str | Path) -> dict[str, Tensor]:
     """Read the weights of a run folder or a checkpoint folder. Raises UserError if they are damaged."""
     path = find_checkpoint(location) / WEIGHTS
     try:
-        return load_file(path)
+        return with_zero_biases(load_file(path))
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): give another checkpoint") from None
 
@@ -163,14 +164,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str) -> No
 
     place: source of the weights, for the message.
     """
-    own = model.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in weights]
-    wrong += [f"unexpected {k}" for k in weights if k not in own]
-    wrong += [
-        f"{k} is {list(weights[k].shape)}, this model has {list(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
-    ]
+    wrong = misfits(model.state_dict(), weights)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
@@ -178,6 +172,17 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str) -> No
             "use the configuration it was trained with"
         )
     model.load_state_dict(weights)
+
+
+def misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """One clause for each key of `weights` that differs from `own`, the state dict that it is meant for."""
+    wrong = [f"missing {key}" for key in own if key not in weights]
+    wrong += [f"unexpected {key}" for key in weights if key not in own]
+    return wrong + [
+        f"{key} is {list(weights[key].shape)}, this model has {list(value.shape)}"
+        for key, value in own.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -7,14 +7,13 @@ Unknown keys are refused with a suggestion; the resolved configuration is saved 
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     Field,
     SerializeAsAny,
@@ -22,14 +21,16 @@ from pydantic import (
     ValidationInfo,
     create_model,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
+from atr_scale.config_file import Leftovers, assemble, parse_override, read_files, resolve
 from atr_scale.data.options import DataSection
 from atr_scale.encoders.audio import AudioEncoderOptions
-from atr_scale.encoders.audio_encoders import AUDIO_ENCODERS, audio_encoder_options
+from atr_scale.encoders.audio_encoders import AUDIO_ENCODERS, audio_encoder_keys, audio_encoder_options
 from atr_scale.encoders.text import TextEncoderOptions
-from atr_scale.encoders.text_encoders import text_encoder_options
+from atr_scale.encoders.text_encoders import text_encoder_keys, text_encoder_options
 from atr_scale.errors import UserError
 from atr_scale.losses import LOSS_TERMS, TermSection, check_loss_terms
 from atr_scale.losses.targets import PositivesMean, PositivesRule
@@ -48,7 +49,10 @@ class AudioEncoderSection(AudioEncoderOptions):
     """Options of all audio encoders; `encoder_section` adds those of the chosen one."""
 
     name: str = Field(description="an audio encoder of docs/encoders.md, or one that a plug-in adds")
-    checkpoint: str | None = Field(None, description="checkpoint file of the original project; null: random weights")
+    checkpoint: str | None = Field(
+        None,
+        description="original weights: a name that `atr-scale fetch-weights --list` shows, or a file; null: random",
+    )
 
     @field_validator("name")
     @classmethod
@@ -57,11 +61,23 @@ class AudioEncoderSection(AudioEncoderOptions):
             raise ValueError(f"unknown audio encoder: known are {', '.join(AUDIO_ENCODERS)}")
         return name
 
+    @classmethod
+    def leftovers(cls, values: dict[str, Any]) -> list[tuple[str, ...]]:
+        """The keys of another encoder in `values`: its checkpoint, and options that the named encoder does not have."""
+        kept = {"name", *audio_encoder_keys(_name_in(values))}
+        return [(key,) for key, value in values.items() if key not in kept and value is not None]
+
 
 class TextEncoderSection(TextEncoderOptions):
     """Options of all text encoders; `encoder_section` adds those of the chosen one."""
 
     name: str = Field(description="hub name or folder of a transformers model, or a text encoder of a plug-in")
+
+    @classmethod
+    def leftovers(cls, values: dict[str, Any]) -> list[tuple[str, ...]]:
+        """The options in `values` that the named encoder does not have."""
+        kept = {"name", *text_encoder_keys(_name_in(values))}
+        return [(key,) for key in values if key not in kept]
 
 
 @cache
@@ -101,6 +117,12 @@ class ScorerSection(Section):
             raise ValueError(f"unknown scorer: known are {', '.join(SCORERS)}")
         return name
 
+    @classmethod
+    def leftovers(cls, values: dict[str, Any]) -> list[tuple[str, ...]]:
+        """The options in `values`, which are those of another scorer."""
+        options = values.get("options")
+        return [("options", key) for key in options] if isinstance(options, dict) else []
+
     @field_validator("options")
     @classmethod
     def are_of_the_scorer(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -118,10 +140,11 @@ class ModelSection(Section):
 
     @classmethod
     def part(cls, key: str, values: Any) -> Any:
+        name = _name_in(values.get(key)) if isinstance(values, dict) else ""
         if key == "audio":
-            return encoder_section(AudioEncoderSection, audio_encoder_options(_name_in(values[key])))
+            return encoder_section(AudioEncoderSection, audio_encoder_options(name))
         if key == "text":
-            return encoder_section(TextEncoderSection, text_encoder_options(_name_in(values[key])))
+            return encoder_section(TextEncoderSection, text_encoder_options(name))
         return super().part(key, values)
 
     @field_validator("audio", "text", mode="before")
@@ -184,9 +207,33 @@ class ObjectiveSection(Section):
         return self
 
 
+ModelPart = Literal[
+    "audio_encoder", "text_encoder", "audio_projection", "text_projection", "scorer", "temperature", "objective"
+]
+MODEL_PARTS: tuple[ModelPart, ...] = typing.get_args(ModelPart)
+
+
+class InitialCheckpoint(Section):
+    from_: str = Field(alias="from", description="run folder or checkpoint whose weights start this run")
+    parts: Annotated[list[ModelPart], Field(min_length=1)] | None = Field(
+        None,
+        description="parts of the model whose weights are taken, each of which must fit; "
+        "default: both encoders, and whichever of the projections and the scorer fits",
+    )
+
+    @model_serializer
+    def _by_key(self) -> dict[str, Any]:
+        return {"from": self.from_, "parts": self.parts}
+
+
 class TrainSection(Section):
     steps: Count | None = Field(None, description="length of the run in optimizer steps; give this or epochs")
-    epochs: Positive | None = Field(None, description="length of the run in passes over the training clips")
+    epochs: Positive | None = Field(None, description="length of the run in epochs of the training data; see epoch_of")
+    epoch_of: Literal["clips", "captions"] = Field(
+        "clips",
+        description="what an epoch counts: it has as many visits to clips as the training data has clips, or captions; "
+        "the sample order is the same",
+    )
     global_batch_size: Count = Field(64, description="text-audio pairs inside one loss, over all ranks")
     micro_batch_size: Count | None = Field(
         None, description="pairs in one forward pass; below the local batch, GradCache runs; default: the local batch"
@@ -206,7 +253,7 @@ class TrainSection(Section):
         None, description="peak learning rate of projections, scorer, temperature and loss parameters; default: lr"
     )
     lr_floor: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.01, description="learning rate at the end of the cosine schedule, as a fraction of the peak"
+        0.01, description="learning rate at the end of the cosine or of the cool-down, as a fraction of the peak"
     )
     layer_decay_audio: Share = Field(
         1.0, description="learning rate of an audio encoder layer, as a fraction of that of the layer above"
@@ -220,8 +267,24 @@ class TrainSection(Section):
     frozen_layers_text: Annotated[int, Field(ge=0)] = Field(
         0, description="lowest layers of the text encoder that are not trained"
     )
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="learning rate after the warm-up: a cosine to lr_floor, or constant until the cool-down"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         None, description="optimizer steps over which the learning rate rises from 0; default: 5 % of all"
+    )
+    warmup_epochs: NonNegative | None = Field(
+        None, description="length of the warm-up in epochs, instead of warmup_steps"
+    )
+    decay_steps: Count | None = Field(
+        None, description="optimizer steps from the first on after which the cosine ends; default: the end of the run"
+    )
+    decay_epochs: Positive | None = Field(None, description="end of the cosine in epochs, instead of decay_steps")
+    cooldown_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="last optimizer steps of a constant schedule, in which the rate falls linearly; default: none"
+    )
+    cooldown_epochs: NonNegative | None = Field(
+        None, description="length of the cool-down in epochs, instead of cooldown_steps"
     )
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's two moments")
     eps: Positive = Field(1e-8, description="epsilon in AdamW's denominator")
@@ -231,8 +294,8 @@ class TrainSection(Section):
         "bf16", description="dtype of autocast; parameters, scores and losses stay fp32; fp16 scales the loss"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
-    initial_checkpoint: str | None = Field(
-        None, description="run folder or checkpoint whose weights start this run, without its optimizer state"
+    initial_checkpoint: InitialCheckpoint | None = Field(
+        None, description="weights of another run that start this one, never its settings; a text alone is `from`"
     )
     evaluate_every: Count | None = Field(None, description="optimizer steps between validations; default: one epoch")
     checkpoint_every: Count | None = Field(
@@ -244,10 +307,28 @@ class TrainSection(Section):
         3, description="optimizer steps in a row with a non-finite loss or gradient after which the run stops"
     )
 
+    @field_validator("initial_checkpoint", mode="before")
+    @classmethod
+    def text_is_from(cls, value: Any) -> Any:
+        return {"from": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def one_length(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
+        return self
+
+    @model_validator(mode="after")
+    def one_schedule(self) -> TrainSection:
+        for name in ("warmup", "decay", "cooldown"):
+            given = [getattr(self, f"{name}_{unit}") is not None for unit in ("steps", "epochs")]
+            if all(given):
+                raise ValueError(f"give {name}_steps or {name}_epochs, and null for the other one")
+            wanted = {"decay": "cosine", "cooldown": "constant"}.get(name, self.schedule)
+            if any(given) and self.schedule != wanted:
+                raise ValueError(
+                    f"{name} belongs to schedule {wanted}, but schedule is {self.schedule}: drop one of both"
+                )
         return self
 
 
@@ -291,45 +372,31 @@ class RunConfig(Section):
         return text
 
 
+# Sections whose name decides which other keys they have.
+LEFTOVERS: Leftovers = {
+    ("model", "audio"): AudioEncoderSection.leftovers,
+    ("model", "text"): TextEncoderSection.leftovers,
+    ("model", "scorer"): ScorerSection.leftovers,
+}
+
+
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str] = (), trusted: bool = True
 ) -> RunConfig:
     """Reads and checks the configuration of a run.
 
-    path: a YAML file. overrides: "key.sub=value", each replaces the value of its key; a mapping replaces a whole
-    section. plugins, trusted: see `parse_config`.
-    Raises UserError for a missing file, YAML that does not parse, an unknown key (with a suggestion), a wrong value.
+    path: a YAML file; the file that its key `extends` names, relative to it, gives the values that it leaves out.
+    overrides: changes in the order of their application. "key.sub=value" replaces a value, a list or a whole section,
+    "key[0].sub=value" a value in a list; "key+=value" appends to a list, "~key" removes a key, "~key[0]" a list's item.
+    plugins, trusted: see `parse_config`.
+    Raises UserError for a missing file, YAML that does not parse, an override that cannot be applied, an unknown key
+    (with a suggestion), a wrong value.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no configuration file at {path}: give the path of a YAML file, for example configs/*.yaml")
-    try:
-        loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} does not parse as YAML: {_one_line(error)}") from None
-    for override in overrides:
-        _apply(loaded, override)
-    try:
-        values = OmegaConf.to_container(loaded, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path} does not resolve with its overrides: {_one_line(error)}") from None
-    return parse_config(values, str(path), plugins, trusted)
-
-
-def _apply(loaded: Any, override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not (key and equals):
-        raise UserError(f"override {override!r} is not of the form key.sub=value, for example train.lr=1e-4")
-    try:
-        # Parsed as OmegaConf parses a file: 1e-4 is a number, [a, b] a list.
-        parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
-        OmegaConf.update(loaded, key, parsed["value"], merge=False, force_add=True)  # type: ignore[index, call-overload]
-    except (yaml.YAMLError, OmegaConfBaseException, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"override {override!r} cannot be applied: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    files = read_files(Path(path))
+    changes = [parse_override(override) for override in overrides]
+    # The plug-ins come first: they may add the encoder that a name stands for.
+    _import_plugins(resolve(assemble(files, changes), str(path)), str(path), plugins, trusted)
+    return parse_config(resolve(assemble(files, changes, LEFTOVERS), str(path)), str(path), plugins, trusted)
 
 
 def parse_config(values: Any, place: str, plugins: Sequence[str] = (), trusted: bool = True) -> RunConfig:
@@ -340,6 +407,16 @@ def parse_config(values: Any, place: str, plugins: Sequence[str] = (), trusted: 
     names and that is not among `plugins` is not imported, which is an error.
     Raises UserError for an unknown key (with a suggestion), a wrong value, or a plug-in that cannot be imported.
     """
+    _import_plugins(values, place, plugins, trusted)
+    kind = run_config_type()
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{place}: {explain(error, kind, values)}") from None
+
+
+def _import_plugins(values: Any, place: str, plugins: Sequence[str], trusted: bool) -> None:
+    """Imports `plugins` and, if trusted, those that the configuration names; see `parse_config`."""
     if not isinstance(values, dict):
         raise UserError(f"{place} holds no configuration: expected the sections {', '.join(RunConfig.model_fields)}")
     named = values.get("plugins")
@@ -352,11 +429,6 @@ def parse_config(values: Any, place: str, plugins: Sequence[str] = (), trusted: 
         )
     import_plugins(plugins)
     import_plugins(missing)
-    kind = run_config_type()
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{place}: {explain(error, kind, values)}") from None
 
 
 def run_config_type() -> type[RunConfig]:

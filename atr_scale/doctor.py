@@ -24,6 +24,7 @@ from atr_scale.data.decode import decode
 from atr_scale.data.sample import BadSample
 from atr_scale.encoders import AUDIO_ENCODERS, AudioEncoder, build_audio_encoder
 from atr_scale.encoders.pretrained.load import identify, load_strictly
+from atr_scale.encoders.pretrained.weights import checkpoint_path
 from atr_scale.errors import UserError
 from atr_scale.memory import peak_memory, reset_peak_memory
 
@@ -149,7 +150,7 @@ def read_audio(path: Path, sample_rate: int) -> Tensor:
 
 def diagnose(
     name: str | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     *,
     audio: Path | None = None,
     labels: Path | None = None,
@@ -159,6 +160,7 @@ def diagnose(
 ) -> dict[str, Any]:
     """Examine the encoder `name`, by default the one that `checkpoint` fits. Returns all results by name.
 
+    checkpoint: the file of the original project, or its name in the weights table.
     audio: recording to tag. labels: file with the names of the classes. seconds, batch_size: length and number of the
     timed clips. repeats: number of timed calls.
     Raises UserError if the checkpoint does not load or fits no encoder or several, or if `audio` cannot be tagged.
@@ -168,6 +170,7 @@ def diagnose(
     if labels is not None and audio is None:
         raise UserError("--labels without --audio: give a recording to tag")
     names = read_labels(labels) if labels is not None else []
+    checkpoint = None if checkpoint is None else checkpoint_path(checkpoint)
     if name is None:
         if checkpoint is None:
             raise UserError(f"nothing to examine: give --checkpoint, or --encoder: {', '.join(AUDIO_ENCODERS)}")

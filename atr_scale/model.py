@@ -29,7 +29,7 @@ from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.temperature import Temperature
 from atr_scale.score_block import ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
-from atr_scale.scorers.pooling import mean as mean_over_frames
+from atr_scale.scorers.pooling import mean as mean_over_tokens
 from atr_scale.scorers.scorer import gather_sequence
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -180,8 +180,8 @@ class Retriever(nn.Module):
             block=self.scorer.block(text, audio, world),
             temperature=self.temperature(),
             own_ids=batch.ids,
-            text=lambda: _unit(text.pooled),
-            audio=lambda: _unit(self._whole_clip(audio)),
+            text=lambda: _unit(whole(text, self.scorer.reads_text_tokens)),
+            audio=lambda: _unit(whole(audio, self.scorer.reads_audio_tokens)),
             text_tokens=lambda: gather_sequence(text, world, with_tokens=True),
             audio_tokens=lambda: gather_sequence(audio, world, with_tokens=True),
             teacher=teacher,
@@ -189,10 +189,6 @@ class Retriever(nn.Module):
             positives=self.positives,
             positives_mean=self.positives_mean,
         )
-
-    def _whole_clip(self, audio: TokenSequence) -> Tensor:
-        """One embedding per clip [b, D], from the part of the sequence that the scorer reads."""
-        return mean_over_frames(audio) if self.scorer.reads_audio_tokens else audio.pooled
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, except for frozen modules, whose dropout stays off."""
@@ -216,6 +212,15 @@ class Retriever(nn.Module):
                 group = {"audio_encoder": "audio", "text_encoder": "text"}.get(name.split(".", 1)[0], "heads")
                 groups[group].append((name, parameter))
         return groups
+
+
+def whole(sequence: TokenSequence, by_tokens: bool) -> Tensor:
+    """One embedding [b, D] for each clip or caption: the mean over its real tokens, or the encoder's pooled embedding.
+
+    by_tokens: whether the scorer reads the tokens. Losses inside a modality then train the embeddings that the scorer
+    aligns, and not a pooled one beside them, which nothing else would train.
+    """
+    return mean_over_tokens(sequence) if by_tokens else sequence.pooled
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:

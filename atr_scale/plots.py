@@ -7,6 +7,7 @@ from itertools import cycle, pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -173,7 +174,7 @@ def heatmap(
     ax.grid(False)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(names):
-        shown = [name if len(name) <= NAME else name[: NAME - 1] + "…" for name in names]
+        shown = [_short(name) for name in names]
         # Captions are arbitrary text: a dollar sign must not start a formula.
         ax.set_yticks(range(len(shown)), shown, fontsize=7, parse_math=False)
     else:
@@ -208,6 +209,54 @@ def scaling(
     right.axhline(capacity, color=RED, linewidth=1, linestyle="--")
     right.legend(frameon=False, fontsize=8)
     return figure
+
+
+def comparison(
+    names: Sequence[str],
+    each: Mapping[str, Sequence[Sequence[float]]],
+    differences: Mapping[str, Sequence[tuple[float, float, float]]],
+    bins: Mapping[str, Mapping[str, Sequence[float]]],
+    by: str,
+) -> Figure:
+    """Results of experiments, their differences to the first one, and their results by bin.
+
+    names: of the experiments. each: of each metric, the values of every run of every experiment. differences: of each
+    metric, (difference, low, high) of every experiment but the first. bins: of each metric, by name of the bin, the
+    value of every experiment; by: what the bins are of; both empty if there are none.
+    """
+    num_panels = 2 + len(bins)
+    figure, axes = _figures(1, num_panels, (1.5 + 4.2 * num_panels, max(3.0, 1.2 + 0.4 * len(names))))
+    place = np.arange(len(names))
+    _dress(axes[0], "results, a point per run", "fraction of queries", "")
+    _dress(axes[1], f"difference to {_short(names[0])}", "points, with 95 % interval", "")
+    for number, (metric, values) in enumerate(each.items()):
+        colour, shift = COLOURS[number % len(COLOURS)], 0.12 * (2 * number - len(each) + 1)
+        for row, runs in zip(place, values, strict=True):
+            axes[0].plot(runs, np.full(len(runs), row + shift), "o", color=colour, alpha=0.4, markersize=4)
+        axes[0].plot([np.mean(runs) for runs in values], place + shift, "D", color=colour, markersize=6, label=metric)
+        middle, low, high = 100 * np.array(differences[metric], dtype=np.float64).reshape(-1, 3).T
+        reach = np.stack([middle - low, high - middle]).clip(min=0)
+        axes[1].errorbar(middle, place[1:] + shift, xerr=reach, fmt="D", color=colour, capsize=3, label=metric)
+    axes[1].axvline(0, color=GREY, linewidth=1, linestyle="--")
+    _percent_of(axes[0].xaxis)
+    for ax in axes[:2]:
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.legend(frameon=False, fontsize=8)
+    axes[0].set_yticks(place, [_short(name) for name in names], parse_math=False)
+    axes[1].set_yticks(place, [""] * len(names))
+    for ax, (metric, by_bin) in zip(axes[2:], bins.items(), strict=True):
+        _dress(ax, f"{metric} by {by}", by, "fraction of queries")
+        table = np.array(list(by_bin.values()))
+        for column, name, colour in zip(table.T, names, cycle(COLOURS), strict=False):
+            ax.plot(column, color=colour, marker="o", markersize=3, label=_short(name))
+        ax.set_xticks(range(len(by_bin)), list(by_bin), rotation=30, ha="right", parse_math=False)
+        _percent(ax)
+        ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= NAME else name[: NAME - 1] + "…"
 
 
 def _stack(ax: Axes, sizes: Sequence[int], parts: Mapping[str, Sequence[float]]) -> None:
@@ -258,4 +307,8 @@ def _dress(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 
 def _percent(ax: Axes) -> None:
-    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    _percent_of(ax.yaxis)
+
+
+def _percent_of(axis: Axis) -> None:
+    axis.set_major_formatter(lambda value, _: f"{100 * value:g}%")

@@ -5,6 +5,8 @@
 #
 # INTERFACE=ib0 names the network interface for the ranks, if it is not the one that their host names lead to.
 # MAX_REQUEUES (100) and MAX_FAILURES (2) limit how often a job puts itself back into the queue.
+# SWEEP=FOLDER is set by `atr-scale sweep --slurm`: each task of the array takes its run from this sweep folder, and
+# evaluates it after training.
 set -euo pipefail
 
 export PATH="$PWD/.venv/bin:$PATH" # without .venv the environment that was active at submission is used
@@ -28,12 +30,17 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
 
+# The name of this job alone: a task of an array may have the number of the whole array as its job number.
+job=$SLURM_JOB_ID
+[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
 # srun runs in the background, for a shell that waits for a foreground command handles no signal. The ranks get USR2:
 # parts of NCCL use USR1 themselves, and on TERM srun would kill the ranks.
 srun_pid=
+signalled=
 forward() {
-    interrupted=yes
-    echo "$(date '+%F %T') job $SLURM_JOB_ID received $1: telling the ranks to save and stop"
+    interrupted=yes signalled=yes
+    echo "$(date '+%F %T') job $job received $1: telling the ranks to save and stop"
     [[ -z $srun_pid ]] || kill -USR2 "$srun_pid" 2>/dev/null || true
 }
 trap 'forward USR1' USR1
@@ -42,20 +49,47 @@ trap 'forward TERM' TERM
 # requeue REASON COUNT CAP: put the job back into the queue, unless the cap is reached or the job is not RUNNING any more:
 # scancel is meant to end it, and SLURM itself requeues a job that it preempts or that has lost a node.
 requeue() {
-    if [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null) != RUNNING ]]; then
+    if [[ $(squeue --noheader --jobs "$job" --format %T 2>/dev/null) != RUNNING ]]; then
         echo "$1: SLURM is taking the job away itself, so it is not requeued here"
     elif (($2 >= $3)); then
         echo "error: $1, and the job was requeued $2 times already: sbatch again to go on" >&2
     else
         echo "$1: requeued ($(($2 + 1)) of at most $3)"
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$job"
     fi
+}
+
+# ranks COMMAND ...: a command on all ranks; its exit code.
+ranks() {
+    local status
+    srun --kill-on-bad-exit=1 "$@" &
+    srun_pid=$!
+    while true; do
+        interrupted=
+        status=0
+        wait "$srun_pid" || status=$?
+        [[ -n $interrupted ]] || break # otherwise it was the signal that ended the wait
+    done
+    srun_pid=
+    return "$status"
+}
+
+# of_sweep VERB: the arguments of a verb for this task of a sweep, in the array `arguments`.
+of_sweep() {
+    local lines
+    lines=$(python -m atr_scale.experiments.task "$1" "$SWEEP" "$SLURM_ARRAY_TASK_ID") || exit 2
+    arguments=()
+    [[ -z $lines ]] || mapfile -t arguments <<<"$lines"
 }
 
 # train CONFIG [key.sub=value ...]: one rank for each task. If a signal has stopped the ranks, they have saved, and the job
 # goes back into the queue. It also does so after a failure, a few times, but not after the user's mistake (exit code 2).
 train() {
-    local run_dir status failures
+    local run_dir status failures arguments
+    if [[ -n ${SWEEP:-} ]]; then
+        of_sweep train
+        set -- "${arguments[@]}"
+    fi
     run_dir=$(python -c '
 import sys
 from atr_scale.config import load_config
@@ -67,15 +101,15 @@ except UserError as error:
     mkdir -p "$run_dir"
     rm -f "$run_dir/preempted" # of an earlier job
 
-    srun --kill-on-bad-exit=1 python -m atr_scale.train "$@" &
-    srun_pid=$!
-    while true; do
-        interrupted=
-        status=0
-        wait "$srun_pid" || status=$?
-        [[ -n $interrupted ]] || break # otherwise it was the signal that ended the wait
-    done
-    srun_pid=
+    status=0
+    ranks python -m atr_scale.train "$@" || status=$?
+    if [[ -n ${SWEEP:-} && $status == 0 && ! -e $run_dir/preempted ]]; then
+        of_sweep evaluate
+        ((${#arguments[@]} == 0)) || ranks python -m atr_scale.cli evaluate "${arguments[@]}" || status=$?
+        if ((status)) && [[ -n $signalled ]]; then
+            echo "the evaluation" >"$run_dir/preempted" # it has nothing to save, and starts again
+        fi
+    fi
 
     failures=$run_dir/failures-$SLURM_JOB_ID
     if [[ -e $run_dir/preempted ]]; then

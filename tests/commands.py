@@ -10,6 +10,7 @@ import typer
 
 from atr_scale.cli import app
 from atr_scale.config import RunConfig, load_config
+from atr_scale.experiments.grid import combinations, parse_arguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,3 +30,12 @@ def configuration(command: str) -> RunConfig:
     verb, given = parse(command)
     assert verb in ("train", "plan"), f"{command} has no configuration"
     return load_config(ROOT / given["config"], given["overrides"] or ())
+
+
+def sweep(command: str) -> list[RunConfig]:
+    """The configurations of all runs of an `atr-scale sweep` command."""
+    verb, given = parse(command)
+    assert verb == "sweep"
+    axes, shared = parse_arguments(given["grid"] or ())
+    grid = [[f"{key}={value}" for key, value in values.items()] for values in combinations(axes)]
+    return [load_config(ROOT / given["config"], [*shared, *values]) for values in grid]

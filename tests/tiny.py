@@ -25,8 +25,8 @@ class TinyInputs:
     text_encoder: Path
 
 
-def make_tiny_inputs(folder: Path, clips: int = 12) -> TinyInputs:
-    """`clips` tones of one second with a caption each, in shards; a BERT of two layers."""
+def make_tiny_inputs(folder: Path, clips: int = 12, captions: int = 1) -> TinyInputs:
+    """`clips` tones of one second with `captions` captions each, in shards; a BERT of two layers."""
     corpus = folder / "corpus"
     (corpus / "audio").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -34,13 +34,16 @@ def make_tiny_inputs(folder: Path, clips: int = 12) -> TinyInputs:
     for number in range(clips):
         tone = 0.3 * np.sin(2 * np.pi * (200 + 100 * number) * np.arange(RATE) / RATE) + 0.01 * rng.normal(size=RATE)
         soundfile.write(corpus / "audio" / f"tone-{number}.wav", tone, RATE)
-        rows.append((f"tone-{number}.wav", f"a {WORDS[number % 8]} and {WORDS[(number // 2) % 8]} tone {number}"))
+        text = f"a {WORDS[number % 8]} and {WORDS[(number // 2) % 8]} tone {number}"
+        rows.append((f"tone-{number}.wav", text, *(f"{text} again {k}" for k in range(1, captions))))
     with open(corpus / "captions.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("file_name", "caption_1"), *rows])
+        csv.writer(file).writerows([("file_name", *(f"caption_{k + 1}" for k in range(captions))), *rows])
     shards = folder / "shards"
     build_shards("folder", corpus, shards, shard_size=5, sample_rate=RATE, workers=1)
     text_encoder = folder / "text_encoder"
-    build_demo_text_encoder([caption for _, caption in rows], text_encoder, layers=2, dim=32, heads=2)
+    build_demo_text_encoder(
+        [caption for _, *texts in rows for caption in texts], text_encoder, layers=2, dim=32, heads=2
+    )
     settings = text_encoder / "config.json"
     without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     settings.write_text(json.dumps({**json.loads(settings.read_text()), **without_dropout}))

@@ -77,7 +77,7 @@ def trained(config: RunConfig) -> dict[str, Any]:
     """Train on this rank. Returns losses and seconds of the steps, peak memory, and the difference after restoring."""
     world = World.current()
     torch.manual_seed(config.run.seed)
-    model = new_model(config, world)
+    model, _ = new_model(config, world)
     parameters = count_parameters(model.audio_encoder.parameters())
     engine = Engine(model, config.train, world, torch.device("cpu"))
     losses, seconds = [], []

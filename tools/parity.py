@@ -34,7 +34,7 @@ def start(config: RunConfig) -> tuple[Engine, Iterator[Batch]]:
     """A new engine on this rank, with its batches."""
     world = World.current()
     torch.manual_seed(config.run.seed)
-    model = new_model(config, world)
+    model, _ = new_model(config, world)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -68,6 +68,10 @@ def evaluate(
             device=device,
         )
         if world.is_main:
+            if out is None and (Path(run) / "tensorboard").is_dir():
+                from atr_scale.training.monitor import record_evaluation
+
+                record_evaluation(Path(run), evaluation.results[0].step, {split: evaluation.metrics})
             for name, value in evaluation.metrics.items():
                 print(f"{name:<20} {value:.4f}")
 
@@ -137,7 +141,7 @@ def doctor_command(
         str | None, typer.Option(help="Name of an audio encoder; by default the one that --checkpoint fits.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint to load: an original file or a transformers folder.")
+        str | None, typer.Option(help="Checkpoint: a name of fetch-weights, an original file or a transformers folder.")
     ] = None,
     audio: Annotated[Path | None, typer.Option(help="Recording to tag with the classifier of the checkpoint.")] = None,
     labels: Annotated[

@@ -56,11 +56,6 @@ class SampleOrder:
         self._orders: dict[tuple[int, int], np.ndarray] = {}
         self._counted = (0, np.zeros(len(sizes), np.int64))
 
-    @property
-    def epoch_batches(self) -> float:
-        """Batches that have as many samples as all corpora together."""
-        return sum(self.sizes) / self.batch_size
-
     def batch(self, number: int) -> Rows:
         """The samples of global batch `number`."""
         first = number * self.batch_size

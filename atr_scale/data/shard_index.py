@@ -1,7 +1,8 @@
 """Positions of the samples in shards without a manifest.json (LAION's, for example), from one scan of the tar headers.
 
-A sample ends at its shard's end at the latest, so audio is never paired with the caption of another shard's clip. The
-index is stored beside the shards or, if that folder cannot be written, in the user's cache folder.
+The scan also counts the captions in the JSON of each sample. A sample ends at the end of its shard at the latest, so
+audio is never paired with the caption of another clip. The index is stored beside the shards or, if that folder cannot
+be written, in the cache folder of the user.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from atr_scale.data import storage
 from atr_scale.data.manifest import FORMAT
-from atr_scale.data.sample import group_fault
+from atr_scale.data.sample import BadSample, group_fault, parse_json
 from atr_scale.data.tar import BrokenTar, split_key, walk
 from atr_scale.errors import UserError
 
@@ -34,7 +35,8 @@ SCAN_THREADS = 8
 class ShardScan:
     """Content of one shard by its headers.
 
-    keys, starts, stops: of the complete samples; sample k is the bytes [starts[k], stops[k]) of the shard.
+    keys, starts, stops, captions: of the complete samples; sample k is the bytes [starts[k], stops[k]) of the shard and
+    has captions[k] captions, 0 if its JSON is unusable.
     dropped: groups of members that are not a sample, by reason. fault: the broken header, if there is one.
     end_marker: whether the archive ends as it should.
     """
@@ -42,6 +44,7 @@ class ShardScan:
     keys: list[str]
     starts: list[int]
     stops: list[int]
+    captions: list[int]
     dropped: Counter[str]
     fault: str | None
     end_marker: bool
@@ -60,10 +63,11 @@ class _Group:
     start: int
     stop: int
     extensions: list[str]
+    captions: int = 0
 
 
 def scan_shard(path: str, size: int) -> ShardScan:
-    """Scan the headers of a shard of `size` bytes once and group neighbouring members by key."""
+    """Scan the headers and JSON files of a shard of `size` bytes once, and group neighbouring members by key."""
     groups: list[_Group] = []
     group: _Group | None = None
     fault, end_marker = None, False
@@ -80,9 +84,11 @@ def scan_shard(path: str, size: int) -> ShardScan:
                     groups.append(group)
                 group.stop = member.stop
                 group.extensions.append(extension)
+                if extension == "json":
+                    group.captions = count_captions(key, read(member.data_start, member.data_start + member.size))
     except BrokenTar as error:
         fault = str(error)
-    scan = ShardScan([], [], [], Counter({"cut_shard": 1} if fault else {}), fault, end_marker)
+    scan = ShardScan([], [], [], [], Counter({"cut_shard": 1} if fault else {}), fault, end_marker)
     seen: set[str] = set()
     for group in groups:
         reason = "duplicate_key" if group.key in seen else group_fault(group.extensions)
@@ -93,17 +99,27 @@ def scan_shard(path: str, size: int) -> ShardScan:
             scan.keys.append(group.key)
             scan.starts.append(group.start)
             scan.stops.append(group.stop)
+            scan.captions.append(group.captions)
     return scan
 
 
-def index_shards(location: str, tars: dict[str, int]) -> list[dict[str, Any]]:
-    """The index of the shards `tars` (bytes by name): for each its name, keys, starts, stops and dropped groups.
+def count_captions(key: str, payload: bytes) -> int:
+    """Number of captions in the JSON of a sample; 0 if it is unusable."""
+    try:
+        return len(parse_json(key, payload, "")[0]["captions"])
+    except BadSample:
+        return 0
 
-    The stored index is used if it still fits the shards; otherwise they are scanned and the index is stored.
+
+def index_shards(location: str, tars: dict[str, int], need_captions: bool = False) -> list[dict[str, Any]]:
+    """The index of the shards `tars` (bytes by name): for each its name, keys, starts, stops, captions, dropped groups.
+
+    The stored index is used if it still fits the shards; otherwise they are scanned and the index is stored. One that
+    version 0.2 has stored lacks the captions, and is renewed only if they are needed.
     """
     stamp = _stamp(location, tars)
     shards = _load(location, stamp)
-    if shards is None:
+    if shards is None or (need_captions and not all("captions" in shard for shard in shards)):
         shards = _scan_all(location, tars)
         _store(location, {"format": FORMAT, "stamp": stamp, "shards": shards})
     return shards
@@ -115,7 +131,7 @@ def _scan_all(location: str, tars: dict[str, int]) -> list[dict[str, Any]]:
         found = scan_shard(storage.join(location, name), size)
         if found.fault:
             logger.warning("%s: %s; the rest of the shard is left out", storage.join(location, name), found.fault)
-        lists = {"keys": found.keys, "starts": found.starts, "stops": found.stops}
+        lists = {"keys": found.keys, "starts": found.starts, "stops": found.stops, "captions": found.captions}
         return {"name": name, "bytes": size, **lists, "dropped": dict(found.dropped)}
 
     with ThreadPoolExecutor(SCAN_THREADS) as pool:

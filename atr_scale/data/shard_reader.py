@@ -43,7 +43,8 @@ class ShardSet:
 
     keys [N], shard_of int32 [N] (index into `names`), start and stop int64 [N]: bytes of the sample in its shard, from
     its first tar header on. `manifest` is the file's content, empty if there is no file. `dropped` counts the groups of
-    members that an index left out, by reason.
+    members that an index left out, by reason. captions: int32 [N], number of captions of each sample; None if neither
+    the manifest nor the index lists it, which is so if version 0.2 or older has written them.
     """
 
     location: str
@@ -57,9 +58,26 @@ class ShardSet:
     manifest: dict[str, Any] = field(default_factory=dict, repr=False)
     dropped: dict[str, int] = field(default_factory=dict)
     unique_keys: bool = True
+    captions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def num_captions(self) -> int | None:
+        """Captions of all samples; None if they have to be counted."""
+        if self.captions is not None:
+            return int(self.captions.sum())
+        whole = len(self) == self.manifest.get("num_samples")
+        return self.manifest.get("num_captions") if whole else None
+
+    def count_captions(self) -> int:
+        """Captions of all samples. If they are not known, the shards are scanned, once: the index is stored."""
+        if (known := self.num_captions) is not None:
+            return known
+        index = index_shards(self.location, tars_among(storage.list_files(self.location)), need_captions=True)
+        found = {shard["name"]: dict(zip(shard["keys"], shard["captions"], strict=True)) for shard in index}
+        return sum(found[self.names[n]].get(key, 0) for n, key in zip(self.shard_of.tolist(), self.keys, strict=True))
 
     def read(self, i: int) -> RawSample:
         """Sample `i` with its audio in memory. Raises BadSample if its bytes are not exactly that sample."""
@@ -165,12 +183,13 @@ def open_shards(location: str) -> ShardSet:
 
 
 class _Shard(NamedTuple):
-    """Keys and positions of the samples of one shard; starts and stops are int64 [samples]."""
+    """Keys, positions and numbers of captions (None: unknown) of one shard's samples; starts, stops int64 [samples]."""
 
     name: str
     keys: list[str]
     starts: np.ndarray
     stops: np.ndarray
+    captions: list[int] | None
 
 
 def _from_manifest(location: str, manifest: dict[str, Any], tars: dict[str, int]) -> ShardSet:
@@ -187,8 +206,10 @@ def _from_manifest(location: str, manifest: dict[str, Any], tars: dict[str, int]
             "%s: %d shards differ from the manifest in size (%s, ...): run `atr-scale shards check`",
             location, len(changed), changed[0],
         )  # fmt: skip
-    offsets = [np.asarray(shard["offsets"], np.int64) for shard in shards]
-    found = [_Shard(s["name"], s["keys"], o[:-1], o[1:]) for s, o in zip(shards, offsets, strict=True)]
+    offsets = [_int64(shard["offsets"]) for shard in shards]
+    found = [
+        _Shard(s["name"], s["keys"], o[:-1], o[1:], s.get("captions")) for s, o in zip(shards, offsets, strict=True)
+    ]
     return _assemble(location, manifest["corpus"], manifest["split"] or "", found, manifest=manifest)
 
 
@@ -199,10 +220,7 @@ def _from_index(location: str, tars: dict[str, int]) -> ShardSet:
         dropped.update(shard["dropped"])
     if dropped:
         logger.warning("%s: left out of the index: %s", location, dict(dropped))
-    found = [
-        _Shard(s["name"], s["keys"], np.asarray(s["starts"], np.int64), np.asarray(s["stops"], np.int64))
-        for s in shards
-    ]
+    found = [_Shard(s["name"], s["keys"], _int64(s["starts"]), _int64(s["stops"]), s.get("captions")) for s in shards]
     if not any(shard.keys for shard in found):
         raise UserError(
             f"no sample in the {len(tars)} shards of {location}: {dict(dropped)}; are they audio-text tars?"
@@ -214,6 +232,7 @@ def _from_index(location: str, tars: dict[str, int]) -> ShardSet:
 
 def _assemble(location: str, corpus: str, split: str, shards: Sequence[_Shard], **more: Any) -> ShardSet:
     flat = [key for shard in shards for key in shard.keys]
+    captions = [shard.captions for shard in shards]
     none = np.zeros(0, np.int64)
     return ShardSet(
         location=location,
@@ -225,8 +244,13 @@ def _assemble(location: str, corpus: str, split: str, shards: Sequence[_Shard], 
         stop=np.concatenate([none, *(shard.stops for shard in shards)]),
         keys=flat,
         unique_keys=len(set(flat)) == len(flat),
+        captions=None if None in captions else np.array([n for counts in captions for n in counts or ()], np.int32),
         **more,
     )
+
+
+def _int64(values: list[int]) -> np.ndarray:
+    return np.asarray(values, np.int64)
 
 
 def _hint(location: str) -> str:

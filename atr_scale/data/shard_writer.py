@@ -70,6 +70,7 @@ def write_shard(task: Task) -> dict[str, Any]:
             "sha256": sha256_of(local),
             "keys": scan.keys,
             "offsets": scan.offsets,
+            "captions": scan.captions,
         }
     record = {"shard": shard, "captions": captions, "seconds": seconds, "dropped": dict(dropped)}
     storage.write_bytes(record_path(task.out, task.name), json.dumps(record).encode())

@@ -76,15 +76,13 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         global_batch_size: int,
         seed: int,
         world: World,
+        sources: Sequence[ShardSet] | None = None,
     ) -> None:
+        """sources: the shards of `data.train` if they are open already."""
         assert global_batch_size % world.size == 0
-        self.sources = [open_training_shards(data, source.shards) for source in data.train]
-        for source, shards in zip(data.train, self.sources, strict=True):
-            if len(shards) == 0:
-                raise UserError(
-                    f"no samples in {source.shards} (data.train): build shards with `atr-scale shards build`"
-                )
-            if world.is_main:
+        self.sources = open_sources(data) if sources is None else sources
+        if world.is_main:
+            for shards in self.sources:
                 _check_exclusions(shards)
         given = [source.weight for source in data.train]
         weights = [float(len(s)) if w is None else w for w, s in zip(given, self.sources, strict=True)]
@@ -206,6 +204,15 @@ def open_training_shards(data: DataSection, location: str) -> ShardSet:
     """The shards at `location`, without the fold that data.folds leaves out. Raises UserError as `open_shards` does."""
     shards, folds = open_shards(location), data.folds
     return shards if folds is None else without_fold(shards, folds.count, folds.held_out)
+
+
+def open_sources(data: DataSection) -> list[ShardSet]:
+    """The shards of the training mixture. Raises UserError if they are missing or empty."""
+    sources = [open_training_shards(data, source.shards) for source in data.train]
+    for shards in sources:
+        if len(shards) == 0:
+            raise UserError(f"no samples in {shards.location} (data.train): build shards with `atr-scale shards build`")
+    return sources
 
 
 def _in_groups(

@@ -10,6 +10,7 @@ import numpy as np
 
 from atr_scale.data.corpora.audiocaps import AudioCaps
 from atr_scale.data.corpora.clotho import Clotho
+from atr_scale.data.corpora.files import audioset_clip_id
 from atr_scale.data.splits import is_held_out
 from atr_scale.demo.captions import DemoCaption, write_captions
 from atr_scale.demo.scenes import Scene, draw_scene
@@ -103,7 +104,7 @@ class _Planner:
         return DemoClip(
             "audiocaps",
             split,
-            f"audiocaps/{youtube_id}_{start}",
+            audioset_clip_id(youtube_id),
             youtube_id,
             PurePosixPath("audiocaps", "audio", split, f"Y{youtube_id}.wav"),
             scene,
@@ -145,7 +146,7 @@ class _Planner:
         return DemoClip(
             "wavcaps",
             "train",
-            f"wavcaps/{name}/{stem}",
+            audioset_clip_id(stem.removeprefix("Y")) if source == "AudioSet_SL" else f"wavcaps/{name}/{stem}",
             native_id,
             PurePosixPath("wavcaps", "Waveforms", source, f"{stem}.flac"),
             scene,

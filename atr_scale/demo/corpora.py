@@ -40,7 +40,7 @@ from atr_scale.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # goes up when the same seed begins to give other audio or captions
+VERSION = 2  # goes up when the same seed begins to give other audio, captions or clip ids
 WAVCAPS_JSON = {
     "AudioSet_SL": "as_final.json",
     "BBC_Sound_Effects": "bbc_final.json",

@@ -13,6 +13,7 @@ from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AudioEncoder
 from atr_scale.encoders.audio_encoders import AUDIO_ENCODERS, audio_encoder_options, construct
 from atr_scale.encoders.pretrained.load import load_strictly
+from atr_scale.encoders.pretrained.weights import checkpoint_path
 from atr_scale.encoders.text import TextEncoder
 from atr_scale.encoders.text_encoders import TEXT_ENCODERS, build_text_encoder, load_text_encoder
 from atr_scale.errors import UserError
@@ -39,7 +40,7 @@ def build_audio_encoder(
 ) -> AudioEncoder:
     """Build the audio encoder `name` in evaluation mode.
 
-    checkpoint: the file of the original project. Without it the weights are random.
+    checkpoint: the file of the original project, or its name in the weights table. Without it the weights are random.
     equal_rounds: see `encode_in_buckets`.
     options: fields of AudioEncoderOptions and of the encoder's own `Options`.
     Raises UserError if the name or an option is unknown, if this encoder does not support an option, or if the file is
@@ -47,10 +48,11 @@ def build_audio_encoder(
     """
     if name not in AUDIO_ENCODERS:
         raise UserError(f"unknown audio encoder '{name}'; choose one of {', '.join(AUDIO_ENCODERS)}")
+    path = None if checkpoint is None else checkpoint_path(checkpoint)
     chosen = check_options(audio_encoder_options(name), options, f"the audio encoder {name}")
     encoder = construct(name, chosen)
     encoder.equal_rounds = equal_rounds
-    if checkpoint is not None:
-        load_strictly(encoder, encoder.layouts, name, checkpoint)
+    if path is not None:
+        load_strictly(encoder, encoder.layouts, name, path)
     encoder.configure(chosen, name)
     return encoder.eval()

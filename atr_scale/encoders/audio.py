@@ -1,6 +1,6 @@
 """The base class of the audio encoders: windows, buckets, options, augmentation, tags.
 
-Shape suffixes: B batch, S samples, M mel bands, F frames, L classes.
+Shape suffixes: B batch, S samples, M mel bands, F frames, L classes, P pieces of a clip.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atr_scale.encoders.buckets import encode_in_buckets
 from atr_scale.encoders.front_ends import FrontEnd
 from atr_scale.encoders.pretrained.layout import Layout
 from atr_scale.encoders.spec_augment import SpecAugmentSection, for_the_batch, keep_outside_stripes
-from atr_scale.encoders.windows import cut_into_windows, join_windows, window_starts
+from atr_scale.encoders.windows import cut_into_windows, join_windows, shares_of_audio, weighted_mean, window_starts
 from atr_scale.errors import UserError
 from atr_scale.sections import Positive, Section
 
@@ -78,6 +78,7 @@ class AudioEncoder(nn.Module, ABC):
     sample_rate: of the waveform, in Hz.
     dim: width of the tokens and of the pooled embedding.
     native_seconds: a longer clip is cut into windows of this length; None if one pass takes any length.
+    pooled_is_mean: whether the pooled embedding is the mean of the tokens, also of a clip in windows.
     layouts: formats of the original files that the encoder loads.
     layers: the layers that `frozen_layers` and `layer_decay` count, lowest first; each is a tuple of prefixes of
     parameter names.
@@ -93,6 +94,7 @@ class AudioEncoder(nn.Module, ABC):
     front_end: FrontEnd
     layouts: tuple[Layout, ...] = (Layout(),)
     native_seconds: ClassVar[float | None] = None
+    pooled_is_mean: ClassVar[bool] = False
     special_options: ClassVar[frozenset[str]] = frozenset()
     Options: ClassVar[type[AudioEncoderOptions]] = AudioEncoderOptions
     options = AudioEncoderOptions()
@@ -169,21 +171,22 @@ class AudioEncoder(nn.Module, ABC):
         the random draws in training.
 
         A clip longer than the window is cut into windows, and the last is padded with zeros. Their tokens and masks are
-        joined; the pooled embedding is the mean over the windows.
+        joined without those of the padding. The pooled embedding is the mean over all these tokens if the encoder pools
+        by it (`pooled_is_mean`), otherwise the mean over the windows, each weighted by the audio that it holds.
         """
         encode = partial(self.encode, augment_seed=augment_seed)
         if self.window is None or waveform_BS.shape[1] <= self.window:
             return encode_in_buckets(encode, waveform_BS, lengths_B, self.equal_rounds)
         windows = cut_into_windows(waveform_BS, lengths_B, self.window, self.window_hop)
         encoded = encode_in_buckets(encode, windows.waveform, windows.lengths, self.equal_rounds)
-        return join_windows(encoded, windows)
+        return join_windows(encoded, windows, self.pooled_is_mean)
 
     @torch.no_grad()
     def tags(self, waveform_BS: Tensor) -> Tensor:
         """Logits [B, L] of the AudioSet classes for clips [B, S], in the order of its class_labels_indices.csv.
 
-        For a clip longer than the window they are the mean over its windows. Raises UserError if the weights came
-        without a classifier.
+        For a clip longer than the window they are the mean over its windows, each weighted by the audio that it holds.
+        Raises UserError if the weights came without a classifier.
         """
         window = self.window or waveform_BS.shape[1]
         hop = self.window_hop if self.window else window
@@ -191,7 +194,8 @@ class AudioEncoder(nn.Module, ABC):
         pieces = [waveform_BS[:, start : start + window] for start in starts]
         if len(pieces) > 1:
             pieces[-1] = nn.functional.pad(pieces[-1], (0, window - pieces[-1].shape[1]))
-        return torch.stack([self.logits(piece) for piece in pieces]).mean(0)
+        logits_PBL = torch.stack([self.logits(piece) for piece in pieces])
+        return weighted_mean(logits_PBL, shares_of_audio(waveform_BS.shape[1], window, starts))
 
     def mel(self, waveform_BS: Tensor, augment_seed: int) -> Tensor:
         """Features [B, M, F] of the front end. In training their band limits are random if the options say so."""

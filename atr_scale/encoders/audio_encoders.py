@@ -9,14 +9,14 @@ from collections.abc import Callable
 from functools import partial
 
 from atr_scale.encoders.atst import ATSTFrame
-from atr_scale.encoders.audio import AudioEncoder, AudioEncoderOptions
+from atr_scale.encoders.audio import SPECIAL_OPTIONS, AudioEncoder, AudioEncoderOptions
 from atr_scale.encoders.clap import CLAP
 from atr_scale.encoders.htsat import HTSAT
 from atr_scale.encoders.mobilenet import MobileNet
 from atr_scale.encoders.panns import Cnn14, ResNet38
 from atr_scale.encoders.passt import PaSST
 from atr_scale.encoders.small_cnn import SmallCNN
-from atr_scale.sections import options_of, own_fields
+from atr_scale.sections import class_of, options_of, own_fields
 
 AUDIO_ENCODERS: dict[str, Callable[..., AudioEncoder]] = {
     "cnn14": Cnn14,
@@ -43,6 +43,12 @@ AUDIO_ENCODERS: dict[str, Callable[..., AudioEncoder]] = {
 def audio_encoder_options(name: str) -> type[AudioEncoderOptions]:
     """The section that checks the options of the encoder `name`; the common one for an unknown name."""
     return options_of(AUDIO_ENCODERS.get(name), AudioEncoderOptions)
+
+
+def audio_encoder_keys(name: str) -> frozenset[str]:
+    """The options that the encoder `name` has. An encoder that does not tell supports every common one."""
+    supported = getattr(class_of(AUDIO_ENCODERS.get(name)), "special_options", SPECIAL_OPTIONS)
+    return frozenset(audio_encoder_options(name).model_fields) - (SPECIAL_OPTIONS - supported)
 
 
 def construct(name: str, options: AudioEncoderOptions) -> AudioEncoder:

@@ -102,6 +102,7 @@ class SwinEncoder(AudioEncoder):
     """
 
     native_seconds = 10.0
+    pooled_is_mean = True
     special_options = frozenset({"attention"})
 
     def __init__(

@@ -20,6 +20,12 @@ def text_encoder_options(name: str) -> type[TextEncoderOptions]:
     return options_of(TEXT_ENCODERS.get(name), TextEncoderOptions)
 
 
+def text_encoder_keys(name: str) -> frozenset[str]:
+    """The options that the encoder `name` has."""
+    supported = TEXT_ENCODERS.get(name, TransformersTextEncoder).common_options
+    return frozenset(text_encoder_options(name).model_fields) - (TextEncoderOptions.model_fields.keys() - supported)
+
+
 def build_text_encoder(name_or_path: str | Path, pooling: str = "first", **options: Any) -> TextEncoder:
     """Build a text encoder in evaluation mode.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from atr_scale.data.sample import BadSample, RawSample
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.data.tokenizer import CaptionTokenizer, caption_tokenizer
 from atr_scale.errors import UserError
+from atr_scale.evaluation.facts import clip_fields
 from atr_scale.evaluation.parallel import Parallel
 from atr_scale.model import Retriever
 from atr_scale.scorers.scorer import Scorer
@@ -56,6 +57,7 @@ class Embedded:
     clip_ids: list[str]  # [N]
     labels: list[str | None]  # [N]
     index: list[int]  # [N] row of each clip in the shard set
+    fields: list[dict[str, Any]]  # [N] `clip_fields`
     dropped: Counter[str] = field(default_factory=Counter)  # unreadable samples, by reason
 
 
@@ -70,6 +72,7 @@ class _Part:
     clip_ids: list[str]
     labels: list[str | None]
     index: list[int]
+    fields: list[dict[str, Any]]
     dropped: Counter[str]
 
 
@@ -189,6 +192,7 @@ def _embed_batch(
         clip_ids=[sample.clip_id for sample in samples],
         labels=[sample.label for sample in samples],
         index=[row for row, _, _ in clips],
+        fields=[clip_fields(sample, len(waveform) / model.sample_rate) for _, sample, waveform in clips],
         dropped=dropped,
     )
 
@@ -207,5 +211,6 @@ def _join(parts: list[_Part], shards: ShardSet) -> Embedded:
         clip_ids=[clip for part in full for clip in part.clip_ids],
         labels=[label for part in full for label in part.labels],
         index=[row for part in full for row in part.index],
+        fields=[fields for part in full for fields in part.fields],
         dropped=dropped,
     )

@@ -20,11 +20,14 @@ from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import Embedded, as_read, embed, evaluating
+from atr_scale.evaluation.facts import Facts
 from atr_scale.evaluation.parallel import Parallel
+from atr_scale.evaluation.predictions import write_predictions
 from atr_scale.evaluation.relevance import read_relevance
 from atr_scale.evaluation.report import write_report
 from atr_scale.evaluation.rerank import rerank
 from atr_scale.evaluation.result import EvaluationResult, evaluate_labelled, evaluate_retrieval
+from atr_scale.evaluation.results import record_results
 from atr_scale.evaluation.retrieval_scores import DualEncoderScores, RetrievalScores, ScoreMatrix
 from atr_scale.evaluation.score import score
 from atr_scale.model import Retriever
@@ -46,6 +49,7 @@ class Evaluation:
     results: list[EvaluationResult]
     metrics: dict[str, float]
     embedded: Embedded
+    scores: RetrievalScores
 
     @property
     def dropped(self) -> Counter[str]:
@@ -96,12 +100,13 @@ def evaluate(
         first_caption = np.searchsorted(embedded.owner, np.arange(len(ids)))
         shown = [f"{embedded.captions[c]} ({id})" for c, id in zip(first_caption, embedded.clip_ids, strict=True)]
         grades = None if relevance is None else read_relevance(relevance, shards, embedded)
-        results.append(evaluate_retrieval(split, step, scores, ranks, embedded.captions, shown, grades))
+        facts = Facts.of(embedded.clip_ids, embedded.captions, embedded.fields)
+        results.append(evaluate_retrieval(split, step, scores, ranks, embedded.captions, shown, grades, facts))
         if classes is not None:
             name = f"{split}/classes"
             results.append(evaluate_labelled(name, step, classes.scores, classes.captions, shown, classes.labels))
     metrics = {name: value for result in results for name, value in result.metrics.items()}
-    return Evaluation(results, parallel.world.gather_objects(metrics)[0], embedded)
+    return Evaluation(results, parallel.world.gather_objects(metrics)[0], embedded, scores)
 
 
 def _score_split(
@@ -176,7 +181,8 @@ def evaluate_run(
     if out is not None:
         make_folder(str(out))
     parallel = Parallel(world, device)
-    model, config, folder = load_retriever(location, plugins)
+    model, trained, folder = load_retriever(location, plugins)
+    config = trained
     if rerank_top is not None and model.scorer.is_dual_encoder:
         raise UserError(
             f"{location} has the dual encoder {config.model.scorer.name}, whose search over all clips is exact and "
@@ -202,8 +208,13 @@ def evaluate_run(
     )
     if world.is_main:
         # A copied run folder may have lost its links, or have folders in their place.
-        target = out or (folder.parent.parent if (Path(location) / WEIGHTS).is_file() else Path(location))
+        run_dir = folder.parent.parent if (Path(location) / WEIGHTS).is_file() else Path(location)
+        target = out or run_dir
         evaluation.save(target)
+        write_predictions(target, split, evaluation.scores, evaluation.embedded, relevance is not None)
+        links = {"best": run_dir / "best", "last": run_dir / "latest"}
+        checkpoint = next((name for name, link in links.items() if link.resolve() == folder), folder.name)
+        record_results(target, run_dir.resolve().name, trained, evaluation.results, checkpoint=checkpoint, saved=True)
         write_report(target)
     return evaluation
 

@@ -7,7 +7,8 @@ query, and all its captions are relevant; the best ranked of them decides R@k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from atr_scale.errors import UserError
 RECALL_AT = (1, 5, 10)
 PRECISION_AT = 10
 GRADED_AT = 16
+# mAP@10 is the measure of DCASE up to 2024, mAP@16 that of 2025; mAP reads the whole list.
+CUTOFFS = {f"mAP@{PRECISION_AT}": PRECISION_AT, f"mAP@{GRADED_AT}": GRADED_AT, "mAP": None}
 TILE = 1 << 20  # scores compared at once: temporaries of any matrix take a few MB
 
 Scores = Tensor | NDArray[np.floating]
@@ -31,38 +34,64 @@ class Ranks:
 
     t2a [T]: rank of the text's own clip among all clips. a2t [T]: rank of the text among all texts, for its own clip.
     clip [T]: index of the text's clip in audio_ids. audio_ids [A]: every candidate clip. All int64.
+    graded: if there is a relevance file, `graded_values`; they stand for the text's own metrics of the same name.
     """
 
     t2a: NDArray[np.int64]
     a2t: NDArray[np.int64]
     clip: NDArray[np.int64]
     audio_ids: NDArray[np.int64]
+    graded: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def best_a2t(self) -> NDArray[np.int64]:
         """Rank of the best ranked caption of every captioned clip, [C]."""
-        return _queries(self)["a2t"].rank
+        return self.queries()["a2t"].rank
 
     def metrics(self) -> dict[str, float]:
-        """`t2a/` and `a2t/` R@1, R@5, R@10, mAP@10 (fractions) and median_rank."""
-        return {f"{name}/{key}": value for name, queries in _queries(self).items() for key, value in queries.metrics()}
+        """`t2a/` and `a2t/` R@1, R@5, R@10, mAP@10, mAP@16, mAP (fractions) and median_rank."""
+        return {f"{name}/{key}": value for name, queries in self.queries().items() for key, value in queries.metrics()}
+
+    def queries(self) -> dict[str, Queries]:
+        """The queries of "t2a", in the order of the texts, and of "a2t", in the order of the captioned clips."""
+        clips, group = np.unique(self.clip, return_inverse=True)
+        best = np.full(len(clips), np.iinfo(np.int64).max)
+        np.minimum.at(best, group, self.a2t)
+        each = np.arange(len(self.t2a))  # every caption has one relevant clip
+        graded = {key.removeprefix("t2a/"): value for key, value in self.graded.items()}
+        return {
+            "t2a": Queries(self.t2a, _average_precision(self.t2a, each) | graded, group),
+            "a2t": Queries(best, _average_precision(self.a2t, group), np.arange(len(clips))),
+        }
 
 
 @dataclass(frozen=True)
-class _Queries:
-    """Queries of one direction: rank of the first relevant item [Q], average precision [Q], captioned clip [Q]."""
+class Queries:
+    """Queries of one direction.
+
+    rank [Q]: of the first relevant item. precision: average precision up to each of CUTOFFS, and other graded values
+    [Q]. clip [Q]: index of the query's clip among the captioned clips, in the order of `Ranks.audio_ids`.
+    """
 
     rank: NDArray[np.int64]
-    precision: NDArray[np.float64]
+    precision: dict[str, NDArray[np.float64]]
     clip: NDArray[np.int64]
 
     def values(self) -> dict[str, NDArray[np.float64]]:
-        """The metrics that are means over queries, each [Q]."""
-        hits = {f"R@{k}": (self.rank <= k).astype(np.float64) for k in RECALL_AT}
-        return hits | {f"mAP@{PRECISION_AT}": self.precision}
+        """The metrics that are means over queries, each [Q]; NaN is no query of this metric."""
+        return {f"R@{k}": (self.rank <= k).astype(np.float64) for k in RECALL_AT} | self.precision
+
+    def sums(self) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
+        """(keys of `values` [K], number of queries of each clip [C, K], sums of their values [C, K])."""
+        values = self.values()
+        counts = [np.bincount(self.clip, ~np.isnan(value)) for value in values.values()]
+        totals = [np.bincount(self.clip, np.nan_to_num(value)) for value in values.values()]
+        return list(values), np.stack(counts, 1), np.stack(totals, 1)
 
     def metrics(self) -> list[tuple[str, float]]:
-        means = [(key, float(value.mean())) for key, value in self.values().items()]
-        return [*means, ("median_rank", float(np.median(self.rank)))]
+        return [
+            *((key, _mean(value)) for key, value in self.values().items()),
+            ("median_rank", float(np.median(self.rank))),
+        ]
 
 
 def retrieval_metrics(scores: Scores, text_audio_ids: Ids, audio_ids: Ids) -> dict[str, float]:
@@ -98,27 +127,34 @@ def bootstrap(ranks: Ranks, samples: int = 1000, seed: int = 0, level: float = 0
     lower and upper bound of every key of `Ranks.metrics`.
     """
     generator = np.random.default_rng(seed)
-    directions = _queries(ranks)
+    directions = ranks.queries()
     num_clips = len(directions["a2t"].rank)
+    sums = {name: queries.sums() for name, queries in directions.items()}
     drawn: dict[str, list[NDArray[np.float64]]] = {}
-    chunk = max(1, TILE // len(ranks.t2a))
-    for start in range(0, samples, chunk):
-        size = min(chunk, samples - start)
-        # A resample is the number of times that each clip is drawn.
-        weights = generator.multinomial(num_clips, np.full(num_clips, 1 / num_clips), size=size).astype(np.float64)
+    for weights in resamples(num_clips, samples, generator, len(ranks.t2a)):
         for name, queries in directions.items():
-            captions = np.bincount(queries.clip, minlength=num_clips)
-            total = weights @ captions
-            for key, value in queries.values().items():
-                sums = weights @ np.bincount(queries.clip, value, minlength=num_clips)
-                drawn.setdefault(f"{name}/{key}", []).append(sums / total)
-            drawn.setdefault(f"{name}/median_rank", []).append(_weighted_median(queries, weights, total))
+            keys, counts, totals = sums[name]
+            number = weights @ np.bincount(queries.clip)
+            means = weights @ totals / np.maximum(weights @ counts, 1)
+            for key, column in zip(keys, means.T, strict=True):
+                drawn.setdefault(f"{name}/{key}", []).append(column)
+            drawn.setdefault(f"{name}/median_rank", []).append(_weighted_median(queries, weights, number))
     bounds = [(1 - level) / 2, (1 + level) / 2]
     return {
         key: (float(low), float(high))
         for key, parts in drawn.items()
         for low, high in [np.quantile(np.concatenate(parts), bounds)]
     }
+
+
+def resamples(
+    num_clips: int, samples: int, generator: np.random.Generator, width: int
+) -> Iterator[NDArray[np.float64]]:
+    """Resamples of clips in tiles [s, clips]: how many times each clip is drawn. width: values computed for each."""
+    chunk = max(1, TILE // max(width, num_clips))
+    for start in range(0, samples, chunk):
+        size = min(chunk, samples - start)
+        yield generator.multinomial(num_clips, np.full(num_clips, 1 / num_clips), size=size).astype(np.float64)
 
 
 def classification(scores: Scores, labels: Ids) -> dict[str, float]:
@@ -153,8 +189,16 @@ def classification(scores: Scores, labels: Ids) -> dict[str, float]:
 def graded(lists: Ids, grades: NDArray[np.floating]) -> dict[str, float]:
     """Text to audio retrieval with several relevant clips: `t2a/mAP@16` and `t2a/nDCG@16`.
 
+    The means of `graded_values` over the captions with a relevant clip; its arguments.
+    """
+    return {key: _mean(value) for key, value in graded_values(lists, grades).items()}
+
+
+def graded_values(lists: Ids, grades: NDArray[np.floating]) -> dict[str, NDArray[np.float64]]:
+    """`t2a/mAP@16` and `t2a/nDCG@16` of every caption [T], NaN for a caption without a relevant clip.
+
     lists [T, k]: indices of the best clips of every text, best first, k = GRADED_AT or all clips. grades [T, A]: graded
-    relevance, 0 to 1. Both metrics are means over the captions with a relevant clip.
+    relevance, 0 to 1.
     mAP@16 (DCASE 2025 task 6): clips of grade 1 are relevant; the sum of the precisions at their ranks up to 16,
     divided by their number.
     nDCG@16 (Jarvelin and Kekalainen 2002): the gain is the grade, its discount is log2(1 + rank).
@@ -163,13 +207,13 @@ def graded(lists: Ids, grades: NDArray[np.floating]) -> dict[str, float]:
     hits = gains >= 1
     places = np.arange(1, hits.shape[1] + 1)
     relevant = (grades >= 1).sum(1)
-    precision = (hits * np.cumsum(hits, 1) / places).sum(1) / np.maximum(relevant, 1)
+    precision = (hits * np.cumsum(hits, 1) / places).sum(1)
     discount = 1 / np.log2(1 + places)
     ideal = (-np.sort(-grades, axis=1)[:, :GRADED_AT] * discount).sum(1)
-    gained = (gains * discount).sum(1) / np.maximum(ideal, np.finfo(np.float64).tiny)
+    gained = (gains * discount).sum(1)
     return {
-        f"t2a/mAP@{GRADED_AT}": float(precision[relevant > 0].mean()) if (relevant > 0).any() else 0.0,
-        f"t2a/nDCG@{GRADED_AT}": float(gained[ideal > 0].mean()) if (ideal > 0).any() else 0.0,
+        f"t2a/mAP@{GRADED_AT}": np.where(relevant > 0, precision / np.maximum(relevant, 1), np.nan),
+        f"t2a/nDCG@{GRADED_AT}": np.where(ideal > 0, gained / np.maximum(ideal, np.finfo(np.float64).tiny), np.nan),
     }
 
 
@@ -190,16 +234,15 @@ def label_ranks(scores: Scores, labels: Ids) -> Ranks:
     return ranks(matrix.T, wanted, np.arange(num_classes))
 
 
-def _queries(ranks: Ranks) -> dict[str, _Queries]:
-    clips, group = np.unique(ranks.clip, return_inverse=True)
-    best = np.full(len(clips), np.iinfo(np.int64).max)
-    np.minimum.at(best, group, ranks.a2t)
-    single = np.where(ranks.t2a <= PRECISION_AT, 1 / ranks.t2a, 0.0)
-    several = _precision_sum(ranks.a2t, group, PRECISION_AT) / np.bincount(group)
-    return {
-        "t2a": _Queries(rank=ranks.t2a, precision=single, clip=group),
-        "a2t": _Queries(rank=best, precision=several, clip=np.arange(len(clips))),
-    }
+def _mean(values: NDArray[np.float64]) -> float:
+    """Mean without NaN; 0 of nothing."""
+    queries = values[~np.isnan(values)]
+    return float(queries.mean()) if len(queries) else 0.0
+
+
+def _average_precision(rank: NDArray[np.int64], group: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    """[groups] for each of CUTOFFS: sum of the precisions at the relevant ranks, divided by their number."""
+    return {key: _precision_sum(rank, group, cutoff) / np.bincount(group) for key, cutoff in CUTOFFS.items()}
 
 
 def _precision_sum(rank: NDArray[np.int64], group: NDArray[np.int64], cutoff: int | None = None) -> NDArray[np.float64]:
@@ -213,9 +256,7 @@ def _precision_sum(rank: NDArray[np.int64], group: NDArray[np.int64], cutoff: in
     return np.bincount(group[order], precision).astype(np.float64)
 
 
-def _weighted_median(
-    queries: _Queries, weights: NDArray[np.float64], total: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _weighted_median(queries: Queries, weights: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
     """numpy's median (the mean of the two middle values) of each resample: weights [S, C], total [S] -> [S]."""
     order = np.argsort(queries.rank)
     upto = np.cumsum(weights[:, queries.clip[order]], axis=1)

@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 
 from atr_scale import plots
 from atr_scale.errors import UserError
-from atr_scale.evaluation.metrics import GRADED_AT, PRECISION_AT, RECALL_AT
+from atr_scale.evaluation.metrics import CUTOFFS, GRADED_AT, PRECISION_AT, RECALL_AT
 from atr_scale.evaluation.result import EvaluationResult, Example
+from atr_scale.sections import flat
 
 logger = logging.getLogger(__name__)
 
@@ -98,14 +99,18 @@ def _split(result: EvaluationResult, pictures: _Pictures) -> Iterator[str]:
 
 def _retrieval_table(result: EvaluationResult) -> str:
     rows = [f"| | {' | '.join(title for _, title in DIRECTIONS)} |", "|:-|-:|-:|"]
-    for name in (*(f"R@{k}" for k in RECALL_AT), f"mAP@{PRECISION_AT}"):
+    several = (
+        f"t2a/nDCG@{GRADED_AT}" in result.metrics
+    )  # mAP@16 then counts several relevant clips, and has its own row
+    names = [*(f"R@{k}" for k in RECALL_AT), *(key for key in CUTOFFS if not (several and key == f"mAP@{GRADED_AT}"))]
+    for name in names:
         cells = [_with_interval(result, f"{direction}/{name}", _percent) for direction, _ in DIRECTIONS]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     cells = [_with_interval(result, f"{direction}/median_rank", "{:g}".format) for direction, _ in DIRECTIONS]
     rows.append(f"| median rank | {' | '.join(cells)} |")
-    for name, note in ((f"mAP@{GRADED_AT}", "several relevant clips"), (f"nDCG@{GRADED_AT}", "graded relevance")):
-        if f"t2a/{name}" in result.metrics:
-            rows.append(f"| {name}, {note} | {_percent(result.metrics[f't2a/{name}'])} | |")
+    if several:
+        for name, note in ((f"mAP@{GRADED_AT}", "several relevant clips"), (f"nDCG@{GRADED_AT}", "graded relevance")):
+            rows.append(f"| {name}, {note} | {_with_interval(result, f't2a/{name}', _percent)} | |")
     note = (
         f"In brackets: 95 % bootstrap intervals over clips. Chance is R@1 {_percent(1 / result.num_clips)} for text →"
         f" audio. Audio → text recall counts the best ranked caption of a clip. Scoring: {result.method}."
@@ -131,10 +136,10 @@ def _examples_table(examples: Sequence[Example]) -> str:
     head = "| query | rank of the match |" + "".join(f" {place} |" for place in range(1, width + 1))
     rows = [head, "|:-|-:|" + ":-|" * width]
     for example in examples:
-        found = [f"{'✅ ' if item.hit else ''}{_cell(item.name)}<br>{item.score:.3f}" for item in example.retrieved] + [
-            ""
-        ] * (width - len(example.retrieved))
-        rows.append(f"| {_cell(example.query)} | {example.rank} | {' | '.join(found)} |")
+        found = [
+            f"{'✅ ' if item.hit else ''}{table_cell(item.name)}<br>{item.score:.3f}" for item in example.retrieved
+        ] + [""] * (width - len(example.retrieved))
+        rows.append(f"| {table_cell(example.query)} | {example.rank} | {' | '.join(found)} |")
     return "\n".join(rows)
 
 
@@ -209,7 +214,7 @@ def _look_closer(run_dir: Path) -> str:
 def _configuration(run_dir: Path) -> Iterator[str]:
     path = run_dir / "config.resolved.yaml"
     if path.exists():
-        rows = [f"| {key} | {_cell(text)} |" for key, text in _flat(OmegaConf.to_container(OmegaConf.load(path)))]
+        rows = [f"| {key} | {table_cell(text)} |" for key, text in _flat(OmegaConf.to_container(OmegaConf.load(path)))]
         yield "## Configuration\n\n<details><summary>config.resolved.yaml</summary>\n"
         yield "\n".join(["| key | value |", "|:-|:-|", *rows])
         yield "</details>"
@@ -219,21 +224,15 @@ def _environment(run_dir: Path) -> Iterator[str]:
     path = run_dir / "environment.json"
     if path.exists():
         table = json.loads(path.read_text(encoding="utf-8"))
-        rows = [f"| {key} | {_cell(text)} |" for key, text in _flat(table) if text not in ("None", "")]
+        rows = [f"| {key} | {table_cell(text)} |" for key, text in _flat(table) if text not in ("None", "")]
         yield "## Environment\n\n<details><summary>environment.json</summary>\n"
         yield "\n".join(["| key | value |", "|:-|:-|", *rows])
         yield "</details>"
 
 
-def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        for index, inner in enumerate(value):
-            yield from _flat(inner, f"{prefix}.{index}")
-    else:
-        yield prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _flat(values: object) -> Iterator[tuple[str, str]]:
+    for key, value in flat(values):
+        yield key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _read_lines(path: Path) -> list[Line]:
@@ -260,7 +259,7 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
-def _cell(text: str) -> str:
+def table_cell(text: str) -> str:
     """Text escaped for a Markdown table cell, and shortened."""
     text = " ".join(text.split())
     text = text if len(text) <= CELL else text[: CELL - 1] + "…"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from atr_scale.errors import UserError
+from atr_scale.evaluation.facts import Facts
 from atr_scale.evaluation.metrics import (
     GRADED_AT,
     Ids,
@@ -19,7 +21,7 @@ from atr_scale.evaluation.metrics import (
     Scores,
     bootstrap,
     classification,
-    graded,
+    graded_values,
     label_ranks,
 )
 from atr_scale.evaluation.retrieval_scores import RetrievalScores
@@ -28,6 +30,8 @@ FORMAT = 2
 NUM_PAIRS, NUM_CLASSES = 32, 64  # rows and columns of the stored excerpt of the score matrix
 NUM_EXAMPLES = 6
 NUM_RETRIEVED = 5
+RANKS = ("t2a", "a2t", "clip", "audio_ids")  # fields of `Ranks` in the file of ranks
+GRADED = "graded/"  # before the names of `Ranks.graded` in the file of ranks
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class EvaluationResult:
     examples: tuple[Example, ...]
     labelled: bool = False
     method: str = ""  # which pairs were scored
+    facts: Facts | None = None  # of the queries; None if labelled, and in results of version 0.2
+    test_set: dict[str, str | None] = field(default_factory=dict)  # `Facts.test_set`; empty without facts
 
     @property
     def num_texts(self) -> int:
@@ -79,17 +85,13 @@ class EvaluationResult:
         return len(self.ranks.t2a) if self.labelled else len(self.ranks.audio_ids)
 
     def save(self, folder: Path) -> Path:
-        """Write both files into the folder; returns the path of the JSON file. Slashes of the split become dashes."""
+        """Write both files into the folder; returns the path of the JSON file."""
         folder.mkdir(parents=True, exist_ok=True)
-        stem = self.split.replace("/", "-")
-        np.savez_compressed(
-            folder / f"ranks-{stem}.npz",
-            t2a=self.ranks.t2a,
-            a2t=self.ranks.a2t,
-            clip=self.ranks.clip,
-            audio_ids=self.ranks.audio_ids,
-            excerpt=self.excerpt,
-        )
+        stem = file_stem(self.split)
+        arrays: dict[str, Any] = {name: getattr(self.ranks, name) for name in RANKS} | {"excerpt": self.excerpt}
+        arrays |= {GRADED + key: values for key, values in self.ranks.graded.items()}
+        arrays |= {} if self.facts is None else self.facts.arrays()
+        np.savez_compressed(folder / f"ranks-{stem}.npz", **arrays)
         table = {
             "format": FORMAT,
             "split": self.split,
@@ -100,6 +102,7 @@ class EvaluationResult:
             "num_clips": self.num_clips,
             "metrics": self.metrics,
             "intervals": self.intervals,
+            "test_set": self.test_set,
             "excerpt_names": self.excerpt_names,
             "examples": [asdict(example) for example in self.examples],
         }
@@ -114,12 +117,15 @@ class EvaluationResult:
         if table.get("format") != FORMAT:
             raise UserError(f"{path}: format {table.get('format')} instead of {FORMAT}; evaluate the checkpoint again")
         with np.load(path.with_name(path.stem.replace("evaluation-", "ranks-", 1) + ".npz")) as arrays:
+            graded = {name.removeprefix(GRADED): arrays[name] for name in arrays if name.startswith(GRADED)}
+            ranks = Ranks(**{name: arrays[name] for name in RANKS}, graded=graded)
             return cls(
                 split=table["split"],
                 step=table["step"],
-                metrics=table["metrics"],
+                # Results of version 0.2 lack some metrics, which follow from the ranks.
+                metrics=table["metrics"] if table["labelled"] else ranks.metrics() | table["metrics"],
                 intervals={key: (low, high) for key, (low, high) in table["intervals"].items()},
-                ranks=Ranks(**{name: arrays[name] for name in ("t2a", "a2t", "clip", "audio_ids")}),
+                ranks=ranks,
                 excerpt=arrays["excerpt"],
                 excerpt_names=tuple(table["excerpt_names"]),
                 examples=tuple(
@@ -128,7 +134,14 @@ class EvaluationResult:
                 ),
                 labelled=table["labelled"],
                 method=table["method"],
+                facts=Facts.from_arrays(arrays),
+                test_set=table.get("test_set", {}),
             )
+
+
+def file_stem(split: str) -> str:
+    """The part of the files' names that tells the split: its slashes become dashes."""
+    return split.replace("/", "-")
 
 
 def evaluate_retrieval(
@@ -139,11 +152,15 @@ def evaluate_retrieval(
     captions: Sequence[str],
     clip_names: Sequence[str],
     grades: NDArray[np.floating] | None = None,
+    facts: Facts | None = None,
 ) -> EvaluationResult:
     """The result of scores [T, A] with their ranks.
 
-    captions [T] and clip_names [A] are shown in examples. grades [T, A]: relevance, for `metrics.graded`.
+    captions [T] and clip_names [A] are shown in examples. grades [T, A]: relevance, for `metrics.graded_values`. facts:
+    of the captions and clips.
     """
+    if grades is not None:
+        ranks = replace(ranks, graded=graded_values(scores.lists(GRADED_AT), grades))
     first_text = np.unique(ranks.clip, return_index=True)[1]
     shown = first_text[_spread(len(first_text), NUM_PAIRS)]
     t2a = [
@@ -159,13 +176,15 @@ def evaluate_retrieval(
     return EvaluationResult(
         split=split,
         step=step,
-        metrics=ranks.metrics() | ({} if grades is None else graded(scores.lists(GRADED_AT), grades)),
+        metrics=ranks.metrics(),
         intervals=bootstrap(ranks),
         ranks=ranks,
         excerpt=scores.block(*map(torch.from_numpy, (shown, ranks.clip[shown]))).float().cpu().numpy(),
         excerpt_names=tuple(captions[text] for text in shown),
         examples=(*t2a, *a2t),
         method=scores.method,
+        facts=facts,
+        test_set={} if facts is None else facts.test_set(ranks.clip, grades),
     )
 
 

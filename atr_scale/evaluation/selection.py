@@ -11,7 +11,9 @@ from atr_scale.errors import UserError
 
 # In a labelled set clips share captions, so its default is a metric of classes.
 DEFAULTS = ("class/mAP@10", "t2a/mAP@10")
-KNOWN = re.compile(r"(t2a|a2t)/(R@1|R@5|R@10|mAP@10|median_rank)|class/(R@1|mAP@10|mAP)|zero_shot/(accuracy|R@5|mAP)")
+KNOWN = re.compile(
+    r"(t2a|a2t)/(R@1|R@5|R@10|mAP@10|mAP@16|mAP|median_rank)|class/(R@1|mAP@10|mAP)|zero_shot/(accuracy|R@5|mAP)"
+)
 OF_CLASSES = ("class/", "zero_shot/")
 LOWER_IS_BETTER = "median_rank"
 

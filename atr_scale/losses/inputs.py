@@ -24,7 +24,8 @@ class LossInputs:
     block:       scores [B, b] of all texts against this rank's audios.
     temperature: (1,), the model's.
     own_ids:     [b, 2] int64 of this rank's pairs, (clip, caption text).
-    text, audio: embeddings [b, D] of unit length, one for each caption and each clip of this rank.
+    text, audio: embeddings [b, D] of unit length, one for each caption and each clip of this rank: the mean over the
+                 tokens if the scorer reads them, else the pooled embedding.
     text_tokens, audio_tokens: token sequences [B, T, D] of all ranks.
     teacher:     soft labels of the batch, from the scores [B, b] of its teachers.
     step:        optimizer steps made so far.

@@ -170,12 +170,21 @@ class CMSCSection(TwoWaySection):
     beta_warmup_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="optimizer steps over which beta rises from 0"
     )
+    beta_warmup_epochs: NonNegative | None = Field(
+        None, description="length of beta's rise in epochs, instead of beta_warmup_steps; training turns it into steps"
+    )
     target_temperature: Positive | None = Field(
         None, description="temperature of these similarities; default: the model's"
     )
     mode: Literal["each", "add"] = Field(
         "each", description="each: similarities of texts for t2a, of audios for a2t; add: their mean for both"
     )
+
+    @model_validator(mode="after")
+    def one_warmup(self) -> CMSCSection:
+        if self.beta_warmup_steps and self.beta_warmup_epochs is not None:
+            raise ValueError("give beta_warmup_steps or beta_warmup_epochs: set the steps to 0, or the epochs to null")
+        return self
 
 
 class CMSC(LossTerm):

@@ -10,6 +10,7 @@ from atr_scale.planner.zero_memory import Parameters
 from atr_scale.training.checks import check_batch_size
 from atr_scale.training.param_groups import describe_layers
 from atr_scale.training.parts import open_parts, open_validation
+from atr_scale.training.schedule import describe_length
 
 
 def dry_run(config: RunConfig, world_size: int) -> str:
@@ -22,7 +23,7 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     validation = open_validation(config)
     parts = open_parts(config, World(0, world_size))
     model, stream, length = parts.model, parts.stream, parts.length
-    train = config.train
+    train, (steps, visits) = config.train, describe_length(config, length)
     total = count_parameters(model.parameters())
     groups = {name: count_parameters(p for _, p in members) for name, members in model.parameter_groups().items()}
     stage = train.zero_stage
@@ -34,11 +35,13 @@ def dry_run(config: RunConfig, world_size: int) -> str:
         f"(ZeRO {stage}, {world_size} ranks); activations come on top: `atr-scale plan` counts them",
         f"batch       {train.global_batch_size} pairs a loss, {train.global_batch_size // world_size} a rank, "
         f"{train.accum_steps} losses a step",
-        f"steps       {length.steps} optimizer steps, {length.warmup_steps} of them warm-up; an epoch is "
-        f"{stream.order.epoch_batches / train.accum_steps:.1f}",
+        f"steps       {steps}",
+        f"visits      {visits}",
         f"precision   {train.precision}",
         *describe_layers(model, train),
     ]
+    if parts.initial:
+        lines.append(f"initial     {parts.initial}")
     folds = config.data.folds
     left_out = f", without fold {folds.held_out} of {folds.count}" if folds else ""
     for source, shards in zip(config.data.train, stream.sources, strict=True):

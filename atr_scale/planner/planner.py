@@ -52,8 +52,9 @@ class Row:
 class RunPlan:
     """A plan with its inputs.
 
-    epochs: over `clips` clips. seconds: length of a clip. tokens: length of a caption. model: numbers of parameters by
-    optimizer group, and of frozen ones. rows: all cluster sizes. chosen: the given one.
+    epochs: over `clips` clips, or captions if train.epoch_of counts these. seconds: length of a clip. tokens: length of
+    a caption. model: numbers of parameters by optimizer group, and of frozen ones. rows: all cluster sizes. chosen: the
+    given one.
     """
 
     config: RunConfig

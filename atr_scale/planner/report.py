@@ -117,8 +117,8 @@ def _step(plan: RunPlan) -> list[str]:
     lines.append(f"time       {1e3 * e.step:.0f} ms a step, bound by {e.bound}")
     lines += [f"           {1e3 * value:8.1f}  {name}" for name, value in e.seconds.items()]
     lines.append(
-        f"run        {e.rate:.0f} clips/s; {plan.epochs:g} epochs of {plan.clips} clips: {_duration(plan.hours(e))}, "
-        f"USD {plan.cost(e):,.0f}"
+        f"run        {e.rate:.0f} clips/s; {plan.epochs:g} epochs of {plan.clips} {plan.config.train.epoch_of}: "
+        f"{_duration(plan.hours(e))}, USD {plan.cost(e):,.0f}"
     )
     lines.append(
         f"largest    {plan.chosen.largest} pairs in a loss in one forward, {plan.chosen.largest_cached} with GradCache"

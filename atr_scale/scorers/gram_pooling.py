@@ -1,6 +1,6 @@
 """Text-aware attention pooling from Gram matrices, exact in scores and gradients, without a vector [D] for each pair.
 
-Shape suffixes: i texts, j clips, f (and g) frames, D width, K attention width, m metrics.
+Shape suffixes: i texts, j clips, f (and g) frames, D width, k width of the keys, K of the values, m metrics.
 
 After the attention, everything is affine in its weights w, up to the factors of LayerNorm. So, with the clip's values
 X [f, K], the variances and the length of the pooled vector are quadratic forms w (X M X') w. A metric M [K, K] depends
@@ -64,13 +64,13 @@ def metrics_of(out: Tensor, scale: Tensor, shift: Tensor, *block: Tensor) -> Poo
 class GramScores(torch.autograd.Function):
     """Scores [i, j] of all pairs, in tiles of tile_size = (texts, clips), with gradients by formulas.
 
-    query, matched, offsets: [i, K], [i, K], [i, 2], captions projected for the attention, the values, the last shift.
+    query, matched, offsets: [i, k], [i, K], [i, 2], captions projected for the attention, the values, the last shift.
     tokens, mask: frames [j, f, D] of any floating dtype, normalised here to mean 0 and variance 1, and [j, f].
-    projection, bias: [2K, D] and [2K], of keys and then values, for normalised frames.
+    projection, bias: [k + K, D] and [k + K], of keys and then values, for normalised frames.
     quadratic, forms, constants: of PoolingMetrics. dim: D.
 
     Keys, values and Gram matrices are kept for the backward pass; normalised frames and tiles are computed again. With
-    `few` texts (fewer than K) tiles are kept and there are no keys: `projection` and `bias` are those of the values,
+    `few` texts tiles are kept and there are no keys: `projection` and `bias` are those of the values,
     `query` [i, D] has been multiplied by the keys' projection, and frames are their own keys.
     """
 
@@ -95,7 +95,7 @@ class GramScores(torch.autograd.Function):
         for clips in slices(0, len(tokens), tile_size[1]):
             frames, _, _ = _normalised(at_least_fp32(tokens[clips]))
             projected = linear(frames, projection, bias)
-            key, value = _key_and_value(frames, projected, few)
+            key, value = _key_and_value(frames, projected, query.shape[1], few)
             mapped = (value.flatten(0, 1) @ quadratic).view(len(value), -1, value.shape[2])  # [j, f m, K]
             table = torch.cat([mapped @ value.mT, (value @ forms.T).mT], 1)  # [j, f m + 3, g]
             kept += [projected, table, *([mapped] if few else [])]
@@ -122,8 +122,8 @@ class GramScores(torch.autograd.Function):
                 frames, mean, scale = _normalised(wide := at_least_fp32(tokens[clips]))
                 projected, table = next(rest), next(rest)
                 by_frames, by_projected, by_table = (torch.zeros_like(x) for x in (frames, projected, table))
-                key, value = _key_and_value(frames, projected, few)
-                by_key, by_value = _key_and_value(by_frames, by_projected, few)
+                key, value = _key_and_value(frames, projected, query.shape[1], few)
+                by_key, by_value = _key_and_value(by_frames, by_projected, query.shape[1], few)
                 mapped = next(rest) if few else None
                 for texts in slices(0, len(query), ctx.tile_size[0]):
                     if few:
@@ -246,12 +246,14 @@ def _cosine_gradients(
     return (by_dot, by_quadratic, by_forms), tuple(by_texts)
 
 
-def _key_and_value(frames: Tensor, projected: Tensor, few: bool) -> tuple[Tensor, Tensor]:
-    """Views [j, f, K] of keys and values, or of their gradients; see `GramScores` for `few`."""
-    if few:
-        return frames, projected
-    key, value = projected.chunk(2, dim=-1)
-    return key, value
+def keys_and_values(projected: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Views [j, f, width] and [j, f, K] of projected frames, or of their gradient."""
+    return projected[..., :width], projected[..., width:]
+
+
+def _key_and_value(frames: Tensor, projected: Tensor, width: int, few: bool) -> tuple[Tensor, Tensor]:
+    """Keys and values, or their gradients; see `GramScores` for `few`."""
+    return (frames, projected) if few else keys_and_values(projected, width)
 
 
 def _normalised(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

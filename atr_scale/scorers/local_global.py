@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import leaky_relu, normalize
 
 from atr_scale.batch import TokenSequence
 from atr_scale.score_block import at_least_fp32
@@ -26,6 +26,8 @@ from atr_scale.sections import Positive, Section
 
 # Token pairs of a tile: as many as a processor's caches hold, or enough to keep a GPU busy.
 TILE_SIZES = {"cpu": 2**20, "cuda": 2**26}
+# Of the LeakyReLU before the norm, by `normalise`; 0 clips.
+SLOPES = {"none": None, "clipped_l2": 0.0, "clipped_l2_leaky": 0.1}
 
 
 class LocalGlobalOptions(Section):
@@ -37,9 +39,13 @@ class LocalGlobalOptions(Section):
     direction: Literal["frames_over_words", "words_over_frames", "both"] = Field(
         "frames_over_words", description="queries over contexts; both: the mean of the two"
     )
-    normalise: Literal["none", "clipped_l2"] = Field(
+    normalise: Literal["none", "clipped_l2", "clipped_l2_leaky"] = Field(
         "none",
-        description="clipped_l2: similarities before the attention are clipped at 0 and divided by their norm (SCAN)",
+        description="similarities before the attention, divided by their norm over the queries: clipped_l2 clips them "
+        "at 0 (SCAN's paper), clipped_l2_leaky multiplies negative ones by 0.1 (SCAN's code)",
+    )
+    pooling: Literal["log_mean_exp", "log_sum_exp"] = Field(
+        "log_mean_exp", description="log_sum_exp is SCAN's; with it a clip of twice as many equal frames scores higher"
     )
 
 
@@ -48,17 +54,19 @@ class LocalGlobalScorer(Scorer):
 
     s_mn = cos(f_m, w_n), alpha_m = softmax_n(lambda1 s_mn), r_m = cos(f_m, sum_n alpha_mn w_n),
     score = 1/lambda2 log mean_m exp(lambda2 r_m), for frames f as queries over tokens w. The mean replaces the paper's
-    sum, with which long clips would score higher; it changes no result if all clips have equally many frames.
-    `normalise` = clipped_l2 is equation 1 of SCAN: s_mn becomes max(s_mn, 0) / norm over m.
+    sum (`pooling` = log_sum_exp), with which long clips score higher; it changes no result if all clips have equally
+    many frames. `normalise` = clipped_l2 is equation 1 of SCAN: s_mn becomes max(s_mn, 0) / norm over m. SCAN's code
+    takes LeakyReLU of slope 0.1 in its place: clipped_l2_leaky.
     """
 
     Options = LocalGlobalOptions
     reads_text_tokens = True
 
-    def __init__(self, dim: int, lambda1: float, lambda2: float, direction: str, normalise: str) -> None:
+    def __init__(self, dim: int, lambda1: float, lambda2: float, direction: str, normalise: str, pooling: str) -> None:
         super().__init__()
-        self.lambda1, self.lambda2 = lambda1, lambda2
-        self.direction, self.clipped = direction, normalise == "clipped_l2"
+        self.lambda1, self.lambda2, self.direction = lambda1, lambda2, direction
+        self.slope = SLOPES[normalise]
+        self.pool = _log_mean_exp if pooling == "log_mean_exp" else _log_sum_exp
 
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
         words, frames = _unit_tokens(text), _unit_tokens(audio)
@@ -83,14 +91,14 @@ class LocalGlobalScorer(Scorer):
         similarity = asking.flatten(0, 1) @ tokens.flatten(0, 1).T
         similarity = at_least_fp32(similarity).unflatten(1, mask.shape).transpose(0, 1)  # [C, Q q, c]
         with without_autocast(tokens):
-            logits = _clipped(similarity, asking_mask.shape) if self.clipped else similarity
+            logits = similarity if self.slope is None else _clipped(similarity, asking_mask.shape, self.slope)
             weights = (self.lambda1 * logits).masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1)
             product = (weights * similarity).sum(-1)
             squared_norm = ((weights @ gram) * weights).sum(-1)
             # If tokens cancel out, the norm consists of rounding errors.
             cosine = product * squared_norm.clamp(min=torch.finfo(gram.dtype).eps).rsqrt()
             cosine = cosine.view(C, Q, -1).transpose(0, 1)
-            return _log_mean_exp(self.lambda2 * cosine, asking_mask.unsqueeze(1)) / self.lambda2
+            return self.pool(self.lambda2 * cosine, asking_mask.unsqueeze(1)) / self.lambda2
 
 
 def _unit_tokens(sequence: TokenSequence) -> Tensors:
@@ -98,14 +106,16 @@ def _unit_tokens(sequence: TokenSequence) -> Tensors:
     return normalize(tokens, dim=-1), mask
 
 
-def _clipped(similarity: Tensor, queries: torch.Size) -> Tensor:
-    """The positive part of [C, Q q, c], divided by its norm over the q tokens of a query. Padded ones are zero."""
-    positive = similarity.unflatten(1, queries).relu()
-    squared_norm = positive.square().sum(2, keepdim=True).clamp(min=torch.finfo(positive.dtype).eps)
-    clipped: Tensor = positive * squared_norm.rsqrt()
-    return clipped.flatten(1, 2)
+def _clipped(similarity: Tensor, queries: torch.Size, slope: float) -> Tensor:
+    """LeakyReLU of [C, Q q, c], divided by its norm over the q tokens of a query. Padded ones are zero."""
+    clipped = leaky_relu(similarity.unflatten(1, queries), slope)
+    squared_norm = clipped.square().sum(2, keepdim=True).clamp(min=torch.finfo(clipped.dtype).eps)
+    return (clipped * squared_norm.rsqrt()).flatten(1, 2)
+
+
+def _log_sum_exp(values: Tensor, mask: Tensor) -> Tensor:
+    return values.masked_fill(~mask, -torch.inf).logsumexp(-1)
 
 
 def _log_mean_exp(values: Tensor, mask: Tensor) -> Tensor:
-    log_sum: Tensor = values.masked_fill(~mask, -torch.inf).logsumexp(-1)
-    return log_sum - mask.sum(-1).to(values.dtype).log()
+    return _log_sum_exp(values, mask) - mask.sum(-1).to(values.dtype).log()

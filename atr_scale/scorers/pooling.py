@@ -25,10 +25,10 @@ def pooled(audio: TokenSequence) -> Tensor:
     return audio.pooled
 
 
-def mean(audio: TokenSequence) -> Tensor:
-    """Mean over real frames, [b, D]; zero if there are none."""
-    weight = audio.mask.to(audio.tokens.dtype).unsqueeze(-1)
-    return (audio.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+def mean(sequence: TokenSequence) -> Tensor:
+    """Mean over real tokens, [b, D]; zero if there are none."""
+    weight = sequence.mask.to(sequence.tokens.dtype).unsqueeze(-1)
+    return (sequence.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def maximum(audio: TokenSequence) -> Tensor:

@@ -13,17 +13,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
-from torch.nn.functional import layer_norm, linear, normalize
+from torch.nn.functional import layer_norm, linear, normalize, pad
 
 from atr_scale.batch import TokenSequence
 from atr_scale.score_block import at_least_fp32
-from atr_scale.scorers.gram_pooling import EPS, SHORTEST, GramScores, attention, metrics_of
+from atr_scale.scorers.gram_pooling import EPS, SHORTEST, GramScores, attention, keys_and_values, metrics_of
 from atr_scale.scorers.scorer import Scorer, without_autocast
 from atr_scale.scorers.tiles import Tensors, for_device, recomputed, split
 from atr_scale.sections import Count, Section
 
 Linear = tuple[Tensor, Tensor]  # weight and bias
 TEXTS_PER_TILE = 1024
+EXTRA = 8  # numbers that X-Pool's values have beside the attention's width
 # Numbers in the largest tensor of a tile: as many as a processor's caches hold, or enough to keep a GPU busy.
 TILE_NUMBERS = {"cpu": 2**19, "cuda": 2**24}
 
@@ -46,8 +47,8 @@ class TextAwarePoolingScorer(Scorer):
     """TAP (arXiv 2303.05681, eq. 2-4); with `residual` the pooling block of X-Pool (arXiv 2203.15086).
 
     w = softmax_f(LN(c_t) W_Q . LN(c_f) W_K / sqrt(K)),  a = LN(sum_f w_f LN(c_f) W_V W_O),  s = cos(c_t, z),
-    with z = a, or z = LN(a + Dropout(Linear(a))) in X-Pool. c_t is the caption's pooled embedding and c_f a frame; they
-    share one LayerNorm, as in X-Pool. A clip without frames scores 0.
+    with z = a, or z = LN(a + Dropout(Linear(a))) in X-Pool, where W_Q, W_K, W_V and W_O come with biases. c_t is the
+    caption's pooled embedding and c_f a frame; they share one LayerNorm, as in X-Pool. A clip without frames scores 0.
 
     Scores are computed from Gram matrices (see gram_pooling). In two cases the pooled vector of every pair is computed
     instead, tile by tile, which costs many times more: for clips with so many frames that Gram matrices do not pay off,
@@ -105,7 +106,7 @@ class TextAwarePoolingScorer(Scorer):
         stripes = []
         for tokens, mask in split((audio.tokens, audio.mask), columns):
             # Kept for the backward pass: keys and values; computed again: normalised frames, tiles.
-            audios = (*recomputed(_projected, tokens, *projection).chunk(2, dim=-1), mask)
+            audios = (*keys_and_values(recomputed(_projected, tokens, *projection), len(key[0])), mask)
             stripes.append(torch.cat([recomputed(tile, part, audios) for part in split(texts, rows)]))
         return torch.cat(stripes, 1)
 
@@ -115,7 +116,8 @@ class _Weights(nn.Module):
 
     The query, key and value projections and the transposed W_O are initialised as one random orthonormal projection.
     For K = D this is X-Pool's initialisation, the identity, up to a rotation; for K < D a clip still starts as a
-    weighted mean of its projected frames.
+    weighted mean of its projected frames. Biases start at zero. Keys have none: it would add the same to the logits of
+    all frames.
     """
 
     def __init__(self, dim: int, attention_dim: int, residual: bool) -> None:
@@ -128,6 +130,8 @@ class _Weights(nn.Module):
         if residual:
             self.inner_scale, self.inner_shift = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
             self.linear_weight, self.linear_bias = nn.Parameter(torch.eye(dim)), nn.Parameter(torch.zeros(dim))
+            self.query_bias, self.value_bias = (nn.Parameter(torch.zeros(attention_dim)) for _ in range(2))
+            self.out_bias = nn.Parameter(torch.zeros(dim))
 
     @property
     def most_frames(self) -> int:
@@ -136,15 +140,35 @@ class _Weights(nn.Module):
         return math.isqrt((vector - 1) // (3 if self.residual else 2))
 
     def forward(self) -> tuple[Linear, Linear, Linear, Tensors]:
-        """W_Q / sqrt(K), W_K and W_V, each with the LayerNorm's parameters, and the parameters behind the attention."""
-        behind = [self.out, self.scale, self.shift]
-        if self.residual:
-            behind += [self.inner_scale, self.inner_shift, self.linear_weight, self.linear_bias]
+        """W_Q / sqrt(K), W_K and W_V, each with the LayerNorm's parameters, and the parameters behind the attention.
+
+        With biases the values get a number that is 1 for every frame, and so after any attention: its row of W_O, the
+        bias, is added to every pooled vector. Zeros follow it, because products of odd widths take a quarter longer.
+        """
         query, key, value = (
-            (weight * self.norm_scale, weight @ self.norm_shift)
-            for weight in (self.query / math.sqrt(self.attention_dim), self.key, self.value)
+            (weight * self.norm_scale, weight @ self.norm_shift) for weight in (self.query, self.key, self.value)
         )
-        return query, key, value, tuple(parameter.clone() for parameter in behind)
+        out, block = self.out.clone(), []
+        if self.residual:
+            query = query[0], query[1] + self.query_bias
+            one = pad(torch.ones_like(self.value_bias[:1]), (0, EXTRA - 1))
+            value = pad(value[0], (0, 0, 0, EXTRA)), torch.cat([value[1] + self.value_bias, one])
+            out = torch.cat([out, pad(self.out_bias[None], (0, 0, 0, EXTRA - 1))])
+            block = [self.inner_scale, self.inner_shift, self.linear_weight, self.linear_bias]
+        root = math.sqrt(self.attention_dim)
+        behind = (out, *(parameter.clone() for parameter in (self.scale, self.shift, *block)))
+        return (query[0] / root, query[1] / root), key, value, behind
+
+
+def with_zero_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a model, completed by the biases of X-Pool's block, which version 0.2 did not have."""
+    place = "scorer.weights."
+    if f"{place}inner_scale" not in weights or f"{place}out_bias" in weights:
+        return weights
+    zeros = weights[f"{place}query"].new_zeros
+    width, dim = weights[f"{place}query"].shape
+    biases = {"query_bias": zeros(width), "value_bias": zeros(width), "out_bias": zeros(dim)}
+    return {**weights, **{place + name: bias for name, bias in biases.items()}}
 
 
 def _vector_scores(texts: Tensors, audios: Tensors, behind: Tensors, dropout: float) -> Tensor:

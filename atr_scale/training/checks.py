@@ -14,6 +14,7 @@ from atr_scale.errors import UserError
 # Keys that may differ when a run is resumed. Any other difference would make it another run.
 FREE_TO_CHANGE = (
     "run.dir", "data.workers", "data.validation", "data.test", "data.max_drop_rate", "evaluation.",
+    "train.steps", "train.epochs",
     "train.micro_batch_size", "train.kept_chunks", "train.evaluate_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.log_every", "train.max_bad_steps", "train.initial_checkpoint",
 )  # fmt: skip
@@ -74,6 +75,17 @@ def checkpoint_to_resume(config: RunConfig, world: World) -> Path | None:
     if found is not None:
         _check_same_run(config, found, world.size)
     return found
+
+
+def check_length(config: RunConfig, folder: Path, steps: int) -> None:
+    """UserError if a run of `steps` optimizer steps is shorter than what its checkpoint in `folder` has behind it."""
+    made, train = checkpoint.read_state(folder)["step"], config.train
+    if steps < made:
+        asked = f"train.steps = {steps}" if train.steps else f"train.epochs = {train.epochs}, which is {steps} steps"
+        raise UserError(
+            f"{config.run.dir} has made {made} optimizer steps, more than {asked}: ask for at least as many, or give "
+            "another run.dir"
+        )
 
 
 def _check_same_run(config: RunConfig, folder: Path, world_size: int) -> None:

@@ -252,10 +252,19 @@ class Engine:
 
 
 def _load_learned(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Load all parameters except frozen ones, which only checkpoints of version 0.1 hold. Names are DeepSpeed's."""
+    """Load all parameters except frozen ones, which only checkpoints of version 0.1 hold. Names are DeepSpeed's.
+
+    Raises UserError if this version trains a parameter that the run did not have: the optimizer has no state for it.
+    """
     found = dst.load_state_dict(src, strict=False)
-    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
-    assert not found.unexpected_keys and frozen.issuperset(found.missing_keys), found
+    assert not found.unexpected_keys, found
+    learned = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
+    new = sorted(learned.intersection(found.missing_keys))
+    if new:
+        raise UserError(
+            f"this run was started with an older version, whose model had no {new[0]}: go on with that one, or start "
+            "a new run from its weights with train.initial_checkpoint"
+        )
 
 
 def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:

@@ -25,16 +25,17 @@ from atr_scale.data.stream import describe, read_batches
 from atr_scale.distributed.start import distributed
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
+from atr_scale.evaluation.results import record_training
 from atr_scale.evaluation.selection import selection_score
 from atr_scale.memory import peak_memory
 from atr_scale.model import StepContext, count_parameters
-from atr_scale.training.checks import check_batch_size, check_run_folder, checkpoint_to_resume
+from atr_scale.training.checks import check_batch_size, check_length, check_run_folder, checkpoint_to_resume
 from atr_scale.training.engine import Engine, StepResult
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
 from atr_scale.training.preemption import PreemptionFlag
 from atr_scale.training.run_info import write_environment
-from atr_scale.training.schedule import learning_rate, seeds
+from atr_scale.training.schedule import RunLength, describe_length, learning_rate, run_length, seeds
 from atr_scale.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class Training:
         resume_from = checkpoint_to_resume(config, world)
         torch.manual_seed(config.run.seed)  # the same new weights on every rank
         self.parts = open_parts(config, world, resume_from)
+        if resume_from:
+            check_length(config, resume_from, self.parts.length.steps)
         with announced("starting", f"DeepSpeed (ZeRO {config.train.zero_stage}) on {world.size} ranks"):
             self.engine = Engine(self.parts.model, config.train, world, device)
         self.progress = resumed(self.engine, resume_from, config) if resume_from else Progress()
@@ -99,6 +102,8 @@ class Training:
         self._since_log = Interval()
         if world.is_main:
             self._describe_run(self.parts)
+            if resume_from:
+                self._tell_new_length(resume_from)
 
     def _describe_run(self, parts: RunParts) -> None:
         """Write the files that describe this start of the run, and log its summary."""
@@ -106,18 +111,35 @@ class Training:
         (self.run_dir / PREEMPTED).unlink(missing_ok=True)
         (self.run_dir / "config.resolved.yaml").write_text(config.to_yaml())
         write_environment(self.run_dir, self.world.size)
+        if parts.initial:
+            parts.initial.write(self.run_dir)
+        record_training(self.run_dir, config, self.progress.step, parts.length.steps)
         self.monitor.text("configuration", f"```yaml\n{config.to_yaml()}\n```")
+        self.monitor.hyperparameters(config.model_dump(mode="json"))
         logger.info(
             "%s: %.1f M parameters, %d ranks on %s, ZeRO %d, %s, steps %d to %d; reads %s",
             self.run_dir, count_parameters(parts.model.parameters()) / 1e6, self.world.size, self.device.type,
             config.train.zero_stage, config.train.precision, self.progress.step, parts.length.steps,
             describe(parts.stream.sources),
         )  # fmt: skip
+        logger.info("%s; visits: %s", *describe_length(config, parts.length))
+
+    def _tell_new_length(self, resumed_from: Path) -> None:
+        """Log what another length than that of the checkpoint does to the learning rate from here on."""
+        saved = checkpoint.read_config(resumed_from, self.config.plugins)
+        old, new, step = run_length(saved, self.parts.stream.sources), self.parts.length, self.progress.step
+        if new.steps != old.steps:
+            was, now = (self._learning_rates(step, length)["heads"] for length in (old, new))
+            logger.info(
+                "%s: %d steps instead of %d; from step %d on the schedule is the new one: there, the learning rate of "
+                "heads is %.3g, and %.3g in the old one",
+                self.run_dir, new.steps, old.steps, step, now, was,
+            )  # fmt: skip
 
     def run(self) -> None:
         """Train from the current step to the last one, or until a signal has asked for a stop."""
         train, length = self.config.train, self.parts.length
-        evaluate_every = train.evaluate_every or length.epoch_steps
+        evaluate_every = train.evaluate_every or max(1, math.ceil(length.epoch_steps))
         save_every = train.checkpoint_every or evaluate_every
         batches = self._batches()
         self._since_log = Interval()
@@ -133,6 +155,7 @@ class Training:
                 break
         self.monitor.close()
         if self.world.is_main and self.progress.step == length.steps:
+            record_training(self.run_dir, self.config, length.steps, length.steps)
             logger.info("%s: trained to step %d; measure it with `atr-scale evaluate`", self.run_dir, length.steps)
 
     def _batches(self) -> Iterator[Batch]:
@@ -166,16 +189,20 @@ class Training:
             self._since_log.dropped.update(batch.dropped)
         return taken
 
-    def _learning_rates(self, step: int) -> dict[str, float]:
-        train = self.config.train
+    def _learning_rates(self, step: int, length: RunLength | None = None) -> dict[str, float]:
+        """By group. length: that of another schedule than the run's."""
+        train, length = self.config.train, length or self.parts.length
         peaks = {"audio": train.lr_audio, "text": train.lr_text, "heads": train.lr_heads}
         return {
             name: learning_rate(
                 step,
                 peak=train.lr if peak is None else peak,
-                warmup_steps=self.parts.length.warmup_steps,
-                steps=self.parts.length.steps,
+                warmup_steps=length.warmup_steps,
+                steps=length.steps,
                 floor=train.lr_floor,
+                schedule=train.schedule,
+                decay_steps=length.decay_steps,
+                cooldown_steps=length.cooldown_steps,
             )
             for name, peak in peaks.items()
         }
@@ -223,7 +250,7 @@ class Training:
             "data_wait": interval.waited / seconds,
             "memory_gb": peak_memory(self.device) / 1e9,
             "samples_seen": float(seen),
-            "epoch": seen / self.config.train.global_batch_size / self.parts.stream.order.epoch_batches,
+            "epoch": seen / self.parts.length.epoch_visits,
             "skipped_steps": float(self.progress.skipped_steps),
             "fp16_overflows": float(self.progress.fp16_overflows),
             **{f"dropped/{reason}": float(n) for reason, n in self.progress.dropped.items()},
@@ -246,13 +273,15 @@ class Training:
         if not self.validator.sets:
             return False
         start = time.perf_counter()
-        metrics = self.validator.evaluate(self.engine.model, self.progress.step)
-        self._since_log.start += time.perf_counter() - start  # the logged speed is that of training alone
+        found = self.validator.evaluate(self.engine.model, self.progress.step)
+        metrics = {name: evaluation.metrics for name, evaluation in found.items()}
         score = selection_score(metrics, self.config.evaluation.select)
-        if score <= self.progress.best:
-            return False
-        self.progress.best, self.progress.best_metric = score, self.config.evaluation.select
-        return True
+        improved = score > self.progress.best
+        if improved:
+            self.progress.best, self.progress.best_metric = score, self.config.evaluation.select
+        self.validator.record(found, improved)
+        self._since_log.start += time.perf_counter() - start  # the logged speed is that of training alone
+        return improved
 
     def _save(self, best: bool) -> None:
         start = time.perf_counter()

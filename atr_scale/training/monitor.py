@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -17,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from atr_scale import plots
 from atr_scale.files import atomic_write
+from atr_scale.sections import flat
 from atr_scale.training.run_info import redact
 
 logger = logging.getLogger(__name__)
@@ -130,6 +132,17 @@ class Monitor:
         if self._writer is not None:
             self._writer.add_text(tag, redact(markdown), 0)
 
+    def hyperparameters(self, config: Mapping[str, object]) -> None:
+        """The configuration, as nested dicts, for TensorBoard's HPARAMS tab, which shows the run as a row.
+
+        The tab reads the metrics of a row from the last values of the run's scalars.
+        """
+        if self._writer is not None:
+            _, start, _ = hparams(dict(_hyperparameters(config)), {})
+            writer = self._writer.file_writer
+            assert writer is not None
+            writer.add_summary(start)
+
     def flush(self) -> None:
         """Write everything logged so far to the disk. Call this before a checkpoint becomes the latest one."""
         if self._writer is not None:
@@ -162,6 +175,21 @@ class Monitor:
             return text
         left = (time.monotonic() - self._started) / (step - self._first) * (self._total - step)
         return f"{text}, ETA {tqdm.format_interval(left)}"
+
+
+def record_evaluation(run_dir: Path, step: int, values: Mapping[str, Mapping[str, float]]) -> None:
+    """Add the metrics of finished evaluations to the run's scalars, by split, so that the HPARAMS tab shows them."""
+    with SummaryWriter(str(run_dir / "tensorboard")) as writer:
+        for split, metrics in values.items():
+            for key, value in metrics.items():
+                writer.add_scalar(f"{split}/{key}", value, step)
+
+
+def _hyperparameters(config: Mapping[str, object]) -> Iterator[tuple[str, float | str]]:
+    """Everything that has a value, except the name of the run folder; what is no number as text."""
+    for key, value in flat(config):
+        if key != "run.dir" and value is not None:
+            yield key, value if type(value) in (int, float) else redact(str(value))
 
 
 def _cut(path: Path, last_step: int | None) -> None:

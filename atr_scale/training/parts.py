@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atr_scale.checkpoint import build_retriever, check_checksums, find_checkpoint
+from atr_scale.checkpoint import build_retriever
 from atr_scale.config import RunConfig
 from atr_scale.data.shard_reader import ShardSet, open_shards
-from atr_scale.data.stream import TrainingStream
+from atr_scale.data.stream import TrainingStream, open_sources
 from atr_scale.data.tokenizer import CaptionTokenizer, caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.evaluation.selection import check_labels, check_selection
 from atr_scale.model import Retriever
 from atr_scale.teachers.ensemble import TeacherEnsemble
 from atr_scale.teachers.targets import Constructed, true_targets
+from atr_scale.training.initial_weights import InitialWeights, start_from
 from atr_scale.training.param_groups import freeze
+from atr_scale.training.schedule import RunLength, objective_in_steps, run_length
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +30,14 @@ LONG_S = 3.0
 
 
 @dataclass(frozen=True)
-class RunLength:
-    """Lengths in optimizer steps: of the whole run, of its warm-up, and of an epoch (rounded up)."""
-
-    steps: int
-    warmup_steps: int
-    epoch_steps: int
-
-
-@dataclass(frozen=True)
 class RunParts:
-    """All that a run reads, and the model that it trains (with its frozen layers), before DeepSpeed takes it over."""
+    """All that a run reads, and the model that it trains (with its frozen layers), before DeepSpeed takes it over.
+
+    initial: what the model has taken from train.initial_checkpoint, None if nothing.
+    """
 
     model: Retriever
+    initial: InitialWeights | None
     tokenizer: CaptionTokenizer
     stream: TrainingStream
     teacher: TeacherEnsemble | Constructed | None
@@ -49,17 +45,22 @@ class RunParts:
 
 
 def open_parts(config: RunConfig, world: World, resume_from: Path | None = None) -> RunParts:
-    """Build the model and open the training data. Raises UserError if a part is missing or does not fit the others."""
+    """Open the training data and build the model. Raises UserError if a part is missing or does not fit the others."""
+    with announced("opening", f"training shards {', '.join(source.shards for source in config.data.train)}"):
+        sources = open_sources(config.data)
+        length = run_length(config, sources)
+    config = objective_in_steps(config, length)
     text, audio = config.model.text.name, config.model.audio
-    weights = f" from {audio.checkpoint}" if audio.checkpoint and resume_from is None else ""
+    pretrained = resume_from is None and config.train.initial_checkpoint is None
+    weights = f" from {audio.checkpoint}" if audio.checkpoint and pretrained else ""
     with announced("loading", f"text encoder {text} and audio encoder {audio.name}{weights}"):
-        model = new_model(config, world, resume_from)
+        model, initial = new_model(config, world, resume_from)
+    if initial:
+        logger.info("initial weights %s", initial)
     freeze(model, config.train)
     tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
-    with announced("opening", f"training shards {', '.join(source.shards for source in config.data.train)}"):
-        stream = training_stream(config, tokenizer, model.sample_rate, world)
-        teacher = read_teacher(config, stream.sources)
-    return RunParts(model, tokenizer, stream, teacher, run_length(config, stream))
+    stream = training_stream(config, tokenizer, model.sample_rate, world, sources)
+    return RunParts(model, initial, tokenizer, stream, read_teacher(config, sources), length)
 
 
 @contextmanager
@@ -84,26 +85,32 @@ def open_validation(config: RunConfig) -> dict[str, ShardSet]:
     return sets
 
 
-def new_model(config: RunConfig, world: World, resume_from: Path | None = None) -> Retriever:
-    """The model of a run as its optimizer steps need it, with its first weights.
+def new_model(
+    config: RunConfig, world: World, resume_from: Path | None = None
+) -> tuple[Retriever, InitialWeights | None]:
+    """The model of a run as its optimizer steps need it, with its first weights, and what is taken of another run.
 
-    These are the weights of the checkpoint that the run continues, else of train.initial_checkpoint, else pretrained
-    and new ones. Raises UserError if a checkpoint is of another model.
+    The weights are those of the checkpoint that the run continues, else those that train.initial_checkpoint names, else
+    pretrained and new ones. Raises UserError if a checkpoint does not fit.
     """
-    start = resume_from
-    if start is None and config.train.initial_checkpoint:
-        start = find_checkpoint(config.train.initial_checkpoint)
-        check_checksums(start)
     # ZeRO 3 gathers parameters inside every forward pass: all ranks must make equally many.
     rounds = world.max_int if config.train.zero_stage == 3 else None
     options: dict[str, Any] = {"precision": config.train.precision, "equal_rounds": rounds}
-    if start is None:
-        return Retriever(config.model, config.objective, **options)
-    return build_retriever(config, start, **options)
+    if resume_from is not None:
+        return build_retriever(config, resume_from, **options), None
+    if config.train.initial_checkpoint is not None:
+        return start_from(config.train.initial_checkpoint, config, **options)
+    return Retriever(config.model, config.objective, **options), None
 
 
-def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate: int, world: World) -> TrainingStream:
-    """This rank's stream of training batches at `sample_rate` Hz."""
+def training_stream(
+    config: RunConfig,
+    tokenizer: CaptionTokenizer,
+    sample_rate: int,
+    world: World,
+    sources: Sequence[ShardSet] | None = None,
+) -> TrainingStream:
+    """This rank's stream of training batches at `sample_rate` Hz, from `sources`, by default those of `data.train`."""
     return TrainingStream(
         config.data,
         tokenizer=tokenizer,
@@ -111,6 +118,7 @@ def training_stream(config: RunConfig, tokenizer: CaptionTokenizer, sample_rate:
         global_batch_size=config.train.global_batch_size,
         seed=config.run.seed,
         world=world,
+        sources=sources,
     )
 
 
@@ -127,14 +135,3 @@ def read_teacher(config: RunConfig, sources: Sequence[ShardSet]) -> TeacherEnsem
     teacher = TeacherEnsemble.read(section) if section.targets == "estimated" else true_targets(section, sources)
     teacher.check(sources)
     return teacher
-
-
-def run_length(config: RunConfig, stream: TrainingStream) -> RunLength:
-    """The lengths that train.steps or train.epochs, and train.warmup_steps, ask for."""
-    train, epoch = config.train, stream.order.epoch_batches / config.train.accum_steps
-    steps = train.steps
-    if steps is None:
-        assert train.epochs is not None
-        steps = max(1, math.ceil(train.epochs * stream.order.epoch_batches / train.accum_steps))
-    warmup = round(0.05 * steps) if train.warmup_steps is None else train.warmup_steps
-    return RunLength(steps, warmup, max(1, math.ceil(epoch)))

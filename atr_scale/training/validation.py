@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.distributed.world import World
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
 from atr_scale.evaluation.parallel import Parallel
+from atr_scale.evaluation.results import record_results
 from atr_scale.model import Retriever
 from atr_scale.training.monitor import Monitor, Player, RetrievedClips
 
@@ -37,11 +39,24 @@ class Validator:
     device: torch.device
     monitor: Monitor
 
-    def evaluate(self, model: Retriever, step: int) -> dict[str, dict[str, float]]:
-        """Metrics of every set by its name, recorded as those of the model after `step` optimizer steps."""
+    def evaluate(self, model: Retriever, step: int) -> dict[str, Evaluation]:
+        """The evaluation of every set by its name, logged as that of the model after `step` optimizer steps."""
         return {name: self._evaluate_set(model, step, name, shards) for name, shards in self.sets.items()}
 
-    def _evaluate_set(self, model: Retriever, step: int, name: str, shards: ShardSet) -> dict[str, float]:
+    def record(self, found: Mapping[str, Evaluation], best: bool) -> None:
+        """Add what `evaluate` has found to results.json; of the best step also the results' own files."""
+        if not self.world.is_main:
+            return
+        run_dir = Path(self.config.run.dir)
+        results = [result for evaluation in found.values() for result in evaluation.results]
+        for checkpoint in ("best", "last") if best else ("last",):
+            saved = checkpoint == "best"
+            for result in results if saved else ():
+                result.save(run_dir)
+            name = run_dir.resolve().name
+            record_results(run_dir, name, self.config, results, checkpoint=checkpoint, saved=saved)
+
+    def _evaluate_set(self, model: Retriever, step: int, name: str, shards: ShardSet) -> Evaluation:
         start = time.perf_counter()
         evaluation = evaluate(
             model,
@@ -58,7 +73,7 @@ class Validator:
             self.monitor.retrieved(step, retrieved_clips(evaluation, shards), name)
             shown = ", ".join(f"{key} {evaluation.metrics[key]:.3f}" for key in SHOWN if key in evaluation.metrics)
             logger.info("step %d: %s %s (%.0f s)", step, name, shown, time.perf_counter() - start)
-        return evaluation.metrics
+        return evaluation
 
 
 def retrieved_clips(evaluation: Evaluation, shards: ShardSet) -> list[RetrievedClips]:

@@ -14,8 +14,10 @@ from atr_scale.batch import Batch
 from atr_scale.checkpoint import load_weights
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
+from atr_scale.errors import UserError
 from atr_scale.model import Retriever
-from atr_scale.training.engine import Engine
+from atr_scale.scorers import build_scorer
+from atr_scale.training.engine import Engine, _load_learned
 from atr_scale.training.param_groups import freeze
 from atr_scale.training.parts import new_model
 from atr_scale.training.schedule import seeds
@@ -43,6 +45,16 @@ def test_ranks_and_zero_stages_agree(folder: Path, objective: str) -> None:
                 np.testing.assert_allclose(
                     found["gradients"][name], gradient, rtol=1e-4, atol=2e-5 * largest, err_msg=f"{stage} {name}"
                 )
+
+
+def test_a_run_without_a_parameter_of_this_version_does_not_go_on() -> None:
+    """One of version 0.2 with X-Pool's block, which had no biases. What is frozen may be missing."""
+    model = build_scorer("tap", dim=8, attention_dim=4, residual=True)
+    saved = {name: value for name, value in model.state_dict().items() if name != "weights.out_bias"}
+    with pytest.raises(UserError, match=r"whose model had no weights\.out_bias: go on with that one, or"):
+        _load_learned(saved, model)
+    model.requires_grad_(False)
+    _load_learned(saved, model)
 
 
 def test_accumulated_losses_are_averaged(folder: Path) -> None:
@@ -149,7 +161,7 @@ def frozen_and_restored(configs: list[RunConfig], folder: Path) -> list[dict[str
         outcomes = [outcome(engine, later)]
         for source in (place, place / "old"):
             torch.manual_seed(7)  # other weights than those of the run
-            model = new_model(config, world)
+            model, _ = new_model(config, world)
             load_weights(model, weights, "the checkpoint")
             freeze(model, config.train)
             again = Engine(model, config.train, world, torch.device("cpu"))

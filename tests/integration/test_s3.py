@@ -109,6 +109,7 @@ def test_shards_without_a_manifest_are_indexed_over_s3(pair: tuple[str, str]) ->
             storage.write_bytes(storage.join(bare, name), Path(local, name).read_bytes())
     shards, reference = open_shards(bare), open_shards(local)
     assert shards.keys == reference.keys and np.array_equal(shards.start, reference.start)
+    assert shards.num_captions == reference.num_captions == reference.manifest["num_captions"]
     assert storage.exists(storage.join(bare, ".index.json")) and shards.read(3) == reference.read(3)
     storage.write_bytes(storage.join(bare, "shard-000001.tar"), Path(local, "shard-000001.tar").read_bytes()[:3000])
     assert any("shard-000001.tar: broken tar" in problem for problem in check_shards(bare))

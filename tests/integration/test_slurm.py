@@ -156,7 +156,7 @@ def test_mistake_in_the_configuration_is_not_tried_again(cluster: Cluster, tiny:
     number = cluster.submit(config, "train.stepps=20")
     job = cluster.finish(number)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
-    assert "did you mean 'steps'" in cluster.log(number)
+    assert "did you mean 'train.steps'" in cluster.log(number)
 
 
 def test_a_mistake_of_all_ranks_is_told_once(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "no_audio" / "captions.csv").write_text("file_name,caption\na.wav,a sound\n")
     (place / "empty").mkdir()
     (place / "a_file").write_text("words")
-    checkpoint(place / "other" / "checkpoints" / "step-3", place / "run.yaml", "model.projection.dim=8")
+    checkpoint(place / "other" / "checkpoints" / "step-3", place / "run.yaml", "model.audio.name=tiny_resnet38")
     checkpoint(place / "good" / "checkpoints" / "step-3", place / "run.yaml")
     (place / "good" / "best").symlink_to(place / "good" / "checkpoints" / "step-3")
     checkpoint(place / "cut" / "checkpoints" / "step-3", place / "run.yaml")
@@ -77,7 +77,7 @@ def refusal(line: str, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
 ONE_LINE = {
     # train
     "train missing.yaml": "no configuration file at missing.yaml",
-    "train run.yaml train.lrr=1": "did you mean 'lr'?",
+    "train run.yaml train.lrr=1": "did you mean 'train.lr'?",
     "train run.yaml train.epochs=2": "give either steps or epochs",
     "train run.yaml run.dir=a_file": "the run folder a_file cannot be made",
     "train run.yaml model.audio.name=mn05": "'model.audio.name': unknown audio encoder: known are cnn14",
@@ -92,7 +92,7 @@ ONE_LINE = {
     "train run.yaml data.train[0].shards=inputs/train": "did you mean inputs/train/shards?",
     "train run.yaml data.validation=nowhere": "no shards in nowhere",
     "train run.yaml train.initial_checkpoint=nowhere": "no checkpoint at nowhere",
-    "train run.yaml train.initial_checkpoint=other/checkpoints/step-3": "is a checkpoint of another model",
+    "train run.yaml train.initial_checkpoint=other/checkpoints/step-3": "leaves it out",
     "train run.yaml train.initial_checkpoint=cut/checkpoints/step-3": "cut/checkpoints/step-3/model.safetensors",
     "train run.yaml train.micro_batch_size=5": "train.micro_batch_size = 5 does not divide",
     "train run.yaml --dry-run --world-size 5": "train.global_batch_size = 12 does not divide among 5 ranks",

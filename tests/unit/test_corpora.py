@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 
+from atr_scale.batch import caption_id, stable_id
 from atr_scale.data.corpora import CORPORA, Clip, open_corpus
 from atr_scale.data.exclusions import read_exclusions
 from atr_scale.data.shard_builder import build_shards, plan_build
+from atr_scale.data.shard_reader import open_shards
 from atr_scale.errors import UserError
+from atr_scale.losses.targets import positives_mask
 
 
 def table(path: Path, *rows: list[str], encoding: str = "utf-8") -> None:
@@ -51,12 +55,12 @@ def test_audiocaps_official_rows_become_clips(tmp_path: Path) -> None:
     clips = open_corpus("audiocaps", tmp_path).read_clips("val")
     assert clips == [
         Clip(
-            "audiocaps/abc_30",
+            "audioset/abc",
             ["A dog, barking", "Ein Hund – wau"],
             "val",
             meta={"youtube_id": "abc", "start_time": "30"},
         ),
-        Clip("audiocaps/-Yx__0", ['A "loud" bang'], "val", meta={"youtube_id": "-Yx_", "start_time": "0"}),
+        Clip("audioset/-Yx_", ['A "loud" bang'], "val", meta={"youtube_id": "-Yx_", "start_time": "0"}),
     ]
 
 
@@ -71,11 +75,11 @@ def test_audiocaps_audio_is_found_under_every_usual_name(tmp_path: Path) -> None
         tmp_path / "elsewhere" / "Yeee.wav",
     )
     assert found("audiocaps", tmp_path, "test") == {
-        "audiocaps/aaa_30": "audio/deep/Yaaa.wav",
-        "audiocaps/bbb_30": "audio/bbb.flac",
-        "audiocaps/ccc_30": "evaluation/ccc_30.ogg",
-        "audiocaps/Yddd_30": "test/YYddd.wav",
-        "audiocaps/eee_30": "",
+        "audioset/aaa": "audio/deep/Yaaa.wav",
+        "audioset/bbb": "audio/bbb.flac",
+        "audioset/ccc": "evaluation/ccc_30.ogg",
+        "audioset/Yddd": "test/YYddd.wav",
+        "audioset/eee": "",
     }
     plan = plan_build(open_corpus("audiocaps", tmp_path), "testing", [])
     assert len(plan.clips) == 4 and plan.dropped == {"missing_audio": 1}
@@ -84,9 +88,40 @@ def test_audiocaps_audio_is_found_under_every_usual_name(tmp_path: Path) -> None
 def test_audiocaps_derivative(tmp_path: Path) -> None:
     table(tmp_path / "train.csv", ["file_name", "caption"], ["Yabc.wav", "one"])
     table(tmp_path / "val.csv", ["file_name", "caption_2", "caption_1"], ["YYbc.wav", "second", "first"])
-    assert open_corpus("audiocaps", tmp_path).read_clips("train")[0].clip_id == "audiocaps/abc"
+    assert open_corpus("audiocaps", tmp_path).read_clips("train")[0].clip_id == "audioset/abc"
     val = open_corpus("audiocaps", tmp_path).read_clips("val")[0]
-    assert (val.clip_id, val.captions, val.meta) == ("audiocaps/Ybc", ["first", "second"], {"youtube_id": "Ybc"})
+    assert (val.clip_id, val.captions, val.meta) == ("audioset/Ybc", ["first", "second"], {"youtube_id": "Ybc"})
+
+
+def test_two_cuts_of_a_video_are_two_clips(tmp_path: Path) -> None:
+    table(tmp_path / "train.csv", OFFICIAL, ["1", "abc", "30", "x"], ["2", "abc", "50", "y"], ["3", "d", "30", "z"])
+    audio(*(tmp_path / "audio" / name for name in ("Yabc.wav", "abc_30.wav", "Yabc_50.wav", "Yd.wav")))
+    assert found("audiocaps", tmp_path, "train") == {
+        "audioset/abc_30": "audio/abc_30.wav",  # Yabc.wav may be either of them
+        "audioset/abc_50": "audio/Yabc_50.wav",
+        "audioset/d": "audio/Yd.wav",
+    }
+
+
+def test_a_clip_of_audiocaps_and_wavcaps_is_one_clip(tmp_path: Path) -> None:
+    """Read back from the shards of both corpora: in a global batch its two samples are positives of each other."""
+    table(tmp_path / "ac" / "train.csv", OFFICIAL, ["1", "abc", "30", "A dog barks"], ["2", "zzz", "0", "Rain falls"])
+    table(tmp_path / "mei" / "train.csv", ["file_name", "caption"], ["Yabc.wav", "A dog barks"], ["Yzzz.wav", "Rain"])
+    for folder in ("ac", "mei"):
+        audio(tmp_path / folder / "audio" / "Yabc.wav", tmp_path / folder / "audio" / "Yzzz.wav")
+    make_wavcaps(tmp_path / "wc")
+    ids = {}
+    for name, root in (("audiocaps", "ac"), ("audiocaps", "mei"), ("wavcaps", "wc")):
+        build_shards(name, tmp_path / root, tmp_path / "shards" / root, split="train", sample_rate=8000, workers=1)
+        shards = open_shards(str(tmp_path / "shards" / root))
+        ids[root] = {shards.read_text(i)[0]: shards.read_text(i)[1] for i in range(len(shards))}
+    assert ids["ac"].keys() == ids["mei"].keys() == {"audioset/abc", "audioset/zzz"}
+    assert ids["ac"].keys() & ids["wc"].keys() == {"audioset/abc"}
+
+    rows = [*sorted(ids["ac"].items()), ("audioset/abc", ids["wc"]["audioset/abc"])]
+    batch_ids = torch.tensor([[stable_id(clip), caption_id(captions[0])] for clip, captions in rows])
+    mask = positives_mask(batch_ids, batch_ids)
+    assert mask.tolist() == [[True, False, True], [False, True, False], [True, False, True]]
 
 
 CLOTHO = ["file_name", *(f"caption_{n}" for n in range(1, 6))]
@@ -153,11 +188,11 @@ def test_wavcaps_four_sources(tmp_path: Path, json_folder: str) -> None:
         "wavcaps/freesound/8": "Waveforms/FreeSound_flac/8.flac",
         "wavcaps/bbc/NHU1": "BBC_Sound_Effects_flac/NHU1.flac",
         "wavcaps/soundbible/7": "mnt/deep/SoundBible_flac/7.flac",
-        "wavcaps/audioset/Yabc": "Waveforms/AudioSet_SL_flac/Yabc.flac",
-        "wavcaps/audioset/YVcu0pVF1npM": "Waveforms/AudioSet_SL_flac/YVcu0pVF1npM.flac",
+        "audioset/abc": "Waveforms/AudioSet_SL_flac/Yabc.flac",
+        "audioset/Vcu0pVF1npM": "Waveforms/AudioSet_SL_flac/YVcu0pVF1npM.flac",
     }
     metas = {clip.clip_id: clip.meta for clip in open_corpus("wavcaps", tmp_path).read_clips("train")}
-    assert metas["wavcaps/audioset/Yabc"]["youtube_id"] == "abc" and metas["wavcaps/freesound/7"]["sound_id"] == "7"
+    assert metas["audioset/abc"]["youtube_id"] == "abc" and metas["wavcaps/freesound/7"]["sound_id"] == "7"
     assert metas["wavcaps/soundbible/7"] == {"source": "soundbible", "title": "T", "href": "h"}
 
 

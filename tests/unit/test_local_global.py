@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ WORDS, FRAMES = [3, 1, 5, 2, 4], [4, 7, 1, 2, 3, 5, 6]
 OPTIONS: list[dict[str, Any]] = [
     {"direction": direction, "normalise": normalise}
     for direction in ("frames_over_words", "words_over_frames", "both")
-    for normalise in ("none", "clipped_l2")
+    for normalise in ("none", "clipped_l2", "clipped_l2_leaky")
 ]
+SUM: dict[str, Any] = {"pooling": "log_sum_exp", "normalise": "clipped_l2_leaky"}  # of SCAN's code
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +31,19 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(local_global.TILE_SIZES, "cpu", 4 * max(WORDS) * max(FRAMES) * 2)
 
 
-def one_way(query: Tensor, context: Tensor, lambda1: float, lambda2: float, normalise: str) -> Tensor:
+def one_way(query: Tensor, context: Tensor, lambda1: float, lambda2: float, normalise: str, pooling: str) -> Tensor:
     """One pair, the paper's formulas one after the other: query [q, D] attends over context [c, D]."""
     similarity = cosine_similarity(query[:, None], context[None], dim=-1)
     logits = similarity
-    if normalise == "clipped_l2":
-        positive = similarity.clamp(min=0)
-        norm = positive.square().sum(0).sqrt()
-        logits = positive / torch.where(norm > 0, norm, 1)
+    if normalise != "none":
+        leaky = torch.where(similarity > 0, similarity, 0.1 * similarity)
+        clipped = leaky if normalise == "clipped_l2_leaky" else similarity.clamp(min=0)
+        norm = clipped.square().sum(0).sqrt()
+        logits = clipped / torch.where(norm > 0, norm, 1)
     weights = (lambda1 * logits).softmax(1)
     attended = weights @ (context / context.norm(dim=1, keepdim=True))
-    return (lambda2 * cosine_similarity(query, attended, dim=1)).exp().mean().log() / lambda2
+    exponentials = (lambda2 * cosine_similarity(query, attended, dim=1)).exp()
+    return (exponentials.mean() if pooling == "log_mean_exp" else exponentials.sum()).log() / lambda2
 
 
 def by_hand(
@@ -49,10 +53,11 @@ def by_hand(
     normalise: str = "none",
     lambda1: float = 4.0,
     lambda2: float = 5.0,
+    pooling: str = "log_mean_exp",
 ) -> Tensor:
     def score(i: int, j: int) -> Tensor:
         words, frames = text.tokens[i][text.mask[i]], audio.tokens[j][audio.mask[j]]
-        rest = (lambda1, lambda2, normalise)
+        rest = (lambda1, lambda2, normalise, pooling)
         found = {
             "frames_over_words": lambda: one_way(frames, words, *rest),
             "words_over_frames": lambda: one_way(words, frames, *rest),
@@ -67,7 +72,7 @@ def inputs(**options: Any) -> tuple[TokenSequence, TokenSequence]:
     return random_sequence(WORDS, DIM, 1, **options), random_sequence(FRAMES, DIM, 2, **options)
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, {"lambda1": 9.0, "lambda2": 20.0}])
+@pytest.mark.parametrize("options", [*OPTIONS, {"lambda1": 9.0, "lambda2": 20.0}, SUM, {**SUM, "direction": "both"}])
 def test_scores_and_gradients_equal_loops(options: dict[str, Any]) -> None:
     text, audio = inputs(extra=2, gradient=True)
     found, expected = build_scorer("lgmm", dim=DIM, **options).scores(text, audio), by_hand(text, audio, **options)
@@ -83,7 +88,7 @@ def test_scores_and_gradients_equal_loops(options: dict[str, Any]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, {"lambda1": 40.0}])
+@pytest.mark.parametrize("options", [*OPTIONS, {"lambda1": 40.0}, SUM])
 def test_padding_and_companions_do_not_count(options: dict[str, Any]) -> None:
     scorer = build_scorer("lgmm", dim=DIM, **options)
     text, audio = inputs(filler=0.0)
@@ -96,11 +101,13 @@ def test_padding_and_companions_do_not_count(options: dict[str, Any]) -> None:
 
 
 def test_frames_that_say_the_same_score_the_same_at_any_length() -> None:
-    """Log-mean-exp, not log-sum-exp: a clip repeated is no better a match."""
+    """Log-mean-exp, by default: a clip repeated is no better a match. With log-sum-exp it is, by log 2 / lambda2."""
     text, audio = random_sequence([4], DIM, 1), random_sequence([5], DIM, 2)
     twice = TokenSequence(audio.tokens.repeat(1, 2, 1), audio.mask.repeat(1, 2), audio.pooled)
     scorer = build_scorer("lgmm", dim=DIM)
     torch.testing.assert_close(scorer.scores(text, twice), scorer.scores(text, audio), rtol=0, atol=1e-14)
+    summed = build_scorer("lgmm", dim=DIM, pooling="log_sum_exp", lambda2=5.0)
+    assert float(summed.scores(text, twice) - summed.scores(text, audio)) == pytest.approx(math.log(2) / 5, abs=1e-14)
     itself = TokenSequence(text.tokens[:, :1], text.mask[:, :1], text.pooled)
     assert abs(float(scorer.scores(itself, itself)) - 1) < 1e-14
 
@@ -157,7 +164,14 @@ def test_nothing_a_pair_is_kept_for_the_backward_pass(options: dict[str, Any]) -
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("lambda1", 0.0), ("lambda2", -1.0), ("lambda2", float("inf")), ("direction", "up"), ("normalise", "l1")],
+    [
+        ("lambda1", 0.0),
+        ("lambda2", -1.0),
+        ("lambda2", float("inf")),
+        ("direction", "up"),
+        ("normalise", "l1"),
+        ("pooling", "max"),
+    ],
 )
 def test_options_out_of_range(option: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"^options of the scorer lgmm: '{option}': Input should be .*, got "):

@@ -22,7 +22,7 @@ from atr_scale.losses.inputs import INPUTS
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.targets import positives_mask
 from atr_scale.losses.terms import PMR, PMRSection
-from atr_scale.model import Retriever, StepContext
+from atr_scale.model import Encoded, Retriever, StepContext
 from atr_scale.score_block import EmbeddingScores, ScoreBlock
 from tests.losses import unit
 from tests.sequences import random_sequence
@@ -313,7 +313,7 @@ def batch() -> Batch:
 
 def retriever(config: RunConfig, scorer: str, **weights: float) -> Retriever:
     config = config.model_copy(deep=True)
-    config.model.scorer.name = scorer
+    config.model.scorer.name, config.model.text.pooling = scorer, "first"
     config.objective.nt_xent.weight = 0.0
     for name, weight in weights.items():
         config.objective.terms[name].weight = weight
@@ -321,18 +321,20 @@ def retriever(config: RunConfig, scorer: str, **weights: float) -> Retriever:
     return Retriever(config.model, config.objective).eval()
 
 
-@pytest.mark.parametrize("scorer", ["pooled", "mean"])
+@pytest.mark.parametrize("scorer", ["pooled", "mean", "lgmm"])
 def test_the_model_compares_whole_clips_and_captions_inside_their_modality(config: RunConfig, scorer: str) -> None:
-    """Pooled vectors of the encoders, or the mean of frames where the scorer reads frames."""
+    """Pooled embeddings of the encoders, or the mean over what the scorer reads: frames, and tokens of a caption."""
     model = retriever(config, scorer, cmsc=1.0, intra_modal=0.5)
     data = batch()
     found = model(data)
-    text = normalize(model.encode_text(data.input_ids, data.attention_mask).pooled, dim=1)
+    words = model.encode_text(data.input_ids, data.attention_mask)
     sequence = model.encode_audio(data.waveform, data.lengths)
-    assert sequence.mask.all()
-    audio = normalize(sequence.pooled if scorer == "pooled" else sequence.tokens.mean(1), dim=1)
+    assert sequence.mask.all() and words.mask.any(1).all()
+    means = [torch.stack([t[m].mean(0) for t, m in zip(x.tokens, x.mask, strict=True)]) for x in (words, sequence)]
+    text = normalize(means[0] if scorer == "lgmm" else words.pooled, dim=1)
+    audio = normalize(sequence.pooled if scorer == "pooled" else means[1], dim=1)
     mask, tau = positives_mask(data.ids, data.ids), model.temperature()
-    cmsc = dense.cmsc(text @ audio.T, text @ text.T, audio @ audio.T, tau, 0.2, tau, mask)
+    cmsc = dense.cmsc(model.scorer.scores(words, sequence), text @ text.T, audio @ audio.T, tau, 0.2, tau, mask)
     intra = (dense.intra_modal(text @ text.T, tau, mask) + dense.intra_modal(audio @ audio.T, tau, mask)) / 2
     assert found["cmsc"].item() == pytest.approx(cmsc.item(), rel=1e-5)
     assert found["intra_modal"].item() == pytest.approx(intra.item(), rel=1e-5)
@@ -340,6 +342,20 @@ def test_the_model_compares_whole_clips_and_captions_inside_their_modality(confi
     found["loss"].backward()
     for projection in (model.text_projection, model.audio_projection):
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in projection.parameters())
+
+
+def test_lgmm_trains_no_embedding_that_it_does_not_align(config: RunConfig) -> None:
+    """The first token's is read by nothing, so intra-modal contrast can be left out without a change elsewhere."""
+    model, data = retriever(config, "lgmm", nt_xent=1.0, cmsc=1.0, intra_modal=1.0), batch()
+    text, audio = model.encode(data)
+    pooled = [x.pooled.detach().requires_grad_() for x in (text, audio)]
+    other = [torch.randn_like(x).requires_grad_() for x in pooled]
+    losses = [
+        model(data, encoded=Encoded(text._replace(pooled=t), audio._replace(pooled=a))) for t, a in (pooled, other)
+    ]
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+    losses[0]["loss"].backward()
+    assert all(x.grad is None or not x.grad.any() for x in pooled)
 
 
 def test_the_model_asks_its_teacher_about_the_batch(config: RunConfig) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from atr_scale import cli
-from atr_scale.config import RunConfig
+from atr_scale.config import InitialCheckpoint, RunConfig
 from atr_scale.errors import UserError
 from atr_scale.losses import build_objective
 from atr_scale.losses.terms import DistillationSection, TeacherTableSection
@@ -291,7 +291,9 @@ def test_the_verb(
 
 
 def test_a_dry_run_reads_what_the_job_starts_from(config: RunConfig) -> None:
-    train = config.train.model_copy(update={"initial_checkpoint": "nowhere"})
+    train = config.train.model_copy(
+        update={"initial_checkpoint": InitialCheckpoint.model_validate({"from": "nowhere"})}
+    )
     with pytest.raises(UserError, match="no checkpoint at nowhere"):
         dry_run(config.model_copy(update={"train": train}), 1)
     objective = config.objective.model_copy(deep=True)

@@ -165,13 +165,22 @@ def test_their_options_go_through_a_saved_configuration() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"audio": {"name": "frames", "widht": 3}}, "unknown key 'model.audio.widht'; did you mean 'width'?"),
+        (
+            {"audio": {"name": "frames", "widht": 3}},
+            "'model.audio.widht'; did you mean 'model.audio.width'?",
+        ),
         ({"audio": {"name": "frames"}}, "'model.audio.width' is missing"),
         ({"audio": {"name": "frames", "width": 0}}, "'model.audio.width': Input should be greater than or equal to 1"),
         ({"audio": {"name": "mn04", "width": 3}}, "unknown key 'model.audio.width'; known keys: batch_norm, "),
-        ({"text": {"name": "letters", "alphabets": "a"}}, "'model.text.alphabets'; did you mean 'alphabet'?"),
+        (
+            {"text": {"name": "letters", "alphabets": "a"}},
+            "did you mean 'model.text.alphabet'?",
+        ),
         ({"text": {"name": "bert", "alphabet": "a"}}, "unknown key 'model.text.alphabet'"),
-        ({"scorer": {"name": "distance", "options": {"pow": 1}}}, "'model.scorer.options.pow'; did you mean 'power'?"),
+        (
+            {"scorer": {"name": "distance", "options": {"pow": 1}}},
+            "did you mean 'model.scorer.options.power'?",
+        ),
     ],
 )
 def test_mistakes_are_told_as_in_any_section(model: dict[str, Any], message: str) -> None:

@@ -93,8 +93,11 @@ def test_the_example_of_the_documents_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("objective.mine.sharpnes=1", "unknown key 'objective.mine.sharpnes'; did you mean 'sharpness'?"),
-        ("objective.minne.weight=1", "unknown key 'objective.minne'; did you mean 'mine'?"),
+        (
+            "objective.mine.sharpnes=1",
+            "'objective.mine.sharpnes'; did you mean 'objective.mine.sharpness'?",
+        ),
+        ("objective.minne.weight=1", "unknown key 'objective.minne'; did you mean 'objective.mine'?"),
         ("objective.mine.sharpness=-1", "'objective.mine.sharpness': Input should be greater than 0, got -1"),
         ("objective.nt_xent.weight=0", "no loss term has a positive weight: give one to nt_xent, pmr, cmsc, intra_mod"),
         ("plugins=[my_loses]", "my_loses"),

@@ -107,7 +107,6 @@ def test_mixtures_follow_the_weights(weights: list[float], batch_size: int, seed
 def test_the_default_weight_of_a_corpus_is_its_size() -> None:
     rows = stream(SampleOrder([900, 100], 50, seed=1), 200)
     assert np.bincount(rows.source) == pytest.approx([9000, 1000], abs=15)
-    assert SampleOrder([900, 100], 50).epoch_batches == 20
 
 
 def test_shuffling_keeps_neighbours_near_and_mixes_the_whole() -> None:

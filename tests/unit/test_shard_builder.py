@@ -68,6 +68,7 @@ def test_manifest_and_samples(corpus: Path, reference: Path) -> None:
     assert [shard["samples"] for shard in manifest["shards"]] == [4, 4, 4, 2]
     assert (manifest["corpus"], manifest["encoding"], manifest["sample_rate"]) == ("tiny", "flac", RATE)
     shards = open_shards(str(reference))
+    assert manifest["shards"][3]["captions"] == [2, 2] and shards.num_captions == 28
     for i in range(len(shards)):
         sample = shards.read(i)
         name = sample.captions[0]

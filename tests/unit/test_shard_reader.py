@@ -9,6 +9,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -286,6 +287,46 @@ def test_index_of_a_read_only_folder_goes_to_the_cache(two_shards: Path, monkeyp
     assert len(list(Path(os.environ["XDG_CACHE_HOME"]).glob("atr-scale/*.json"))) == 1
     monkeypatch.setattr("atr_scale.data.shard_index.scan_shard", lambda *a: pytest.fail("scanned again"))
     assert len(open_shards(str(two_shards))) == 2 * len(KEYS)
+
+
+def write_captions(path: Path, *captions: object) -> None:
+    """A shard of LAION's layout, whose samples have these captions."""
+    entries = [(f"{n}.json", json.dumps({"text": texts}).encode()) for n, texts in enumerate(captions)]
+    write_tar(path, [entry for n, json_file in enumerate(entries) for entry in ((f"{n}.flac", b"x"), json_file)])
+
+
+def test_captions_are_counted_with_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_captions(tmp_path / "a.tar", ["one", "two", "  "], "three", 4)  # one is empty, 4 is no caption
+    write_captions(tmp_path / "b.tar", ["x"] * 5)
+    shards = open_shards(str(tmp_path))
+    assert shards.captions is not None and shards.captions.tolist() == [2, 1, 0, 5]
+    assert shards.num_captions == shards.count_captions() == 8
+
+    index = json.loads((tmp_path / ".index.json").read_text())
+    for shard in index["shards"]:
+        del shard["captions"]  # as version 0.2 stored it
+    (tmp_path / ".index.json").write_text(json.dumps(index))
+    with monkeypatch.context() as patch:
+        patch.setattr("atr_scale.data.shard_index.scan_shard", lambda *a: pytest.fail("scanned although not asked"))
+        old = open_shards(str(tmp_path))
+    assert old.num_captions is None and old.count_captions() == 8
+    monkeypatch.setattr("atr_scale.data.shard_index.scan_shard", lambda *a: pytest.fail("scanned again"))
+    assert old.count_captions() == open_shards(str(tmp_path)).num_captions == 8
+
+
+def test_captions_of_an_older_manifest(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sum is there; those of some of the samples are counted."""
+    write_manifest(two_shards)
+    assert open_shards(str(two_shards)).num_captions is None  # not even the sum
+    manifest = json.loads((two_shards / "manifest.json").read_text())
+    manifest |= {"num_samples": 12, "num_captions": 99}
+    (two_shards / "manifest.json").write_text(json.dumps(manifest))
+    shards = open_shards(str(two_shards))
+    assert shards.count_captions() == 99 and not (two_shards / ".index.json").exists()
+    some = replace(shards, keys=shards.keys[3:8], shard_of=shards.shard_of[3:8])
+    assert some.num_captions is None and some.count_captions() == 5
+    monkeypatch.setattr("atr_scale.data.shard_index.scan_shard", lambda *a: pytest.fail("scanned again"))
+    assert some.count_captions() == 5
 
 
 TAR_FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import dropout, layer_norm, normalize
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, dropout, layer_norm, normalize
 
 from atr_scale.batch import TokenSequence
+from atr_scale.checkpoint import read_weights
 from atr_scale.errors import UserError
 from atr_scale.scorers import build_scorer, tap
-from atr_scale.scorers.tap import TextAwarePoolingScorer
+from atr_scale.scorers.tap import TextAwarePoolingScorer, with_zero_biases
 from tests.sequences import kept_numbers, random_sequence
 
 DIM, ATTENTION_DIM = 24, 12
@@ -39,10 +42,11 @@ def vector(scorer: TextAwarePoolingScorer, caption: Tensor, frames: Tensor, kept
         centred = x - x.mean(-1, keepdim=True)
         return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * scale + shift
 
-    query = norm(caption, w.norm_scale, w.norm_shift) @ w.query.T
+    biases = (w.query_bias, w.value_bias, w.out_bias) if w.residual else (0, 0, 0)
+    query = norm(caption, w.norm_scale, w.norm_shift) @ w.query.T + biases[0]
     inputs = norm(frames, w.norm_scale, w.norm_shift)
     attention = (inputs @ w.key.T @ query / math.sqrt(ATTENTION_DIM)).softmax(0)
-    pooled = attention @ (inputs @ w.value.T) @ w.out
+    pooled = attention @ (inputs @ w.value.T + biases[1]) @ w.out + biases[2]
     if w.residual:
         pooled = norm(pooled, w.inner_scale, w.inner_shift)
         pooled = pooled + kept * (pooled @ w.linear_weight.T + w.linear_bias)
@@ -84,6 +88,65 @@ def test_scores_and_gradients_equal_the_formula(
     assert (audio.tokens.shape[1] <= scorer.weights.most_frames) == (kind == "grams")
     leaves = [text.pooled.requires_grad_(), audio.tokens, *scorer.parameters()]
     assert_equal_with_gradients(scorer.scores(text, audio), by_hand(scorer, text, audio), leaves)
+
+
+class XPool(nn.Module):
+    """The pooling block as X-Pool's paper and code describe it, with every module that it has there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out, self.linear = (nn.Linear(DIM, DIM) for _ in range(5))
+        self.first, self.second, self.third = (nn.LayerNorm(DIM) for _ in range(3))
+
+    def forward(self, text: Tensor, video: Tensor) -> Tensor:
+        """Captions [i, D] and frames [f, D] of one clip -> its pooled vectors [i, D]."""
+        text, video = self.first(text), self.first(video)
+        weights = (self.q(text) @ self.k(video).T / math.sqrt(DIM)).softmax(1)
+        attended = self.second(self.out(weights @ self.v(video)))
+        pooled: Tensor = self.third(attended + self.linear(attended))
+        return pooled
+
+
+@pytest.mark.parametrize("frames", [[6, 1, 4], [6, 70, 4]])  # Gram matrices, vectors
+def test_the_residual_block_is_that_of_x_pool(frames: list[int]) -> None:
+    """At random biases, those of the keys included."""
+    block, generator = XPool().double(), torch.Generator().manual_seed(5)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    scorer = TextAwarePoolingScorer(DIM, DIM, residual=True, dropout=0.0).double()
+    parts = {
+        "norm_scale": block.first.weight, "norm_shift": block.first.bias,
+        "query": block.q.weight, "query_bias": block.q.bias, "key": block.k.weight,
+        "value": block.v.weight, "value_bias": block.v.bias,
+        "out": block.out.weight.T, "out_bias": block.out.bias,
+        "inner_scale": block.second.weight, "inner_shift": block.second.bias,
+        "linear_weight": block.linear.weight, "linear_bias": block.linear.bias,
+        "scale": block.third.weight, "shift": block.third.bias,
+    }  # fmt: skip
+    scorer.weights.load_state_dict(parts)
+    text, audio = random_sequence(WORDS, DIM, 1), random_sequence(frames, DIM, 2)
+    assert (max(frames) <= scorer.weights.most_frames) == (max(frames) == 6)
+    for j, (tokens, mask) in enumerate(zip(audio.tokens, audio.mask, strict=True)):
+        expected = cosine_similarity(block(text.pooled, tokens[mask]), text.pooled)
+        torch.testing.assert_close(scorer.scores(text, audio)[:, j], expected, rtol=0, atol=1e-12)
+
+
+def test_weights_of_version_0_2_have_zero_biases(tmp_path: Path) -> None:
+    """It left them out of X-Pool's block; the paper's own pooling has none."""
+    for residual in (False, True):
+        scorer = build(residual)
+        new = {f"scorer.{name}": value for name, value in scorer.state_dict().items()}
+        old = {
+            name: value for name, value in new.items() if not name.endswith(("query_bias", "value_bias", "out_bias"))
+        }
+        assert (len(new) - len(old)) == 3 * residual
+        save_file({name: value.contiguous() for name, value in old.items()}, tmp_path / "model.safetensors")
+        completed = read_weights(tmp_path)
+        assert completed.keys() == new.keys() and with_zero_biases(new) is new
+        fresh = build(residual, spread=0.1)
+        fresh.load_state_dict({name.removeprefix("scorer."): value for name, value in completed.items()})
+        assert all(not value.any() for name, value in completed.items() if name not in old)
+        assert all(torch.equal(fresh.state_dict()[name.removeprefix("scorer.")], value) for name, value in old.items())
 
 
 def test_gram_matrices_are_left_where_they_stop_paying() -> None:

@@ -56,7 +56,37 @@ def test_cut_and_join_by_hand() -> None:
     joined = join_windows(encoded, windows)
     assert joined.tokens[..., 0].tolist() == [[1, 2, 3, 4, 5, 6, 7], [8, 0, 0, 0, 0, 0, 0], [15, 16, 17, 18, 0, 0, 0]]
     assert joined.mask.sum(1).tolist() == [7, 1, 4] and torch.equal(joined.mask, joined.tokens[..., 0] > 0)
-    assert joined.pooled.tolist() == [[3], [8], [15]]
+    # The first clip has 4 and 3 samples in its windows.
+    assert joined.pooled.tolist() == [[pytest.approx((4 * 1 + 3 * 5) / 7)], [8], [15]]
+    by_token = join_windows(encoded, windows, pooled_is_mean=True)
+    assert by_token.pooled.tolist() == [[4], [8], [15]]  # a clip in one piece keeps what its encoder gave
+
+
+# Tokens of audio in the last window at 17 and at 21 s. ATST has 25 a second, HTS-AT and CLAP 3.2, of which the last one
+# that has begun counts. The embedding of PaSST is no mean of tokens.
+@pytest.mark.parametrize(
+    ("name", "heard"),
+    [("tiny_atst", (175, 25)), ("tiny_htsat", (23, 4)), ("tiny_clap", (23, 4)), ("tiny_passt", None)],
+)
+@torch.no_grad()
+def test_padding_is_no_audio(name: str, heard: tuple[int, int] | None) -> None:
+    """The rule written out. The mean over the windows would give a second of sound the weight of ten."""
+    torch.manual_seed(0)
+    encoder = build_audio_encoder(name).eval()
+    for k, length in enumerate((17, 21)):
+        waveform = noise(1, seconds(encoder, length)) * torch.linspace(0.1, 10, seconds(encoder, length))
+        last = length % 10
+        *full, tail = waveform.split(seconds(encoder, 10), 1)
+        parts = [encoder.encode(piece) for piece in full]
+        padded = encoder.encode(torch.nn.functional.pad(tail, (0, seconds(encoder, 10 - last))))
+        if heard:
+            expected = torch.cat([part.tokens[0] for part in parts] + [padded.tokens[0, : heard[k]]]).mean(0)
+        else:
+            expected = (10 * sum(part.pooled[0] for part in parts) + last * padded.pooled[0]) / length
+        pooled = encoder(waveform).pooled[0]
+        torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-5)
+        unweighted = torch.stack([part.pooled[0] for part in (*parts, padded)]).mean(0)
+        assert not torch.allclose(pooled, unweighted, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -80,8 +110,9 @@ def test_a_long_clip_is_its_windows_one_by_one(name: str, hop: float) -> None:
     heard = (length - starts[-1]) / window
     left_out = int((1 - heard) * alone[-1].tokens.shape[1])
     assert count == tokens.shape[1] - left_out and (heard < 0.95) == (left_out > 0)
-    pooled = torch.stack([part.pooled for part in alone]).mean(0)
-    torch.testing.assert_close(joined.pooled, pooled, rtol=1e-4, atol=1e-4)
+    pooled = sum(part.pooled for part in alone[:-1]) + heard * alone[-1].pooled
+    expected = joined.tokens.mean(1) if name == "mn04" else pooled / (len(alone) - 1 + heard)
+    torch.testing.assert_close(joined.pooled, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -136,7 +167,8 @@ def test_tags_average_the_windows() -> None:
     last = torch.nn.functional.pad(waveform[:, 2 * rate :], (0, rate // 2))
     with torch.no_grad():
         windows = [encoder.logits(piece) for piece in (waveform[:, :rate], waveform[:, rate : 2 * rate], last)]
-    torch.testing.assert_close(encoder.tags(waveform), torch.stack(windows).mean(0))
+    expected = (windows[0] + windows[1] + windows[2] / 2) / 2.5  # the last window holds half a second
+    torch.testing.assert_close(encoder.tags(waveform), expected)
     assert encoder.tags(waveform[:, :0]).shape == build_audio_encoder("mn04").tags(waveform[:, :0]).shape == (2, 527)
 
 

@@ -44,7 +44,7 @@ def device() -> torch.device:
 def start(config: RunConfig) -> Engine:
     torch.manual_seed(0)
     world = World.current()
-    return Engine(new_model(config, world), config.train, world, device())
+    return Engine(new_model(config, world)[0], config.train, world, device())
 
 
 def noise(size: int, seconds: float, sample_rate: int, world: World) -> Batch:

@@ -11,10 +11,9 @@ from atr_scale.config import ProjectionSection
 from atr_scale.losses import LOSS_TERMS, LossInputs, build_objective, dense
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.temperature import Temperature
-from atr_scale.model import Projection
+from atr_scale.model import Projection, whole
 from atr_scale.score_block import StoredScores
 from atr_scale.scorers import build_scorer
-from atr_scale.scorers.pooling import mean
 from atr_scale.training.schedule import learning_rate
 from tools.study.recipes import TEMPERATURE, WIDTH, Recipe
 
@@ -49,12 +48,13 @@ class Head(nn.Module):
         scores = self.scorer.scores(text, audio)
         loss = scores.new_zeros(())
         if self.objective is not None:
-            clips = mean(audio) if self.scorer.reads_audio_tokens else audio.pooled
+            captions = whole(text, self.scorer.reads_text_tokens)
+            clips = whole(audio, self.scorer.reads_audio_tokens)
             inputs = LossInputs(
                 block=StoredScores(scores),
                 temperature=self.temperature(),
                 own_ids=ids,
-                text=lambda: normalize(text.pooled, dim=-1),
+                text=lambda: normalize(captions, dim=-1),
                 audio=lambda: normalize(clips, dim=-1),
                 text_tokens=lambda: text,
                 audio_tokens=lambda: audio,

@@ -25,13 +25,57 @@ A run is one YAML file plus overrides on the command line, checked before anythi
 
     atr-scale train configs/quickstart/pretrain.yaml train.lr=1e-4 'model.scorer={name: tap}'
 
-An override replaces the value of its key; a mapping replaces a whole section. An unknown key is refused with a
-suggestion. The complete configuration of a run is saved as `config.resolved.yaml` in its run folder. The value null
-stands for no value; the description says what happens then.
+An unknown key is refused with a suggestion. The complete configuration of a run is saved as `config.resolved.yaml` in
+its run folder.
+
+A file can extend another one, whose path is relative to the file, and then holds only what differs:
+
+    extends: lgmm_cmsc.yaml
+    run: {dir: runs/lgmm_mean}
+    model: {scorer: {name: mean}}
+
+The mappings of both files are merged; lists and other values replace those of the extended file. Overrides are applied
+after that, from left to right. An override replaces, as a whole, what it names:
+
+| override | effect |
+|-|-|
+| `train.lr=1e-4` | replaces a value |
+| `'model.scorer={name: tap}'` | replaces a section; keys that are not given have their defaults |
+| `model.scorer.options=null` | a section, a mapping or a list gets its default |
+| `'data.train[0].shards=shards/wavcaps'` | replaces a value in an item of a list; items are counted from 0 |
+| `'data.train+={shards: shards/clotho/train}'` | appends to a list; the items of a list are appended one by one |
+| `'~data.train[1]'`, `'~train.lr_audio'` | removes an item of a list, or a key, which then has its default |
+
+If a file or the command line gives `model.scorer`, `model.audio` or `model.text` another `name`, what belonged to the
+old name is dropped, with a line in the log: all options of a scorer, the checkpoint of an audio encoder, and options
+that the new encoder does not have. What is given together with the new name is kept, in whatever order.
+
+For other keys the value null stands for no value; the description says what happens then.
+
+`train.initial_checkpoint` takes over weights of another run, never its settings:
+
+    atr-scale train configs/finetune_clotho.yaml train.initial_checkpoint=runs/pretrain_wavcaps
+    atr-scale train configs/papers/tap_pmr.yaml 'train.initial_checkpoint={from: runs/pooled, parts: [text_encoder]}'
+
+Without `parts`, both encoders are taken and must fit; the projections and the scorer are taken if all their names and
+shapes fit (the scorer: if it is also the same scorer) and start new otherwise. The temperature and the parameters of
+loss terms are taken only if `parts` names them. A part that is named must fit. The log, the dry run and
+`initial_weights.json` in the run folder say what was taken, what is new and what was left out.
+
+A run can be made longer: start it again with larger `train.steps` or `train.epochs`, whether it has ended or not. The
+schedule is then that of the new length, from the step at which the run goes on; steps already made keep the rates that
+they had. The length may not fall below the steps already made. What else may change when a run goes on are places,
+evaluation, checkpoints, log and memory; any other difference is refused.
 """
 # Units of the keys that hold numbers, by the last part of the key; "" for a number without a unit. By the end of a
 # name first: window_seconds is in seconds.
-ENDINGS = {"_seconds": "s", "_steps": "optimizer steps", "_tokens": "tokens", "_every": "optimizer steps"}
+ENDINGS = {
+    "_seconds": "s",
+    "_steps": "optimizer steps",
+    "_epochs": "epochs",
+    "_tokens": "tokens",
+    "_every": "optimizer steps",
+}
 UNITS = {
     **dict.fromkeys(("seed", "weight", "omega", "beta", "lambda1", "lambda2", "heads", "depth"), ""),
     **dict.fromkeys(("initial", "minimum", "maximum", "temperature", "target_temperature"), ""),
@@ -48,10 +92,12 @@ UNITS = {
     "held_out": "",
     "accum_steps": "losses",
     "batch_size": "clips",
+    "count": "folds",
     "crop_quantum": "s",
     "epochs": "epochs",
     "freq_drop_width": "mel bands",
     "keep_checkpoints": "checkpoints",
+    "held_out": "",
     "kept_chunks": "chunks",
     "num_clusters": "clusters",
     "s_patchout_f": "rows",
@@ -135,8 +181,8 @@ def _table(kind: type[Section], prefix: str, names: Iterable[str] = ()) -> list[
     for name in sorted(names or kind.model_fields, key=lambda key: key != "name"):
         field = kind.model_fields[name]
         if _section_in(field.annotation) is None:
-            default = "required" if field.is_required() else f"`{_value(field.default)}`"
-            cells = (f"`{prefix}{name}`", _type(schemas[name]), default, _unit(schemas[name], prefix, name))
+            key, default = field.alias or name, "required" if field.is_required() else f"`{_value(field.default)}`"
+            cells = (f"`{prefix}{key}`", _type(schemas[key]), default, _unit(schemas[key], prefix, key))
             rows.append(f"| {' | '.join(cells)} | {_description(kind, prefix, name)} |")
     return ["| key | type | default | unit | meaning |", "|-|-|-|-|-|", *rows, ""] if rows else []
 

@@ -7,8 +7,11 @@ removed from YouTube over time, so some audio is usually missing.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from atr_scale.data.corpora.corpus import Clip, Corpus
 from atr_scale.data.corpora.files import (
+    audioset_clip_id,
     by_stem,
     first_file,
     group_captions,
@@ -21,7 +24,10 @@ from atr_scale.data.splits import synonyms
 
 
 class AudioCaps(Corpus):
-    """Splits train, val and test; clip ids `audiocaps/<youtube id>_<start>`, without start if the CSV has none."""
+    """Splits train, val and test; clip ids `audioset/<youtube id>`, as WavCaps' AudioSet clips have them.
+
+    If a table has several cuts of a video, their ids and audio files have the start: `audioset/<youtube id>_<start>`.
+    """
 
     licence = "captions: MIT; audio: YouTube, research use only"
     splits = ("train", "val", "test")
@@ -32,23 +38,31 @@ class AudioCaps(Corpus):
         rows = read_table(path)
         official = "youtube_id" in rows[0]
         need_columns(path, rows[0], *(["start_time"] if official else ["file_name"]))
-        clips = []
         groups = group_captions(
             path, rows, lambda r: f"{r['youtube_id']}_{r['start_time']}" if official else r["file_name"]
         )
-        for key, (row, captions) in groups.items():
-            video = row["youtube_id"] if official else youtube_id(key)
-            meta = {"youtube_id": video, **({"start_time": row["start_time"]} if official else {})}
-            clips.append(Clip(f"audiocaps/{key if official else video}", captions, split, meta=meta))
-        return clips
+        found = [
+            ({"youtube_id": row["youtube_id"], "start_time": row["start_time"]}, captions)
+            if official
+            else ({"youtube_id": youtube_id(row["file_name"])}, captions)
+            for row, captions in groups.values()
+        ]
+        cuts = Counter(meta["youtube_id"] for meta, _ in found)
+        return [Clip(_clip_id(meta, cuts), captions, split, meta=meta) for meta, captions in found]
 
     def find_audio(self, split: str, clips: list[Clip]) -> list[str]:
         """`<id>` or `<id>_<start>`, perhaps with a Y before it, with any audio extension, below audio/ or <split>/."""
         files = by_stem(walk_audio(self.root / name for name in ("audio", *synonyms(split))))
 
-        def find(meta: dict[str, str]) -> str:
-            video, start = meta["youtube_id"], meta.get("start_time", "")
-            stems = (f"Y{video}", video, f"{video}_{start}", f"Y{video}_{start}")
+        def find(clip: Clip) -> str:
+            video, start = clip.meta["youtube_id"], clip.meta.get("start_time", "")
+            of_the_video = (f"Y{video}", video) if clip.clip_id == audioset_clip_id(video) else ()
+            stems = (*of_the_video, f"{video}_{start}", f"Y{video}_{start}")
             return next((files[stem] for stem in stems if stem in files), "")
 
-        return [find(clip.meta) for clip in clips]
+        return [find(clip) for clip in clips]
+
+
+def _clip_id(meta: dict[str, str], cuts: Counter[str]) -> str:
+    video = meta["youtube_id"]
+    return audioset_clip_id(video if cuts[video] == 1 else f"{video}_{meta['start_time']}")

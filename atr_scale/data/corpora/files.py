@@ -108,6 +108,14 @@ def normal_name(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip()
 
 
+def audioset_clip_id(video: str) -> str:
+    """The clip id of the segment that AudioSet has of the YouTube video `video`, the same in every corpus.
+
+    AudioSet has one segment of a video, so that the id of the video names it.
+    """
+    return f"audioset/{video}"
+
+
 def youtube_id(name: str) -> str:
     """The YouTube id in an AudioSet file name: `Yr1nicOVtvkQ.wav` -> `r1nicOVtvkQ`."""
     return name.rsplit(".", 1)[0].removeprefix("Y") if "." in name else name.removeprefix("Y")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atr_scale.data.corpora.corpus import Clip, Corpus
-from atr_scale.data.corpora.files import SOURCE_EXTENSIONS, by_stem, walk_audio, youtube_id
+from atr_scale.data.corpora.files import SOURCE_EXTENSIONS, audioset_clip_id, by_stem, walk_audio, youtube_id
 from atr_scale.data.exclusions import EXCLUSION_FORMATS, ExcludedIds, ExclusionList, read_exclusions
 from atr_scale.data.sample import clean_captions
 from atr_scale.errors import UserError
@@ -34,7 +34,7 @@ UNREADABLE = ("Vcu0pVF1npM", "06-g5jz-OGc", "3sSblRfEG2o", "WudGD6ZHRoY", "Fli8w
 
 
 class WavCaps(Corpus):
-    """One split, train; clip ids `wavcaps/<source>/<id>`."""
+    """One split, train; clip ids `wavcaps/<source>/<id>`, and `audioset/<youtube id>` as in AudioCaps."""
 
     licence = "academic use only"
     splits = ("train",)
@@ -66,8 +66,9 @@ class WavCaps(Corpus):
         files = {source: by_stem(walk_audio(folders)) for source, folders in _audio_folders(self.root).items()}
 
         def find(clip: Clip) -> str:
-            _, source, name = clip.clip_id.split("/", 2)
-            return files[source].get(name, "")
+            source, video = clip.meta["source"], clip.meta.get("youtube_id")
+            stems = (f"Y{video}", video) if video else (clip.clip_id.split("/", 2)[2],)
+            return next((files[source][stem] for stem in stems if stem in files[source]), "")
 
         return [find(clip) for clip in clips]
 
@@ -132,12 +133,13 @@ def _clip(path: Path, source: str, row: dict[str, Any], split: str) -> Clip:
     except (KeyError, TypeError):
         raise UserError(f"{path}: an entry has no id or caption: download it again") from None
     meta: dict[str, Any] = {"source": source, **{k: row[k] for k in ("title", "href") if row.get(k)}}
+    clip_id = f"wavcaps/{source}/{native}"
     if source == "audioset":
-        native = native.removesuffix(".wav")
-        meta["youtube_id"] = youtube_id(native)
+        meta["youtube_id"] = youtube_id(native.removesuffix(".wav"))
+        clip_id = audioset_clip_id(meta["youtube_id"])
     elif source == "freesound":
         meta["sound_id"] = native
-    return Clip(f"wavcaps/{source}/{native}", clean_captions([caption]), split, meta=meta)
+    return Clip(clip_id, clean_captions([caption]), split, meta=meta)
 
 
 def _read_blacklist(text: str) -> ExcludedIds | None:

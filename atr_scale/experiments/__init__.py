@@ -1,0 +1,1 @@
+"""Many runs: sweeps over a grid of values, and comparisons of what came out."""
