@@ -118,7 +118,7 @@ def _hint(keys: tuple[str | int, ...], value: Any, kind: type[Section], values: 
     *place, key = keys
     known = _known_keys(place, kind, values)
     own = [_dotted([*place, name]) for name in known]
-    everywhere = list(_all_keys(kind, values, ""))
+    everywhere = list(all_keys(kind, values, ""))
     meant = closest(str(key), own, everywhere)
     if meant is None and isinstance(value, dict):  # a section that does not exist, with keys that may
         meant = next(filter(None, (closest(str(inner), [], everywhere) for inner in value)), None)
@@ -135,7 +135,7 @@ def _known_keys(path: Iterable[str | int], section: Any, values: Any) -> list[st
     return _keys_of(section) if _is_section(section) else []
 
 
-def _all_keys(section: type[Section], values: Any, prefix: str) -> Iterator[str]:
+def all_keys(section: type[Section], values: Any, prefix: str) -> Iterator[str]:
     """The dotted keys of a section and of all sections in it, for these values; those of a list by its first item."""
     for key in _keys_of(section):
         yield f"{prefix}{key}"
@@ -145,7 +145,7 @@ def _all_keys(section: type[Section], values: Any, prefix: str) -> Iterator[str]
         if _is_section(inner):
             items = typing.get_origin(annotation) is list
             below = below[0] if items and isinstance(below, list) and below else below
-            yield from _all_keys(inner, below, f"{prefix}{key}{'[0]' if items else ''}.")
+            yield from all_keys(inner, below, f"{prefix}{key}{'[0]' if items else ''}.")
 
 
 def _keys_of(section: type[Section]) -> list[str]:

@@ -19,7 +19,10 @@ app = typer.Typer(name="atr-scale", no_args_is_help=True, pretty_exceptions_enab
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="key.sub=value", help="Values that replace those of the configuration file."),
+    typer.Argument(
+        metavar="key.sub=value",
+        help="Changes of the file: key=value replaces, key+=value appends to a list, ~key removes.",
+    ),
 ]
 Plugins = Annotated[
     list[str] | None,

@@ -29,11 +29,14 @@ def train_command(
     """Train a retriever, or continue a run.
 
     Training continues from the newest checkpoint of the run folder if there is one. This verb starts one process. To
-    start several, give the same arguments to torchrun or to `accelerate launch -m atr_scale.train`.
+    start several, give the same arguments to torchrun or to `accelerate launch -m atr_scale.train`. A larger train.steps
+    or train.epochs prolongs a run, also after its end. docs/config.md explains overrides.
 
     \b
     Examples:
       atr-scale train configs/quickstart/pretrain.yaml train.lr=1e-4
+      atr-scale train configs/papers/lgmm_cmsc.yaml model.scorer.name=mean
+      atr-scale train run.yaml 'data.train+={shards: more}' '~data.train[0]'
       atr-scale train configs/quickstart/pretrain.yaml --dry-run --world-size 8
 
     \b

@@ -10,7 +10,7 @@ import yaml
 
 from atr_scale.config import RunConfig, parse_config
 from atr_scale.errors import UserError
-from atr_scale.sections import _all_keys
+from atr_scale.sections import all_keys
 from atr_scale.suggestions import SYNONYMS
 
 VALUES: dict[str, Any] = yaml.safe_load("""
@@ -87,6 +87,6 @@ def test_nothing_is_made_up(key: str) -> None:
 
 
 def test_synonyms_are_of_keys_that_exist_and_no_keys_themselves() -> None:
-    keys = set(_all_keys(RunConfig, VALUES, ""))
+    keys = set(all_keys(RunConfig, VALUES, ""))
     assert set(SYNONYMS.values()) <= keys
     assert not SYNONYMS.keys() & {key for key in keys if "." not in key}
