@@ -109,7 +109,7 @@ def test_all_configurations_are_checked_with_a_line_for_each_that_is_wrong(confi
     first, *lines = str(caught.value).splitlines()
     assert first == "2 of 3 configurations are wrong:"
     assert [line.partition(":")[0] for line in lines] == ["lr=-1", "lr=x"] and "train.lr" in lines[0]
-    with pytest.raises(UserError, match="did you mean 'steps'"):
+    with pytest.raises(UserError, match="did you mean 'train.steps'"):
         plan_sweep(config, ["train.stepps=4"])
 
 
