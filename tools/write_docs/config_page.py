@@ -88,8 +88,6 @@ UNITS = {
     **dict.fromkeys(("global_batch_size", "micro_batch_size", "pairs_per_tile"), "pairs"),
     **dict.fromkeys(("shuffle_window", "shuffle_block"), "samples"),
     **dict.fromkeys(("time_stripes_num", "freq_stripes_num"), "stripes"),
-    "count": "folds",
-    "held_out": "",
     "accum_steps": "losses",
     "batch_size": "clips",
     "count": "folds",
