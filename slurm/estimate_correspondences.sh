@@ -4,7 +4,8 @@
 #   sbatch slurm/estimate_correspondences.sh                  runs/pretrain_wavcaps alone: self-distillation
 #   sbatch slurm/estimate_correspondences.sh runs/one runs/other
 #   sbatch slurm/estimate_correspondences.sh runs/one --shards shards/audiocaps/train --out correspondences/audiocaps
-# Arguments are those of `atr-scale estimate`. Both stages at once, each job after the previous one has succeeded:
+#   sbatch slurm/estimate_correspondences.sh runs/fold0 runs/fold1 --cross-fit
+# Arguments are those of `atr-scale estimate` (docs/teachers.md). Both stages at once, each job after the previous one has succeeded:
 #   one=$(sbatch --parsable slurm/pretrain_wavcaps.sh)
 #   two=$(sbatch --parsable --dependency=afterok:$one slurm/estimate_correspondences.sh)
 #   sbatch --dependency=afterok:$two slurm/finetune_clotho.sh
@@ -34,6 +35,6 @@ fi
 # shellcheck source=slurm/prologue.sh
 source slurm/prologue.sh
 (($#)) || set -- runs/pretrain_wavcaps
-# If an option is given twice, the last one counts.
-exec srun --kill-on-bad-exit=1 python -m atr_scale.cli estimate \
-    --shards shards/clotho/train --out correspondences/clotho "$@"
+# --shards adds a set each time it is given, of --out the last one counts.
+[[ " $* " == *" --shards"[\ =]* ]] || set -- --shards shards/clotho/train "$@"
+exec srun --kill-on-bad-exit=1 python -m atr_scale.cli estimate --out correspondences/clotho "$@"

@@ -3,7 +3,8 @@
 # of that script shows how to chain the jobs of both stages.
 #   sbatch slurm/finetune_clotho.sh                           configs/finetune_clotho.yaml
 #   sbatch slurm/finetune_clotho.sh train.lr=1e-5 run.dir=runs/lower_lr
-#   CONFIG=configs/papers/estimated_correspondences.yaml sbatch slurm/finetune_clotho.sh
+#   CONFIG=configs/finetune_audiocaps.yaml sbatch slurm/finetune_clotho.sh
+#   CONFIG=configs/papers/estimated_correspondences/stage2_passt.yaml sbatch slurm/finetune_clotho.sh
 # One task for each GPU. Options of sbatch override those below, for example --gpus-per-node 4 --ntasks-per-node 4. Five
 # minutes before the time limit, or whenever USR1 arrives, the job saves and requeues itself; the run then continues.
 #SBATCH --job-name=finetune_clotho

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Pretrains on AudioCaps, Clotho and WavCaps:
 #   launch/environment.sh                                     once, in a folder that all nodes share
+#   atr-scale fetch-weights mn40                              once, on a machine with a network
 #   sbatch slurm/pretrain_wavcaps.sh                          configs/pretrain_wavcaps.yaml
 #   sbatch --nodes 4 slurm/pretrain_wavcaps.sh train.lr=2e-5 run.dir=runs/lower_lr
-#   CONFIG=configs/mine.yaml sbatch slurm/pretrain_wavcaps.sh
+# or any other recipe, for example a member of the paper's first stage (passt, atst or mn; 64 pairs in all, one node):
+#   CONFIG=configs/papers/estimated_correspondences/stage1_passt.yaml sbatch --nodes 1 slurm/pretrain_wavcaps.sh
 # One task for each GPU. Options of sbatch override those below, for example --gpus-per-node 4 --ntasks-per-node 4. Five
 # minutes before the time limit, or whenever USR1 arrives, the job saves and requeues itself; the run then continues.
 #SBATCH --job-name=pretrain_wavcaps

@@ -108,7 +108,8 @@ def estimate_command(
       atr-scale estimate runs/a runs/b --shards shards/train --out teachers
       atr-scale estimate runs/tap --top-k 128 --shards shards/clotho/train \\
           --shards shards/audiocaps/train --out teachers
-      atr-scale estimate runs/fold0 runs/fold1 --cross-fit --shards shards/train --out teachers
+      atr-scale estimate runs/fold0 runs/fold1 --cross-fit \\
+          --shards shards/train --out teachers
 
     \b
     Two processes:

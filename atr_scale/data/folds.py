@@ -25,4 +25,5 @@ def without_fold(shards: ShardSet, count: int, held_out: int) -> ShardSet:
         start=shards.start[kept],
         stop=shards.stop[kept],
         keys=[shards.keys[row] for row in kept.tolist()],
+        captions=None if shards.captions is None else shards.captions[kept],
     )

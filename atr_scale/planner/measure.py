@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from atr_scale.losses import Budget, Objective
 from atr_scale.model import AUTOCAST, Encoded, Retriever, StepContext
 from atr_scale.planner.architecture import become_fake
 from atr_scale.planner.ops import Collective, OpTable, Recorder
-from atr_scale.teachers.ensemble import TeacherEnsemble
+from atr_scale.teachers.ensemble import EnsembleMember, TeacherEnsemble
 from atr_scale.teachers.tables import TeacherTable
 
 ROWS = (4, 8)  # batch sizes of the two runs of the encoders
@@ -164,10 +164,17 @@ class _GPUOperations(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def measure_heads(model: Retriever, objective: Objective, outputs: Encoded, teachers: list[int]) -> HeadCosts:
+class Teachers(NamedTuple):
+    """Widths of the teachers' embeddings, and what is averaged over them (objective.distillation.ensemble)."""
+
+    widths: list[int]
+    ensemble: Literal["cosines", "probabilities"] = "cosines"
+
+
+def measure_heads(model: Retriever, objective: Objective, outputs: Encoded, teachers: Teachers) -> HeadCosts:
     """Costs of the scorer of `model` and of an objective on its encoder outputs.
 
-    teachers: widths of the teacher tables. Opens and closes process groups of its own: none may be open.
+    Opens and closes process groups of its own: none may be open.
     """
     found = [_run_heads(model, objective, outputs, teachers, local, size) for local, size in HEADS_RUNS]
     rows = np.array([features(local * size, local) for local, size in HEADS_RUNS])
@@ -190,13 +197,13 @@ def features(texts: float, audios: float) -> NDArray[np.float64]:
 
 
 def _run_heads(
-    model: Retriever, objective: Objective, outputs: Encoded, teachers: list[int], local: int, size: int
+    model: Retriever, objective: Objective, outputs: Encoded, teachers: Teachers, local: int, size: int
 ) -> tuple[dict[str, float], list[Collective], int]:
     encoded = Encoded(*(_some_rows(side, local) for side in outputs))
     ids = torch.arange(local)
     nothing = torch.zeros(local, 0, dtype=torch.int64)
     batch = Batch(torch.zeros(local, 0), torch.zeros_like(ids), nothing, nothing, ids, ids, torch.zeros_like(ids))
-    context = StepContext(teacher=_teacher(teachers, local).labels if teachers else None)
+    context = StepContext(teacher=_teacher(teachers, local).labels if teachers.widths else None)
     leaves = [x for side in encoded for x in (side.tokens, side.pooled)]
     parameters = [*model.parameters(), *objective.parameters()]
     with _ranks(size), Recorder([*parameters, *leaves]) as recorder:
@@ -229,12 +236,13 @@ def _some_rows(sequence: TokenSequence, rows: int) -> TokenSequence:
     )
 
 
-def _teacher(widths: list[int], rows: int) -> TeacherEnsemble:
+def _teacher(teachers: Teachers, rows: int) -> TeacherEnsemble:
     ids = torch.arange(rows)
     table = TeacherTable("planned", ids, ids, torch.zeros_like(ids), {})
     # Unit vectors as in real tables: the losses search scores outside of [-1, 1] for their maxima.
-    values = [functional.normalize(torch.randn(rows, width), dim=1).half() for width in widths]
-    return TeacherEnsemble.of(*(replace(table, values={"text": x, "audio": x}) for x in values))
+    values = [functional.normalize(torch.randn(rows, width), dim=1).half() for width in teachers.widths]
+    members = [EnsembleMember(replace(table, values={"text": x, "audio": x})) for x in values]
+    return TeacherEnsemble(members, teachers.ensemble)
 
 
 @contextmanager

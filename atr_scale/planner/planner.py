@@ -22,8 +22,9 @@ from atr_scale.planner.estimate import (
     largest_local_batch,
 )
 from atr_scale.planner.gpus import GPU
-from atr_scale.planner.measure import ALWAYS_DENSE, NEVER_DENSE, measure_encoders, measure_heads
+from atr_scale.planner.measure import ALWAYS_DENSE, NEVER_DENSE, Teachers, measure_encoders, measure_heads
 from atr_scale.planner.zero_memory import Parameters
+from atr_scale.teachers.targets import RANDOM_WIDTH
 from atr_scale.training.param_groups import optimizer_groups
 
 WAVCAPS_CLIPS = 403_050  # 7,568 h
@@ -132,7 +133,7 @@ def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = Tr
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     sizes = {name: count_parameters(p for _, p in members) for name, members in model.parameter_groups().items()}
     encoders = measure_encoders(model, seconds, tokens, gpu)
-    teachers = _teachers(config, model)
+    teachers = Teachers(_teachers(config, model), config.objective.distillation.ensemble)
     tiled, dense = (
         measure_heads(model, build_objective(config.objective.terms, budget), encoders.outputs, teachers)
         for budget in (NEVER_DENSE, ALWAYS_DENSE)
@@ -144,10 +145,12 @@ def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = Tr
 
 
 def _teachers(config: RunConfig, model: Retriever) -> list[int]:
-    """Widths of the teacher tables; of a table that does not exist yet, the width of this model."""
+    """Widths of the teachers' embeddings; of a table that does not exist yet, the width of this model."""
     section = config.objective.distillation
     if section.weight == 0:
         return []
+    if section.targets != "estimated":
+        return [RANDOM_WIDTH if section.targets == "random" else 1]
     widths = []
     for place in (table.path for table in section.tables):
         width = model.audio_projection.dim

@@ -30,7 +30,7 @@ Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TeacherComparison:
     """Retrieval metrics of the teachers of an ensemble on a split, and the Pearson correlation of their scores.
 
     Correlations are [M, M], in the order of `models`, over a sample of pairs of a caption and a clip.
@@ -104,7 +104,7 @@ class Comparison:
         ]
 
 
-def compare_teachers(tables: Sequence[TeacherTable], split: str) -> Comparison:
+def compare_teachers(tables: Sequence[TeacherTable], split: str) -> TeacherComparison:
     """Compare the teacher tables of one split: each, all together, and all except each one.
 
     Samples are drawn with a fixed seed. Tables of embeddings need no score matrix. If a table holds scores, two
@@ -138,7 +138,7 @@ def compare_teachers(tables: Sequence[TeacherTable], split: str) -> Comparison:
     rows, columns = torch.from_numpy(pairs // num_clips), torch.from_numpy(pairs % num_clips)
     values = np.stack([_pairs(table, rows, columns) for table in tables])
     matched = (first.caption_clip[rows] == first.clip_ids[columns]).numpy()
-    return Comparison(
+    return TeacherComparison(
         split=split,
         num_clips=num_clips,
         measured_clips=len(clips),

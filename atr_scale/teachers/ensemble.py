@@ -32,7 +32,7 @@ SPOT_CHECKS = 64  # samples of unknown shards that are looked up before training
 SKIP = "set objective.distillation.missing=skip to leave such pairs out of the term"
 
 
-class Member(NamedTuple):
+class EnsembleMember(NamedTuple):
     """A teacher table, its weight among the others, and the temperature of its scores (None: the student's)."""
 
     table: TeacherTable
@@ -86,7 +86,7 @@ class TeacherEnsemble:
 
     def __init__(
         self,
-        members: Sequence[Member],
+        members: Sequence[EnsembleMember],
         ensemble: Literal["cosines", "probabilities"] = "cosines",
         missing: Literal["refuse", "skip"] = "refuse",
     ) -> None:
@@ -99,7 +99,7 @@ class TeacherEnsemble:
     @staticmethod
     def of(*tables: TeacherTable) -> TeacherEnsemble:
         """The mean of the scores of these tables, with the student's temperature."""
-        return TeacherEnsemble([Member(table) for table in tables])
+        return TeacherEnsemble([EnsembleMember(table) for table in tables])
 
     @staticmethod
     def read(section: DistillationSection) -> TeacherEnsemble:
@@ -109,7 +109,8 @@ class TeacherEnsemble:
         """
         verify = os.environ.get("LOCAL_RANK", "0") == "0"
         members = [
-            Member(TeacherTable.read(entry.path, verify), entry.weight, entry.temperature) for entry in section.tables
+            EnsembleMember(TeacherTable.read(entry.path, verify), entry.weight, entry.temperature)
+            for entry in section.tables
         ]
         if len({member.temperature is None for member in members}) == 2:
             members = [m if m.temperature else m._replace(temperature=section.temperature) for m in members]
@@ -178,7 +179,7 @@ class TeacherEnsemble:
         return UserError(f"{what} is not in the teacher tables ({self._names()}): {REMEDY}, or {SKIP}")
 
 
-def _mean_of_cosines(members: Sequence[Member]) -> list[_Mean]:
+def _mean_of_cosines(members: Sequence[EnsembleMember]) -> list[_Mean]:
     """One teacher: sum_m w_m C_m at the members' common temperature, or logits sum_m w_m C_m / tau_m."""
     shares, temperatures = _shares(members), {member.temperature for member in members}
     if len(temperatures) == 1:
@@ -188,11 +189,11 @@ def _mean_of_cosines(members: Sequence[Member]) -> list[_Mean]:
     return [_Mean(scaled, 1.0, 1.0)]
 
 
-def _mean_of_probabilities(members: Sequence[Member]) -> list[_Mean]:
+def _mean_of_probabilities(members: Sequence[EnsembleMember]) -> list[_Mean]:
     return [_Mean([(m.table, 1.0)], w, m.temperature) for m, w in zip(members, _shares(members), strict=True)]
 
 
-def _shares(members: Sequence[Member]) -> list[float]:
+def _shares(members: Sequence[EnsembleMember]) -> list[float]:
     total = sum(member.weight for member in members)
     return [member.weight / total for member in members]
 

@@ -24,7 +24,7 @@ from atr_scale.evaluation.parallel import Parallel
 from atr_scale.evaluation.score import score
 from atr_scale.files import sha256_of
 from atr_scale.model import Retriever
-from atr_scale.teachers.comparison import Comparison, compare_teachers
+from atr_scale.teachers.comparison import TeacherComparison, compare_teachers
 from atr_scale.teachers.cross_fit import by_fold, cross_fitted
 from atr_scale.teachers.sizes import check_sizes
 from atr_scale.teachers.tables import Source, TeacherTable, same_keys, shards_checksum
@@ -47,7 +47,7 @@ def write_teacher_tables(
     plugins: Sequence[str] = (),
     world: World,
     device: torch.device,
-) -> Comparison | None:
+) -> TeacherComparison | None:
     """Write the teacher table of every run into the folder `out`, then compare them; all processes call this.
 
     runs: run folders or checkpoints. shards: locations of the shard sets that each table covers. batch_size: clips

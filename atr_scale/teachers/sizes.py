@@ -11,18 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from atr_scale.config import RunConfig
 from atr_scale.data import storage
-from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.memory import free_memory
 from atr_scale.scorers import build_scorer
 
-SAMPLED = 64  # samples of shards without a manifest, whose captions are counted
 UNPROJECTED = 1024  # width that is assumed for encoders without a projection
 USUAL_K = 128
 
@@ -53,7 +49,7 @@ def check_sizes(
 
     runs: configurations by name. copies: tables of the cross-fitted one beside those of the runs, which it joins.
     """
-    captions, clips = sum(map(count_captions, shards)), sum(map(len, shards))
+    captions, clips = sum(each.count_captions() for each in shards), sum(map(len, shards))
     hosts = world.gather_objects(socket.gethostname())
     memory = min(world.gather_objects(free_memory() // hosts.count(socket.gethostname())))
     disk = None if storage.is_remote(str(out)) else shutil.disk_usage(out).free
@@ -74,19 +70,6 @@ def check_sizes(
             raise UserError(
                 f"{what} takes the tables in {out} to {_gb(on_disk)}, {_gb(disk)} of the disk are free: {remedy}"
             )
-
-
-def count_captions(shards: ShardSet) -> int:
-    """Number of captions of the shards: the manifest's, or an estimate from some samples."""
-    if "num_captions" in shards.manifest:
-        return int(shards.manifest["num_captions"])
-    counts = []
-    for row in np.unique(np.linspace(0, len(shards) - 1, SAMPLED).astype(int)).tolist():
-        try:
-            counts.append(len(shards.read_text(row)[1]))
-        except BadSample:
-            continue
-    return round(len(shards) * float(np.mean(counts or [1])))
 
 
 def _gb(size: int) -> str:

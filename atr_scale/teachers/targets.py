@@ -22,7 +22,7 @@ from atr_scale.evaluation.relevance import grades_of_csv, read_grades
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.terms import DistillationSection
 from atr_scale.score_block import EmbeddingScores, ScoreBlock
-from atr_scale.teachers.ensemble import Coverage, Member, TeacherEnsemble
+from atr_scale.teachers.ensemble import Coverage, EnsembleMember, TeacherEnsemble
 from atr_scale.teachers.tables import TeacherTable
 
 RANDOM_WIDTH = 64  # of random embeddings: their cosines have a standard deviation of 1/8
@@ -67,7 +67,7 @@ def true_targets(section: DistillationSection, sources: Sequence[ShardSet]) -> T
     table = _of_npz(path) if path.suffix == ".npz" else _of_csv(path, sources)
     own = table.keys.caption_clip_row
     table.values["scores"][torch.arange(len(own)), own] = 1.0
-    return TeacherEnsemble([Member(table)], missing=section.missing)
+    return TeacherEnsemble([EnsembleMember(table)], missing=section.missing)
 
 
 def _of_npz(path: Path) -> TeacherTable:

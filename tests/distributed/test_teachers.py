@@ -20,7 +20,7 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.losses import dense
 from atr_scale.model import Retriever, StepContext
-from atr_scale.teachers.comparison import Comparison
+from atr_scale.teachers.comparison import TeacherComparison
 from atr_scale.teachers.ensemble import TeacherEnsemble
 from atr_scale.teachers.estimate import write_teacher_tables
 from atr_scale.teachers.tables import TeacherTable
@@ -151,7 +151,7 @@ def test_ranks_equal_one_process(config: RunConfig, alone: dict[str, Any], size:
     }
 
 
-def written(runs: list[Path], shards: Path, out: Path) -> Comparison | None:
+def written(runs: list[Path], shards: Path, out: Path) -> TeacherComparison | None:
     return write_teacher_tables(
         [str(run) for run in runs],
         shards=[str(shards)],

@@ -16,7 +16,7 @@ from atr_scale import cli
 from atr_scale.config import InitialCheckpoint, RunConfig
 from atr_scale.errors import UserError
 from atr_scale.losses import build_objective
-from atr_scale.losses.terms import TeacherTableSection
+from atr_scale.losses.terms import DistillationSection, TeacherTableSection
 from atr_scale.planner import measure as measuring
 from atr_scale.planner import zero_memory
 from atr_scale.planner.architecture import build_without_weights
@@ -25,7 +25,7 @@ from atr_scale.planner.dry_run import dry_run
 from atr_scale.planner.estimate import Cluster, estimate_step, fitting_micro_batch, largest_local_batch
 from atr_scale.planner.gpus import find_gpu
 from atr_scale.planner.ops import Recorder
-from atr_scale.planner.planner import measure_costs
+from atr_scale.planner.planner import _teachers, measure_costs
 from atr_scale.planner.traffic import transfers
 from atr_scale.planner.zero_memory import Parameters, Transfer
 from tests.tiny_run import tiny_config
@@ -150,8 +150,8 @@ def test_heads_at_other_sizes(config: RunConfig, way: str) -> None:
     budget = {"tiled": measuring.NEVER_DENSE, "dense": measuring.ALWAYS_DENSE}[way]
     model, objective = build_without_weights(config), build_objective(config.objective.terms, budget)
     outputs = measuring.measure_encoders(build_without_weights(config), SECONDS, TOKENS, gpu=False).outputs
-    heads = measuring.measure_heads(model, objective, outputs, [])
-    values, collectives, _ = measuring._run_heads(model, objective, outputs, [], 5, 7)
+    heads = measuring.measure_heads(model, objective, outputs, measuring.Teachers([]))
+    values, collectives, _ = measuring._run_heads(model, objective, outputs, measuring.Teachers([]), 5, 7)
     assert heads.at("flops", 35, 5) == pytest.approx(values["flops"], rel=1e-9)
     assert heads.at("kept", 35, 5) == pytest.approx(values["kept"], rel=1e-9)
     assert heads.terms["peak"][4] == (0 if way == "tiled" else pytest.approx(2 * heads.terms["kept"][4]))
@@ -173,9 +173,19 @@ def test_teachers_are_unit_vectors_as_in_tables(config: RunConfig, costs: Costs)
     config.objective.distillation.weight, config.objective.distillation.temperature = 1.0, 0.05
     model = build_without_weights(config)
     objective = build_objective(config.objective.terms, measuring.NEVER_DENSE)
-    heads = measuring.measure_heads(model, objective, costs.encoders.outputs, [768])
-    reduced = {dtype for name, dtype, _ in heads.collectives if name == "allreduce"}
+    two = [measuring.Teachers([768, 768], ensemble) for ensemble in ("cosines", "probabilities")]
+    one, several = (measuring.measure_heads(model, objective, costs.encoders.outputs, teachers) for teachers in two)
+    reduced = {dtype for name, dtype, _ in one.collectives if name == "allreduce"}
     assert reduced == {torch.float64}
+    assert several.terms["flops"][3] > one.terms["flops"][3], "a loss for each teacher"
+
+
+def test_targets_without_tables_are_planned(config: RunConfig) -> None:
+    for targets, widths in (("random", [64]), ("uniform", [1])):
+        distillation = DistillationSection(weight=1.0, targets=targets)
+        objective = config.objective.model_copy(update={"distillation": distillation})
+        planned = config.model_copy(update={"objective": objective})
+        assert _teachers(planned, build_without_weights(config)) == widths
 
 
 def test_draws_that_need_values_are_left_out(config: RunConfig) -> None:
