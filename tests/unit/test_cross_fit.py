@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atr_scale.batch import TokenSequence, stable_id
 from atr_scale.config import RunConfig, load_config
-from atr_scale.data.folds import fold_of
+from atr_scale.data.folds import fold_of, without_fold
 from atr_scale.data.options import FoldsSection
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.stream import read_batches
@@ -68,6 +68,9 @@ def test_training_leaves_out_the_clips_of_one_fold(inputs: TinyInputs, tmp_path:
         assert missing == {key for key in shards.keys if stable_id(key) % FOLDS == held_out}
         left_out += missing
     assert sorted(left_out) == sorted(shards.keys)
+    numbered = replace(shards, captions=np.arange(len(shards), dtype=np.int32))
+    kept = [row for row, key in enumerate(shards.keys) if stable_id(key) % FOLDS != 0]
+    assert without_fold(numbered, FOLDS, 0).num_captions == sum(kept)
     assert f"{size} clips in 3 shards, without fold 2 of 3" in dry_run(config, 1)
     with pytest.raises(UserError, match=r"data.folds.*held_out must be below count = 3"):
         config_of(inputs, tmp_path, f"data.folds={{count: {FOLDS}, held_out: 3}}")
