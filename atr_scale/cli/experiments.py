@@ -82,10 +82,10 @@ def compare_command(
       atr-scale compare runs/quickstart/sweep --out comparison
       atr-scale compare runs/one runs/other --by duration
     """
-    from atr_scale.experiments.compare import compare
+    from atr_scale.experiments.compare import compare_runs
     from atr_scale.experiments.tables import markdown, write_comparison
 
-    comparison = compare(runs, split, by)
+    comparison = compare_runs(runs, split, by)
     print(markdown(comparison))
     for path in write_comparison(comparison, out) if out else ():
         print(path)

@@ -29,8 +29,8 @@ def train_command(
     """Train a retriever, or continue a run.
 
     Training continues from the newest checkpoint of the run folder if there is one. This verb starts one process. To
-    start several, give the same arguments to torchrun or to `accelerate launch -m atr_scale.train`. A larger train.steps
-    or train.epochs prolongs a run, also after its end. docs/config.md explains overrides.
+    start several, give the same arguments to torchrun or to `accelerate launch -m atr_scale.train`. A larger
+    train.steps or train.epochs prolongs a run, also after its end. docs/config.md explains overrides.
 
     \b
     Examples:

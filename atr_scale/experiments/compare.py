@@ -46,7 +46,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedRuns:
     """Experiments on one split. measured: by bin (ALL first), metric and experiment. queries: number in each bin, by
     direction."""
 
@@ -62,7 +62,7 @@ class Comparison:
         return list(self.measured[ALL])
 
 
-def compare(locations: Sequence[str | Path], split: str | None = None, by: str | None = None) -> Comparison:
+def compare_runs(locations: Sequence[str | Path], split: str | None = None, by: str | None = None) -> ComparedRuns:
     """Compare runs, those of several seeds together; arguments as those of `read_experiments`.
 
     by: "duration", "caption_words" or a field of the samples' JSON, for the results of each of its bins: quarters of
@@ -78,7 +78,7 @@ def compare(locations: Sequence[str | Path], split: str | None = None, by: str |
         key = f"{direction}/median_rank"
         ranks = [tuple(run.result.metrics[key] for run in one.runs) for one in experiments]
         measured[ALL][key] = [Measured(float(np.mean(each)), _deviation(each), each) for each in ranks]
-    return Comparison(
+    return ComparedRuns(
         split=first.entry["split"],
         experiments=experiments,
         differing=differing_values(experiments),

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from atr_scale import plots
 from atr_scale.data.storage import make_folder
 from atr_scale.evaluation.report import table_cell
-from atr_scale.experiments.compare import ALL, DIRECTIONS, Comparison, Measured
+from atr_scale.experiments.compare import ALL, DIRECTIONS, ComparedRuns, Measured
 from atr_scale.experiments.evaluated import Experiment
 
 TITLES = {"t2a": "text → audio", "a2t": "audio → text"}
@@ -27,7 +27,7 @@ LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 COLUMNS = ("experiment", "runs", "by", "bin", "queries", "metric", "mean", "deviation", "difference", "low", "high")
 
 
-def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
+def write_comparison(comparison: ComparedRuns, folder: Path) -> list[Path]:
     """Write compare.md, compare.csv, compare.tex and compare.png into the folder; returns their paths."""
     make_folder(str(folder))
     picture = folder / "compare.png"
@@ -42,7 +42,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     return [*(folder / name for name in texts), picture]
 
 
-def markdown(comparison: Comparison) -> str:
+def markdown(comparison: ComparedRuns) -> str:
     """Configuration, results, differences to the first experiment, and results by bin."""
     experiments, first = comparison.experiments, comparison.experiments[0]
     counts = first.runs[0].entry["counts"]
@@ -68,7 +68,7 @@ def markdown(comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _differences(comparison: Comparison) -> Iterator[str]:
+def _differences(comparison: ComparedRuns) -> Iterator[str]:
     experiments = comparison.experiments
     for direction in DIRECTIONS:
         keys = [key for key in comparison.metrics if key.startswith(direction) and not key.endswith("median_rank")]
@@ -83,7 +83,7 @@ def _differences(comparison: Comparison) -> Iterator[str]:
     )
 
 
-def _by_bin(comparison: Comparison, by: str) -> Iterator[str]:
+def _by_bin(comparison: ComparedRuns, by: str) -> Iterator[str]:
     bins = [name for name in comparison.measured if name != ALL]
     for direction in DIRECTIONS:
         filled = [name for name in bins if comparison.queries[name][direction]]
@@ -98,7 +98,7 @@ def _by_bin(comparison: Comparison, by: str) -> Iterator[str]:
             yield _table([f"{key} by {by}", "queries", *names], rows, "%")
 
 
-def as_csv(comparison: Comparison) -> str:
+def as_csv(comparison: ComparedRuns) -> str:
     """A row for each experiment, metric and bin; fractions, not percent."""
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
@@ -115,7 +115,7 @@ def as_csv(comparison: Comparison) -> str:
     return file.getvalue()
 
 
-def latex(comparison: Comparison) -> str:
+def latex(comparison: ComparedRuns) -> str:
     """A tabular for booktabs, in percent: mean and deviation over the seeds, the best of a column bold."""
     columns = [f"{direction}/{metric}" for direction in DIRECTIONS for metric in IN_PAPERS]
     cells = [comparison.measured[ALL][key] for key in columns]
@@ -142,7 +142,7 @@ def latex(comparison: Comparison) -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 
 
-def plot(comparison: Comparison) -> Figure:
+def plot(comparison: ComparedRuns) -> Figure:
     """mAP@10 of every run and its differences; with bins, also by bin."""
     whole = comparison.measured[ALL]
     binned = {name: measured for name, measured in comparison.measured.items() if name != ALL}

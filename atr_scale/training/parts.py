@@ -22,7 +22,7 @@ from atr_scale.teachers.ensemble import TeacherEnsemble
 from atr_scale.teachers.targets import Constructed, true_targets
 from atr_scale.training.initial_weights import InitialWeights, start_from
 from atr_scale.training.param_groups import freeze
-from atr_scale.training.schedule import RunLength, objective_in_steps, run_length
+from atr_scale.training.schedule import RunLength, check_schedule, objective_in_steps, run_length
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def open_parts(config: RunConfig, world: World, resume_from: Path | None = None)
     with announced("opening", f"training shards {', '.join(source.shards for source in config.data.train)}"):
         sources = open_sources(config.data)
         length = run_length(config, sources)
+        check_schedule(config, length)
     config = objective_in_steps(config, length)
     text, audio = config.model.text.name, config.model.audio
     pretrained = resume_from is None and config.train.initial_checkpoint is None

@@ -73,7 +73,6 @@ def run_length(config: RunConfig, sources: Sequence[ShardSet]) -> RunLength:
     An epoch of captions counts captions and does not order them: it has as many visits as the mixture has captions, and
     each visit draws one caption of its clip. Its tail opens the next epoch. Published code drops that tail, the last
     incomplete batch: 20 epochs on Clotho in batches of 64 are 5,980 steps there, with 299 of warm-up, and 5,999 here.
-    Raises UserError if a part of the schedule does not fit into the run.
     """
     train, cmsc = config.train, config.objective.cmsc
     clips = sum(map(len, sources))
@@ -91,7 +90,7 @@ def run_length(config: RunConfig, sources: Sequence[ShardSet]) -> RunLength:
         return math.floor(epochs * epoch_steps + 1e-9) if epochs is not None else default if given is None else given
 
     soft = isinstance(cmsc, CMSCSection) and cmsc.weight > 0
-    length = RunLength(
+    return RunLength(
         steps=steps,
         warmup_steps=in_steps(train.warmup_steps, train.warmup_epochs, round(0.05 * steps)),
         decay_steps=in_steps(train.decay_steps, train.decay_epochs, steps),
@@ -102,8 +101,6 @@ def run_length(config: RunConfig, sources: Sequence[ShardSet]) -> RunLength:
         clips=clips,
         captions=captions,
     )
-    _check_fits(config, length)
-    return length
 
 
 def _captions(sources: Sequence[ShardSet], count: bool) -> int | None:
@@ -112,7 +109,7 @@ def _captions(sources: Sequence[ShardSet], count: bool) -> int | None:
     return sum(number for number in numbers if number is not None) if None not in numbers else None
 
 
-def _check_fits(config: RunConfig, length: RunLength) -> None:
+def check_schedule(config: RunConfig, length: RunLength) -> None:
     """UserError if a part of the schedule is longer than the run, or if parts overlap."""
     key = "epochs" if config.train.steps is None else "steps"
     run = f"longer than the run of {length.steps} optimizer steps (train.{key} = {getattr(config.train, key)})"

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
 from atr_scale.losses import LOSS_TERMS, Budget, LossInputs, LossTerm, TermSection
-from atr_scale.losses.soft_labels import SoftLabels
+from atr_scale.losses.soft_labels import SoftLabels, Teacher
 from atr_scale.losses.targets import positives_mask
 from atr_scale.losses.temperature import Temperature
 from atr_scale.score_block import EmbeddingScores, StoredScores
@@ -138,6 +138,7 @@ def in_one_process(name: str) -> tuple[float, dict[str, np.ndarray]]:
     model = Towers(name)
     text, audio = model.vectors(slice(None))
     words, frames = model.tokens(slice(None))
+    teacher = unit(B, 5, 98) @ unit(B, 5, 99).T
     whole: dict[str, Callable[[], Any]] = {
         "scores": lambda: text @ audio.T,
         "temperature": model.temperature,
@@ -145,7 +146,8 @@ def in_one_process(name: str) -> tuple[float, dict[str, np.ndarray]]:
         "positives_mean": lambda: "pairs",
         "text_scores": lambda: text @ text.T,
         "audio_scores": lambda: audio @ audio.T,
-        "teacher_scores": lambda: unit(B, 5, 98) @ unit(B, 5, 99).T,
+        "teacher_scores": lambda: teacher,
+        "soft_labels": lambda: SoftLabels((Teacher(teacher, teacher),)),
         "clip_ids": lambda: ids()[:, 0],
         "caption_ids": lambda: ids()[:, 1],
         "text_embeddings": lambda: text,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,36 @@ def test_a_mistake_of_all_ranks_is_told_once(cluster: Cluster, tiny: TinyInputs,
     job = cluster.finish(number)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), cluster.log(number)
     assert cluster.log(number).count("error: no shards in nowhere") == 1, cluster.log(number)
+
+
+def test_sweep_of_two_configurations_and_two_seeds(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
+    """An array job, of which the task with the array's own number is preempted; then the runs are compared."""
+    folder, total = tmp_path / "sweep", 12
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run", steps=total, checkpoint_every=total)
+    command = ["python", "-m", "atr_scale.cli", "sweep", str(config), "train.lr=[1e-3,1e-5]", "--seeds", "2"]
+    command += [f"data.test={tiny.shards}", "--out", str(folder), "--slurm", "--at-once", "2"]
+    size = "--nodes=1 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1"
+    said = cluster.call(*command, "--sbatch", size)
+    assert said.count("not submitted") == 4
+    (job,) = re.findall(r"submitted: job (\d+) with 4 runs", said)
+    names = [f"lr={lr},seed={seed}" for lr in ("1e-3", "1e-5") for seed in (0, 1)]
+
+    cluster.wait(job, lambda: len(steps(folder / names[3])) >= 3)
+    cluster.call("scancel", "--signal=USR1", "--batch", f"{job}_3")
+    shown = cluster.call(*command)
+    assert "failed" not in shown and "submitted" not in shown and "lr=1e-5,seed=1: step " in shown
+    log = folder / f"logs/slurm-{job}_3.log"
+    cluster.wait(job, lambda: cluster.call("squeue", "--noheader", "--me", "--name=pretrain_wavcaps") == "")
+    assert "all 4 runs finished" in cluster.call(*command)
+    assert log.read_text().count("requeued (1 of at most 100)") == 1
+    assert all("requeued" not in (folder / f"logs/slurm-{job}_{task}.log").read_text() for task in range(3))
+    assert all(steps(folder / name) == list(range(1, total + 1)) for name in names)
+    compared = cluster.call("python", "-m", "atr_scale.cli", "compare", str(folder), "--by", "duration")
+    assert "| experiment | seeds | step | train.lr |" in compared
+    assert "| lr=1e-3 | 0, 1 | 12 | 0.001 |" in compared and "| lr=1e-5 | 0, 1 | 12 | 1e-05 |" in compared
+    assert "Differences to lr=1e-3" in compared and "t2a/R@1 by duration" in compared
+    rows = [line for line in compared.splitlines() if line.startswith(("| lr=1e-3 | ", "| lr=1e-5 | "))]
+    assert any("±" in row for row in rows)
 
 
 def test_cancelled_job_stays_cancelled(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:

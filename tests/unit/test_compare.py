@@ -18,7 +18,7 @@ from atr_scale.evaluation.facts import Facts
 from atr_scale.evaluation.result import evaluate_retrieval
 from atr_scale.evaluation.results import record_results
 from atr_scale.evaluation.retrieval_scores import ScoreMatrix
-from atr_scale.experiments.compare import ALL, bootstrap_means, compare, split_by
+from atr_scale.experiments.compare import ALL, bootstrap_means, compare_runs, split_by
 from atr_scale.experiments.evaluated import read_experiments
 from atr_scale.experiments.tables import as_csv, latex, markdown, write_comparison
 
@@ -76,7 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_seeds_of_one_configuration_are_one_experiment(runs: list[Path]) -> None:
-    found = compare(runs)
+    found = compare_runs(runs)
     assert [(one.name, len(one.runs)) for one in found.experiments] == [("lr=0.001", 2), ("lr=0.0001", 2)]
     assert found.differing == {"train.lr": ["0.001", "0.0001"]}
     for key in ("t2a/R@1", "a2t/mAP", "t2a/median_rank"):
@@ -86,7 +86,7 @@ def test_seeds_of_one_configuration_are_one_experiment(runs: list[Path]) -> None
 
 
 def test_intervals_are_paired_and_resample_clips_with_all_their_captions(runs: list[Path]) -> None:
-    found = compare(runs)
+    found = compare_runs(runs)
     for key in ("t2a/mAP@10", "a2t/R@5"):
         direction = key.partition("/")[0]
         tables = [[run.values()[key] for run in one.runs] for one in found.experiments]
@@ -117,7 +117,7 @@ def test_the_order_of_the_shards_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_results_by_bin_are_those_of_its_queries(runs: list[Path]) -> None:
-    found = compare(runs[:1], by="scene")
+    found = compare_runs(runs[:1], by="scene")
     assert list(found.measured) == [ALL, "park", "street"]
     run = found.experiments[0].runs[0]
     values, scenes = run.values(), run.field("scene")
@@ -126,12 +126,12 @@ def test_results_by_bin_are_those_of_its_queries(runs: list[Path]) -> None:
         cell = found.measured["park"][f"{direction}/R@1"][0]
         assert cell.mean == pytest.approx(values[f"{direction}/R@1"][chosen].mean())
         assert found.queries["park"][direction] == chosen.sum()
-    by_words = compare(runs, by="caption_words")
+    by_words = compare_runs(runs, by="caption_words")
     assert list(by_words.measured) == [ALL, "3", "4", "5"]
     assert [by_words.queries[name]["t2a"] for name in ("3", "4", "5")] == [CLIPS] * 3
     assert by_words.queries["4"]["a2t"] == CLIPS, "a clip has the mean length of its captions"
     with pytest.raises(UserError, match="give one of caption_words, duration, scene"):
-        compare(runs, by="weather")
+        compare_runs(runs, by="weather")
 
 
 def test_quarters_of_numbers_and_categories_of_texts() -> None:
@@ -149,30 +149,30 @@ def test_quarters_of_numbers_and_categories_of_texts() -> None:
 def test_other_test_sets_are_refused_by_name(runs: list[Path], tmp_path: Path) -> None:
     fewer = write_run(tmp_path / "fewer", clips=CLIPS - 1)
     with pytest.raises(UserError, match=r"different clips \(60 and 59, for example c/59\.wav only in "):
-        compare([runs[0], fewer])
+        compare_runs([runs[0], fewer])
     with pytest.raises(UserError, match=r"different captions \(180 and 180\): give both the same --shards"):
-        compare([runs[0], write_run(tmp_path / "worded", wording="noise")])
+        compare_runs([runs[0], write_run(tmp_path / "worded", wording="noise")])
     grades = np.eye(CLIPS, dtype=np.float32).repeat(CAPTIONS, axis=0)
     graded = write_run(tmp_path / "graded", grades=grades)
     with pytest.raises(UserError, match=r"a relevance file: .* without, .* with: evaluate them alike"):
-        compare([runs[0], graded])
+        compare_runs([runs[0], graded])
     with pytest.raises(UserError, match="different relevance files"):
-        compare([graded, write_run(tmp_path / "other", grades=grades / 2 + np.roll(grades, 1, 1) / 2)])
+        compare_runs([graded, write_run(tmp_path / "other", grades=grades / 2 + np.roll(grades, 1, 1) / 2)])
     with pytest.raises(UserError, match=r"no results\.json in .*nothing: evaluate the run first"):
-        compare([tmp_path / "nothing"])
+        compare_runs([tmp_path / "nothing"])
     with pytest.raises(UserError, match=r"has no results of the split clotho \(it has test\)"):
-        compare(runs, split="clotho")
+        compare_runs(runs, split="clotho")
 
 
 def test_a_sweep_folder_stands_for_its_evaluated_runs(runs: list[Path], tmp_path: Path) -> None:
     folder = runs[0].parent
     names = [run.name for run in runs] + ["not-begun"]
     (folder / "sweep.json").write_text(json.dumps({"runs": [{"name": name} for name in names]}))
-    assert markdown(compare([folder])) == markdown(compare(runs))
+    assert markdown(compare_runs([folder])) == markdown(compare_runs(runs))
 
 
 def test_markdown_csv_latex_and_picture(runs: list[Path], tmp_path: Path) -> None:
-    found = compare(runs, by="duration")
+    found = compare_runs(runs, by="duration")
     assert [path.name for path in write_comparison(found, tmp_path / "out")] == [
         "compare.md", "compare.csv", "compare.tex", "compare.png",
     ]  # fmt: skip
@@ -198,4 +198,4 @@ def test_markdown_csv_latex_and_picture(runs: list[Path], tmp_path: Path) -> Non
     assert {line.count("&") for line in lines} == {8} and "\\textbf" in lines[1] and "\\textbf" not in lines[0]
     assert "\\toprule" in table and latex(found).count("\\begin") == 1
     assert imread(tmp_path / "out" / "compare.png")[..., :3].std() > 0.02
-    assert "Differences" not in markdown(compare(runs[:2])), "one experiment has no difference"
+    assert "Differences" not in markdown(compare_runs(runs[:2])), "one experiment has no difference"

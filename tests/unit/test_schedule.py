@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 
 from atr_scale.config import RunConfig, parse_config
+from atr_scale.data.folds import fold_of, without_fold
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.losses.terms import CMSC
 from atr_scale.planner.dry_run import dry_run
 from atr_scale.training.parts import open_parts
-from atr_scale.training.schedule import describe_length, learning_rate, run_length
+from atr_scale.training.schedule import check_schedule, describe_length, learning_rate, run_length
 from tests.tiny_run import tiny_config
 
 
@@ -96,6 +98,15 @@ def test_an_epoch_of_captions_is_that_of_published_code(
     assert published is None or published <= steps <= published + epochs
 
 
+def test_an_epoch_without_a_fold_has_the_captions_of_the_other_clips() -> None:
+    keys = [f"{n:09d}" for n in range(10)]
+    shards = replace(shard_set(10), keys=keys, captions=np.arange(10, dtype=np.int32))
+    kept = [n for n, fold in enumerate(fold_of(keys, 3)) if fold != 1]
+    config = settings(global_batch_size=4, epochs=8, epoch_of="captions")
+    length = run_length(config, [without_fold(shards, 3, 1)])
+    assert (length.clips, length.captions) == (len(kept), sum(kept)) and 0 < len(kept) < 10
+
+
 def test_lengths_in_steps_and_epochs() -> None:
     """40 clips in batches of 12 are 10 batches in 3 epochs; two losses a step."""
     sources = [shard_set(40)]
@@ -141,8 +152,9 @@ def test_lengths_in_steps_and_epochs() -> None:
 def test_a_schedule_that_cannot_be_met_names_both_numbers(train: dict[str, Any], message: str) -> None:
     cmsc = {key: train.pop(key) for key in list(train) if key.startswith("beta")}
     config = settings({"cmsc": {"weight": 1.0, **cmsc}}, global_batch_size=4, **train)
+    length = run_length(config, [shard_set(40)])  # known also of a run of an older version, which can then be prolonged
     with pytest.raises(UserError, match=message):
-        run_length(config, [shard_set(40)])
+        check_schedule(config, length)
     config.objective.cmsc.weight = 0.0
     if cmsc:  # a term that is left out has no schedule
         assert run_length(config, [shard_set(40)]).beta_warmup_steps == 0

@@ -109,7 +109,7 @@ def test_all_configurations_are_checked_with_a_line_for_each_that_is_wrong(confi
     first, *lines = str(caught.value).splitlines()
     assert first == "2 of 3 configurations are wrong:"
     assert [line.partition(":")[0] for line in lines] == ["lr=-1", "lr=x"] and "train.lr" in lines[0]
-    with pytest.raises(UserError, match="did you mean 'steps'"):
+    with pytest.raises(UserError, match=r"did you mean 'train\.steps'"):
         plan_sweep(config, ["train.stepps=4"])
 
 
@@ -128,12 +128,13 @@ def test_a_sweep_keeps_the_numbers_of_its_runs_and_refuses_another_grid(config: 
 
 def finish(run: SweepRun, tested: bool = True, config: RunConfig | None = None) -> None:
     run.dir.mkdir(parents=True, exist_ok=True)
-    record_training(run.dir, config or run.config, 4, 4)
+    config = config or run.config
+    record_training(run.dir, config, 4, 4)
     ids = np.arange(2)
     scores = ScoreMatrix(np.eye(2))
     result = evaluate_retrieval("test", 4, scores, scores.ranks(ids, ids), ["a", "b"], ["A", "B"])
     if tested:
-        record_results(run.dir, run.name, run.config, [result], checkpoint="last", saved=True)
+        record_results(run.dir, run.name, config, [result], checkpoint="last", saved=True)
 
 
 def test_a_run_is_finished_if_it_is_trained_and_tested_with_its_configuration(config: str) -> None:
@@ -144,8 +145,10 @@ def test_a_run_is_finished_if_it_is_trained_and_tested_with_its_configuration(co
     assert one.finished() and not two.finished() and one.progress() == (4, 4)
     other = three.config.model_copy(deep=True)
     other.train.lr = 1.0
-    finish(three, tested=False, config=other)
+    finish(three, config=other)
     assert not three.finished()
+    finish(three)
+    assert three.finished()
     record_training(one.dir, one.config, 2, 8)
     (one.dir / "metrics.jsonl").write_text('{"kind": "train", "step": 5}\n')
     assert not one.finished() and one.progress() == (5, 8)
@@ -193,7 +196,8 @@ def test_ctrl_c_lets_the_runs_save_and_starts_no_further_one(config: str, monkey
     saves = (
         "run.mkdir(parents=True); signal.signal(signal.SIGTERM, lambda *_: (run / 'saved').touch());"
         "signal.signal(signal.SIGINT, lambda *_: (run / 'interrupted').touch()); (run / 'begun').touch();"
-        "[time.sleep(0.05) for _ in iter((run / 'saved').exists, True)]"
+        "[time.sleep(0.05) for _ in iter((run / 'saved').exists, True)];"
+        "import os; (run / 'group').write_text(str(os.getpgrp()))"
     )
     scripts(monkeypatch, lr1=saves, lr2=saves)
     first, second = sweep.runs
@@ -207,6 +211,8 @@ def test_ctrl_c_lets_the_runs_save_and_starts_no_further_one(config: str, monkey
     failed, stopped = local.run_local(sweep, 1)
     assert failed == [] and [run.name for run in stopped] == ["lr=1", "lr=2"]
     assert (first.dir / "saved").exists() and not (first.dir / "interrupted").exists() and not second.dir.exists()
+    # A terminal sends the signal to the whole group of the sweep, which must not hold the runs.
+    assert int((first.dir / "group").read_text()) != os.getpgrp()
     assert "evaluated" not in (sweep.logs / "lr=1.log").read_text()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
