@@ -22,11 +22,13 @@ from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.encoders.text_encoders import build_text_encoder
 from atr_scale.errors import UserError
+from atr_scale.evaluation.embed import Embedded
 from atr_scale.evaluation.parallel import Parallel
 from atr_scale.planner.dry_run import dry_run
 from atr_scale.scorers import build_scorer
 from atr_scale.teachers import sizes
 from atr_scale.teachers.cross_fit import by_fold, cross_fitted
+from atr_scale.teachers.estimate import _keys
 from atr_scale.teachers.tables import Direction, TeacherTable
 from atr_scale.teachers.top_k import best_scores
 from atr_scale.training.parts import training_stream
@@ -211,3 +213,15 @@ def test_sizes_are_checked_before_anything_is_embedded(
     with pytest.raises(UserError, match=r"to 5\.0 GB, 3\.0 GB of the disk are free: give --top-k 128"):
         check(pairwise)
     check(pairwise, 128)
+
+
+def test_a_clip_of_two_shard_sets_is_named(shards: ShardSet) -> None:
+    """Keys of a table over two sets: captions are counted within their clip, and a shared clip is a mistake."""
+    nothing = TokenSequence(torch.zeros(0, 0, 1), torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, 1))
+    one = Embedded(nothing, nothing, ["x"] * 3, np.array([0, 0, 1]), ["a", "b"], [None] * 2, [0, 1])
+    other = Embedded(nothing, nothing, ["x"] * 2, np.array([0, 0]), ["c"], [None], [0])
+    clips, owner, index = _keys([one, other], [shards, shards])
+    assert clips.tolist() == [stable_id(name) for name in "abc"]
+    assert owner.tolist() == [stable_id(name) for name in "aabcc"] and index.tolist() == [0, 1, 0, 0, 1]
+    with pytest.raises(UserError, match="hold the clip c twice"):
+        _keys([one, other, other], [shards, shards])
