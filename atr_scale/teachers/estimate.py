@@ -183,8 +183,8 @@ def _keys(parts: Sequence[Embedded], shards: Sequence[ShardSet]) -> tuple[torch.
         twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         places = " and ".join(each.location for each in shards)
         raise UserError(
-            f"{places} hold the clip {twice} twice: build shards with one sample for each clip, or estimate each set "
-            "into a folder of its own"
+            f"{places} hold the clip {twice} twice: build shards with one sample for each clip, of one set without the "
+            "clips of the other (--exclude)"
         )
     counts = torch.cat([torch.from_numpy(np.bincount(part.owner, minlength=len(part.clip_ids))) for part in parts])
     first = counts.cumsum(0) - counts

@@ -151,25 +151,29 @@ def test_ranks_equal_one_process(config: RunConfig, alone: dict[str, Any], size:
     }
 
 
-def written(runs: list[Path], shards: Path, out: Path) -> TeacherComparison | None:
+def written(runs: list[Path], shards: Path, out: Path, top_k: int | None) -> TeacherComparison | None:
     return write_teacher_tables(
         [str(run) for run in runs],
         shards=[str(shards)],
         out=out,
         batch_size=4,
+        top_k=top_k,
         world=World.current(),
         device=torch.device("cpu"),
     )
 
 
 @pytest.mark.slow
-def test_tables_written_by_several_ranks_are_the_same_to_the_last_bit(config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_tables_written_by_several_ranks_are_the_same_to_the_last_bit(
+    config: RunConfig, tmp_path: Path, top_k: int | None
+) -> None:
     """11 clips in batches of 4 with one to three captions each, by a scorer of vectors and by one of pairs."""
     write_split(tmp_path / "sounds", labelled=False)
     shards = tmp_path / "sounds" / "shards"
     runs = [save_run(config, tmp_path / "mean", 1, "mean"), save_run(config, tmp_path / "tap", 2, "tap")]
-    want = written(runs, shards, tmp_path / "alone")
-    first, second = run_ranks(written, 2, runs, shards, tmp_path / "together")
+    want = written(runs, shards, tmp_path / "alone", top_k)
+    first, second = run_ranks(written, 2, runs, shards, tmp_path / "together", top_k)
     assert want and np.allclose(first.correlation, want.correlation, atol=1e-6) and second is None
     for name in ("mean", "tap"):
         one, two = (TeacherTable.read(tmp_path / place / f"{name}.safetensors") for place in ("alone", "together"))

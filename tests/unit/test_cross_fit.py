@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atr_scale.batch import TokenSequence, stable_id
 from atr_scale.config import RunConfig, load_config
-from atr_scale.data.folds import fold_of
+from atr_scale.data.folds import fold_of, without_fold
 from atr_scale.data.options import FoldsSection
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.stream import read_batches
@@ -22,11 +22,13 @@ from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.distributed.world import World
 from atr_scale.encoders.text_encoders import build_text_encoder
 from atr_scale.errors import UserError
+from atr_scale.evaluation.embed import Embedded
 from atr_scale.evaluation.parallel import Parallel
 from atr_scale.planner.dry_run import dry_run
 from atr_scale.scorers import build_scorer
 from atr_scale.teachers import sizes
 from atr_scale.teachers.cross_fit import by_fold, cross_fitted
+from atr_scale.teachers.estimate import _keys
 from atr_scale.teachers.tables import Direction, TeacherTable
 from atr_scale.teachers.top_k import best_scores
 from atr_scale.training.parts import training_stream
@@ -68,6 +70,9 @@ def test_training_leaves_out_the_clips_of_one_fold(inputs: TinyInputs, tmp_path:
         assert missing == {key for key in shards.keys if stable_id(key) % FOLDS == held_out}
         left_out += missing
     assert sorted(left_out) == sorted(shards.keys)
+    numbered = replace(shards, captions=np.arange(len(shards), dtype=np.int32))
+    kept = [row for row, key in enumerate(shards.keys) if stable_id(key) % FOLDS != 0]
+    assert without_fold(numbered, FOLDS, 0).num_captions == sum(kept)
     assert f"{size} clips in 3 shards, without fold 2 of 3" in dry_run(config, 1)
     with pytest.raises(UserError, match=r"data.folds.*held_out must be below count = 3"):
         config_of(inputs, tmp_path, f"data.folds={{count: {FOLDS}, held_out: 3}}")
@@ -208,3 +213,15 @@ def test_sizes_are_checked_before_anything_is_embedded(
     with pytest.raises(UserError, match=r"to 5\.0 GB, 3\.0 GB of the disk are free: give --top-k 128"):
         check(pairwise)
     check(pairwise, 128)
+
+
+def test_a_clip_of_two_shard_sets_is_named(shards: ShardSet) -> None:
+    """Keys of a table over two sets: captions are counted within their clip, and a shared clip is a mistake."""
+    nothing = TokenSequence(torch.zeros(0, 0, 1), torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, 1))
+    one = Embedded(nothing, nothing, ["x"] * 3, np.array([0, 0, 1]), ["a", "b"], [None] * 2, [0, 1])
+    other = Embedded(nothing, nothing, ["x"] * 2, np.array([0, 0]), ["c"], [None], [0])
+    clips, owner, index = _keys([one, other], [shards, shards])
+    assert clips.tolist() == [stable_id(name) for name in "abc"]
+    assert owner.tolist() == [stable_id(name) for name in "aabcc"] and index.tolist() == [0, 1, 0, 0, 1]
+    with pytest.raises(UserError, match="hold the clip c twice"):
+        _keys([one, other, other], [shards, shards])
