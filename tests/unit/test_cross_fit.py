@@ -218,8 +218,8 @@ def test_sizes_are_checked_before_anything_is_embedded(
 def test_a_clip_of_two_shard_sets_is_named(shards: ShardSet) -> None:
     """Keys of a table over two sets: captions are counted within their clip, and a shared clip is a mistake."""
     nothing = TokenSequence(torch.zeros(0, 0, 1), torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, 1))
-    one = Embedded(nothing, nothing, ["x"] * 3, np.array([0, 0, 1]), ["a", "b"], [None] * 2, [0, 1])
-    other = Embedded(nothing, nothing, ["x"] * 2, np.array([0, 0]), ["c"], [None], [0])
+    one = Embedded(nothing, nothing, ["x"] * 3, np.array([0, 0, 1]), ["a", "b"], [None] * 2, [0, 1], [{}] * 2)
+    other = Embedded(nothing, nothing, ["x"] * 2, np.array([0, 0]), ["c"], [None], [0], [{}])
     clips, owner, index = _keys([one, other], [shards, shards])
     assert clips.tolist() == [stable_id(name) for name in "abc"]
     assert owner.tolist() == [stable_id(name) for name in "aabcc"] and index.tolist() == [0, 1, 0, 0, 1]
