@@ -214,7 +214,7 @@ MODEL_PARTS: tuple[ModelPart, ...] = typing.get_args(ModelPart)
 
 
 class InitialCheckpoint(Section):
-    from_: str = Field(alias="from", description="run folder or checkpoint whose weights start this run")
+    from_: str = Field(alias="from", min_length=1, description="run folder or checkpoint whose weights start this run")
     parts: Annotated[list[ModelPart], Field(min_length=1)] | None = Field(
         None,
         description="parts of the model whose weights are taken, each of which must fit; "

@@ -194,6 +194,7 @@ def test_the_dry_run_and_the_log_say_what_is_taken(
         ({"parts": ["scorer"]}, "'train.initial_checkpoint.from' is missing"),
         ({"from": "x", "parts": ["head"]}, "'train.initial_checkpoint.parts[0]': Input should be 'audio_encoder', "),
         ({"from": "x", "parts": []}, "'train.initial_checkpoint.parts': List should have at least 1 item"),
+        ("", "'train.initial_checkpoint.from': String should have at least 1 character"),
         ({"fro": "x"}, "unknown key 'train.initial_checkpoint.fro'; did you mean 'train.initial_checkpoint.from'?"),
         (3, "'train.initial_checkpoint': Input should be a valid dictionary"),
     ],

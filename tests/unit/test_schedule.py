@@ -55,6 +55,16 @@ def test_a_constant_rate_with_and_without_a_cool_down() -> None:
     ]
 
 
+@pytest.mark.parametrize("cooldown", [0, 3])
+def test_beyond_the_run_a_constant_schedule_stays_at_its_last_rate(cooldown: int) -> None:
+    """A prolonged run says the rate that its old schedule would have had from there on."""
+    last, later = (
+        learning_rate(step, peak=2, floor=0.1, warmup_steps=0, steps=8, schedule="constant", cooldown_steps=cooldown)
+        for step in (7, 20)
+    )
+    assert later == last == pytest.approx(0.2 if cooldown else 2.0)
+
+
 def settings(objective: dict[str, Any] | None = None, **train: Any) -> RunConfig:
     sections = {
         "run": {"dir": "run"},
