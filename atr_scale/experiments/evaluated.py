@@ -5,7 +5,6 @@ Shape suffixes: Q queries of a direction, C captioned clips.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -22,9 +21,9 @@ from atr_scale.evaluation.facts import Facts
 from atr_scale.evaluation.metrics import Queries
 from atr_scale.evaluation.result import EvaluationResult
 from atr_scale.evaluation.results import read_results
+from atr_scale.experiments.sweep_file import read_sweep
 from atr_scale.sections import flat
 
-SWEEP = "sweep.json"
 PREFERRED = ("best", "last")  # checkpoints, whose results are compared first
 SEED_PART = re.compile(r",?seed=\d+$")
 
@@ -91,7 +90,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Runs that differ in their seed alone."""
+    """Runs that differ in their seed alone, evaluated in one way."""
 
     name: str
     runs: tuple[Evaluated, ...]
@@ -109,17 +108,15 @@ def read_experiments(locations: Sequence[str | Path], split: str | None = None) 
     runs = [_evaluated(folder, table, split) for folder, table in tables.items()]
     for run in runs[1:]:
         _check_same_set(runs[0], run)
-    groups: dict[str, list[Evaluated]] = {}
+    groups: dict[tuple[str, ...], list[Evaluated]] = {}
     for run in runs:
-        groups.setdefault(run.digest, []).append(run)
+        groups.setdefault((run.digest, run.entry["method"], run.entry["checkpoint"]), []).append(run)
     names = _names(list(groups.values()))
     return [Experiment(name, tuple(group)) for name, group in zip(names, groups.values(), strict=True)]
 
 
 def _runs_of(place: Path) -> list[Path]:
-    if not (place / SWEEP).is_file():
-        return [place]
-    runs = [place / run["name"] for run in json.loads((place / SWEEP).read_text(encoding="utf-8"))["runs"]]
+    runs = [place / run["name"] for run in read_sweep(place).get("runs", [])]
     return [run for run in runs if (run / "results.json").is_file()] or [place]
 
 
@@ -195,10 +192,10 @@ def _names(groups: list[list[Evaluated]]) -> list[str]:
 def differing_values(experiments: Sequence[Experiment]) -> dict[str, list[str]]:
     """Keys whose values differ between the experiments, each with the value of every experiment; "" if it has none.
 
-    Beside the keys of the configuration: how the pairs were scored.
+    Beside the keys of the configuration: which checkpoint was evaluated, and how its pairs were scored.
     """
     configs = [
-        {"evaluated": one.runs[0].entry["method"]}
+        {"evaluated": one.runs[0].entry["method"], "checkpoint": one.runs[0].entry["checkpoint"]}
         | {key: str(value) for key, value in flat(one.runs[0].config) if key not in ("run.dir", "run.seed")}
         for one in experiments
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,19 @@ def test_seeds_of_one_configuration_are_one_experiment(runs: list[Path]) -> None
         for one, cell in zip(found.experiments, found.measured[ALL][key], strict=True):
             each = [run.result.metrics[key] for run in one.runs]
             assert cell.mean == pytest.approx(np.mean(each)) and cell.deviation == pytest.approx(np.std(each, ddof=1))
+
+
+def test_one_run_evaluated_in_two_ways_is_two_experiments(runs: list[Path], tmp_path: Path) -> None:
+    """They have one configuration and one seed, and their mean would say nothing."""
+    other = tmp_path / "other"
+    shutil.copytree(runs[0], other)
+    table = json.loads((other / "results.json").read_text())
+    for key, value in (("method", "re-ranked"), ("checkpoint", "last")):
+        entry = {**table["results"][0], key: value}
+        (other / "results.json").write_text(json.dumps({**table, "results": [entry]}))
+        found = compare_runs([runs[0], runs[1], other])
+        assert [len(one.runs) for one in found.experiments] == [2, 1]
+        assert list(found.differing.values()) == [[table["results"][0][key], value]]
 
 
 def test_intervals_are_paired_and_resample_clips_with_all_their_captions(runs: list[Path]) -> None:
