@@ -5,6 +5,7 @@ Shape suffixes: Q queries of a direction, C captioned clips.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ from atr_scale.evaluation.results import read_results
 from atr_scale.experiments.sweep_file import read_sweep
 from atr_scale.sections import flat
 
+logger = logging.getLogger(__name__)
+
+TEST = "test"
 PREFERRED = ("best", "last")  # checkpoints, whose results are compared first
 SEED_PART = re.compile(r",?seed=\d+$")
 
@@ -99,10 +103,11 @@ class Experiment:
 def read_experiments(locations: Sequence[str | Path], split: str | None = None) -> list[Experiment]:
     """The evaluated runs in the order given, those of several seeds together.
 
-    locations: run folders, or folders of sweeps for all their runs. split: default test, else the first validation set
-    that all runs have. Raises UserError if a run has no results, or if they are of different test sets or relevance.
+    locations: run folders, or folders of sweeps for all their runs that have results. split: default test, else the
+    first validation set that all runs have. Raises UserError if a run has no results, or if they are of different test
+    sets or relevance.
     """
-    folders = list(dict.fromkeys(folder for place in locations for folder in _runs_of(Path(place))))
+    folders = list(dict.fromkeys(folder for place in locations for folder in _runs_of(Path(place), split)))
     tables = {folder: _read(folder) for folder in folders}
     split = split or _common_split(tables)
     runs = [_evaluated(folder, table, split) for folder, table in tables.items()]
@@ -115,9 +120,25 @@ def read_experiments(locations: Sequence[str | Path], split: str | None = None) 
     return [Experiment(name, tuple(group)) for name, group in zip(names, groups.values(), strict=True)]
 
 
-def _runs_of(place: Path) -> list[Path]:
+def _runs_of(place: Path, split: str | None) -> list[Path]:
+    """A run folder, or those of a sweep that have results of the split; a warning names the others."""
     runs = [place / run["name"] for run in read_sweep(place).get("runs", [])]
-    return [run for run in runs if (run / "results.json").is_file()] or [place]
+    if not runs:
+        return [place]
+    splits = {run: _splits(read_results(run) or {"results": []}) for run in runs}
+    wanted = split or (TEST if any(TEST in own for own in splits.values()) else None)
+    kept = [run for run in runs if (wanted in splits[run] if wanted else splits[run])]
+    what = f"results of the split {wanted}" if wanted else "results"
+    if not kept:
+        raise UserError(f"no run of the sweep {place} has {what}: the sweep's own command goes on with it")
+    if left := [run.name for run in runs if run not in kept]:
+        logger.warning("%d of %d runs of %s have no %s: %s", len(left), len(runs), place, what, ", ".join(left))
+    return kept
+
+
+def _splits(table: dict[str, Any]) -> list[str]:
+    """Splits of captions with a file of results."""
+    return [entry["split"] for entry in table["results"] if entry["kind"] == "retrieval" and entry["file"]]
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -128,15 +149,12 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _common_split(tables: dict[Path, dict[str, Any]]) -> str:
-    splits = [
-        [entry["split"] for entry in table["results"] if entry["kind"] == "retrieval" and entry["file"]]
-        for table in tables.values()
-    ]
+    splits = [_splits(table) for table in tables.values()]
     common = [name for name in splits[0] if all(name in other for other in splits)]
     if not common:
         held = "; ".join(f"{folder}: {', '.join(own) or 'none'}" for folder, own in zip(tables, splits, strict=True))
         raise UserError(f"the runs have no evaluated split in common ({held}): evaluate them with --split NAME")
-    return "test" if "test" in common else common[0]
+    return TEST if TEST in common else common[0]
 
 
 def _evaluated(folder: Path, table: dict[str, Any], split: str) -> Evaluated:
