@@ -52,7 +52,7 @@ requeue() {
     if [[ $(squeue --noheader --jobs "$job" --format %T 2>/dev/null) != RUNNING ]]; then
         echo "$1: SLURM is taking the job away itself, so it is not requeued here"
     elif (($2 >= $3)); then
-        echo "error: $1, and the job was requeued $2 times already: sbatch again to go on" >&2
+        echo "$1, and the job was requeued $2 times already: sbatch again to go on" >&2
     else
         echo "$1: requeued ($(($2 + 1)) of at most $3)"
         scontrol requeue "$job"

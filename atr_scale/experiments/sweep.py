@@ -26,7 +26,7 @@ from atr_scale.files import atomic_write
 
 TEST = "test"
 PLAIN = re.compile(r"[\w./=,+-]+")
-ERROR = re.compile(r"\berror: |\b\w*(?:Error|Exception)\b", re.IGNORECASE)
+ERROR = re.compile(r"^(?!srun: ).*(?:\berror: |\b\w*(?:Error|Exception)\b)", re.IGNORECASE)  # srun tells exit codes
 TAIL = 1 << 16  # bytes of a log that are searched for an error
 
 

@@ -252,6 +252,8 @@ def test_the_error_of_a_log_is_its_last_one(tmp_path: Path) -> None:
     assert last_error(log) == "no log"
     log.write_text("ValueError: first\nRuntimeError: second.\nsaved\n")
     assert last_error(log) == "RuntimeError: second"
+    log.write_text("[rank0]: RuntimeError: non-finite\nsrun: error: node1: task 0: Exited with exit code 1\nfailed\n")
+    assert last_error(log) == "[rank0]: RuntimeError: non-finite", "srun knows no cause"
     log.write_text("12:00:00 INFO killed\n")
     assert last_error(log) == "12:00:00 INFO killed"
 
