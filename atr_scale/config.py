@@ -315,7 +315,7 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def one_length(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs")
+            raise ValueError("give either steps or epochs, and null for the other one")
         return self
 
     @model_validator(mode="after")

@@ -52,7 +52,7 @@ requeue() {
     if [[ $(squeue --noheader --jobs "$job" --format %T 2>/dev/null) != RUNNING ]]; then
         echo "$1: SLURM is taking the job away itself, so it is not requeued here"
     elif (($2 >= $3)); then
-        echo "error: $1, and the job was requeued $2 times already: sbatch again to go on" >&2
+        echo "$1, and the job was requeued $2 times already: sbatch again to go on" >&2
     else
         echo "$1: requeued ($(($2 + 1)) of at most $3)"
         scontrol requeue "$job"
@@ -74,7 +74,8 @@ ranks() {
     return "$status"
 }
 
-# of_sweep VERB: the arguments of a verb for this task of a sweep, in the array `arguments`.
+# of_sweep train|evaluate|dir: the arguments of the verb for this task of a sweep, or its run folder, in the array
+# `arguments`.
 of_sweep() {
     local lines
     lines=$(python -m atr_scale.experiments.task "$1" "$SWEEP" "$SLURM_ARRAY_TASK_ID") || exit 2
@@ -87,10 +88,12 @@ of_sweep() {
 train() {
     local run_dir status failures arguments
     if [[ -n ${SWEEP:-} ]]; then
+        of_sweep dir
+        run_dir=${arguments[0]}
         of_sweep train
         set -- "${arguments[@]}"
-    fi
-    run_dir=$(python -c '
+    else
+        run_dir=$(python -c '
 import sys
 from atr_scale.config import load_config
 from atr_scale.errors import UserError
@@ -98,6 +101,7 @@ try:
     print(load_config(sys.argv[1], sys.argv[2:]).run.dir)
 except UserError as error:
     sys.exit(f"error: {error}")' "$@") || exit 2
+    fi
     mkdir -p "$run_dir"
     rm -f "$run_dir/preempted" # of an earlier job
 

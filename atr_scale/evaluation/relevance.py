@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import ast
 import zipfile
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,20 +49,17 @@ def read_relevance(path: str | Path, shards: ShardSet, embedded: Embedded) -> ND
     of the split.
     """
     path = Path(path)
-    grades = _from_npz(path, shards, embedded) if path.suffix == ".npz" else grades_of_csv(path, embedded)
+    grades = _from_npz(path, shards, embedded) if path.suffix == ".npz" else _from_csv(path, embedded)
     if not grades.any():
         raise UserError(f"{path} grades no caption and clip of {shards.location}: give the file of this split")
     return grades
 
 
-class Texts(Protocol):
+class Texts(NamedTuple):
     """Captions [C] and clip ids [N] of a split."""
 
-    @property
-    def captions(self) -> list[str]: ...
-
-    @property
-    def clip_ids(self) -> list[str]: ...
+    captions: list[str]
+    clip_ids: list[str]
 
 
 class Grades(NamedTuple):
@@ -122,23 +121,31 @@ def _must_exist(path: Path) -> None:
         raise UserError(f"no relevance file at {path}: give an npz file of grades, or a CSV with query and file names")
 
 
-def grades_of_csv(path: Path, texts: Texts) -> NDArray[np.float32]:
-    """[C, N] float32: 1 for the clips that a CSV file names for a caption, else 0. UserError if it cannot be read."""
+def _from_csv(path: Path, embedded: Embedded) -> NDArray[np.float32]:
+    """1 for the clips that a CSV file names for a caption, else 0."""
+    grades = np.zeros((len(embedded.captions), len(embedded.clip_ids)), np.float32)
+    for caption, clip in pairs_of_csv(path, Texts(embedded.captions, embedded.clip_ids)):
+        grades[caption, clip] = 1.0
+    return grades
+
+
+def pairs_of_csv(path: Path, texts: Texts) -> Iterator[tuple[int, int]]:
+    """(caption, clip), indices into `texts`: the clips that a CSV file names for a caption, each maybe several times.
+
+    Raises UserError if the file cannot be read.
+    """
     _must_exist(path)
     columns = {Path(clip).stem: column for column, clip in enumerate(texts.clip_ids)}
     rows: dict[int, list[int]] = {}
     for row, caption in enumerate(texts.captions):
         rows.setdefault(caption_id(caption), []).append(row)
-    grades = np.zeros((len(texts.captions), len(texts.clip_ids)), np.float32)
     lines = read_table(path)
     query, names = (next((name for name in known if name in lines[0]), None) for known in (QUERY_COLUMNS, CLIP_COLUMNS))
     if query is None or names is None:
         raise UserError(f"{path} has the columns {list(lines[0])}: it needs {QUERY_COLUMNS[0]} and {CLIP_COLUMNS[0]}")
     for line in lines:
         clips = [columns[Path(name).stem] for name in _names(path, line[names]) if Path(name).stem in columns]
-        for row in rows.get(caption_id(line[query]), []):
-            grades[row, clips] = 1.0
-    return grades
+        yield from product(rows.get(caption_id(line[query]), []), clips)
 
 
 def _names(path: Path, cell: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from atr_scale.evaluation.metrics import (
     label_ranks,
 )
 from atr_scale.evaluation.retrieval_scores import RetrievalScores
+from atr_scale.files import atomic_write
 
 FORMAT = 2
 NUM_PAIRS, NUM_CLASSES = 32, 64  # rows and columns of the stored excerpt of the score matrix
@@ -91,7 +93,8 @@ class EvaluationResult:
         arrays: dict[str, Any] = {name: getattr(self.ranks, name) for name in RANKS} | {"excerpt": self.excerpt}
         arrays |= {GRADED + key: values for key, values in self.ranks.graded.items()}
         arrays |= {} if self.facts is None else self.facts.arrays()
-        np.savez_compressed(folder / f"ranks-{stem}.npz", **arrays)
+        with atomic_write(folder / f"ranks-{stem}.npz") as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
         table = {
             "format": FORMAT,
             "split": self.split,
@@ -107,36 +110,42 @@ class EvaluationResult:
             "examples": [asdict(example) for example in self.examples],
         }
         path = folder / f"evaluation-{stem}.json"
-        path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return path
 
     @classmethod
     def load(cls, path: Path) -> EvaluationResult:
-        """Read `evaluation-<split>.json` and its `ranks-<split>.npz`. Raises UserError if the format is another one."""
-        table = json.loads(path.read_text(encoding="utf-8"))
+        """Read `evaluation-<split>.json` and its `ranks-<split>.npz`. Raises UserError if they are not readable,
+        or of another format."""
+        try:
+            table = json.loads(path.read_text(encoding="utf-8"))
+            with np.load(path.with_name(path.stem.replace("evaluation-", "ranks-", 1) + ".npz")) as file:
+                arrays = dict(file)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} or its ranks are missing or damaged ({error}): evaluate the run again") from None
         if table.get("format") != FORMAT:
             raise UserError(f"{path}: format {table.get('format')} instead of {FORMAT}; evaluate the checkpoint again")
-        with np.load(path.with_name(path.stem.replace("evaluation-", "ranks-", 1) + ".npz")) as arrays:
-            graded = {name.removeprefix(GRADED): arrays[name] for name in arrays if name.startswith(GRADED)}
-            ranks = Ranks(**{name: arrays[name] for name in RANKS}, graded=graded)
-            return cls(
-                split=table["split"],
-                step=table["step"],
-                # Results of version 0.2 lack some metrics, which follow from the ranks.
-                metrics=table["metrics"] if table["labelled"] else ranks.metrics() | table["metrics"],
-                intervals={key: (low, high) for key, (low, high) in table["intervals"].items()},
-                ranks=ranks,
-                excerpt=arrays["excerpt"],
-                excerpt_names=tuple(table["excerpt_names"]),
-                examples=tuple(
-                    Example(**{**example, "retrieved": tuple(Retrieved(**item) for item in example["retrieved"])})
-                    for example in table["examples"]
-                ),
-                labelled=table["labelled"],
-                method=table["method"],
-                facts=Facts.from_arrays(arrays),
-                test_set=table.get("test_set", {}),
-            )
+        graded = {name.removeprefix(GRADED): arrays[name] for name in arrays if name.startswith(GRADED)}
+        ranks = Ranks(**{name: arrays[name] for name in RANKS}, graded=graded)
+        return cls(
+            split=table["split"],
+            step=table["step"],
+            # Results of version 0.2 lack some metrics, which follow from the ranks.
+            metrics=table["metrics"] if table["labelled"] else ranks.metrics() | table["metrics"],
+            intervals={key: (low, high) for key, (low, high) in table["intervals"].items()},
+            ranks=ranks,
+            excerpt=arrays["excerpt"],
+            excerpt_names=tuple(table["excerpt_names"]),
+            examples=tuple(
+                Example(**{**example, "retrieved": tuple(Retrieved(**item) for item in example["retrieved"])})
+                for example in table["examples"]
+            ),
+            labelled=table["labelled"],
+            method=table["method"],
+            facts=Facts.from_arrays(arrays),
+            test_set=table.get("test_set", {}),
+        )
 
 
 def file_stem(split: str) -> str:

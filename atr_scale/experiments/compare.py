@@ -24,7 +24,7 @@ SAMPLES, LEVEL = 1000, 0.95
 BINS = 4  # of a number with more than DISTINCT values
 DISTINCT = 6
 CATEGORIES = 12  # of a text; the rarer ones are one bin
-OTHER, UNKNOWN = "other", "unknown"
+OTHER, UNKNOWN = "(other)", "(unknown)"  # in brackets: a field may have such a value
 ALL = ""  # the bin of all queries
 DIRECTIONS = ("t2a", "a2t")
 

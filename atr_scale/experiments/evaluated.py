@@ -5,10 +5,10 @@ Shape suffixes: Q queries of a direction, C captioned clips.
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +22,12 @@ from atr_scale.evaluation.facts import Facts
 from atr_scale.evaluation.metrics import Queries
 from atr_scale.evaluation.result import EvaluationResult
 from atr_scale.evaluation.results import read_results
+from atr_scale.experiments.sweep_file import read_sweep
 from atr_scale.sections import flat
 
-SWEEP = "sweep.json"
+logger = logging.getLogger(__name__)
+
+TEST = "test"
 PREFERRED = ("best", "last")  # checkpoints, whose results are compared first
 SEED_PART = re.compile(r",?seed=\d+$")
 
@@ -91,7 +94,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Runs that differ in their seed alone."""
+    """Runs that differ in their seed alone, evaluated in one way."""
 
     name: str
     runs: tuple[Evaluated, ...]
@@ -100,27 +103,42 @@ class Experiment:
 def read_experiments(locations: Sequence[str | Path], split: str | None = None) -> list[Experiment]:
     """The evaluated runs in the order given, those of several seeds together.
 
-    locations: run folders, or folders of sweeps for all their runs. split: default test, else the first validation set
-    that all runs have. Raises UserError if a run has no results, or if they are of different test sets or relevance.
+    locations: run folders, or folders of sweeps for all their runs that have results. split: default test, else the
+    first validation set that all runs have. Raises UserError if a run has no results, or if they are of different test
+    sets or relevance.
     """
-    folders = list(dict.fromkeys(folder for place in locations for folder in _runs_of(Path(place))))
+    folders = list(dict.fromkeys(folder for place in locations for folder in _runs_of(Path(place), split)))
     tables = {folder: _read(folder) for folder in folders}
     split = split or _common_split(tables)
     runs = [_evaluated(folder, table, split) for folder, table in tables.items()]
     for run in runs[1:]:
         _check_same_set(runs[0], run)
-    groups: dict[str, list[Evaluated]] = {}
+    groups: dict[tuple[str, ...], list[Evaluated]] = {}
     for run in runs:
-        groups.setdefault(run.digest, []).append(run)
+        groups.setdefault((run.digest, run.entry["method"], run.entry["checkpoint"]), []).append(run)
     names = _names(list(groups.values()))
     return [Experiment(name, tuple(group)) for name, group in zip(names, groups.values(), strict=True)]
 
 
-def _runs_of(place: Path) -> list[Path]:
-    if not (place / SWEEP).is_file():
+def _runs_of(place: Path, split: str | None) -> list[Path]:
+    """A run folder, or those of a sweep that have results of the split; a warning names the others."""
+    runs = [place / run["name"] for run in read_sweep(place).get("runs", [])]
+    if not runs:
         return [place]
-    runs = [place / run["name"] for run in json.loads((place / SWEEP).read_text(encoding="utf-8"))["runs"]]
-    return [run for run in runs if (run / "results.json").is_file()] or [place]
+    splits = {run: _splits(read_results(run) or {"results": []}) for run in runs}
+    wanted = split or (TEST if any(TEST in own for own in splits.values()) else None)
+    kept = [run for run in runs if (wanted in splits[run] if wanted else splits[run])]
+    what = f"results of the split {wanted}" if wanted else "results"
+    if not kept:
+        raise UserError(f"no run of the sweep {place} has {what}: the sweep's own command goes on with it")
+    if left := [run.name for run in runs if run not in kept]:
+        logger.warning("%d of %d runs of %s have no %s: %s", len(left), len(runs), place, what, ", ".join(left))
+    return kept
+
+
+def _splits(table: dict[str, Any]) -> list[str]:
+    """Splits of captions with a file of results."""
+    return [entry["split"] for entry in table["results"] if entry["kind"] == "retrieval" and entry["file"]]
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -131,15 +149,12 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _common_split(tables: dict[Path, dict[str, Any]]) -> str:
-    splits = [
-        [entry["split"] for entry in table["results"] if entry["kind"] == "retrieval" and entry["file"]]
-        for table in tables.values()
-    ]
+    splits = [_splits(table) for table in tables.values()]
     common = [name for name in splits[0] if all(name in other for other in splits)]
     if not common:
         held = "; ".join(f"{folder}: {', '.join(own) or 'none'}" for folder, own in zip(tables, splits, strict=True))
         raise UserError(f"the runs have no evaluated split in common ({held}): evaluate them with --split NAME")
-    return "test" if "test" in common else common[0]
+    return TEST if TEST in common else common[0]
 
 
 def _evaluated(folder: Path, table: dict[str, Any], split: str) -> Evaluated:
@@ -195,13 +210,23 @@ def _names(groups: list[list[Evaluated]]) -> list[str]:
 def differing_values(experiments: Sequence[Experiment]) -> dict[str, list[str]]:
     """Keys whose values differ between the experiments, each with the value of every experiment; "" if it has none.
 
-    Beside the keys of the configuration: how the pairs were scored.
+    Beside the keys of the configuration: which checkpoint was evaluated, and how its pairs were scored. A section that one
+    experiment leaves empty and another fills is shown by its keys alone.
     """
     configs = [
-        {"evaluated": one.runs[0].entry["method"]}
+        {"evaluated": one.runs[0].entry["method"], "checkpoint": one.runs[0].entry["checkpoint"]}
         | {key: str(value) for key, value in flat(one.runs[0].config) if key not in ("run.dir", "run.seed")}
         for one in experiments
     ]
     keys = dict.fromkeys(key for config in configs for key in config)
     table = {key: [config.get(key, "") for config in configs] for key in keys}
-    return {key: values for key, values in table.items() if len(set(values)) > 1}
+    filled = {key: values for key, values in table.items() if len(set(values)) > 1}
+    return {key: values for key, values in filled.items() if not (_is_empty(values) and _has_keys(key, filled))}
+
+
+def _is_empty(values: list[str]) -> bool:
+    return set(values) <= {"", "None", "{}", "[]"}
+
+
+def _has_keys(section: str, keys: Iterable[str]) -> bool:
+    return any(key.startswith(f"{section}.") for key in keys)

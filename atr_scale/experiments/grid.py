@@ -91,7 +91,7 @@ def _short_keys(keys: Sequence[str]) -> dict[str, str]:
     """The end of each key: without its section, and two parts at most, unless that is ambiguous."""
     short = {key: ".".join(key.split(".")[1:][-2:]) or key for key in keys}
     counts = Counter(short.values())
-    return {key: end if counts[end] == 1 else key for key, end in short.items()}
+    return {key: UNSAFE.sub("-", end if counts[end] == 1 else key) for key, end in short.items()}
 
 
 def _readable(value: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shlex
@@ -19,6 +20,7 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
+from atr_scale.errors import UserError
 from atr_scale.experiments.sweep import Sweep, SweepRun, last_error
 from atr_scale.training.preemption import SIGNALS
 
@@ -36,6 +38,7 @@ class Job:
     slot: int
     log: Path
     commands: list[list[str]]
+    lock: int  # file descriptor of the lock on the sweep folder, which it inherits
     output: BinaryIO = field(init=False)
     process: subprocess.Popen[bytes] = field(init=False)
 
@@ -50,7 +53,7 @@ class Job:
         self.output.flush()
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | _gpu(self.slot),
+            env=os.environ | _gpu(self.slot), pass_fds=(self.lock,),
         )  # fmt: skip
 
 
@@ -64,8 +67,14 @@ class Stop:
 def run_local(sweep: Sweep, at_once: int) -> tuple[list[str], list[SweepRun]]:
     """Carry out the runs that are not finished. Returns a line for each failure, and the runs that were stopped.
 
-    On a signal the runs in progress save and stop, and no further ones start.
+    On a signal the runs in progress save and stop, and no further ones start. Raises UserError if another process
+    carries out the same sweep, or has been killed and left runs in progress.
     """
+    with _alone(sweep.folder) as lock:
+        return _run_all(sweep, at_once, lock)
+
+
+def _run_all(sweep: Sweep, at_once: int, lock: int) -> tuple[list[str], list[SweepRun]]:
     waiting = [run for run in sweep.runs if not run.finished()]
     if len(waiting) < len(sweep.runs):
         logger.info("%d of %d runs are finished already", len(sweep.runs) - len(waiting), len(sweep.runs))
@@ -77,7 +86,8 @@ def run_local(sweep: Sweep, at_once: int) -> tuple[list[str], list[SweepRun]]:
             while waiting and len(active) < at_once and not stop.received:
                 slot = min(set(range(at_once)) - {job.slot for job in active})
                 run = waiting.pop(0)
-                active.append(Job(run, slot, sweep.logs / f"{run.name}.log", commands_of(sweep, run)))
+                active.append(Job(run, slot, sweep.logs / f"{run.name}.log", commands_of(sweep, run), lock))
+                progress.start(active[-1])
             if stop.received > told:
                 told = stop.received
                 _tell(active, told)
@@ -121,7 +131,22 @@ def _tell(active: Sequence[Job], received: int) -> None:
         else:
             os.killpg(job.process.pid, signal.SIGKILL)
     if active:
-        logger.warning("told to stop: %d runs save; again to end them at once", len(active))
+        how = "save; again to end them at once" if received == 1 else "are ended at once"
+        logger.warning("told to stop: %d runs %s", len(active), how)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """Hold a lock on the sweep folder, and yield its descriptor. The lock ends with the last process that has it."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder} is carried out by another process, or runs that a killed one has left are still in "
+                "progress: wait for their end, or end them"
+            ) from None
+        yield file.fileno()
 
 
 @contextmanager
@@ -131,7 +156,8 @@ def _signals() -> Iterator[Stop]:
     def receive(number: int, frame: FrameType | None) -> None:
         stop.received += 1
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, *SIGNALS)}
+    heard = [n for n in (signal.SIGINT, signal.SIGHUP, *SIGNALS) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, receive) for number in heard}
     try:
         yield stop
     finally:
@@ -140,7 +166,7 @@ def _signals() -> Iterator[Stop]:
 
 
 class _Progress:
-    """A bar over the runs, to which those in progress add their part; without a terminal a line as each one ends."""
+    """A bar over the runs, with the part of those in progress; without a terminal, lines as one starts and ends."""
 
     FORM = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
@@ -153,6 +179,10 @@ class _Progress:
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
+
+    def start(self, job: Job) -> None:
+        if self.bar.disable:
+            logger.info("%s: started, log in %s", job.run.name, job.log)
 
     def end(self, run: SweepRun) -> None:
         self.ended += 1

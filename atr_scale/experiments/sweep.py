@@ -20,13 +20,13 @@ from typing import Any
 from atr_scale.config import RunConfig, load_config
 from atr_scale.errors import UserError, one_line
 from atr_scale.evaluation.results import config_digest, read_results
-from atr_scale.experiments.evaluated import SWEEP
 from atr_scale.experiments.grid import SEED, Axis, combinations, parse_arguments, run_names
+from atr_scale.experiments.sweep_file import SWEEP, read_sweep
 from atr_scale.files import atomic_write
 
 TEST = "test"
 PLAIN = re.compile(r"[\w./=,+-]+")
-ERROR = re.compile(r"\berror: |\b\w*(?:Error|Exception)\b", re.IGNORECASE)
+ERROR = re.compile(r"^(?!srun: ).*(?:\berror: |\b\w*(?:Error|Exception)\b)", re.IGNORECASE)  # srun tells exit codes
 TAIL = 1 << 16  # bytes of a log that are searched for an error
 
 
@@ -118,29 +118,35 @@ def plan_sweep(config: str, arguments: Sequence[str], *, seeds: int | None = Non
         overrides = (*shared, *_overrides(values), f"run.dir={_quoted(place)}")
         run = SweepRun(numbers.setdefault(name, len(numbers)), name, overrides, own)
         runs.append(run)
-        described = {"name": name, "overrides": list(overrides), "commands": _commands(config, run)}
-        table["runs"][run.number : run.number + 1] = [described]
+        table["runs"][run.number : run.number + 1] = [_described(config, run)]
     return Sweep(folder, config, runs, table)
 
 
 def _check(config: str, shared: list[str], axes: list[Axis]) -> dict[str, RunConfig]:
-    """The configuration of every run by its name. UserError with a line for each that is wrong."""
-    checked, wrong = {}, []
+    """The configuration of every run by its name. UserError with a line for each wrong one, one if all are alike."""
+    checked, wrong = [], []
     for name, values in zip(run_names(axes), combinations(axes), strict=True):
         try:
-            checked[name] = load_config(config, [*shared, *_overrides(values)])
+            checked.append((name, load_config(config, [*shared, *_overrides(values)])))
         except UserError as error:
             wrong.append(f"{name}: {one_line(error)}")
-    if len(set(wrong)) == 1 and not axes:
+    by_digest: dict[str, str] = {}
+    for name, own in checked:
+        digest = config_digest(own.model_dump(mode="json")) + str(own.run.seed)
+        if digest in by_digest:
+            wrong.append(f"{name}: the same configuration as {by_digest[digest]}, give each value once")
+        by_digest.setdefault(digest, name)
+    if not wrong:
+        return dict(checked)
+    number = len(combinations(axes))
+    if len(wrong) == number and len({line.partition(": ")[2] for line in wrong}) == 1:
         raise UserError(wrong[0].partition(": ")[2])
-    if wrong:
-        raise UserError(f"{len(wrong)} of {len(wrong) + len(checked)} configurations are wrong:\n" + "\n".join(wrong))
-    return checked
+    raise UserError(f"{len(wrong)} of {number} configurations are wrong:\n" + "\n".join(wrong))
 
 
 def _table(folder: Path, config: str, shared: list[str], axes: list[Axis]) -> dict[str, Any]:
     """The content of sweep.json, with the runs and jobs of earlier calls. UserError if it holds another sweep."""
-    old = _read(folder)
+    old = read_sweep(folder)
     table: dict[str, Any] = {
         "schema": 1,
         "config": config,
@@ -156,18 +162,6 @@ def _table(folder: Path, config: str, shared: list[str], axes: list[Axis]) -> di
         earlier = " ".join([old["config"], *old["shared"], *(f"{key}=[...]" for key in old["grid"])])
         raise UserError(f"{folder} holds the sweep of {earlier}: give --out DIR for another one")
     return table
-
-
-def run_arguments(folder: Path, number: int, evaluation: bool) -> list[str]:
-    """Arguments of `atr-scale train` for a run of a sweep folder, or of `atr-scale evaluate` (maybe none)."""
-    table = _read(folder)
-    if not table or not 0 <= number < len(table["runs"]):
-        raise UserError(f"{folder} has no run {number}: it holds {len(table.get('runs', []))} runs")
-    overrides = tuple(table["runs"][number]["overrides"])
-    if not evaluation:
-        return [table["config"], *overrides]
-    run = SweepRun(number, table["runs"][number]["name"], overrides, load_config(table["config"], overrides))
-    return run.evaluation()
 
 
 def last_error(log: Path) -> str:
@@ -189,21 +183,17 @@ def _quoted(text: str) -> str:
     return text if PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
-def _commands(config: str, run: SweepRun) -> list[str]:
-    commands = [["atr-scale", "train", config, *run.overrides]]
-    if run.evaluation():
-        commands.append(["atr-scale", "evaluate", *run.evaluation()])
-    return [shlex.join(command) for command in commands]
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / SWEEP
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): remove it; the run folders beside it are kept") from None
+def _described(config: str, run: SweepRun) -> dict[str, Any]:
+    """A run in sweep.json."""
+    evaluation = run.evaluation()
+    commands = [["train", config, *run.overrides], *([["evaluate", *evaluation]] if evaluation else [])]
+    return {
+        "name": run.name,
+        "dir": run.config.run.dir,
+        "overrides": list(run.overrides),
+        "evaluation": evaluation,
+        "commands": [shlex.join(["atr-scale", *command]) for command in commands],
+    }
 
 
 def _last_step(path: Path) -> int:

@@ -23,6 +23,9 @@ LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
 }
 COLUMNS = ("experiment", "runs", "by", "bin", "queries", "metric", "mean", "deviation", "difference", "low", "high")
 

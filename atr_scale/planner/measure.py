@@ -238,7 +238,7 @@ def _some_rows(sequence: TokenSequence, rows: int) -> TokenSequence:
 
 def _teacher(teachers: Teachers, rows: int) -> TeacherEnsemble:
     ids = torch.arange(rows)
-    table = TeacherTable("planned", ids, ids, torch.zeros_like(ids), {})
+    table = TeacherTable("planned", ids, ids, ids, {})
     # Unit vectors as in real tables: the losses search scores outside of [-1, 1] for their maxima.
     values = [functional.normalize(torch.randn(rows, width), dim=1).half() for width in teachers.widths]
     members = [EnsembleMember(replace(table, values={"text": x, "audio": x})) for x in values]

@@ -1,4 +1,4 @@
-"""Whether a teacher table fits into memory and on the disk, before anything is embedded.
+"""Whether a teacher table fits into memory and on the disk, before anything is embedded or read.
 
 Shape suffixes: C captions, N clips, d width, K best.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -50,8 +51,7 @@ def check_sizes(
     runs: configurations by name. copies: tables of the cross-fitted one beside those of the runs, which it joins.
     """
     captions, clips = sum(each.count_captions() for each in shards), sum(map(len, shards))
-    hosts = world.gather_objects(socket.gethostname())
-    memory = min(world.gather_objects(free_memory() // hosts.count(socket.gethostname())))
+    memory = _memory_of_a_rank(world)
     disk = None if storage.is_remote(str(out)) else shutil.disk_usage(out).free
     on_disk = 0
     for name, config in runs.items():
@@ -70,6 +70,30 @@ def check_sizes(
             raise UserError(
                 f"{what} takes the tables in {out} to {_gb(on_disk)}, {_gb(disk)} of the disk are free: {remedy}"
             )
+
+
+def check_grades_size(path: Path, world: World) -> None:
+    """Raises UserError on every rank if the grades of an npz file do not fit into memory; all ranks call this.
+
+    `read_grades` tells what is wrong with a file that is none.
+    """
+    memory = _memory_of_a_rank(world)
+    try:
+        with zipfile.ZipFile(path) as file:
+            size = max(entry.file_size for entry in file.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return
+    if size + size // 4 > memory:  # and a truth value for each while they are checked
+        raise UserError(
+            f"the grades in {path} take {_gb(size + size // 4)} of memory on each rank while they are read, "
+            f"{_gb(memory)} are free: give a CSV file, which names the relevant clips alone"
+        )
+
+
+def _memory_of_a_rank(world: World) -> int:
+    """Bytes that every rank can take, if all take as much at once."""
+    hosts = world.gather_objects(socket.gethostname())
+    return int(min(world.gather_objects(free_memory() // hosts.count(socket.gethostname()))))
 
 
 def _gb(size: int) -> str:

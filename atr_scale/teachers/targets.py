@@ -1,16 +1,16 @@
 """Soft labels that come from no model: known relevance, random scores, equal scores.
 
-Shape suffixes: B texts of the global batch, b rows of this rank, C captions and N clips, d width.
+Shape suffixes: B texts of the global batch, b rows of this rank, C captions, N clips.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -18,14 +18,18 @@ from atr_scale.batch import Batch, stable_id
 from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.distributed.world import World
-from atr_scale.evaluation.relevance import grades_of_csv, read_grades
+from atr_scale.errors import UserError
+from atr_scale.evaluation.relevance import Texts, pairs_of_csv, read_grades
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.terms import DistillationSection
 from atr_scale.score_block import EmbeddingScores, ScoreBlock
 from atr_scale.teachers.ensemble import Coverage, EnsembleMember, TeacherEnsemble
-from atr_scale.teachers.tables import TeacherTable
+from atr_scale.teachers.grades import GradeTable, Pairs
+from atr_scale.teachers.keys import UNKNOWN
+from atr_scale.teachers.sizes import check_grades_size
 
 RANDOM_WIDTH = 64  # of random embeddings: their cosines have a standard deviation of 1/8
+ROWS = 256  # captions whose grades are looked at together
 
 
 class Constructed:
@@ -59,46 +63,53 @@ def random_vectors(ids: Tensor, seed: int) -> Tensor:
 
 
 def true_targets(section: DistillationSection, sources: Sequence[ShardSet]) -> TeacherEnsemble:
-    """The grades of the relevance file of a configuration, as the scores of a teacher.
+    """The grades of the relevance file of a configuration, as the scores of a teacher; all ranks call this.
 
-    A caption's own clip has the grade 1. Raises UserError if the file cannot be read or grades no caption of `sources`.
+    A caption's own clip has the grade 1. Raises UserError if the file cannot be read, if a CSV file grades no caption
+    of `sources`, or if an npz file does not fit into memory.
     """
     path = Path(section.relevance or "")
     table = _of_npz(path) if path.suffix == ".npz" else _of_csv(path, sources)
-    own = table.keys.caption_clip_row
-    table.values["scores"][torch.arange(len(own)), own] = 1.0
     return TeacherEnsemble([EnsembleMember(table)], missing=section.missing)
 
 
-def _of_npz(path: Path) -> TeacherTable:
+def _of_npz(path: Path) -> GradeTable:
+    check_grades_size(path, World.current())
     known = read_grades(path)
     clip_ids = torch.tensor([stable_id(clip) for clip in known.columns])
     rows = torch.tensor([[stable_id(clip), index] for clip, index in known.rows])
-    return _table(path, clip_ids, rows[:, 0], rows[:, 1], known.grades_CN)
+    own = np.array([known.columns.get(clip, UNKNOWN) for clip, _ in known.rows])
+    graded = np.flatnonzero(own != UNKNOWN)
+    known.grades_CN[graded, own[graded]] = 1
+    return GradeTable.of(path, clip_ids, rows[:, 0], rows[:, 1], _positive(known.grades_CN))
 
 
-class _Texts(NamedTuple):
-    captions: list[str]
-    clip_ids: list[str]
+def _positive(grades_CN: NDArray[np.floating]) -> Iterator[Pairs]:
+    """Pairs with a positive grade, some captions at a time."""
+    for first in range(0, len(grades_CN), ROWS):
+        rows, columns = np.nonzero(grades_CN[first : first + ROWS])
+        yield first + rows, columns, grades_CN[first + rows, columns].astype(np.float32)
 
 
-def _of_csv(path: Path, sources: Sequence[ShardSet]) -> TeacherTable:
+def _of_csv(path: Path, sources: Sequence[ShardSet]) -> GradeTable:
     """A CSV file names captions by their text, so the texts of all samples are read."""
-    texts, rows = _Texts([], []), []
+    texts, rows, own = Texts([], []), [], []
     for shards in sources:
         for sample in range(len(shards)):
             try:
                 clip_id, captions, _ = shards.read_text(sample)
             except BadSample:  # training drops it too
                 continue
+            own += [len(texts.clip_ids)] * len(captions)
             texts.clip_ids.append(clip_id)
             texts.captions.extend(captions)
             rows += [(stable_id(clip_id), index) for index in range(len(captions))]
     keys = torch.tensor(rows)
     clip_ids = torch.tensor([stable_id(clip) for clip in texts.clip_ids])
-    return _table(path, clip_ids, keys[:, 0], keys[:, 1], grades_of_csv(path, texts))
-
-
-def _table(path: Path, clip_ids: Tensor, caption_clip: Tensor, index: Tensor, grades: np.ndarray) -> TeacherTable:
-    scores = {"scores": torch.from_numpy(grades.astype(np.float16))}
-    return TeacherTable(path.name, clip_ids, caption_clip, index, scores)
+    named = list(pairs_of_csv(path, texts))
+    if not named:
+        places = ", ".join(shards.location for shards in sources)
+        raise UserError(f"{path} grades no caption and clip of {places}: give the file of these clips")
+    pairs = np.unique([*named, *enumerate(own)], axis=0)
+    ones = np.ones(len(pairs))
+    return GradeTable.of(path, clip_ids, keys[:, 0], keys[:, 1], [(pairs[:, 0], pairs[:, 1], ones)])

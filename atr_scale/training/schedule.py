@@ -160,8 +160,8 @@ def describe_length(config: RunConfig, length: RunLength) -> tuple[str, str]:
     if length.captions:
         each.append(f"{visits / length.captions:.1f} to each of {length.captions:,} captions")
     return (
-        f"{length.steps} optimizer steps, {', '.join(parts)}; an epoch of {unit} is {length.epoch_steps:.1f}",
-        f"{visits:,}, on average {' and '.join(each)}; an epoch of {unit} is {length.epoch_visits:,}",
+        f"{length.steps} optimizer steps, {', '.join(parts)}; an epoch of {unit} is {length.epoch_steps:.1f} steps",
+        f"{visits:,}, on average {' and '.join(each)}; an epoch of {unit} is {length.epoch_visits:,} visits",
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from atr_scale.experiments.sweep import last_error
 from tests.tiny import TinyInputs, make_tiny_inputs, read_training, write_tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -150,6 +151,7 @@ def test_failing_job_requeues_up_to_the_cap(cluster: Cluster, tiny: TinyInputs, 
     job = cluster.finish(number)
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "1"), cluster.log(number)
     assert "requeued (1 of at most 1)" in cluster.log(number)
+    assert "RuntimeError: 3 non-finite steps" in last_error(cluster.folder / f"job-{number}.log"), "the cause"
 
 
 def test_mistake_in_the_configuration_is_not_tried_again(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
@@ -170,32 +172,36 @@ def test_a_mistake_of_all_ranks_is_told_once(cluster: Cluster, tiny: TinyInputs,
 
 
 def test_sweep_of_two_configurations_and_two_seeds(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
-    """An array job, of which the task with the array's own number is preempted; then the runs are compared."""
-    folder, total = tmp_path / "sweep", 12
-    config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run", steps=total, checkpoint_every=total)
-    command = ["python", "-m", "atr_scale.cli", "sweep", str(config), "train.lr=[1e-3,1e-5]", "--seeds", "2"]
-    command += [f"data.test={tiny.shards}", "--out", str(folder), "--slurm", "--at-once", "2"]
+    """An array job, of which the task with the array's own number is preempted; then the runs are compared.
+
+    The preempted one has steps enough to be still in training then.
+    """
+    folder, few, many = tmp_path / "sweep", 4, 100
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run", checkpoint_every=many)
+    command = ["python", "-m", "atr_scale.cli", "sweep", str(config), f"train.steps=[{few},{many}]", "--seeds", "2"]
+    command += [f"data.test={tiny.shards}", "--out", str(folder), "--slurm", "--at-once", "4"]
     size = "--nodes=1 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1"
     said = cluster.call(*command, "--sbatch", size)
     assert said.count("not submitted") == 4
     (job,) = re.findall(r"submitted: job (\d+) with 4 runs", said)
-    names = [f"lr={lr},seed={seed}" for lr in ("1e-3", "1e-5") for seed in (0, 1)]
+    names = {f"steps={count},seed={seed}": count for count in (few, many) for seed in (0, 1)}
+    last = folder / f"steps={many},seed=1"
 
-    cluster.wait(job, lambda: len(steps(folder / names[3])) >= 3)
+    cluster.wait(job, lambda: len(steps(last)) >= 1)
     cluster.call("scancel", "--signal=USR1", "--batch", f"{job}_3")
     shown = cluster.call(*command)
-    assert "failed" not in shown and "submitted" not in shown and "lr=1e-5,seed=1: step " in shown
+    assert "failed" not in shown and "submitted" not in shown and f"{last.name}: step " in shown
     log = folder / f"logs/slurm-{job}_3.log"
     cluster.wait(job, lambda: cluster.call("squeue", "--noheader", "--me", "--name=pretrain_wavcaps") == "")
     assert "all 4 runs finished" in cluster.call(*command)
     assert log.read_text().count("requeued (1 of at most 100)") == 1
     assert all("requeued" not in (folder / f"logs/slurm-{job}_{task}.log").read_text() for task in range(3))
-    assert all(steps(folder / name) == list(range(1, total + 1)) for name in names)
+    assert all(steps(folder / name) == list(range(1, count + 1)) for name, count in names.items())
     compared = cluster.call("python", "-m", "atr_scale.cli", "compare", str(folder), "--by", "duration")
-    assert "| experiment | seeds | step | train.lr |" in compared
-    assert "| lr=1e-3 | 0, 1 | 12 | 0.001 |" in compared and "| lr=1e-5 | 0, 1 | 12 | 1e-05 |" in compared
-    assert "Differences to lr=1e-3" in compared and "t2a/R@1 by duration" in compared
-    rows = [line for line in compared.splitlines() if line.startswith(("| lr=1e-3 | ", "| lr=1e-5 | "))]
+    assert "| experiment | seeds | step | train.steps |" in compared
+    assert all(f"| steps={count} | 0, 1 | {count} | {count} |" in compared for count in (few, many))
+    assert f"Differences to steps={few}" in compared and "t2a/R@1 by duration" in compared
+    rows = [line for line in compared.splitlines() if line.startswith("| steps=")]
     assert any("±" in row for row in rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from atr_scale.config import RunConfig, parse_config
 from atr_scale.errors import UserError
 from atr_scale.evaluation.facts import Facts
 from atr_scale.evaluation.result import evaluate_retrieval
-from atr_scale.evaluation.results import record_results
+from atr_scale.evaluation.results import record_results, record_training
 from atr_scale.evaluation.retrieval_scores import ScoreMatrix
 from atr_scale.experiments.compare import ALL, bootstrap_means, compare_runs, split_by
 from atr_scale.experiments.evaluated import read_experiments
@@ -85,6 +86,30 @@ def test_seeds_of_one_configuration_are_one_experiment(runs: list[Path]) -> None
             assert cell.mean == pytest.approx(np.mean(each)) and cell.deviation == pytest.approx(np.std(each, ddof=1))
 
 
+def test_one_run_evaluated_in_two_ways_is_two_experiments(runs: list[Path], tmp_path: Path) -> None:
+    """They have one configuration and one seed, and their mean would say nothing."""
+    other = tmp_path / "other"
+    shutil.copytree(runs[0], other)
+    table = json.loads((other / "results.json").read_text())
+    for key, value in (("method", "re-ranked"), ("checkpoint", "last")):
+        entry = {**table["results"][0], key: value}
+        (other / "results.json").write_text(json.dumps({**table, "results": [entry]}))
+        found = compare_runs([runs[0], runs[1], other])
+        assert [len(one.runs) for one in found.experiments] == [2, 1]
+        assert list(found.differing.values()) == [[table["results"][0][key], value]]
+
+
+def test_a_section_that_one_experiment_fills_is_shown_by_its_keys(tmp_path: Path) -> None:
+    """Not once more as an empty section."""
+    runs = [write_run(tmp_path / name, lr=1e-3, seed=0, noise=1.0) for name in ("mean", "tap")]
+    for run, scorer in zip(runs, ({"options": {}}, {"options": {"residual": True}}), strict=True):
+        table = json.loads((run / "results.json").read_text())
+        table["config"]["model"] = {"scorer": scorer}
+        table["config_digest"] = run.name
+        (run / "results.json").write_text(json.dumps(table))
+    assert compare_runs(runs).differing == {"model.scorer.options.residual": ["", "True"]}
+
+
 def test_intervals_are_paired_and_resample_clips_with_all_their_captions(runs: list[Path]) -> None:
     found = compare_runs(runs)
     for key in ("t2a/mAP@10", "a2t/R@5"):
@@ -138,11 +163,11 @@ def test_quarters_of_numbers_and_categories_of_texts() -> None:
     numbers = np.array([*np.arange(40.0), np.nan])
     bins = split_by({"t2a": numbers, "a2t": np.array([0.0, 15.0, 39.0])})
     assert [int(chosen["t2a"].sum()) for chosen in bins.values()] == [10, 10, 10, 10, 1]
-    assert list(bins)[-1] == "unknown" and next(iter(bins)) == "0 to below 9.75"
+    assert list(bins)[-1] == "(unknown)" and next(iter(bins)) == "0 to below 9.75"
     assert [chosen["a2t"].tolist() for chosen in bins.values()][:2] == [[True, False, False], [False, True, False]]
     texts = np.array(["a"] * 3 + ["b"] * 2 + [f"z{n:02}" for n in range(20)] + [""])
     bins = split_by({"t2a": texts, "a2t": texts})
-    assert list(bins)[:2] == ["a", "b"] and list(bins)[-2:] == ["other", "unknown"] and len(bins) == 14
+    assert list(bins)[:2] == ["a", "b"] and list(bins)[-2:] == ["(other)", "(unknown)"] and len(bins) == 14
     assert sum(int(chosen["t2a"].sum()) for chosen in bins.values()) == len(texts)
 
 
@@ -164,11 +189,19 @@ def test_other_test_sets_are_refused_by_name(runs: list[Path], tmp_path: Path) -
         compare_runs(runs, split="clotho")
 
 
-def test_a_sweep_folder_stands_for_its_evaluated_runs(runs: list[Path], tmp_path: Path) -> None:
-    folder = runs[0].parent
-    names = [run.name for run in runs] + ["not-begun"]
-    (folder / "sweep.json").write_text(json.dumps({"runs": [{"name": name} for name in names]}))
-    assert markdown(compare_runs([folder])) == markdown(compare_runs(runs))
+def test_a_sweep_folder_stands_for_its_evaluated_runs(
+    runs: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training writes results.json at its start, also that of a run that fails."""
+    shutil.copytree(runs[0].parent, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "failed").mkdir()
+    record_training(tmp_path / "failed", config(tmp_path / "failed", 1.0, 0), 0, 4)
+    names = [run.name for run in runs] + ["not-begun", "failed"]
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": [{"name": name} for name in names]}))
+    assert markdown(compare_runs([tmp_path])) == markdown(compare_runs([tmp_path / run.name for run in runs]))
+    assert f"2 of 6 runs of {tmp_path} have no results of the split test: not-begun, failed" in caplog.text
+    with pytest.raises(UserError, match=r"no run of the sweep .* has results of the split clotho"):
+        compare_runs([tmp_path], split="clotho")
 
 
 def test_markdown_csv_latex_and_picture(runs: list[Path], tmp_path: Path) -> None:

@@ -107,6 +107,17 @@ def test_a_result_of_another_format_is_refused(tmp_path: Path) -> None:
         EvaluationResult.load(path)
 
 
+@pytest.mark.parametrize("damaged", ["evaluation-test.json", "ranks-test.npz"])
+def test_a_missing_or_damaged_result_is_told_in_one_line(tmp_path: Path, damaged: str) -> None:
+    path = retrieval_result().save(tmp_path)
+    assert [each.name for each in sorted(tmp_path.iterdir())] == ["evaluation-test.json", "ranks-test.npz"]
+    content = (tmp_path / damaged).read_bytes()
+    for change in (lambda file: file.write_bytes(content[: len(content) // 2]), Path.unlink):
+        change(tmp_path / damaged)
+        with pytest.raises(UserError, match=r"evaluation-test\.json or its ranks are missing or damaged"):
+            EvaluationResult.load(path)
+
+
 def test_examples_agree_with_the_ranks() -> None:
     result = retrieval_result()
     assert {example.direction for example in result.examples} == {"t2a", "a2t"}

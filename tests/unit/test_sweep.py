@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -23,7 +24,8 @@ from atr_scale.evaluation.results import record_results, record_training
 from atr_scale.evaluation.retrieval_scores import ScoreMatrix
 from atr_scale.experiments import local, slurm
 from atr_scale.experiments.grid import Axis, combinations, parse_arguments, run_names
-from atr_scale.experiments.sweep import Sweep, SweepRun, last_error, plan_sweep, run_arguments
+from atr_scale.experiments.sweep import Sweep, SweepRun, last_error, plan_sweep
+from atr_scale.experiments.task import task_words
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,6 +80,7 @@ def test_names_tell_what_differs_and_are_safe() -> None:
     assert run_names([]) == ["run"]
     paths = run_names([Axis("train.initial_checkpoint", ("runs/a b/", "'../c:d'"))])
     assert paths == ["initial_checkpoint=a-b", "initial_checkpoint=c-d"]
+    assert run_names([Axis("data.train[0].shards", ("a",))]) == ["train-0-.shards=a"]
     same_end = run_names([Axis("train.initial_checkpoint", ("a/x", "b/x", "b/X"))])
     assert len({name.lower() for name in same_end}) == 3, "also on a file system that ignores the case"
     both = run_names([Axis("objective.pmr.weight", ("0", "1")), Axis("plug.pmr.weight", ("2",))])
@@ -95,12 +98,18 @@ def test_every_run_is_its_configuration_with_a_folder_and_a_seed(config: str, tm
     assert sweep.runs[2].config.train.lr == 3e-4 and sweep.runs[2].config.train.steps == 8
     assert not sweep.folder.exists(), "planning writes nothing"
     sweep.save()
-    assert run_arguments(sweep.folder, 3, evaluation=False) == [config, *sweep.runs[3].overrides]
-    assert run_arguments(sweep.folder, 3, evaluation=True) == [str(sweep.runs[3].dir), "--split", "test"]
+    assert task_words("train", sweep.folder, 3) == [config, *sweep.runs[3].overrides]
+    assert task_words("evaluate", sweep.folder, 3) == [str(sweep.runs[3].dir), "--split", "test"]
+    assert task_words("dir", sweep.folder, 3) == [str(sweep.runs[3].dir)]
     (alone,) = plan_sweep(config, [], seeds=1, out=tmp_path / "alone").runs
     assert alone.name == "seed=3" and alone.dir == tmp_path / "alone" / "seed=3"
     with pytest.raises(UserError, match="holds 4 runs"):
-        run_arguments(sweep.folder, 4, evaluation=False)
+        task_words("train", sweep.folder, 4)
+
+
+def test_a_task_finds_its_words_without_what_takes_seconds_to_import() -> None:
+    code = "import sys, atr_scale.experiments.task; print('torch' in sys.modules, 'pydantic' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False False\n"
 
 
 def test_all_configurations_are_checked_with_a_line_for_each_that_is_wrong(config: str) -> None:
@@ -109,6 +118,12 @@ def test_all_configurations_are_checked_with_a_line_for_each_that_is_wrong(confi
     first, *lines = str(caught.value).splitlines()
     assert first == "2 of 3 configurations are wrong:"
     assert [line.partition(":")[0] for line in lines] == ["lr=-1", "lr=x"] and "train.lr" in lines[0]
+    with pytest.raises(UserError, match=r"lr=1e0: the same configuration as lr=1, give each value once"):
+        plan_sweep(config, ["train.lr=[1,1e0]"])
+    with pytest.raises(UserError, match=r"lr=1-\w+: the same configuration as lr=1-\w+"):
+        plan_sweep(config, ["train.lr=[1,1]"])
+    with pytest.raises(UserError, match=r"^no configuration file at nowhere\.yaml"):
+        plan_sweep("nowhere.yaml", ["train.lr=[1,2]"])
     with pytest.raises(UserError, match=r"did you mean 'train\.steps'"):
         plan_sweep(config, ["train.stepps=4"])
 
@@ -165,7 +180,10 @@ def scripts(monkeypatch: pytest.MonkeyPatch, **bodies: str) -> None:
     monkeypatch.setattr(local, "commands_of", commands_of)
 
 
-def test_failures_are_listed_with_their_error_and_log(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_listed_with_their_error_and_log(
+    config: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     sweep = plan_sweep(config, ["train.lr=[1,2,3]"])
     sweep.save()
     finish(sweep.runs[2])
@@ -173,6 +191,7 @@ def test_failures_are_listed_with_their_error_and_log(config: str, monkeypatch: 
     scripts(monkeypatch, lr1="print('trained')", lr2=fails, lr3="sys.exit('a finished run is started again')")
     failed, stopped = local.run_local(sweep, 2)
     log = sweep.logs / "lr=2.log"
+    assert f"lr=2: started, log in {log}" in caplog.messages and "lr=3: started" not in caplog.text
     assert failed == [f"lr=2: exit code 2: error: no shards in x ({log})"] and stopped == []
     assert "lr=1 evaluated" in (sweep.logs / "lr=1.log").read_text()
     assert "evaluated" not in log.read_text(), "a failed run is not evaluated"
@@ -188,6 +207,21 @@ def test_runs_share_the_machine_as_asked(config: str, monkeypatch: pytest.Monkey
     places = [str(tmp_path / name) for name in ("first", "second")]
     scripts(monkeypatch, lr1=meet.format(places), lr2=meet.format(places[::-1]))
     assert local.run_local(sweep, 2) == ([], [])
+
+
+def test_runs_of_a_killed_sweep_are_not_started_twice(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have the lock of the sweep, whose own process is gone."""
+    sweep = plan_sweep(config, ["train.lr=[1,2]"])
+    sweep.save()
+    with local._alone(sweep.folder) as lock:
+        left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
+    held = "print({Path(f'/proc/self/fd/{fd}').resolve().name for fd in range(99)})"
+    scripts(monkeypatch, lr1=held, lr2=held)
+    with pytest.raises(UserError, match=r"sweep is carried out by another process, or runs that a killed one has left"):
+        local.run_local(sweep, 1)
+    left.communicate(b"\n")
+    assert local.run_local(sweep, 1) == ([], [])
+    assert "'lock'" in (sweep.logs / "lr=2.log").read_text(), "runs inherit it"
 
 
 def test_ctrl_c_lets_the_runs_save_and_starts_no_further_one(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +256,8 @@ def test_the_error_of_a_log_is_its_last_one(tmp_path: Path) -> None:
     assert last_error(log) == "no log"
     log.write_text("ValueError: first\nRuntimeError: second.\nsaved\n")
     assert last_error(log) == "RuntimeError: second"
+    log.write_text("[rank0]: RuntimeError: non-finite\nsrun: error: node1: task 0: Exited with exit code 1\nfailed\n")
+    assert last_error(log) == "[rank0]: RuntimeError: non-finite", "srun knows no cause"
     log.write_text("12:00:00 INFO killed\n")
     assert last_error(log) == "12:00:00 INFO killed"
 

@@ -16,7 +16,9 @@ from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.errors import UserError
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.score_block import ScoreBlock
+from atr_scale.teachers import sizes
 from atr_scale.teachers.ensemble import TeacherEnsemble
+from atr_scale.teachers.grades import GradeTable
 from atr_scale.teachers.targets import Constructed, random_vectors
 from atr_scale.training.parts import read_teacher
 from tests.tiny import TinyInputs, make_tiny_inputs, write_tiny_config
@@ -89,6 +91,38 @@ def test_a_csv_file_names_captions_by_their_text(inputs: TinyInputs, tmp_path: P
     teacher = teacher_of(inputs, tmp_path, shards, targets="true", relevance=tmp_path / "grades.csv")
     want = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     assert torch.equal(scores_of(teacher.labels(batch_of(shards, [4, 9, 1]))), want)
+
+
+def test_a_csv_file_of_other_captions_is_refused(inputs: TinyInputs, tmp_path: Path, shards: ShardSet) -> None:
+    """Only the captions' own clips would be left, which are hard labels."""
+    (tmp_path / "grades.csv").write_text("query,audio_filenames\na dog barks,['dog.wav']\n")
+    with pytest.raises(UserError, match=r"grades\.csv grades no caption and clip of .*shards: give the file of these"):
+        teacher_of(inputs, tmp_path, shards, targets="true", relevance=tmp_path / "grades.csv")
+
+
+def test_only_positive_grades_are_kept(tmp_path: Path) -> None:
+    """For 200,000 captions and clips, all scores would take 80 GB. Clips may occur several times in a batch."""
+    size, rng = 200_000, np.random.default_rng(0)
+    caption, clip = np.divmod(np.unique(rng.integers(0, size * size, 3 * size)), size)
+    grade = rng.uniform(0.1, 1, len(caption)).astype(np.float32)
+    ids = torch.arange(size)
+    table = GradeTable.of(tmp_path / "some.csv", ids, ids, torch.zeros(size).long(), [(caption, clip, grade)])
+    assert sum(value.nbytes for value in table.values.values()) < 8 * (4 * size + 1)
+    chosen = np.concatenate([np.flatnonzero(caption < 20), np.arange(5)])
+    rows, columns = caption[chosen], np.concatenate([clip[chosen], clip[chosen][:9]])
+    known = {(i, j): g for i, j, g in zip(caption.tolist(), clip.tolist(), grade.tolist(), strict=True)}
+    want = [[known.get((i, j), 0.0) for j in columns.tolist()] for i in rows.tolist()]
+    assert torch.equal(table.scores(torch.from_numpy(rows), torch.from_numpy(columns)), torch.tensor(want))
+    assert not table.differs_by_direction and not table.is_dual_encoder
+
+
+def test_grades_that_do_not_fit_into_memory(
+    inputs: TinyInputs, tmp_path: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_npz(tmp_path / "grades.npz", shards, np.eye(12, dtype=np.float32))
+    monkeypatch.setattr(sizes, "free_memory", lambda: 500)
+    with pytest.raises(UserError, match=r"grades\.npz take .* MB of memory on each rank .* give a CSV file"):
+        teacher_of(inputs, tmp_path, shards, targets="true", relevance=path)
 
 
 def test_uniform_targets(inputs: TinyInputs, tmp_path: Path, shards: ShardSet) -> None:

@@ -259,7 +259,9 @@ def test_a_name_is_found_in_the_folder(tmp_path: Path, monkeypatch: pytest.Monke
     for asks in (lambda: build_audio_encoder("mn04", "mn04"), lambda: diagnose("mn04", "mn04")):
         with pytest.raises(UserError, match=r"no checkpoints/mn04_as_mAP_432\.pt: run `atr-scale fetch-weights mn04`"):
             asks()
-    with pytest.raises(UserError, match="no weights are called 'mn05': did you mean mn"):
+    with pytest.raises(
+        UserError, match="checkpoint mn05 is no file, and no weights are called 'mn05': did you mean mn"
+    ):
         build_audio_encoder("mn04", "mn05")
     FOLDER.mkdir()
     torch.manual_seed(1)
