@@ -337,7 +337,8 @@ class EvaluationSection(Section):
     class_prompt: str = Field("the sound of {label}", description="caption of a class in a labelled set")
     select: str | None = Field(
         None,
-        description="metric that chooses the best checkpoint, SET/METRIC if data.validation names several sets; "
+        description="metric that chooses the best checkpoint, or a sum such as t2a/R@1 + a2t/R@1; SET/METRIC if "
+        "data.validation names several sets; "
         "default: t2a/mAP@10 of the first set, class/mAP@10 if it is labelled",
     )
 
