@@ -252,8 +252,9 @@ def test_the_error_of_a_log_is_its_last_one(tmp_path: Path) -> None:
     assert last_error(log) == "no log"
     log.write_text("ValueError: first\nRuntimeError: second.\nsaved\n")
     assert last_error(log) == "RuntimeError: second"
-    log.write_text("[rank0]: RuntimeError: non-finite\nsrun: error: node1: task 0: Exited with exit code 1\nfailed\n")
-    assert last_error(log) == "[rank0]: RuntimeError: non-finite", "srun knows no cause"
+    told = "srun: error: node1: task 0: Exited with exit code 1\nslurmstepd-node1: error: *** STEP 2.0 CANCELLED ***\n"
+    log.write_text(f"[rank0]: RuntimeError: non-finite\n{told}failed\n")
+    assert last_error(log) == "[rank0]: RuntimeError: non-finite", "SLURM knows no cause"
     log.write_text("12:00:00 INFO killed\n")
     assert last_error(log) == "12:00:00 INFO killed"
 
