@@ -41,7 +41,9 @@ class Batch:
     input_ids, attention_mask: [b, L] int64.
     clip_ids, caption_ids: [b] int64 of the clip and of the cleaned text of the caption, equal over processes and runs.
                     Rows that agree in the first, or in either of them, are positives (`objective.positives`).
-    caption_index:  [b] int64, number of the caption among the captions of the clip.
+    caption_index:  [b] int64, number of the caption among the captions of the sample.
+    stored_ids:     [b] int64, `stable_id` of the caption as the sample stores it, before cleaning and paraphrasing. It
+                    names a caption of a clip; indices may repeat, because samples of two corpora may be one clip.
     keys:           source of each row, "corpus/shard/key", for audits and error reports.
     dropped:        number of unreadable samples by reason; their rows hold copies of readable ones.
     """
@@ -53,6 +55,7 @@ class Batch:
     clip_ids: Tensor
     caption_ids: Tensor
     caption_index: Tensor
+    stored_ids: Tensor
     keys: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
 

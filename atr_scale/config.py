@@ -214,7 +214,7 @@ MODEL_PARTS: tuple[ModelPart, ...] = typing.get_args(ModelPart)
 
 
 class InitialCheckpoint(Section):
-    from_: str = Field(alias="from", description="run folder or checkpoint whose weights start this run")
+    from_: str = Field(alias="from", min_length=1, description="run folder or checkpoint whose weights start this run")
     parts: Annotated[list[ModelPart], Field(min_length=1)] | None = Field(
         None,
         description="parts of the model whose weights are taken, each of which must fit; "
@@ -315,7 +315,7 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def one_length(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs")
+            raise ValueError("give either steps or epochs, and null for the other one")
         return self
 
     @model_validator(mode="after")

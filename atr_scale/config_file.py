@@ -209,7 +209,8 @@ def _child(container: Any, key: str | int, override: Override, number: int) -> A
             raise _refused(override.text, f"{place} has {items}; {place}+=VALUE appends one")
         return container[index]
     if not isinstance(container, dict):
-        raise _refused(override.text, f"{place} is {container!r} and has no keys")
+        short = f": give all of it, {place}={{{key}: VALUE, ...}}" if isinstance(container, str) else ""
+        raise _refused(override.text, f"{place} is {container!r} and has no keys{short}")
     if isinstance(key, int):
         raise _refused(override.text, f"{place} is no list")
     return container.get(key)

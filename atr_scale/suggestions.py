@@ -57,6 +57,9 @@ def closest(key: str, own: Sequence[str], everywhere: Sequence[str]) -> str | No
     synonym = SYNONYMS.get(key.lower().replace("-", "_"))
     if synonym in everywhere:
         return synonym
+    longer = [known for known in own if _words(key) < _words(_last(known))]
+    if len(longer) == 1:
+        return longer[0]
     elsewhere = [known for known in everywhere if _last(known) == key] or _with_words_of(key, everywhere)
     if len(elsewhere) == 1:
         return elsewhere[0]

@@ -69,7 +69,14 @@ def synthetic(config: RunConfig, step: int, sample_rate: int, world: World) -> B
     rows = slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
     lengths = torch.full((size,), samples)
     return Batch(
-        waveform[rows], lengths[rows], tokens[rows], torch.ones_like(tokens[rows]), ids[rows], ids[rows], ids[rows]
+        waveform[rows],
+        lengths[rows],
+        tokens[rows],
+        torch.ones_like(tokens[rows]),
+        ids[rows],
+        ids[rows],
+        ids[rows],
+        ids[rows],
     )
 
 

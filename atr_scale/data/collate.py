@@ -16,12 +16,13 @@ from atr_scale.data.tokenizer import CaptionTokenizer
 class DecodedClip(NamedTuple):
     """One decoded sample whose waveform lies in a row of the batch.
 
-    length: samples of the waveform. caption and caption_index: the caption drawn on this visit, and its index among the
-    sample's captions. place: "corpus/shard/key".
+    length: samples of the waveform. stored_caption and caption_index: the caption drawn on this visit, and its index
+    among the sample's captions. caption: the same or a paraphrase of it. place: "corpus/shard/key".
     """
 
     length: int
     caption: str
+    stored_caption: str
     caption_index: int
     clip_id: str
     place: str
@@ -44,6 +45,7 @@ def collate(
         clip_ids=torch.tensor([stable_id(clip.clip_id) for clip in clips]),
         caption_ids=torch.tensor([caption_id(tokenizer.clean(clip.caption)) for clip in clips]),
         caption_index=torch.tensor([clip.caption_index for clip in clips]),
+        stored_ids=torch.tensor([stable_id(clip.stored_caption) for clip in clips]),
         keys=[clip.place for clip in clips],
         dropped=dropped,
     )

@@ -172,7 +172,7 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
             raise sample
         caption, number = self._draw_caption(visit, sample)
         length = self._write_crop(visit, sample, waveforms, row)
-        return DecodedClip(length, caption, number, sample.clip_id, self._place(visit))
+        return DecodedClip(length, caption, sample.captions[number], number, sample.clip_id, self._place(visit))
 
     def _draw_caption(self, visit: Visit, sample: RawSample) -> tuple[str, int]:
         """(caption or a paraphrase of it, its index among the sample's captions)."""

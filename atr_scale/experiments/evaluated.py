@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -210,7 +210,8 @@ def _names(groups: list[list[Evaluated]]) -> list[str]:
 def differing_values(experiments: Sequence[Experiment]) -> dict[str, list[str]]:
     """Keys whose values differ between the experiments, each with the value of every experiment; "" if it has none.
 
-    Beside the keys of the configuration: which checkpoint was evaluated, and how its pairs were scored.
+    Beside the keys of the configuration: which checkpoint was evaluated, and how its pairs were scored. A section that one
+    experiment leaves empty and another fills is shown by its keys alone.
     """
     configs = [
         {"evaluated": one.runs[0].entry["method"], "checkpoint": one.runs[0].entry["checkpoint"]}
@@ -219,4 +220,13 @@ def differing_values(experiments: Sequence[Experiment]) -> dict[str, list[str]]:
     ]
     keys = dict.fromkeys(key for config in configs for key in config)
     table = {key: [config.get(key, "") for config in configs] for key in keys}
-    return {key: values for key, values in table.items() if len(set(values)) > 1}
+    filled = {key: values for key, values in table.items() if len(set(values)) > 1}
+    return {key: values for key, values in filled.items() if not (_is_empty(values) and _has_keys(key, filled))}
+
+
+def _is_empty(values: list[str]) -> bool:
+    return set(values) <= {"", "None", "{}", "[]"}
+
+
+def _has_keys(section: str, keys: Iterable[str]) -> bool:
+    return any(key.startswith(f"{section}.") for key in keys)

@@ -87,6 +87,7 @@ def _run_all(sweep: Sweep, at_once: int, lock: int) -> tuple[list[str], list[Swe
                 slot = min(set(range(at_once)) - {job.slot for job in active})
                 run = waiting.pop(0)
                 active.append(Job(run, slot, sweep.logs / f"{run.name}.log", commands_of(sweep, run), lock))
+                progress.start(active[-1])
             if stop.received > told:
                 told = stop.received
                 _tell(active, told)
@@ -165,7 +166,7 @@ def _signals() -> Iterator[Stop]:
 
 
 class _Progress:
-    """A bar over the runs, to which those in progress add their part; without a terminal a line as each one ends."""
+    """A bar over the runs, with the part of those in progress; without a terminal, lines as one starts and ends."""
 
     FORM = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
@@ -178,6 +179,10 @@ class _Progress:
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
+
+    def start(self, job: Job) -> None:
+        if self.bar.disable:
+            logger.info("%s: started, log in %s", job.run.name, job.log)
 
     def end(self, run: SweepRun) -> None:
         self.ended += 1

@@ -29,7 +29,12 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     stage = train.zero_stage
     sizes = Parameters([[p.numel() for p in model.parameters() if p.requires_grad]], [total - sum(groups.values())])
     values = sum(sizes.states(stage, world_size).values()) + sizes.gradients(stage, world_size, train.accum_steps > 1)
+    used, objective = config.model, config.objective
+    losses = [f"{term.weight:g} {name}" for name, term in objective.terms.items() if term.weight]
     lines = [
+        f"networks    {used.audio.name}, {used.text.name}, scorer {used.scorer.name}",
+        f"loss        {' + '.join(losses)}, temperature {objective.temperature.initial:g}"
+        + (" at first" if objective.temperature.learnable else ""),
         f"model       {total / 1e6:.2f} M parameters ({', '.join(f'{k} {n / 1e6:.2f} M' for k, n in groups.items())})",
         f"memory      {values / 2**30:.2f} GiB a rank for parameters, gradients and moments "
         f"(ZeRO {stage}, {world_size} ranks); activations come on top: `atr-scale plan` counts them",

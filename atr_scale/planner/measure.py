@@ -202,7 +202,7 @@ def _run_heads(
     encoded = Encoded(*(_some_rows(side, local) for side in outputs))
     ids = torch.arange(local)
     nothing = torch.zeros(local, 0, dtype=torch.int64)
-    batch = Batch(torch.zeros(local, 0), torch.zeros_like(ids), nothing, nothing, ids, ids, torch.zeros_like(ids))
+    batch = Batch(torch.zeros(local, 0), torch.zeros_like(ids), nothing, nothing, ids, ids, ids, ids)
     context = StepContext(teacher=_teacher(teachers, local).labels if teachers.widths else None)
     leaves = [x for side in encoded for x in (side.tokens, side.pooled)]
     parameters = [*model.parameters(), *objective.parameters()]
@@ -238,7 +238,7 @@ def _some_rows(sequence: TokenSequence, rows: int) -> TokenSequence:
 
 def _teacher(teachers: Teachers, rows: int) -> TeacherEnsemble:
     ids = torch.arange(rows)
-    table = TeacherTable("planned", ids, ids, torch.zeros_like(ids), {})
+    table = TeacherTable("planned", ids, ids, ids, {})
     # Unit vectors as in real tables: the losses search scores outside of [-1, 1] for their maxima.
     values = [functional.normalize(torch.randn(rows, width), dim=1).half() for width in teachers.widths]
     members = [EnsembleMember(replace(table, values={"text": x, "audio": x})) for x in values]

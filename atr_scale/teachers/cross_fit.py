@@ -56,8 +56,15 @@ def by_fold(configs: dict[str, RunConfig]) -> dict[str, RunConfig]:
 def cross_fitted(tables: Sequence[TeacherTable], shards: Sequence[ShardSet]) -> TeacherTable:
     """One table from those of the members, in the order of the folds that they left out, for these shard sets.
 
-    Raises UserError if the members hold values of different kinds.
+    Raises UserError if the members hold values of different kinds, or if two shard sets share clips: the fold of a clip
+    follows from the key of its sample, so a member may have been trained on the other sample.
     """
+    for source in tables[0].sources:
+        if source.shared:
+            raise UserError(
+                f"{source.location} shares {source.shared} clips with the shards before it, which may be in another "
+                "fold there: estimate with --cross-fit from shard sets without common clips"
+            )
     kinds = {frozenset(table.values) for table in tables}
     if len(kinds) > 1:
         names = ", ".join(table.name for table in tables)

@@ -141,7 +141,7 @@ class TeacherEnsemble:
         unless `missing` is "skip".
         """
         world = world or World.current()
-        own = self.keys.captions(batch.clip_ids.cpu(), batch.caption_index.cpu())
+        own = self.keys.captions(batch.clip_ids.cpu(), batch.caption_index.cpu(), batch.stored_ids.cpu())
         captions = world.gather(own.to(batch.clip_ids.device))
         known = captions != UNKNOWN
         every, captions = bool(known.all()), captions.cpu()
@@ -165,7 +165,8 @@ class TeacherEnsemble:
             except BadSample:  # training drops it too
                 continue
             ids = torch.full((len(captions),), stable_id(clip_id))
-            unknown = (self.keys.captions(ids, torch.arange(len(captions))) == UNKNOWN).nonzero()
+            texts = torch.tensor([stable_id(caption) for caption in captions])
+            unknown = (self.keys.captions(ids, torch.arange(len(captions)), texts) == UNKNOWN).nonzero()
             looked_up += 1
             if len(unknown):
                 missing, example = missing + 1, example or f"caption {int(unknown[0])} of {clip_id}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -148,10 +150,12 @@ def teacher_table(
 ) -> TeacherTable:
     """The teacher table of a model for some shard sets, on every process; all of them call this.
 
-    Raises UserError if a value is not finite, or if the shards hold a clip twice.
+    Raises UserError if a value is not finite, or if one of the shard sets holds a clip twice.
     """
     parts = [embed(model, each, config, parallel) for each in shards]
+    keys = TableRows.of(parts, shards)
     text, audio = (TokenSequence.cat([getattr(part, side) for part in parts]) for side in ("text", "audio"))
+    audio = audio.take(keys.audio)
     if model.scorer.is_dual_encoder:
         values = {"text": text.pooled, "audio": audio.pooled}
     else:
@@ -164,29 +168,58 @@ def teacher_table(
     values = {key: value.half() if value.is_floating_point() else value for key, value in values.items()}
     if not all(value.isfinite().all() for value in values.values()):
         raise UserError(f"the model {name} gives values that are not finite, it has diverged: give another checkpoint")
-    sources = [_source(each, part) for each, part in zip(shards, parts, strict=True)]
-    about = {**metadata, "sources": json.dumps(sources), "scorer": config.model.scorer.name}
-    return TeacherTable(name, *_keys(parts, shards), values, about)
+    about = {**metadata, "sources": json.dumps(keys.sources), "scorer": config.model.scorer.name}
+    return TeacherTable(name, keys.clip_ids, keys.caption_clip, keys.caption_index, values, about, keys.caption_text)
 
 
-def _source(shards: ShardSet, embedded: Embedded) -> Source:
-    dropped = np.setdiff1d(np.arange(len(shards)), embedded.index).tolist()
-    return Source(shards.location, shards_checksum(shards), len(embedded.clip_ids), dropped)
+@dataclass(frozen=True)
+class TableRows:
+    """The rows of a table of several shard sets. audio: [N] int64, which of all embedded clips they are.
 
+    A clip that several sets have, AudioCaps and WavCaps for example, has the audio of the first one and the captions of
+    all. The other fields are those of `TeacherTable`; sources: one for each set.
+    """
 
-def _keys(parts: Sequence[Embedded], shards: Sequence[ShardSet]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(clip_ids [N], caption_clip [C], caption_index [C]) of a table. UserError if a clip occurs twice."""
-    names = [clip for part in parts for clip in part.clip_ids]
-    ids = torch.tensor([stable_id(name) for name in names])
-    if len(ids.unique()) < len(ids):
+    audio: torch.Tensor
+    clip_ids: torch.Tensor
+    caption_clip: torch.Tensor
+    caption_index: torch.Tensor
+    caption_text: torch.Tensor
+    sources: list[Source]
+
+    @staticmethod
+    def of(parts: Sequence[Embedded], shards: Sequence[ShardSet]) -> TableRows:
+        """Of the embedded shard sets. Raises UserError if one set holds a clip twice."""
         seen: set[str] = set()
-        twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        places = " and ".join(each.location for each in shards)
-        raise UserError(
-            f"{places} hold the clip {twice} twice: build shards with one sample for each clip, of one set without the "
-            "clips of the other (--exclude)"
+        audio: list[int] = []
+        sources: list[Source] = []
+        first = 0
+        for part, each in zip(parts, shards, strict=True):
+            for name, count in Counter(part.clip_ids).items():
+                if count > 1:
+                    raise UserError(
+                        f"{each.location} holds the clip {name} twice: build its shards with one sample for each clip"
+                    )
+            new = [row for row, name in enumerate(part.clip_ids) if name not in seen]
+            seen.update(part.clip_ids)
+            audio += [first + row for row in new]
+            kept = [part.index[row] for row in new]
+            dropped = np.setdiff1d(np.arange(len(each)), kept).tolist()
+            shared = len(part.clip_ids) - len(new)
+            sources.append(Source(each.location, shards_checksum(each), len(new), dropped, shared))
+            first += len(part.clip_ids)
+        ids = torch.tensor([stable_id(name) for part in parts for name in part.clip_ids])
+        owners = np.cumsum([0, *(len(part.clip_ids) for part in parts)])
+        caption_clip = torch.cat([ids[start + part.owner] for start, part in zip(owners, parts, strict=False)])
+        texts = [stable_id(caption) for part in parts for caption in part.captions]
+        return TableRows(
+            torch.tensor(audio), ids[audio], caption_clip, _number_within(caption_clip), torch.tensor(texts), sources
         )
-    counts = torch.cat([torch.from_numpy(np.bincount(part.owner, minlength=len(part.clip_ids))) for part in parts])
-    first = counts.cumsum(0) - counts
-    index = torch.arange(int(counts.sum())) - torch.repeat_interleave(first, counts)
-    return ids, torch.repeat_interleave(ids, counts), index
+
+
+def _number_within(groups: torch.Tensor) -> torch.Tensor:
+    """[n] int64: how many earlier elements of `groups` [n] have the same value."""
+    ordered, place = torch.sort(groups, stable=True)
+    numbers = torch.empty_like(groups)
+    numbers[place] = torch.arange(len(groups)) - torch.searchsorted(ordered, ordered)
+    return numbers

@@ -2,7 +2,8 @@
 
 Shape suffixes: C captions and N clips of the table, n wanted ones.
 
-A caption is identified by (clip id, index among the captions of the clip), never by its text, which clips may share.
+A caption is identified by its clip and its text: clips may share a text, and two samples of one clip, from two corpora,
+have their own captions. Tables of version 0.2 hold no texts and identify a caption by (clip id, index in its sample).
 """
 
 from __future__ import annotations
@@ -11,40 +12,45 @@ import torch
 from torch import Tensor
 
 UNKNOWN = -1
+SPREAD = -7046029254386353131  # odd, 2^64 / golden ratio as int64
 
 
 class TableKeys:
-    """The rows of clip ids [N] and of captions, each a clip id [C] and an index [C], all int64.
+    """The rows of clip ids [N] and of captions, each a clip id [C] and a text id or an index [C], all int64.
 
     caption_clip_row: [C] int64, the row of every caption's clip.
     """
 
-    def __init__(self, clip_ids: Tensor, caption_clip: Tensor, caption_index: Tensor) -> None:
-        self._clips = _Sorted(clip_ids)
-        self._width = int(caption_index.max()) + 1 if len(caption_index) else 1
+    def __init__(
+        self, clip_ids: Tensor, caption_clip: Tensor, caption_index: Tensor, caption_text: Tensor | None
+    ) -> None:
+        self._clips, self._by_text = _Sorted(clip_ids), caption_text is not None
         self.caption_clip_row = self._clips.rows(caption_clip)
-        self._captions = _Sorted(self._joined(self.caption_clip_row, caption_index))
+        self._captions = _Sorted(_joined(caption_clip, caption_index if caption_text is None else caption_text))
 
     def clips(self, ids: Tensor) -> Tensor:
         """[n] int64: rows of clip ids [n], UNKNOWN for those that the table does not have."""
         return self._clips.rows(ids)
 
-    def captions(self, clip_ids: Tensor, index: Tensor) -> Tensor:
-        """[n] int64: rows of captions, given by clip ids [n] and indices [n]; UNKNOWN for others."""
-        clips = self._clips.rows(clip_ids)
-        found = self._captions.rows(self._joined(clips, index))
-        return found.masked_fill((clips == UNKNOWN) | (index >= self._width), UNKNOWN)
+    def captions(self, clip_ids: Tensor, index: Tensor, text: Tensor) -> Tensor:
+        """[n] int64: rows of captions; UNKNOWN for those that the table does not have.
 
-    def _joined(self, clip_row: Tensor, index: Tensor) -> Tensor:
-        """One number for each caption. Rows of clips are below 2^32 and indices small, so no number overflows."""
-        return clip_row * self._width + index
+        clip_ids, index, text: [n] int64, as `clip_ids`, `caption_index` and `stored_ids` of a `Batch`.
+        """
+        return self._captions.rows(_joined(clip_ids, text if self._by_text else index))
+
+
+def _joined(clip_ids: Tensor, other: Tensor) -> Tensor:
+    """One number for each pair. Both are hashes or small, so that two pairs with one number are as rare as two strings
+    with one `stable_id`."""
+    return clip_ids * SPREAD + other  # wraps around
 
 
 class _Sorted:
-    """Rows of int64 values [n], each of which occurs once."""
+    """Rows of int64 values [n]. Of equal values the first row is found."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values, self._rows = torch.sort(values)
+        self._values, self._rows = torch.sort(values, stable=True)
 
     def rows(self, wanted: Tensor) -> Tensor:
         """[m] int64: the row of each wanted value, UNKNOWN if there is none."""

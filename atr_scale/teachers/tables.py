@@ -32,6 +32,7 @@ from atr_scale.teachers.keys import TableKeys
 Direction = Literal["t2a", "a2t"]
 
 KEYS = ("clip_ids", "caption_clip", "caption_index")
+TEXT = "caption_text"
 EMBEDDINGS, FOLDS, SCORES = {"text", "audio"}, {"clip_fold"}, {"scores"}
 BEST = {"caption_best", "caption_scores", "caption_rest", "clip_best", "clip_scores", "clip_rest"}
 LAYOUTS = (EMBEDDINGS, EMBEDDINGS | FOLDS, SCORES, SCORES | {"scores_a2t"}, BEST)
@@ -44,13 +45,15 @@ REMEDY = "run `atr-scale estimate` on the shards of data.train"
 class Source(NamedTuple):
     """One shard set that a table was made from.
 
-    clips: number of its clips in the table. dropped: rows of its samples that were unreadable.
+    clips: number of its clips in the table. dropped: rows of its samples whose audio is not in the table: it was
+    unreadable, or an earlier set has the same clip. shared: number of the latter; their captions are in the table.
     """
 
     location: str
     sha256: str
     clips: int
     dropped: list[int]
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class TeacherTable:
 
     clip_ids:      [N] int64, `stable_id` of every clip, each once.
     caption_clip:  [C] int64, the clip id of every caption.
-    caption_index: [C] int64, the index of every caption among the captions of its clip.
+    caption_index: [C] int64, the index of every caption among those of its clip.
     values:        in fp16: the score of two embeddings is exact to 5e-5 for d = 1024, a stored score below 1 to 2.5e-4.
                    Of a dual encoder embeddings of unit length, "text" [C, d] and "audio" [N, d].
                    Of a pairwise scorer "scores" [C, N], or only the best: for every caption "caption_best" [C, K]
@@ -68,6 +71,7 @@ class TeacherTable:
                    Cross-fitted: "text" [C, F, d] and "audio" [N, F, d] of the members that left out each fold, and
                    "clip_fold" [N] int64; or "scores" for t2a and "scores_a2t" [C, N].
     metadata:      model and shards, as `atr-scale estimate` writes them.
+    caption_text:  [C] int64, `stable_id` of the text of every caption; None in tables of version 0.2.
     """
 
     name: str
@@ -76,6 +80,7 @@ class TeacherTable:
     caption_index: Tensor
     values: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
+    caption_text: Tensor | None = None
 
     @property
     def is_dual_encoder(self) -> bool:
@@ -90,7 +95,7 @@ class TeacherTable:
     @cached_property
     def keys(self) -> TableKeys:
         """Finds the rows of clips and captions."""
-        return TableKeys(self.clip_ids, self.caption_clip, self.caption_index)
+        return TableKeys(self.clip_ids, self.caption_clip, self.caption_index, self.caption_text)
 
     @property
     def sources(self) -> list[Source]:
@@ -160,6 +165,8 @@ class TeacherTable:
         """Write `<name>.safetensors` atomically; returns its path."""
         path = Path(folder) / f"{self.name}.safetensors"
         tensors = {name: getattr(self, name) for name in KEYS} | self.values
+        if self.caption_text is not None:
+            tensors[TEXT] = self.caption_text
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         parts = ((name, x.dtype, list(x.shape), [x.numpy().data]) for name, x in tensors.items())
         with storage.atomic_file(str(path)) as partial:
@@ -180,13 +187,14 @@ class TeacherTable:
             raise UserError(f"no teacher table at {path}: {REMEDY}") from None
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}): {REMEDY} again") from None
-        if CHECKSUM not in metadata or set(tensors) not in [{*KEYS, *layout} for layout in LAYOUTS]:
+        if CHECKSUM not in metadata or tensors.keys() - {TEXT} not in [{*KEYS, *layout} for layout in LAYOUTS]:
             raise UserError(f"{path} is no teacher table: {REMEDY}")
         checksum = metadata.pop(CHECKSUM)
         if verify and checksum != _checksum(_stored(Path(path))):
             raise UserError(f"{path} is damaged (another checksum): {REMEDY} again")
-        keys = {name: tensors.pop(name) for name in KEYS}
-        return TeacherTable(Path(path).name.removesuffix(".safetensors"), **keys, values=tensors, metadata=metadata)
+        keys, text = {name: tensors.pop(name) for name in KEYS}, tensors.pop(TEXT, None)
+        name = Path(path).name.removesuffix(".safetensors")
+        return TeacherTable(name, **keys, values=tensors, metadata=metadata, caption_text=text)
 
 
 def _of_fold(embeddings: Tensor, folds: Tensor) -> Tensor:

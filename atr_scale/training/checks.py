@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from atr_scale import checkpoint
-from atr_scale.config import RunConfig
+from atr_scale.config import MODEL_PARTS, RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 
@@ -100,7 +100,8 @@ def _check_same_run(config: RunConfig, folder: Path, world_size: int) -> None:
     if saved_size != world_size and config.train.zero_stage > 0:
         raise UserError(
             f"{folder} holds the optimizer state of ZeRO {config.train.zero_stage} on {saved_size} ranks, not on "
-            f"{world_size}: start {saved_size} ranks, or give another run.dir with train.initial_checkpoint={folder}"
+            f"{world_size}: start {saved_size} ranks, or give another run.dir with "
+            f"'train.initial_checkpoint={{from: {folder}, parts: [{', '.join(MODEL_PARTS)}]}}'"
         )
 
 

@@ -120,5 +120,5 @@ def _refusal(part: str, faults: list[str], initial: InitialCheckpoint, folder: P
     others = [name for name in initial.parts or ENCODERS if name != part]
     remedy = f"train.initial_checkpoint={{from: {initial.from_}, parts: [{', '.join(others)}]}} leaves it out"
     if not others:
-        remedy = "give a run with the same part, or leave train.initial_checkpoint at null"
+        remedy = f"give a run with the same {part}, or name other parts in train.initial_checkpoint.parts"
     return f"the {part} of {folder} does not fit this model ({faults[0]}{more}): {remedy}"

@@ -156,7 +156,8 @@ class Training:
         self.monitor.close()
         if self.world.is_main and self.progress.step == length.steps:
             record_training(self.run_dir, self.config, length.steps, length.steps)
-            logger.info("%s: trained to step %d; measure it with `atr-scale evaluate`", self.run_dir, length.steps)
+            run = self.run_dir
+            logger.info("%s: trained to step %d; measure it with `atr-scale evaluate %s`", run, length.steps, run)
 
     def _batches(self) -> Iterator[Batch]:
         """This rank's batches of all steps that are left."""

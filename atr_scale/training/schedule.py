@@ -35,12 +35,12 @@ def learning_rate(
     """Rate of optimizer step `step` (0-based) of `steps`: linear warm-up to `peak`, then the schedule.
 
     cosine: to `floor * peak` at step `decay_steps - 1`, by default the last one, and flat from there on. constant: at
-    `peak`, and over the last `cooldown_steps` linearly to `floor * peak`.
+    `peak`, and over the last `cooldown_steps` linearly to `floor * peak`. Beyond the run it stays at its last rate.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
-        cooled = max(0, step + 1 - (steps - cooldown_steps))
+        cooled = min(max(0, step + 1 - (steps - cooldown_steps)), cooldown_steps)
         return peak * (1 - (1 - floor) * cooled / max(1, cooldown_steps))
     end = steps if decay_steps is None else decay_steps
     progress = 1.0 if step >= end else (step - warmup_steps) / max(1, end - 1 - warmup_steps)
@@ -160,8 +160,8 @@ def describe_length(config: RunConfig, length: RunLength) -> tuple[str, str]:
     if length.captions:
         each.append(f"{visits / length.captions:.1f} to each of {length.captions:,} captions")
     return (
-        f"{length.steps} optimizer steps, {', '.join(parts)}; an epoch of {unit} is {length.epoch_steps:.1f}",
-        f"{visits:,}, on average {' and '.join(each)}; an epoch of {unit} is {length.epoch_visits:,}",
+        f"{length.steps} optimizer steps, {', '.join(parts)}; an epoch of {unit} is {length.epoch_steps:.1f} steps",
+        f"{visits:,}, on average {' and '.join(each)}; an epoch of {unit} is {length.epoch_visits:,} visits",
     )
 
 

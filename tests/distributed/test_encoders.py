@@ -101,7 +101,14 @@ def uneven(config: RunConfig) -> tuple[float, float]:
     words, ids = torch.randint(5, 40, (4, 6), generator=generator), torch.arange(4)
     rows = slice(one.world.rank * 4 // one.world.size, (one.world.rank + 1) * 4 // one.world.size)
     batch = Batch(
-        waveform[rows], lengths[rows], words[rows], torch.ones_like(words[rows]), ids[rows], ids[rows], ids[rows]
+        waveform[rows],
+        lengths[rows],
+        words[rows],
+        torch.ones_like(words[rows]),
+        ids[rows],
+        ids[rows],
+        ids[rows],
+        ids[rows],
     )
     result = one.update([batch], RATES, seeds(0, 0, 1, one.world.rank))
     return result.terms["loss"], result.gradient_norm

@@ -144,7 +144,14 @@ def uneven(configs: list[RunConfig]) -> list[tuple[float, float]]:
         words, ids = torch.randint(5, 40, (12, 6), generator=torch.Generator().manual_seed(1)), torch.arange(12)
         rows = slice(world.rank * 12 // world.size, (world.rank + 1) * 12 // world.size)
         batch = Batch(
-            waveform[rows], lengths[rows], words[rows], torch.ones_like(words[rows]), ids[rows], ids[rows], ids[rows]
+            waveform[rows],
+            lengths[rows],
+            words[rows],
+            torch.ones_like(words[rows]),
+            ids[rows],
+            ids[rows],
+            ids[rows],
+            ids[rows],
         )
         result = engine.update([batch], RATES, seeds(0, 0, 1, world.rank))
         found.append((result.terms["loss"], result.gradient_norm))

@@ -57,6 +57,7 @@ def global_batch() -> tuple[Batch, Tensor, Tensor]:
         clip_ids=tables("vectors")[0].clip_ids[clips],
         caption_ids=torch.arange(B),
         caption_index=index,
+        stored_ids=torch.arange(B),
     )
     return batch, clips * EACH + index, clips
 

@@ -37,11 +37,11 @@ def uninterrupted(folder: Path) -> list[dict[str, Any]]:
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said[-3000:]
     assert (
-        "10 optimizer steps, 3 of them warm-up, then cosine to step 8, then flat for 2; an epoch of clips is 3.3"
+        "10 optimizer steps, 3 of them warm-up, then cosine to step 8, then flat for 2; an epoch of clips is 3.3 steps"
         in said
     )
     assert (
-        "visits: 120, on average 3.0 to each of 40 clips and 3.0 to each of 40 captions; an epoch of clips is 40"
+        "visits: 120, on average 3.0 to each of 40 clips and 3.0 to each of 40 captions; an epoch of clips is 40 visits"
         in said
     )
     return lines(run)

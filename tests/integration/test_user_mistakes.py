@@ -78,7 +78,7 @@ ONE_LINE = {
     # train
     "train missing.yaml": "no configuration file at missing.yaml",
     "train run.yaml train.lrr=1": "did you mean 'train.lr'?",
-    "train run.yaml train.epochs=2": "give either steps or epochs",
+    "train run.yaml train.epochs=2": "give either steps or epochs, and null for the other one",
     "train run.yaml run.dir=a_file": "the run folder a_file cannot be made",
     "train run.yaml model.audio.name=mn05": "'model.audio.name': unknown audio encoder: known are cnn14",
     "train run.yaml model.text.name=./nowhere": "./nowhere",

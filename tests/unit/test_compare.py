@@ -99,6 +99,17 @@ def test_one_run_evaluated_in_two_ways_is_two_experiments(runs: list[Path], tmp_
         assert list(found.differing.values()) == [[table["results"][0][key], value]]
 
 
+def test_a_section_that_one_experiment_fills_is_shown_by_its_keys(tmp_path: Path) -> None:
+    """Not once more as an empty section."""
+    runs = [write_run(tmp_path / name, lr=1e-3, seed=0, noise=1.0) for name in ("mean", "tap")]
+    for run, scorer in zip(runs, ({"options": {}}, {"options": {"residual": True}}), strict=True):
+        table = json.loads((run / "results.json").read_text())
+        table["config"]["model"] = {"scorer": scorer}
+        table["config_digest"] = run.name
+        (run / "results.json").write_text(json.dumps(table))
+    assert compare_runs(runs).differing == {"model.scorer.options.residual": ["", "True"]}
+
+
 def test_intervals_are_paired_and_resample_clips_with_all_their_captions(runs: list[Path]) -> None:
     found = compare_runs(runs)
     for key in ("t2a/mAP@10", "a2t/R@5"):

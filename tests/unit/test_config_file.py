@@ -131,6 +131,7 @@ def test_what_an_override_names(write: Write, override: str, key: str, value: An
         ("data.train.shards=c", "data.train is a list: give the number of an item, for example data.train[0]"),
         ("model.text[0]=c", "model.text is no list"),
         ("train.steps.x=1", "train.steps is 10 and has no keys"),
+        ("run.dir.x=1", "run.dir is 'runs/x' and has no keys: give all of it, run.dir={x: VALUE, ...}"),
         ("~train.lr", "train.lr is not set, so there is nothing to remove"),
         ("~objective.pmr.weight", "objective is not set"),
         ("train.steps+=1", "train.steps is 10 and no list"),

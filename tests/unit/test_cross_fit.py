@@ -28,7 +28,8 @@ from atr_scale.planner.dry_run import dry_run
 from atr_scale.scorers import build_scorer
 from atr_scale.teachers import sizes
 from atr_scale.teachers.cross_fit import by_fold, cross_fitted
-from atr_scale.teachers.estimate import _keys
+from atr_scale.teachers.estimate import TableRows
+from atr_scale.teachers.keys import UNKNOWN, TableKeys
 from atr_scale.teachers.tables import Direction, TeacherTable
 from atr_scale.teachers.top_k import best_scores
 from atr_scale.training.parts import training_stream
@@ -215,13 +216,37 @@ def test_sizes_are_checked_before_anything_is_embedded(
     check(pairwise, 128)
 
 
-def test_a_clip_of_two_shard_sets_is_named(shards: ShardSet) -> None:
-    """Keys of a table over two sets: captions are counted within their clip, and a shared clip is a mistake."""
+def embedded(captions: list[str], owner: list[int], clip_ids: list[str]) -> Embedded:
     nothing = TokenSequence(torch.zeros(0, 0, 1), torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, 1))
-    one = Embedded(nothing, nothing, ["x"] * 3, np.array([0, 0, 1]), ["a", "b"], [None] * 2, [0, 1], [{}] * 2)
-    other = Embedded(nothing, nothing, ["x"] * 2, np.array([0, 0]), ["c"], [None], [0], [{}])
-    clips, owner, index = _keys([one, other], [shards, shards])
-    assert clips.tolist() == [stable_id(name) for name in "abc"]
-    assert owner.tolist() == [stable_id(name) for name in "aabcc"] and index.tolist() == [0, 1, 0, 0, 1]
-    with pytest.raises(UserError, match="hold the clip c twice"):
-        _keys([one, other, other], [shards, shards])
+    count = len(clip_ids)
+    labels: list[str | None] = [None] * count
+    return Embedded(nothing, nothing, captions, np.array(owner), clip_ids, labels, list(range(count)), [{}] * count)
+
+
+def test_a_clip_of_two_shard_sets_has_one_audio_and_the_captions_of_both(shards: ShardSet) -> None:
+    """As in AudioCaps and WavCaps: both number the captions of the clip from 0."""
+    one = embedded(["it barks", "a dog", "rain"], [0, 0, 1], ["a", "b"])
+    other = embedded(["wind", "one dog", "it barks"], [0, 1, 2], ["c", "a", "b"])
+    rows = TableRows.of([one, other], [shards, shards])
+    assert rows.audio.tolist() == [0, 1, 2] and rows.clip_ids.tolist() == [stable_id(name) for name in "abc"]
+    assert rows.caption_clip.tolist() == [stable_id(name) for name in "aabcab"]
+    assert rows.caption_index.tolist() == [0, 1, 0, 0, 2, 1]
+    assert [(source.clips, source.shared, len(source.dropped)) for source in rows.sources] == [
+        (2, 0, len(shards) - 2), (1, 2, len(shards) - 1),
+    ]  # fmt: skip
+    keys = TableKeys(rows.clip_ids, rows.caption_clip, rows.caption_index, rows.caption_text)
+    clips = torch.tensor([stable_id(name) for name in "aabbac"])
+    wanted = ["one dog", "a dog", "it barks", "rain", "rain", "it barks"]
+    texts = torch.tensor([stable_id(text) for text in wanted])
+    assert keys.captions(clips, torch.zeros_like(clips), texts).tolist() == [4, 1, 5, 2, UNKNOWN, UNKNOWN]
+    with pytest.raises(UserError, match="holds the clip c twice"):
+        TableRows.of([one, embedded(["x", "y"], [0, 1], ["c", "c"])], [shards, shards])
+
+
+def test_sets_with_common_clips_are_not_cross_fitted(shards: ShardSet) -> None:
+    rows = TableRows.of([embedded(["x"], [0], ["a"]), embedded(["y"], [0], ["a"])], [shards, shards])
+    values = {"text": unit(2, 4, 0), "audio": unit(1, 4, 1)}
+    about = {"sources": json.dumps(rows.sources)}
+    table = TeacherTable("one", rows.clip_ids, rows.caption_clip, rows.caption_index, values, about, rows.caption_text)
+    with pytest.raises(UserError, match="shares 1 clips with the shards before it"):
+        cross_fitted([table, table], [shards, shards])

@@ -20,6 +20,7 @@ from atr_scale.encoders import build_audio_encoder, build_text_encoder
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.planner.dry_run import dry_run
+from atr_scale.scorers import SCORERS
 from atr_scale.training.initial_weights import InitialWeights
 from atr_scale.training.parts import new_model
 from tests.tiny_run import save_run, tiny_config
@@ -194,6 +195,7 @@ def test_the_dry_run_and_the_log_say_what_is_taken(
         ({"parts": ["scorer"]}, "'train.initial_checkpoint.from' is missing"),
         ({"from": "x", "parts": ["head"]}, "'train.initial_checkpoint.parts[0]': Input should be 'audio_encoder', "),
         ({"from": "x", "parts": []}, "'train.initial_checkpoint.parts': List should have at least 1 item"),
+        ("", "'train.initial_checkpoint.from': String should have at least 1 character"),
         ({"fro": "x"}, "unknown key 'train.initial_checkpoint.fro'; did you mean 'train.initial_checkpoint.from'?"),
         (3, "'train.initial_checkpoint': Input should be a valid dictionary"),
     ],
@@ -208,3 +210,12 @@ def test_it_goes_through_a_saved_configuration(folder: Path) -> None:
     config = configured(folder, initial={"from": "runs/a", "parts": ["scorer"]})
     assert parse_config(yaml.safe_load(config.to_yaml()), "saved") == config
     assert configured(folder, initial="runs/a") == configured(folder, initial={"from": "runs/a"})
+
+
+def test_equal_shapes_of_another_scorer_are_a_coincidence(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCORERS, "like_tap", SCORERS["tap"])
+    run = first_run(tmp_path / "run", configured(folder, "tap"))
+    like_tap = {"scorer": {"name": "like_tap", "options": SMALL["tap"]}}
+    assert "scorer" in start(configured(folder, initial=run, model=like_tap))[1].new

@@ -13,7 +13,7 @@ from pydantic import create_model
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from atr_scale.batch import Batch, TokenSequence, caption_id
+from atr_scale.batch import Batch, TokenSequence, caption_id, stable_id
 from atr_scale.config import ObjectiveSection, RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
@@ -308,6 +308,7 @@ def batch() -> Batch:
         clip_ids=torch.arange(5),
         caption_ids=torch.tensor([caption_id(caption) for caption in captions]),
         caption_index=torch.zeros(5, dtype=torch.int64),
+        stored_ids=torch.tensor([stable_id(caption) for caption in captions]),
     )
 
 

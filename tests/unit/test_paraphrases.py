@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from atr_scale.batch import Batch, caption_id
+from atr_scale.batch import Batch, caption_id, stable_id
 from atr_scale.config import parse_config
 from atr_scale.data.options import DataSection, TrainingSource
 from atr_scale.data.paraphrases.choose import Chooser
@@ -193,8 +193,9 @@ def rows_of(batches: list[Batch]) -> list[tuple[int, int, int, int, int]]:
         for row in range(len(batch.keys)):
             clip, start = clip_and_start(batch, row)
             told, number = batch.input_ids[row].tolist()
-            assert told == clip
-            rows.append((clip, start, int(batch.caption_index[row]), number, int(batch.caption_ids[row])))
+            index = int(batch.caption_index[row])
+            assert told == clip and int(batch.stored_ids[row]) == stable_id(f"clip {clip} take {index}")
+            rows.append((clip, start, index, number, int(batch.caption_ids[row])))
     return rows
 
 

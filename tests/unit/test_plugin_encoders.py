@@ -146,7 +146,7 @@ def test_a_retriever_of_plug_ins() -> None:
     tokens = model.text_encoder.token_ids(["a", "bb"])
     batch = Batch(
         torch.randn(2, 300), torch.tensor([300, 150]), tokens["input_ids"], tokens["attention_mask"],
-        torch.arange(2), torch.arange(2), torch.zeros(2, dtype=torch.int64),
+        torch.arange(2), torch.arange(2), torch.zeros(2, dtype=torch.int64), torch.arange(2),
     )  # fmt: skip
     loss = model(batch)["loss"]
     loss.backward()

@@ -55,6 +55,16 @@ def test_a_constant_rate_with_and_without_a_cool_down() -> None:
     ]
 
 
+@pytest.mark.parametrize("cooldown", [0, 3])
+def test_beyond_the_run_a_constant_schedule_stays_at_its_last_rate(cooldown: int) -> None:
+    """A prolonged run says the rate that its old schedule would have had from there on."""
+    last, later = (
+        learning_rate(step, peak=2, floor=0.1, warmup_steps=0, steps=8, schedule="constant", cooldown_steps=cooldown)
+        for step in (7, 20)
+    )
+    assert later == last == pytest.approx(0.2 if cooldown else 2.0)
+
+
 def settings(objective: dict[str, Any] | None = None, **train: Any) -> RunConfig:
     sections = {
         "run": {"dir": "run"},
@@ -185,12 +195,16 @@ def test_the_term_gets_the_steps_of_its_warm_up(tmp_path: Path) -> None:
 
     config.train.epoch_of, config.train.warmup_steps = "captions", 1
     said = dry_run(config, 1)
+    name = config.model.scorer.name
+    assert f"networks    {config.model.audio.name}, {config.model.text.name}, scorer {name}\n" in said
+    assert "loss        1 nt_xent + 1 cmsc, temperature 0.07 at first\n" in said
     assert (
-        "6 optimizer steps, 1 of them warm-up, then cosine to step 6, beta rises over 4; an epoch of captions is 3.3\n"
-        in said
+        "6 optimizer steps, 1 of them warm-up, then cosine to step 6, beta rises over 4; "
+        "an epoch of captions is 3.3 steps\n" in said
     )
     visits = (
-        "visits      72, on average 1.8 to each of 40 clips and 1.8 to each of 40 captions; an epoch of captions is 40"
+        "visits      72, on average 1.8 to each of 40 clips and 1.8 to each of 40 captions; "
+        "an epoch of captions is 40 visits"
     )
     assert visits in said
     config.objective.cmsc.beta_warmup_epochs = 2
@@ -205,9 +219,9 @@ def test_what_is_said_of_a_run() -> None:
     assert steps.startswith("5999 optimizer steps, 299 of them warm-up, then cosine to step 4498, then flat for 1501;")
     assert visits == (
         "383,936, on average 100.0 to each of 3,839 clips and 20.0 to each of 19,195 captions; "
-        "an epoch of captions is 19,195"
+        "an epoch of captions is 19,195 visits"
     )
     config = settings(global_batch_size=64, steps=60, schedule="constant", cooldown_steps=6)
     steps, visits = describe_length(config, run_length(config, [CLOTHO, shard_set(161, 2)]))
-    assert "then constant, 6 of cool-down at the end; an epoch of clips is 62.5" in steps
-    assert visits.endswith("captions; an epoch of clips is 4,000")
+    assert "then constant, 6 of cool-down at the end; an epoch of clips is 62.5 steps" in steps
+    assert visits.endswith("captions; an epoch of clips is 4,000 visits")

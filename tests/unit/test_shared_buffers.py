@@ -51,7 +51,7 @@ def test_a_batch_on_the_device_is_float32() -> None:
     """Every int16 value is scaled exactly as libsndfile does."""
     ids = torch.zeros(1, dtype=torch.int64)
     samples = torch.arange(-32768, 32768).to(torch.int16)[None]
-    waveform = Batch(samples, ids, ids, ids, ids, ids, ids).to(torch.device("cpu")).waveform
+    waveform = Batch(samples, ids, ids, ids, ids, ids, ids, ids).to(torch.device("cpu")).waveform
     assert waveform.dtype == torch.float32 and torch.equal(waveform.double() * 32768, samples.double())
 
 
@@ -68,7 +68,7 @@ def test_a_parcel_holds_the_batch(buffer: int | None, dtype: type) -> None:
     memory[:] = range(20)
     ids = torch.arange(3)
     waveform = torch.from_numpy(memory[:12].reshape(3, 4))
-    batch = Batch(waveform, ids, ids[:, None], ids[:, None], ids, ids, ids, ["a", "b", "c"], Counter(bad=1))
+    batch = Batch(waveform, ids, ids[:, None], ids[:, None], ids, ids, ids, ids, ["a", "b", "c"], Counter(bad=1))
     opened = Parcel.pack(batch, buffer).open(buffers)
     assert opened.waveform.dtype == waveform.dtype and torch.equal(opened.waveform, waveform)
     assert torch.equal(opened.ids, batch.ids)
@@ -81,7 +81,7 @@ def test_reading_ahead_keeps_order_and_errors(monkeypatch: pytest.MonkeyPatch, p
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(Batch, "pin_memory", lambda batch: batch)
     ids = torch.zeros(1, dtype=torch.int64)
-    batches = [Batch(torch.full((1, 2), float(k)), ids, ids, ids, ids, ids, ids) for k in range(4)]
+    batches = [Batch(torch.full((1, 2), float(k)), ids, ids, ids, ids, ids, ids, ids) for k in range(4)]
 
     def failing() -> Iterator[Batch]:
         yield from batches

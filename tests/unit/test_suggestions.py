@@ -48,6 +48,7 @@ def hint(key: str, value: Any = 1) -> str:
         ("train.num_warmup_steps", "train.warmup_steps"),
         ("train.num_workers", "data.workers"),
         ("objective.distillation.tau", "objective.distillation.temperature"),
+        ("objective.cmsc.warmup_epochs", "objective.cmsc.beta_warmup_epochs"),
         # another section
         ("lr", "train.lr"),
         ("seed", "run.seed"),

@@ -180,7 +180,10 @@ def scripts(monkeypatch: pytest.MonkeyPatch, **bodies: str) -> None:
     monkeypatch.setattr(local, "commands_of", commands_of)
 
 
-def test_failures_are_listed_with_their_error_and_log(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_listed_with_their_error_and_log(
+    config: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     sweep = plan_sweep(config, ["train.lr=[1,2,3]"])
     sweep.save()
     finish(sweep.runs[2])
@@ -188,6 +191,7 @@ def test_failures_are_listed_with_their_error_and_log(config: str, monkeypatch: 
     scripts(monkeypatch, lr1="print('trained')", lr2=fails, lr3="sys.exit('a finished run is started again')")
     failed, stopped = local.run_local(sweep, 2)
     log = sweep.logs / "lr=2.log"
+    assert f"lr=2: started, log in {log}" in caplog.messages and "lr=3: started" not in caplog.text
     assert failed == [f"lr=2: exit code 2: error: no shards in x ({log})"] and stopped == []
     assert "lr=1 evaluated" in (sweep.logs / "lr=1.log").read_text()
     assert "evaluated" not in log.read_text(), "a failed run is not evaluated"

@@ -45,7 +45,7 @@ def teacher_of(inputs: TinyInputs, folder: Path, shards: ShardSet, **options: An
 def batch_of(shards: ShardSet, rows: list[int], index: list[int] | None = None) -> Batch:
     ids = torch.tensor([stable_id(shards.read_text(row)[0]) for row in rows])
     blank = torch.zeros(len(rows), 1, dtype=torch.int64)
-    return Batch(blank.float(), blank[:, 0], blank, blank, ids, ids, torch.tensor(index or [0] * len(rows)))
+    return Batch(blank.float(), blank[:, 0], blank, blank, ids, ids, torch.tensor(index or [0] * len(rows)), ids)
 
 
 def scores_of(labels: SoftLabels[ScoreBlock]) -> torch.Tensor:

@@ -38,7 +38,7 @@ def table(name: str, seed: int, width: int = 6) -> TeacherTable:
 
 def batch_of(clip_ids: Tensor, index: Tensor) -> Batch:
     blank = torch.zeros(len(clip_ids), 1, dtype=torch.int64)
-    return Batch(blank.float(), blank[:, 0], blank, blank, clip_ids, clip_ids, index)
+    return Batch(blank.float(), blank[:, 0], blank, blank, clip_ids, clip_ids, index, index)
 
 
 DRAWN = batch_of(ID[[3, 0, 4, 3]], torch.tensor([1, 0, 1, 0]))
@@ -100,16 +100,19 @@ def test_mistakes_in_the_section() -> None:
 
 
 def test_rows_are_found_by_search() -> None:
-    """Against a dict, for captions in any order, with indices beyond those of the table."""
+    """Against a dict, for captions in any order, with indices beyond those of the table; also by text."""
     generator = torch.Generator().manual_seed(0)
     clips = torch.randperm(50, generator=generator) * 7 - 100
     owner = torch.randint(0, 50, (300,), generator=generator)
     index = torch.tensor([int((owner[:row] == owner[row]).sum()) for row in range(300)])
-    keys = TableKeys(clips, clips[owner], index)
+    keys = TableKeys(clips, clips[owner], index, None)
     known = {key: row for row, key in enumerate(zip(clips[owner].tolist(), index.tolist(), strict=True))}
     wanted = torch.cartesian_prod(torch.arange(-110, 260), torch.arange(20))
-    found = keys.captions(*wanted.T)
-    assert found.tolist() == [known.get((clip, k), UNKNOWN) for clip, k in wanted.tolist()]
+    nothing = torch.zeros(len(wanted), dtype=torch.int64)
+    by_text = TableKeys(clips, clips[owner], torch.zeros_like(index), index)
+    clip, number = wanted.T
+    for found in (keys.captions(clip, number, nothing), by_text.captions(clip, nothing, number)):
+        assert found.tolist() == [known.get((c, k), UNKNOWN) for c, k in wanted.tolist()]
     rows = {clip: row for row, clip in enumerate(clips.tolist())}
     assert keys.clips(wanted[:, 0]).tolist() == [rows.get(clip, UNKNOWN) for clip in wanted[:, 0].tolist()]
     assert torch.equal(keys.caption_clip_row, owner)
@@ -175,7 +178,7 @@ def test_tables_of_earlier_versions_load(tmp_path: Path) -> None:
     written = table("old", 1)
     path = replace(written, metadata={"shards": "shards/clotho", "shards_sha256": "abc", "config": "x"}).save(tmp_path)
     found = TeacherTable.read(path)
-    assert found.sources == [("shards/clotho", "abc", CLIPS, [])]
+    assert found.sources == [("shards/clotho", "abc", CLIPS, [], 0)]
     assert torch.equal(found.values["text"], written.values["text"])
 
 

@@ -34,6 +34,7 @@ from tools.bench.measure import peak_mib
 CLIPS = torch.tensor([stable_id(name) for name in ("dog", "rain", "bell")])
 OWNER = torch.tensor([0, 0, 1, 2, 2, 2])
 INDEX = torch.tensor([0, 1, 0, 0, 1, 2])
+TEXT = torch.tensor([stable_id(text) for text in ("it barks", "a dog", "it falls", "a bell", "it rings", "it barks")])
 
 
 def vectors(name: str, width: int, seed: int, dtype: torch.dtype = torch.float64) -> TeacherTable:
@@ -58,6 +59,7 @@ def rows_of(captions: list[int], keys: list[str] | None = None) -> Batch:
         clip_ids=CLIPS[OWNER[rows]],
         caption_ids=torch.full((len(rows),), caption_id("the same words")),
         caption_index=INDEX[rows],
+        stored_ids=TEXT[rows],
         keys=keys or [],
     )
 

@@ -59,7 +59,7 @@ def test_ids_of_captions_are_those_of_what_the_encoder_reads(cleaning: str, equa
     """Captions that cleaning makes equal are positives of each other."""
     tokenizer = caption_tokenizer(AutoTokenizer.from_pretrained(TEXT_ENCODER), CaptionSection(cleaning=cleaning))
     captions = ["It's a low tone", "it's a low, tone.", "its a low tone"]
-    clips = [DecodedClip(4, caption, 0, f"clip {n}", "place") for n, caption in enumerate(captions)]
+    clips = [DecodedClip(4, caption, caption, 0, f"clip {n}", "place") for n, caption in enumerate(captions)]
     batch = collate(np.zeros((3, 4), np.int16), clips, tokenizer, Counter())
     assert len(set(batch.caption_ids.tolist())) == equal and len(set(batch.clip_ids.tolist())) == 3
 

@@ -8,6 +8,7 @@ import hashlib
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -41,7 +42,11 @@ class Server(NamedTuple):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/file knows ranges, /whole does not, /cut breaks off half-way, /page and /drive.pt are web pages."""
+    """/file knows ranges, /whole does not, /cut breaks off half-way, /page and /drive.pt are web pages.
+
+    /shifted sends another piece than the one asked for, /refuse says 416 to everything, /loop points to itself, /silent
+    sends nothing after its header, /empty is an empty file.
+    """
 
     def __init__(self, ranges: list[str | None], *arguments: Any) -> None:
         self.ranges = ranges
@@ -53,17 +58,28 @@ class Handler(BaseHTTPRequestHandler):
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and place != "whole.pt" else 0
         if place == "missing.pt":
             return self.send_error(404)
-        if place == "locked.pt":
-            return self.send_error(403)
+        if place in ("locked.pt", "refuse.pt"):
+            return self.send_error(403 if place == "locked.pt" else 416)
+        if place == "loop.pt":
+            self.send_response(302)
+            self.send_header("Location", "/loop.pt")
+            return self.end_headers()
         body = b"<!DOCTYPE html><p>Too large to scan" if place in ("page.pt", "drive.pt") else CONTENT[start:]
-        if not body:
+        body = b"" if place == "empty.pt" else body
+        if not body and start:
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
             return self.end_headers()
         self.send_response(206 if start else 200)
         self.send_header("Content-Type", "text/html; charset=utf-8" if place == "page.pt" else "application/zip")
         self.send_header("Content-Length", str(len(body)))
+        if start:
+            first = 0 if place == "shifted.pt" else start
+            self.send_header("Content-Range", f"bytes {first}-{len(CONTENT) - 1}/{len(CONTENT)}")
         self.end_headers()
+        if place == "silent.pt":
+            time.sleep(0.2)
+            return None
         self.wfile.write(body[: len(body) // 2] if place == "cut.pt" else body)
         return None
 
@@ -137,19 +153,37 @@ def test_a_broken_connection_keeps_what_came(server: Server, tmp_path: Path) -> 
         ("locked.pt", r"refuses \(HTTP 403 Forbidden\): .*with a browser into .*locked\.pt, or give --from"),
         ("page.pt", r"answers with a web page instead of the file"),
         ("drive.pt", r"answers with a web page instead of the file"),
+        ("refuse.pt", r"refuses \(HTTP 416 .*\): fetch it from https://project"),
+        ("loop.pt", r"refuses \(HTTP 302 .*infinite loop.*\): fetch it from https://project"),
+        ("silent.pt", r"the connection to 127\.0\.0\.1:\d+ broke after 0\.0 MB \(timed out\): call again to continue"),
     ],
 )
-def test_what_a_server_refuses(server: Server, tmp_path: Path, file: str, message: str) -> None:
+def test_what_a_server_refuses(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, message: str
+) -> None:
+    monkeypatch.setattr(fetching, "TIMEOUT_S", 0.1)
     with pytest.raises(UserError, match=message) as error:
         fetch(replace(offered(server, file), size=None), tmp_path)
     assert "\n" not in str(error.value) and not (tmp_path / file).exists()
     assert (tmp_path / f"{file}.partial").stat().st_size == 0
 
 
+def test_nothing_is_taken_for_a_file_whose_size_and_checksum_are_not_known(server: Server, tmp_path: Path) -> None:
+    shifted, empty = (replace(offered(server, file, checksum=None), size=None) for file in ("shifted.pt", "empty.pt"))
+    (tmp_path / "shifted.pt.partial").write_bytes(CONTENT[:700_000])
+    with pytest.raises(UserError, match=r"sends another piece than the one asked for: delete .*\.partial"):
+        fetch(shifted, tmp_path)
+    with pytest.raises(UserError, match=r"the file of .*empty\.pt has no bytes: call again"):
+        fetch(empty, tmp_path)
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_no_network(tmp_path: Path) -> None:
     nobody = Weights("mn04", "a.pt", Project("https://project.example", "http://127.0.0.1:9/{file}", "MIT"))
     with pytest.raises(UserError, match=r"cannot reach 127\.0\.0\.1:9 \(.*refused.*\): fetch it from https://project"):
         fetch(nobody, tmp_path)
+    with pytest.raises(UserError, match=r"cannot reach mirror\.example \(ordinal not in range\(128\)\)"):
+        fetch(nobody, tmp_path, mirror="http://mirror.example/höher")
 
 
 def test_another_file_than_the_tables(server: Server, tmp_path: Path) -> None:
@@ -184,6 +218,19 @@ def test_two_at_once(server: Server, tmp_path: Path) -> None:
             fetch(offered(server), tmp_path)
 
 
+def test_a_file_that_another_process_finishes_meanwhile_is_left_alone(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finish(*_: object) -> None:
+        (tmp_path / "whole.pt.partial").write_bytes(CONTENT)
+        (tmp_path / "whole.pt.partial").rename(tmp_path / "whole.pt")
+
+    monkeypatch.setattr(fcntl, "flock", finish)
+    with pytest.raises(UserError, match=r"another process has just finished .*whole\.pt\.partial: call again"):
+        fetch(offered(server, "whole.pt"), tmp_path)
+    assert (tmp_path / "whole.pt").read_bytes() == CONTENT and server.ranges == []
+
+
 def test_the_verb(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,7 +259,9 @@ def test_a_name_is_found_in_the_folder(tmp_path: Path, monkeypatch: pytest.Monke
     for asks in (lambda: build_audio_encoder("mn04", "mn04"), lambda: diagnose("mn04", "mn04")):
         with pytest.raises(UserError, match=r"no checkpoints/mn04_as_mAP_432\.pt: run `atr-scale fetch-weights mn04`"):
             asks()
-    with pytest.raises(UserError, match="no weights are called 'mn05': did you mean mn"):
+    with pytest.raises(
+        UserError, match="checkpoint mn05 is no file, and no weights are called 'mn05': did you mean mn"
+    ):
         build_audio_encoder("mn04", "mn05")
     FOLDER.mkdir()
     torch.manual_seed(1)

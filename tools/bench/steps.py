@@ -57,7 +57,7 @@ def noise(size: int, seconds: float, sample_rate: int, world: World) -> Batch:
         waveform[row].normal_(0, 0.1, generator=torch.Generator().manual_seed(number))
     ids = torch.arange(own.start, own.stop)
     return Batch(
-        waveform, torch.full_like(ids, samples), words, torch.ones_like(words), ids, ids, torch.zeros_like(ids)
+        waveform, torch.full_like(ids, samples), words, torch.ones_like(words), ids, ids, torch.zeros_like(ids), ids
     )
 
 

@@ -7,8 +7,9 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import BinaryIO
@@ -47,17 +48,17 @@ def fetch(weights: Weights, folder: Path, mirror: str | None = None) -> Path:
     address = weights.address if mirror is None else f"{mirror.rstrip('/')}/{quote(weights.file)}"
     if urlsplit(address).scheme not in ("http", "https"):
         raise UserError(f"{mirror} is no address of a folder: begin it with http:// or https://")
-    partial = path.with_name(f"{path.name}.partial")
+    unfinished = path.with_name(f"{path.name}.partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(partial) as file:
+        with _alone(unfinished) as file:
             logger.info("fetching %s (%s)", address, weights.project.licence)
             _download(weights, address, path, file)
-            fits, found = compare(weights, partial)
+            fits, found = compare(weights, unfinished)
             if not fits:
-                partial.unlink()
+                unfinished.unlink()
                 raise UserError(f"the file of {address} has {found}: call again; if it stays so, see {_page(weights)}")
-            os.replace(partial, path)
+            os.replace(unfinished, path)
         sync(folder)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error}): make room, or give another --to") from None
@@ -68,6 +69,8 @@ def fetch(weights: Weights, folder: Path, mirror: str | None = None) -> Path:
 def compare(weights: Weights, path: Path) -> tuple[bool, str]:
     """Whether the file at `path` has the size and the checksum of the weights table, and what was found."""
     size = path.stat().st_size
+    if not size:
+        return False, "no bytes"
     if weights.size not in (None, size):
         return False, f"{size} bytes instead of the {weights.size} of the weights table"
     kind, _, expected = (weights.checksum or "sha256:").partition(":")
@@ -81,13 +84,16 @@ def compare(weights: Weights, path: Path) -> tuple[bool, str]:
 
 
 @contextmanager
-def _alone(partial: Path) -> Iterator[BinaryIO]:
+def _alone(unfinished: Path) -> Iterator[BinaryIO]:
     """The partial file, opened to append to it. Raises UserError if another process does so already."""
-    with partial.open("ab") as file:
+    with unfinished.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is writing {partial}: wait until it has finished") from None
+            raise UserError(f"another process is writing {unfinished}: wait until it has finished") from None
+        # Locked after the other process has given it its final name, the file would be changed under that name.
+        if not unfinished.exists() or not os.path.samestat(os.fstat(file.fileno()), unfinished.stat()):
+            raise UserError(f"another process has just finished {unfinished}: call again")
         yield file
 
 
@@ -98,10 +104,13 @@ def _download(weights: Weights, address: str, path: Path, file: BinaryIO) -> Non
     if answer is None:
         return
     with answer:
-        if have and answer.status != 206:  # the server sends the whole file again
+        if answer.status != 206:  # the server sends the whole file again
             have = 0
+        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise UserError(f"{address} sends another piece than the one asked for: delete {file.name} and call again")
         rest = answer.length
-        _check_offer(weights, address, path, answer, None if rest is None else have + rest)
+        total = None if rest is None else have + rest
+        _check_offer(weights, address, path, answer, _received(partial(answer.peek, 64), address, file), total)
         free = shutil.disk_usage(path.parent).free
         if rest is not None and rest > free:
             raise UserError(
@@ -109,9 +118,8 @@ def _download(weights: Weights, address: str, path: Path, file: BinaryIO) -> Non
                 "make room, or give another --to"
             )
         file.truncate(have)
-        total = None if rest is None else have + rest
         with tqdm(initial=have, total=total, unit="B", unit_scale=True, desc=weights.file, disable=None) as bar:
-            while piece := _read(answer, address, file):
+            while piece := _received(partial(answer.read, PIECE), address, file):
                 file.write(piece)
                 bar.update(len(piece))
         file.flush()
@@ -127,21 +135,23 @@ def _ask(weights: Weights, address: str, path: Path, have: int) -> HTTPResponse 
     except HTTPError as error:
         if error.code == 416 and error.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
             return None
-        if error.code == 416:  # the partial file is longer than the file
+        if error.code == 416 and have:  # the partial file is longer than the file
             return _ask(weights, address, path, 0)
         missing = error.code in (404, 410)
         what = f"there is no file at {address}" if missing else f"{address} refuses"
-        raise UserError(f"{what} (HTTP {error.code} {error.reason}): {_by_hand(weights, path)}") from None
-    except (OSError, HTTPException) as error:
+        raise UserError(f"{what} (HTTP {error.code} {one_line(error.reason)}): {_by_hand(weights, path)}") from None
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that HTTP cannot carry
         reason = one_line(str(getattr(error, "reason", error)))
         raise UserError(f"cannot reach {urlsplit(address).netloc} ({reason}): {_by_hand(weights, path)}") from None
     return answer
 
 
-def _check_offer(weights: Weights, address: str, path: Path, answer: HTTPResponse, total: int | None) -> None:
+def _check_offer(
+    weights: Weights, address: str, path: Path, answer: HTTPResponse, begin: bytes, total: int | None
+) -> None:
     """UserError if the answer is a web page, or if it has not the size of the weights table."""
     page = answer.headers.get_content_type() == "text/html"
-    if page or answer.peek(64).lstrip().lower().startswith(WEB_PAGE):
+    if page or begin.lstrip().lower().startswith(WEB_PAGE):
         raise UserError(f"{address} answers with a web page instead of the file: {_by_hand(weights, path)}")
     if weights.size is not None and total not in (None, weights.size):
         raise UserError(
@@ -149,9 +159,9 @@ def _check_offer(weights: Weights, address: str, path: Path, answer: HTTPRespons
         )
 
 
-def _read(answer: HTTPResponse, address: str, file: BinaryIO) -> bytes:
+def _received(receive: Callable[[], bytes], address: str, file: BinaryIO) -> bytes:
     try:
-        return answer.read(PIECE)
+        return receive()
     except (OSError, HTTPException) as error:
         raise _broken(address, file, one_line(error)) from None
 

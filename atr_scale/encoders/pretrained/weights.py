@@ -145,5 +145,8 @@ def checkpoint_path(checkpoint: str | Path) -> Path:
         if not path.exists():
             raise UserError(f"no {path}: run `atr-scale fetch-weights {name}`, or give the path of the file")
     elif name.isidentifier() and not path.exists():
-        weights_by_name(name)
+        try:
+            weights_by_name(name)
+        except UserError as error:
+            raise UserError(f"checkpoint {name} is no file, and {error}") from None
     return path
