@@ -224,6 +224,19 @@ def test_runs_of_a_killed_sweep_are_not_started_twice(config: str, monkeypatch: 
     assert "'lock'" in (sweep.logs / "lr=2.log").read_text(), "runs inherit it"
 
 
+def test_a_file_system_without_locks(
+    config: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    sweep = plan_sweep(config, ["train.lr=[1,2]"])
+    sweep.save()
+    monkeypatch.setattr("atr_scale.experiments.local.fcntl.flock", flock)
+    scripts(monkeypatch, lr1="print('trained')", lr2="print('trained')")
+    assert local.run_local(sweep, 2) == ([], []) and "has no locks" in caplog.text
+
+
 def test_ctrl_c_lets_the_runs_save_and_starts_no_further_one(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = plan_sweep(config, ["train.lr=[1,2]"])
     sweep.save()
