@@ -86,12 +86,8 @@ def _run_all(sweep: Sweep, at_once: int, lock: int) -> tuple[list[str], list[Swe
             while waiting and len(active) < at_once and not stop.received:
                 slot = min(set(range(at_once)) - {job.slot for job in active})
                 run = waiting.pop(0)
-<<<<<<< HEAD
                 active.append(Job(run, slot, sweep.logs / f"{run.name}.log", commands_of(sweep, run), lock))
-=======
-                active.append(Job(run, slot, sweep.logs / f"{run.name}.log", commands_of(sweep, run)))
                 progress.start(active[-1])
->>>>>>> docs
             if stop.received > told:
                 told = stop.received
                 _tell(active, told)

@@ -86,7 +86,6 @@ def test_seeds_of_one_configuration_are_one_experiment(runs: list[Path]) -> None
             assert cell.mean == pytest.approx(np.mean(each)) and cell.deviation == pytest.approx(np.std(each, ddof=1))
 
 
-<<<<<<< HEAD
 def test_one_run_evaluated_in_two_ways_is_two_experiments(runs: list[Path], tmp_path: Path) -> None:
     """They have one configuration and one seed, and their mean would say nothing."""
     other = tmp_path / "other"
@@ -98,7 +97,8 @@ def test_one_run_evaluated_in_two_ways_is_two_experiments(runs: list[Path], tmp_
         found = compare_runs([runs[0], runs[1], other])
         assert [len(one.runs) for one in found.experiments] == [2, 1]
         assert list(found.differing.values()) == [[table["results"][0][key], value]]
-=======
+
+
 def test_a_section_that_one_experiment_fills_is_shown_by_its_keys(tmp_path: Path) -> None:
     """Not once more as an empty section."""
     runs = [write_run(tmp_path / name, lr=1e-3, seed=0, noise=1.0) for name in ("mean", "tap")]
@@ -108,7 +108,6 @@ def test_a_section_that_one_experiment_fills_is_shown_by_its_keys(tmp_path: Path
         table["config_digest"] = run.name
         (run / "results.json").write_text(json.dumps(table))
     assert compare_runs(runs).differing == {"model.scorer.options.residual": ["", "True"]}
->>>>>>> docs
 
 
 def test_intervals_are_paired_and_resample_clips_with_all_their_captions(runs: list[Path]) -> None:
