@@ -84,8 +84,9 @@ def write_teacher_tables(
         if world.is_main:
             table.save(out)
         spent, made = spent + time.monotonic() - start, made + 1
-        left = tqdm.format_interval(spent / made * (len(folders) - number - 1))
-        _say(world, "%s is written, the others take about %s", path, left)
+        others = len(folders) - number - 1
+        left = f", the others take about {tqdm.format_interval(spent / made * others)}" if others else ""
+        _say(world, "%s is written%s", path, left)
     if not world.is_main:
         return None
     tables = [TeacherTable.read(path) for path in paths]
