@@ -41,8 +41,10 @@ from atr_scale.sections import Count, NonNegative, Positive, Section, Share, exp
 
 
 class RunSection(Section):
-    dir: str = Field(description="run folder: checkpoints, metrics, TensorBoard files, report")
-    seed: int = Field(0, description="seed of initial weights, sample order, crops, captions, augmentation, dropout")
+    dir: str = Field(min_length=1, description="run folder: checkpoints, metrics, TensorBoard files, report")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="seed of initial weights, sample order, crops, captions, augmentation, dropout"
+    )
 
 
 class AudioEncoderSection(AudioEncoderOptions):
