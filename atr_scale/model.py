@@ -15,12 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from atr_scale.batch import Batch
-from atr_scale.config import (
-    ModelSection,
-    ObjectiveSection,
-    ProjectionSection,
-    TemperatureSection,
-)
+from atr_scale.config import ObjectiveSection, TemperatureSection
+from atr_scale.config_model import ModelSection, ProjectionSection
 from atr_scale.distributed.world import World
 from atr_scale.encoders import TextEncoder, TokenSequence, build_audio_encoder, build_text_encoder
 from atr_scale.errors import UserError

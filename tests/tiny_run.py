@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from atr_scale.config import RunConfig, ScorerSection, load_config
+from atr_scale.config import RunConfig, load_config
+from atr_scale.config_model import ScorerSection
 from atr_scale.model import Retriever
 from tests.tiny import TinyInputs, make_tiny_inputs, write_tiny_config
 

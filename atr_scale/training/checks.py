@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from atr_scale import checkpoint
-from atr_scale.config import MODEL_PARTS, RunConfig
+from atr_scale.config import RunConfig
+from atr_scale.config_train import MODEL_PARTS
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from atr_scale.batch import Batch
-from atr_scale.config import TrainSection
+from atr_scale.config_train import TrainSection
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.model import NO_CONTEXT, Retriever, StepContext

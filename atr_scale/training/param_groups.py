@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from atr_scale.config import TrainSection
+from atr_scale.config_train import TrainSection
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 

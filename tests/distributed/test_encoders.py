@@ -14,7 +14,9 @@ import torch
 from atr_scale import checkpoint
 from atr_scale.batch import Batch
 from atr_scale.checkpoint import load_retriever
-from atr_scale.config import AudioEncoderSection, RunConfig, TrainSection
+from atr_scale.config import RunConfig
+from atr_scale.config_model import AudioEncoderSection
+from atr_scale.config_train import TrainSection
 from atr_scale.distributed.world import World
 from atr_scale.encoders import AUDIO_ENCODERS
 from atr_scale.encoders.spec_augment import SpecAugmentSection

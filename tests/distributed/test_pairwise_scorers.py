@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
-from atr_scale.config import ScorerSection
+from atr_scale.config_model import ScorerSection
 from atr_scale.distributed.world import World
 from atr_scale.losses import dense, tiled
 from atr_scale.losses.targets import positives_mask

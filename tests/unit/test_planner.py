@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from atr_scale import cli
-from atr_scale.config import InitialCheckpoint, RunConfig
+from atr_scale.config import RunConfig
+from atr_scale.config_train import InitialCheckpoint
 from atr_scale.errors import UserError
 from atr_scale.losses import build_objective
 from atr_scale.losses.terms import DistillationSection, TeacherTableSection

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from atr_scale.batch import TokenSequence
-from atr_scale.config import ProjectionSection
+from atr_scale.config_model import ProjectionSection
 from atr_scale.model import Projection
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from atr_scale.batch import TokenSequence
-from atr_scale.config import ProjectionSection
+from atr_scale.config_model import ProjectionSection
 from atr_scale.losses import LOSS_TERMS, LossInputs, build_objective, dense
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.temperature import Temperature
