@@ -210,8 +210,8 @@ def _names(groups: list[list[Evaluated]]) -> list[str]:
 def differing_values(experiments: Sequence[Experiment]) -> dict[str, list[str]]:
     """Keys whose values differ between the experiments, each with the value of every experiment; "" if it has none.
 
-    Beside the keys of the configuration: which checkpoint was evaluated, and how its pairs were scored. A section that one
-    experiment leaves empty and another fills is shown by its keys alone.
+    Beside the keys of the configuration: which checkpoint was evaluated, and how its pairs were scored. A section that
+    one experiment leaves empty and another fills is shown by its keys alone.
     """
     configs = [
         {"evaluated": one.runs[0].entry["method"], "checkpoint": one.runs[0].entry["checkpoint"]}
