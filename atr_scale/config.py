@@ -41,8 +41,10 @@ from atr_scale.sections import Count, NonNegative, Positive, Section, Share, exp
 
 
 class RunSection(Section):
-    dir: str = Field(description="run folder: checkpoints, metrics, TensorBoard files, report")
-    seed: int = Field(0, description="seed of initial weights, sample order, crops, captions, augmentation, dropout")
+    dir: str = Field(min_length=1, description="run folder: checkpoints, metrics, TensorBoard files, report")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="seed of initial weights, sample order, crops, captions, augmentation, dropout"
+    )
 
 
 class AudioEncoderSection(AudioEncoderOptions):
@@ -337,7 +339,8 @@ class EvaluationSection(Section):
     class_prompt: str = Field("the sound of {label}", description="caption of a class in a labelled set")
     select: str | None = Field(
         None,
-        description="metric that chooses the best checkpoint, SET/METRIC if data.validation names several sets; "
+        description="metric that chooses the best checkpoint, or a sum such as t2a/R@1 + a2t/R@1; SET/METRIC if "
+        "data.validation names several sets; "
         "default: t2a/mAP@10 of the first set, class/mAP@10 if it is labelled",
     )
 

@@ -95,9 +95,11 @@ def parse_override(text: str) -> Override:
     try:
         # Parsed as OmegaConf parses a file: 1e-4 is a number, [a, b] a list.
         parsed: Any = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
-        return Override(text, keys, action, parsed["value"])
     except (yaml.YAMLError, OmegaConfBaseException, LookupError, TypeError, ValueError) as error:
         raise _refused(text, _one_line(error)) from None
+    if len(parsed) > 1:  # after a line break
+        raise _refused(text, "it holds more than one value")
+    return Override(text, keys, action, parsed["value"])
 
 
 def assemble(

@@ -251,7 +251,8 @@ def comparison(
             ax.plot(column, color=colour, marker="o", markersize=3, label=_short(name))
         ax.set_xticks(range(len(by_bin)), list(by_bin), rotation=30, ha="right", parse_math=False)
         _percent(ax)
-        ax.legend(frameon=False, fontsize=8)
+        for text in ax.legend(frameon=False, fontsize=8).get_texts():
+            text.set_parse_math(False)
     return figure
 
 
@@ -298,9 +299,10 @@ def _figures(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure
 
 
 def _dress(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    ax.set_title(title, fontsize=11, loc="left", fontweight="bold")
-    ax.set_xlabel(xlabel)
-    ax.set_ylabel(ylabel)
+    # Names of splits, experiments and fields may hold a $, which begins a formula otherwise.
+    ax.set_title(title, fontsize=11, loc="left", fontweight="bold", parse_math=False)
+    ax.set_xlabel(xlabel, parse_math=False)
+    ax.set_ylabel(ylabel, parse_math=False)
     ax.grid(True, color="#e4e4e4", linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

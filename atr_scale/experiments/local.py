@@ -146,6 +146,8 @@ def _alone(folder: Path) -> Iterator[int]:
                 f"{folder} is carried out by another process, or runs that a killed one has left are still in "
                 "progress: wait for their end, or end them"
             ) from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s has no locks (%s): start this sweep only once at a time", folder, error)
         yield file.fileno()
 
 

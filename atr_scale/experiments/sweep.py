@@ -26,7 +26,9 @@ from atr_scale.files import atomic_write
 
 TEST = "test"
 PLAIN = re.compile(r"[\w./=,+-]+")
-ERROR = re.compile(r"^(?!srun: ).*(?:\berror: |\b\w*(?:Error|Exception)\b)", re.IGNORECASE)  # srun tells exit codes
+# Not what srun and the step's daemon tell of a failure: an exit code, and that the other ranks were ended.
+NO_CAUSE = r"srun: |slurmstepd\S*: error: \*\*\* STEP "
+ERROR = re.compile(rf"^(?!{NO_CAUSE}).*(?:\berror: |\b\w*(?:Error|Exception)\b)", re.IGNORECASE)
 TAIL = 1 << 16  # bytes of a log that are searched for an error
 
 

@@ -24,7 +24,15 @@ class GradeTable(TeacherTable):
     begin; "clip" [P] int32, rows of clips, and "grade" [P] fp32."""
 
     @classmethod
-    def of(cls, path: Path, clip_ids: Tensor, caption_clip: Tensor, index: Tensor, parts: Iterable[Pairs]) -> Self:
+    def of(
+        cls,
+        path: Path,
+        clip_ids: Tensor,
+        caption_clip: Tensor,
+        index: Tensor,
+        parts: Iterable[Pairs],
+        text: Tensor | None = None,
+    ) -> Self:
         """From pairs in the order of their captions. The other arguments are those of `TeacherTable`."""
         listed = list(parts)
         caption, clip, grade = (
@@ -32,7 +40,8 @@ class GradeTable(TeacherTable):
             for k, kind in enumerate((np.int64, np.int32, np.float32))
         )
         start = torch.searchsorted(caption, torch.arange(len(caption_clip) + 1))
-        return cls(path.name, clip_ids, caption_clip, index, {"start": start, "clip": clip, "grade": grade})
+        values = {"start": start, "clip": clip, "grade": grade}
+        return cls(path.name, clip_ids, caption_clip, index, values, caption_text=text)
 
     @property
     def differs_by_direction(self) -> bool:

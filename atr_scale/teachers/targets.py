@@ -92,24 +92,25 @@ def _positive(grades_CN: NDArray[np.floating]) -> Iterator[Pairs]:
 
 
 def _of_csv(path: Path, sources: Sequence[ShardSet]) -> GradeTable:
-    """A CSV file names captions by their text, so the texts of all samples are read."""
-    texts, rows, own = Texts([], []), [], []
+    """A CSV file names captions by their text, so the texts of all samples are read. Two samples may be one clip."""
+    captions: list[str] = []
+    index: list[int] = []
+    own: list[int] = []
+    clips: dict[str, int] = {}
     for shards in sources:
         for sample in range(len(shards)):
             try:
-                clip_id, captions, _ = shards.read_text(sample)
+                clip_id, texts, _ = shards.read_text(sample)
             except BadSample:  # training drops it too
                 continue
-            own += [len(texts.clip_ids)] * len(captions)
-            texts.clip_ids.append(clip_id)
-            texts.captions.extend(captions)
-            rows += [(stable_id(clip_id), index) for index in range(len(captions))]
-    keys = torch.tensor(rows)
-    clip_ids = torch.tensor([stable_id(clip) for clip in texts.clip_ids])
-    named = list(pairs_of_csv(path, texts))
+            own += [clips.setdefault(clip_id, len(clips))] * len(texts)
+            captions += texts
+            index += range(len(texts))
+    named = list(pairs_of_csv(path, Texts(captions, list(clips))))
     if not named:
         places = ", ".join(shards.location for shards in sources)
         raise UserError(f"{path} grades no caption and clip of {places}: give the file of these clips")
     pairs = np.unique([*named, *enumerate(own)], axis=0)
-    ones = np.ones(len(pairs))
-    return GradeTable.of(path, clip_ids, keys[:, 0], keys[:, 1], [(pairs[:, 0], pairs[:, 1], ones)])
+    parts = [(pairs[:, 0], pairs[:, 1], np.ones(len(pairs)))]
+    ids, text = (torch.tensor([stable_id(name) for name in names]) for names in (clips, captions))
+    return GradeTable.of(path, ids, ids[own], torch.tensor(index), parts, text)

@@ -233,4 +233,10 @@ def test_markdown_csv_latex_and_picture(runs: list[Path], tmp_path: Path) -> Non
     assert {line.count("&") for line in lines} == {8} and "\\textbf" in lines[1] and "\\textbf" not in lines[0]
     assert "\\toprule" in table and latex(found).count("\\begin") == 1
     assert imread(tmp_path / "out" / "compare.png")[..., :3].std() > 0.02
+    odd = write_run(tmp_path / r"a$\frac_$|<b>", lr=2e-3)  # no formula
+    write_comparison(compare_runs([odd, runs[0]], by="scene"), tmp_path / "odd")
+    assert (
+        r"a\$\textbackslash{}frac\_\$\textbar{}\textless{}b\textgreater{} &"
+        in (tmp_path / "odd/compare.tex").read_text()
+    )
     assert "Differences" not in markdown(compare_runs(runs[:2])), "one experiment has no difference"

@@ -135,6 +135,7 @@ def test_what_an_override_names(write: Write, override: str, key: str, value: An
         ("~train.lr", "train.lr is not set, so there is nothing to remove"),
         ("~objective.pmr.weight", "objective is not set"),
         ("train.steps+=1", "train.steps is 10 and no list"),
+        ("run.dir=x\nseed: 5", "it holds more than one value"),
     ],
 )
 def test_an_override_that_cannot_be_applied(write: Write, override: str, cause: str) -> None:

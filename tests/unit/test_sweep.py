@@ -224,6 +224,19 @@ def test_runs_of_a_killed_sweep_are_not_started_twice(config: str, monkeypatch: 
     assert "'lock'" in (sweep.logs / "lr=2.log").read_text(), "runs inherit it"
 
 
+def test_a_file_system_without_locks(
+    config: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    sweep = plan_sweep(config, ["train.lr=[1,2]"])
+    sweep.save()
+    monkeypatch.setattr("atr_scale.experiments.local.fcntl.flock", flock)
+    scripts(monkeypatch, lr1="print('trained')", lr2="print('trained')")
+    assert local.run_local(sweep, 2) == ([], []) and "has no locks" in caplog.text
+
+
 def test_ctrl_c_lets_the_runs_save_and_starts_no_further_one(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = plan_sweep(config, ["train.lr=[1,2]"])
     sweep.save()
@@ -256,8 +269,9 @@ def test_the_error_of_a_log_is_its_last_one(tmp_path: Path) -> None:
     assert last_error(log) == "no log"
     log.write_text("ValueError: first\nRuntimeError: second.\nsaved\n")
     assert last_error(log) == "RuntimeError: second"
-    log.write_text("[rank0]: RuntimeError: non-finite\nsrun: error: node1: task 0: Exited with exit code 1\nfailed\n")
-    assert last_error(log) == "[rank0]: RuntimeError: non-finite", "srun knows no cause"
+    told = "srun: error: node1: task 0: Exited with exit code 1\nslurmstepd-node1: error: *** STEP 2.0 CANCELLED ***\n"
+    log.write_text(f"[rank0]: RuntimeError: non-finite\n{told}failed\n")
+    assert last_error(log) == "[rank0]: RuntimeError: non-finite", "SLURM knows no cause"
     log.write_text("12:00:00 INFO killed\n")
     assert last_error(log) == "12:00:00 INFO killed"
 

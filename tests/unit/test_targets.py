@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,11 +15,12 @@ from atr_scale.config import RunConfig, load_config
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.errors import UserError
 from atr_scale.losses.soft_labels import SoftLabels
+from atr_scale.losses.terms import DistillationSection
 from atr_scale.score_block import ScoreBlock
 from atr_scale.teachers import sizes
 from atr_scale.teachers.ensemble import TeacherEnsemble
 from atr_scale.teachers.grades import GradeTable
-from atr_scale.teachers.targets import Constructed, random_vectors
+from atr_scale.teachers.targets import Constructed, random_vectors, true_targets
 from atr_scale.training.parts import read_teacher
 from tests.tiny import TinyInputs, make_tiny_inputs, write_tiny_config
 
@@ -43,9 +44,13 @@ def teacher_of(inputs: TinyInputs, folder: Path, shards: ShardSet, **options: An
 
 
 def batch_of(shards: ShardSet, rows: list[int], index: list[int] | None = None) -> Batch:
-    ids = torch.tensor([stable_id(shards.read_text(row)[0]) for row in rows])
+    """The first caption of each row; index: the numbers that their captions have instead."""
+    samples = [shards.read_text(row) for row in rows]
+    ids, texts = (
+        torch.tensor([stable_id(x) for x in y]) for y in ([s[0] for s in samples], [s[1][0] for s in samples])
+    )
     blank = torch.zeros(len(rows), 1, dtype=torch.int64)
-    return Batch(blank.float(), blank[:, 0], blank, blank, ids, ids, torch.tensor(index or [0] * len(rows)), ids)
+    return Batch(blank.float(), blank[:, 0], blank, blank, ids, ids, torch.tensor(index or [0] * len(rows)), texts)
 
 
 def scores_of(labels: SoftLabels[ScoreBlock]) -> torch.Tensor:
@@ -91,6 +96,30 @@ def test_a_csv_file_names_captions_by_their_text(inputs: TinyInputs, tmp_path: P
     teacher = teacher_of(inputs, tmp_path, shards, targets="true", relevance=tmp_path / "grades.csv")
     want = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     assert torch.equal(scores_of(teacher.labels(batch_of(shards, [4, 9, 1]))), want)
+
+
+def test_a_csv_file_and_a_clip_that_is_in_two_sets(tmp_path: Path, inputs: TinyInputs, shards: ShardSet) -> None:
+    """Each sample has its own captions, of which a file may grade one."""
+
+    class Other:
+        location = "other"
+
+        def __len__(self) -> int:
+            return 1
+
+        def read_text(self, row: int) -> tuple[str, list[str], None]:
+            return shards.read_text(4)[0], ["another caption"], None
+
+    other = cast(ShardSet, Other())
+    names = [Path(shards.read_text(row)[0]).name for row in (4, 9)]
+    (tmp_path / "grades.csv").write_text(f"query,audio_filenames\nanother caption,{';'.join(names)}\n")
+    section = DistillationSection(weight=1, targets="true", relevance=str(tmp_path / "grades.csv"))
+    labels = true_targets(section, [shards, other])
+    found = [scores_of(labels.labels(batch_of(shards, [9, 4]))), scores_of(labels.labels(batch_of(other, [0])))]
+    assert torch.equal(found[0], torch.eye(2)) and torch.equal(found[1], torch.ones(1, 1))
+    (table,) = labels.tables
+    assert len(table.clip_ids) == 12 and len(table.caption_clip) == 13
+    assert table.scores(torch.tensor([12]), torch.tensor([4, 9, 0])).tolist() == [[1, 1, 0]]
 
 
 def test_a_csv_file_of_other_captions_is_refused(inputs: TinyInputs, tmp_path: Path, shards: ShardSet) -> None:
