@@ -130,7 +130,9 @@ def _runs_of(place: Path, split: str | None) -> list[Path]:
     kept = [run for run in runs if (wanted in splits[run] if wanted else splits[run])]
     what = f"results of the split {wanted}" if wanted else "results"
     if not kept:
-        raise UserError(f"no run of the sweep {place} has {what}: the sweep's own command goes on with it")
+        known = ", ".join(dict.fromkeys(name for own in splits.values() for name in own))
+        remedy = f"they have {known}" if known else "the sweep's own command goes on with it"
+        raise UserError(f"no run of the sweep {place} has {what}: {remedy}")
     if left := [run.name for run in runs if run not in kept]:
         logger.warning("%d of %d runs of %s have no %s: %s", len(left), len(runs), place, what, ", ".join(left))
     return kept
@@ -143,6 +145,8 @@ def _splits(table: dict[str, Any]) -> list[str]:
 
 def _read(folder: Path) -> dict[str, Any]:
     table = read_results(folder)
+    if table is None and not folder.is_dir():
+        raise UserError(f"no folder {folder}: give run folders or folders of sweeps")
     if table is None:
         raise UserError(f"no results.json in {folder}: evaluate the run first, atr-scale evaluate {folder}")
     return table

@@ -306,7 +306,7 @@ class DistillationSection(TwoWaySection):
         if self.targets == "estimated" and not self.tables:
             raise ValueError("distillation needs teachers: give tables that `atr-scale estimate` has written")
         if self.targets == "true" and not self.relevance:
-            raise ValueError("targets true need grades: give relevance, a file of graded relevance")
+            raise ValueError("targets: true reads grades: give their file in relevance")
         own = {table.temperature is None for table in self.tables}
         if self.ensemble == "cosines" and len(own) == 2 and self.temperature is None:
             raise ValueError(

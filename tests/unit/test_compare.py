@@ -183,7 +183,9 @@ def test_other_test_sets_are_refused_by_name(runs: list[Path], tmp_path: Path) -
         compare_runs([runs[0], graded])
     with pytest.raises(UserError, match="different relevance files"):
         compare_runs([graded, write_run(tmp_path / "other", grades=grades / 2 + np.roll(grades, 1, 1) / 2)])
-    with pytest.raises(UserError, match=r"no results\.json in .*nothing: evaluate the run first"):
+    with pytest.raises(UserError, match=r"no results\.json in .*: evaluate the run first"):
+        compare_runs([tmp_path])
+    with pytest.raises(UserError, match=r"no folder .*nothing: give run folders"):
         compare_runs([tmp_path / "nothing"])
     with pytest.raises(UserError, match=r"has no results of the split clotho \(it has test\)"):
         compare_runs(runs, split="clotho")
@@ -200,7 +202,7 @@ def test_a_sweep_folder_stands_for_its_evaluated_runs(
     (tmp_path / "sweep.json").write_text(json.dumps({"runs": [{"name": name} for name in names]}))
     assert markdown(compare_runs([tmp_path])) == markdown(compare_runs([tmp_path / run.name for run in runs]))
     assert f"2 of 6 runs of {tmp_path} have no results of the split test: not-begun, failed" in caplog.text
-    with pytest.raises(UserError, match=r"no run of the sweep .* has results of the split clotho"):
+    with pytest.raises(UserError, match=r"no run of the sweep .* has results of the split clotho: they have test"):
         compare_runs([tmp_path], split="clotho")
 
 

@@ -92,7 +92,7 @@ def test_mistakes_in_the_section() -> None:
     with pytest.raises(ValueError, match="some tables have a temperature and others the model's"):
         DistillationSection(weight=1.0, tables=two)
     assert DistillationSection(weight=1.0, tables=two, temperature=0.1).tables[1].path == "b"
-    with pytest.raises(ValueError, match="targets true need grades: give relevance"):
+    with pytest.raises(ValueError, match="targets: true reads grades: give their file in relevance"):
         DistillationSection(weight=1.0, targets="true")
     with pytest.raises(ValueError, match="distillation needs teachers"):
         DistillationSection(weight=1.0, targets="estimated")
