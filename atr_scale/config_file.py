@@ -19,7 +19,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from atr_scale.errors import UserError
+from atr_scale.errors import UserError, one_line
+from atr_scale.sections import dotted
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} does not parse as YAML: {_one_line(error)}") from None
+        raise UserError(f"{path} does not parse as YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no configuration: expected sections such as run, data, model and train")
     return values  # type: ignore[return-value]
@@ -96,7 +97,7 @@ def parse_override(text: str) -> Override:
         # Parsed as OmegaConf parses a file: 1e-4 is a number, [a, b] a list.
         parsed: Any = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, LookupError, TypeError, ValueError) as error:
-        raise _refused(text, _one_line(error)) from None
+        raise _refused(text, one_line(error)) from None
     if len(parsed) > 1:  # after a line break
         raise _refused(text, "it holds more than one value")
     return Override(text, keys, action, parsed["value"])
@@ -124,7 +125,7 @@ def resolve(values: dict[str, Any], place: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{place} does not resolve with its overrides: {_one_line(error)}") from None
+        raise UserError(f"{place} does not resolve with its overrides: {one_line(error)}") from None
 
 
 def _merged(base: dict[str, Any], extension: dict[str, Any]) -> dict[str, Any]:
@@ -180,13 +181,13 @@ def _apply(values: dict[str, Any], override: Override) -> None:
         below = _child(container, key, override, number)
         if below is None:  # not set, or null: what is below starts from the defaults
             if override.action == "remove":
-                raise _refused(override.text, f"{_dotted(override.keys[:number])} is not set")
+                raise _refused(override.text, f"{dotted(override.keys[:number])} is not set")
             container[_index(container, key)] = below = {}
         container = below
     if override.action == "remove":
         _child(container, last, override, len(override.keys))
         if isinstance(container, dict) and last not in container:
-            raise _refused(override.text, f"{_dotted(override.keys)} is not set, so there is nothing to remove")
+            raise _refused(override.text, f"{dotted(override.keys)} is not set, so there is nothing to remove")
         del container[_index(container, last)]
         return
     current = _child(container, last, override, len(override.keys))
@@ -194,14 +195,14 @@ def _apply(values: dict[str, Any], override: Override) -> None:
         container[_index(container, last)] = override.value
         return
     if current is not None and not isinstance(current, list):
-        raise _refused(override.text, f"{_dotted(override.keys)} is {current!r} and no list")
+        raise _refused(override.text, f"{dotted(override.keys)} is {current!r} and no list")
     added = override.value if isinstance(override.value, list) else [override.value]
     container[_index(container, last)] = [*(current or []), *added]
 
 
 def _child(container: Any, key: str | int, override: Override, number: int) -> Any:
     """The value of the `number`-th key of an override, None if there is none. UserError if there can be none."""
-    place = _dotted(override.keys[: number - 1])
+    place = dotted(override.keys[: number - 1])
     if isinstance(container, list):
         index = _index(container, key)
         if not isinstance(index, int):
@@ -223,13 +224,5 @@ def _index(container: Any, key: str | int) -> str | int:
     return int(key) if isinstance(container, list) and isinstance(key, str) and key.isdecimal() else key
 
 
-def _dotted(keys: Keys) -> str:
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
-
-
 def _refused(text: str, cause: str) -> UserError:
     return UserError(f"override {text!r} cannot be applied: {cause}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

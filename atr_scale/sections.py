@@ -99,7 +99,7 @@ def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _clause(error: Any, kind: type[Section], values: Any) -> str:
-    name = _dotted(error["loc"])
+    name = dotted(error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown key {name!r}; {_hint(error['loc'], error['input'], kind, values)}"
     if error["type"] == "missing":
@@ -109,7 +109,8 @@ def _clause(error: Any, kind: type[Section], values: Any) -> str:
     return f"{name!r}: {message}{value}" if name else f"{message}{value}"
 
 
-def _dotted(keys: Iterable[str | int]) -> str:
+def dotted(keys: Iterable[str | int]) -> str:
+    """Keys and places in lists as an override writes them: `data.train[0].shards`."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
 
 
@@ -117,7 +118,7 @@ def _hint(keys: tuple[str | int, ...], value: Any, kind: type[Section], values: 
     """What may have been meant by the unknown key at `keys` with this value."""
     *place, key = keys
     known = _known_keys(place, kind, values)
-    own = [_dotted([*place, name]) for name in known]
+    own = [dotted([*place, name]) for name in known]
     everywhere = list(all_keys(kind, values, ""))
     meant = closest(str(key), own, everywhere)
     if meant is None and isinstance(value, dict):  # a section that does not exist, with keys that may

@@ -209,14 +209,27 @@ def evaluate_run(
     if world.is_main:
         # A copied run folder may have lost its links, or have folders in their place.
         run_dir = folder.parent.parent if (Path(location) / WEIGHTS).is_file() else Path(location)
-        target = out or run_dir
-        evaluation.save(target)
-        write_predictions(target, split, evaluation.scores, evaluation.embedded, relevance is not None)
-        links = {"best": run_dir / "best", "last": run_dir / "latest"}
-        checkpoint = next((name for name, link in links.items() if link.resolve() == folder), folder.name)
-        record_results(target, run_dir.resolve().name, trained, evaluation.results, checkpoint=checkpoint, saved=True)
-        write_report(target)
+        _save(evaluation, out or run_dir, run_dir, folder, trained, split, graded=relevance is not None)
     return evaluation
+
+
+def _save(
+    evaluation: Evaluation,
+    target: Path,
+    run_dir: Path,
+    checkpoint: Path,
+    config: RunConfig,
+    split: str,
+    *,
+    graded: bool,
+) -> None:
+    """Write results, predictions and report into the folder `target`. config: that of the training."""
+    evaluation.save(target)
+    write_predictions(target, split, evaluation.scores, evaluation.embedded, graded)
+    links = {"best": run_dir / "best", "last": run_dir / "latest"}
+    name = next((name for name, link in links.items() if link.resolve() == checkpoint), checkpoint.name)
+    record_results(target, run_dir.resolve().name, config, evaluation.results, checkpoint=name, saved=True)
+    write_report(target)
 
 
 def _shards_of(config: RunConfig, location: str, split: str) -> str:
