@@ -275,7 +275,7 @@ class Training:
             return False
         start = time.perf_counter()
         found = self.validator.evaluate(self.engine.model, self.progress.step)
-        metrics = {name: evaluation.metrics for name, evaluation in found.items()}
+        metrics = {name: each.metrics for name, each in found.items()}
         score = selection_score(metrics, self.config.evaluation.select)
         improved = score > self.progress.best
         if improved:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,7 @@ from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.distributed.world import World
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
 from atr_scale.evaluation.parallel import Parallel
+from atr_scale.evaluation.result import EvaluationResult
 from atr_scale.evaluation.results import record_results
 from atr_scale.model import Retriever
 from atr_scale.training.monitor import Monitor, Player, RetrievedClips
@@ -26,6 +28,16 @@ logger = logging.getLogger(__name__)
 SHOWN = ("t2a/R@1", "t2a/mAP@10", "a2t/R@1", "zero_shot/accuracy")  # metrics in the log line
 PLAYER_RATE, PLAYER_CROP = 16_000, Crop(0.0, 10.0)  # Hz; seconds
 PLAYED_CLIPS = 3  # of each query
+
+
+class Validated(NamedTuple):
+    """Metrics of a validation set, on every rank, and the results behind them, on the main rank alone.
+
+    The embeddings and scores of an evaluation are not in it: they would stay in memory while other sets are evaluated.
+    """
+
+    metrics: dict[str, float]
+    results: list[EvaluationResult]
 
 
 @dataclass(frozen=True)
@@ -39,16 +51,16 @@ class Validator:
     device: torch.device
     monitor: Monitor
 
-    def evaluate(self, model: Retriever, step: int) -> dict[str, Evaluation]:
-        """The evaluation of every set by its name, logged as that of the model after `step` optimizer steps."""
+    def evaluate(self, model: Retriever, step: int) -> dict[str, Validated]:
+        """Metrics and results of every set by its name, logged as those of the model after `step` optimizer steps."""
         return {name: self._evaluate_set(model, step, name, shards) for name, shards in self.sets.items()}
 
-    def record(self, found: Mapping[str, Evaluation], best: bool) -> None:
+    def record(self, found: Mapping[str, Validated], best: bool) -> None:
         """Add what `evaluate` has found to results.json; of the best step also the results' own files."""
         if not self.world.is_main:
             return
         run_dir = Path(self.config.run.dir)
-        results = [result for evaluation in found.values() for result in evaluation.results]
+        results = [result for each in found.values() for result in each.results]
         for checkpoint in ("best", "last") if best else ("last",):
             saved = checkpoint == "best"
             for result in results if saved else ():
@@ -56,7 +68,7 @@ class Validator:
             name = run_dir.resolve().name
             record_results(run_dir, name, self.config, results, checkpoint=checkpoint, saved=saved)
 
-    def _evaluate_set(self, model: Retriever, step: int, name: str, shards: ShardSet) -> Evaluation:
+    def _evaluate_set(self, model: Retriever, step: int, name: str, shards: ShardSet) -> Validated:
         start = time.perf_counter()
         evaluation = evaluate(
             model,
@@ -73,7 +85,7 @@ class Validator:
             self.monitor.retrieved(step, retrieved_clips(evaluation, shards), name)
             shown = ", ".join(f"{key} {evaluation.metrics[key]:.3f}" for key in SHOWN if key in evaluation.metrics)
             logger.info("step %d: %s %s (%.0f s)", step, name, shown, time.perf_counter() - start)
-        return evaluation
+        return Validated(evaluation.metrics, evaluation.results)
 
 
 def retrieved_clips(evaluation: Evaluation, shards: ShardSet) -> list[RetrievedClips]:
