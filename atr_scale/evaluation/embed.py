@@ -183,7 +183,7 @@ def _embed_batch(
         input_ids, attention_mask = tokenizer([c for group in captions for c in group] or ["silence"])
         device = parallel.device
         text = as_read(model.scorer, model.encode_text(input_ids.to(device), attention_mask.to(device)), "text")
-        audio = as_read(model.scorer, model.encode_audio(waveform.to(device), lengths.to(device)), "audio")
+        audio = as_read(model.scorer, model.encode_audio(waveform.to(device), lengths), "audio")
     return _Part(
         number=number,
         text=text if clips else None,
