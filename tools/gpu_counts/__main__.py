@@ -2,8 +2,8 @@
 
     python -m tools.gpu_counts [CONFIG ...] [--ranks W] [--global-batch B] [--json F]
 
-The update runs as one of W ranks on CUDA tensors without values. Without CONFIG: all shipped configurations. A launch is
-an operation that is not a view; the bytes are those that these operations read and write.
+The update runs as one of W ranks on CUDA tensors without values. Without CONFIG: all shipped configurations. A launch
+is an operation that is not a view; the bytes are those that these operations read and write.
 """
 
 from __future__ import annotations

@@ -198,8 +198,10 @@ class Counts(TorchDispatchMode):
         devices = {x.device.type for x in given}
         device = "cuda" if "cuda" in devices else "cpu"
         self.collectives[self.current, collective, device] += 1
-        if device == "cuda":
-            self._count(collective.name, collective.nbytes)
+        if device == "cpu":
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        self._count(collective.name, collective.nbytes)
         return func(*args, **kwargs)
 
 

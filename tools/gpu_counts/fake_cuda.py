@@ -39,7 +39,7 @@ def counted(ranks: int) -> Iterator[tuple[Counts, FakeTensorMode]]:
         stack.enter_context(mode)
         stack.enter_context(counts)
         library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
-        # torch's own choice between kernels needs a device. A function mode would miss what is computed again in backward.
+        # torch's choice between kernels needs a device. A function mode would not see what backward computes again.
         library.impl("scaled_dot_product_attention", _attention, "AutogradCUDA")
         yield counts, mode
 
