@@ -112,7 +112,7 @@ def _run_heads(model: Retriever, batch: Batch, load: Workload, context: StepCont
 
     sides = Encoded(encoded(load.words, model.reads_text_tokens), encoded(load.frames, model.reads_audio_tokens))
     terms = model(batch.to(CUDA), context, encoded=sides)
-    (terms["loss"] * load.ranks).backward()
+    terms["loss"].backward()
 
 
 def _run_encoder(model: Retriever, batch: Batch, part: Literal["audio", "text"]) -> None:
