@@ -77,8 +77,8 @@ def real_cases() -> dict[str, Case]:
         "CLAP, 64 x 10 s": _audio("clap", 64, 10.0),
         "ATST-Frame, 64 x 30 s in windows": _audio("atst_frame", 64, 30.0),
         "RoBERTa-large, 64 x 32 words": _text("roberta-large"),
-        "update, 228 tensors, ZeRO 0": _update("train.zero_stage=0", *many),
-        "update, 228 tensors, ZeRO 1": _update("train.zero_stage=1", *many),
+        "step of 228 tensors, ZeRO 0": _update("train.zero_stage=0", *many, part="optimizer"),
+        "step of 228 tensors, ZeRO 1": _update("train.zero_stage=1", *many, part="optimizer"),
         "update in two chunks": _update("train.zero_stage=1", "train.micro_batch_size=2"),
         "pretrain_wavcaps.yaml, one of 16": recipe(CONFIGS / "pretrain_wavcaps.yaml", 16),
     }
@@ -106,5 +106,5 @@ def _text(name: str) -> Case:
     return _case("text", Workload(1, 64, 0.001, words=32), f"model.text.name={name}")
 
 
-def _update(*overrides: str) -> Case:
-    return _case("update", Workload(8, 4, seconds=1.0, words=12), *overrides)
+def _update(*overrides: str, part: Part = "update") -> Case:
+    return _case(part, Workload(8, 4, seconds=1.0, words=12), *overrides)

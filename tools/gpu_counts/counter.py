@@ -80,6 +80,12 @@ class Counts(TorchDispatchMode):
         self.places.clear()
         self.collectives.clear()
 
+    def keep(self, name: str) -> None:
+        """Forget all phases but one."""
+        for table in (self.phases, self.places, self.collectives):
+            for key in [key for key in table if (key if isinstance(key, str) else key[0]) != name]:
+                del table[key]
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count what follows as the phase `name`."""

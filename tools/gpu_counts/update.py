@@ -25,7 +25,7 @@ from atr_scale.training.schedule import seeds
 from tools.gpu_counts.counter import CUDA, Counts
 from tools.gpu_counts.fake_cuda import counted
 
-Part = Literal["update", "heads", "audio", "text"]
+Part = Literal["update", "optimizer", "heads", "audio", "text"]
 GROUPS = ("audio", "text", "heads")
 REST = "optimizer"  # what no other phase holds: reduction and norm of the gradient, and the step
 
@@ -67,8 +67,10 @@ def count_update(config: RunConfig, load: Workload, part: Literal["update", "hea
         if widths:
             teacher = random_teacher(Teachers(widths, config.objective.distillation.ensemble), load.rows)
             context = StepContext(teacher=teacher.labels)
-        if part == "update":
+        if part in ("update", "optimizer"):
             _run_update(model, config, batch, load, context, counts)
+            if part == REST:
+                counts.keep(REST)
         elif part == "heads":
             _run_heads(model, batch, load, context)
         else:
