@@ -46,7 +46,8 @@ def measured(run: Path, out: Path, precision: Products | None = None) -> dict[st
 def test_validation_evaluation_and_search_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run, seen, before = tmp_path / "run", [], gpu_products()
+    run, before = tmp_path / "run", gpu_products()
+    seen: list[tuple[Any, ...]] = []
     encode, mel, power = SmallCNN.encode, FrontEnd.forward, front_ends.power_spectrogram
 
     def recorded_encode(self: SmallCNN, *given: Any, **named: Any) -> Any:
