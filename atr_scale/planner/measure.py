@@ -219,7 +219,7 @@ def _run_heads(
     ids = torch.arange(local)
     nothing = torch.zeros(local, 0, dtype=torch.int64)
     batch = Batch(torch.zeros(local, 0), torch.zeros_like(ids), nothing, nothing, ids, ids, ids, ids)
-    context = StepContext(teacher=_teacher(teachers, local).labels if teachers.widths else None)
+    context = StepContext(teacher=random_teacher(teachers, local).labels if teachers.widths else None)
     leaves = [x for side in encoded for x in (side.tokens, side.pooled)]
     parameters = [*model.parameters(), *objective.parameters()]
     with _ranks(size), Recorder([*parameters, *leaves]) as recorder:
@@ -252,7 +252,7 @@ def _some_rows(sequence: TokenSequence, rows: int) -> TokenSequence:
     )
 
 
-def _teacher(teachers: Teachers, rows: int) -> TeacherEnsemble:
+def random_teacher(teachers: Teachers, rows: int) -> TeacherEnsemble:
     ids = torch.arange(rows)
     table = TeacherTable("planned", ids, ids, ids, {})
     # Unit vectors as in real tables: the losses search scores outside of [-1, 1] for their maxima.

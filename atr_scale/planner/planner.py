@@ -132,7 +132,7 @@ def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = Tr
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     sizes = {name: count_parameters(p for _, p in members) for name, members in model.parameter_groups().items()}
     encoders = measure_encoders(model, seconds, tokens, gpu, _first_back(config, sizes))
-    teachers = Teachers(_teachers(config, model), config.objective.distillation.ensemble)
+    teachers = Teachers(teacher_widths(config, model), config.objective.distillation.ensemble)
     tiled, dense = (
         measure_heads(model, build_objective(config.objective.terms, budget), encoders.outputs, teachers)
         for budget in (NEVER_DENSE, ALWAYS_DENSE)
@@ -149,7 +149,7 @@ def _first_back(config: RunConfig, sizes: dict[str, int]) -> Literal["text", "au
     return "audio" if config.train.zero_stage == 3 or sizes["audio"] > sizes["text"] else "text"
 
 
-def _teachers(config: RunConfig, model: Retriever) -> list[int]:
+def teacher_widths(config: RunConfig, model: Retriever) -> list[int]:
     """Widths of the teachers' embeddings; of a table that does not exist yet, the width of this model."""
     section = config.objective.distillation
     if section.weight == 0:

@@ -26,7 +26,7 @@ from atr_scale.planner.dry_run import dry_run
 from atr_scale.planner.estimate import Cluster, estimate_step, fitting_micro_batch, largest_local_batch
 from atr_scale.planner.gpus import find_gpu
 from atr_scale.planner.ops import Recorder
-from atr_scale.planner.planner import _teachers, measure_costs
+from atr_scale.planner.planner import teacher_widths, measure_costs
 from atr_scale.planner.traffic import transfers
 from atr_scale.planner.zero_memory import Parameters, Transfer
 from tests.tiny_run import tiny_config
@@ -186,7 +186,7 @@ def test_targets_without_tables_are_planned(config: RunConfig) -> None:
         distillation = DistillationSection(weight=1.0, targets=targets)
         objective = config.objective.model_copy(update={"distillation": distillation})
         planned = config.model_copy(update={"objective": objective})
-        assert _teachers(planned, build_without_weights(config)) == widths
+        assert teacher_widths(planned, build_without_weights(config)) == widths
 
 
 def test_draws_that_need_values_are_left_out(config: RunConfig) -> None:
@@ -279,7 +279,7 @@ def test_the_verb(
         cli.main()
     printed = capsys.readouterr().out
     assert left.value.code == 0
-    for word in ("memory", "network", "time", "phases", "run", "largest", "clips 1 s and all captions 64 tokens long"):
+    for word in ("memory", "network", "time", "phases", "run", "largest", "clips 0.5 s and all captions 64 tokens long"):
         assert word in printed
     assert "captions of 64 tokens" in printed, "of captions that nothing cuts"
     written = json.loads((tmp_path / "out" / "plan.json").read_text())
