@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore  # torch.distributed, but typed
@@ -70,7 +72,10 @@ class Place:
 
 @contextmanager
 def distributed() -> Iterator[tuple[World, torch.device]]:
-    """Joins the other ranks and leaves them on exit. Yields (world, this rank's device)."""
+    """Joins the other ranks and leaves them on exit. Yields (world, this rank's device).
+
+    Raises UserError if they cannot be reached, or if two ranks have the same GPU.
+    """
     place = Place.find(os.environ)
     found = dict(os.environ)
     # DeepSpeed reads these variables itself, which srun and a plain process do not have.
@@ -81,18 +86,20 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
         MASTER_ADDR=place.address,
         MASTER_PORT=str(place.port),
     )
-    if torch.cuda.is_available():
-        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    if place.world_size > 1 and place.rank == 0:
-        logger.info("joining %d ranks at %s:%d", place.world_size, place.address, place.port)
+    device = _device(place)
+    if place.world_size > 1:
+        if place.rank == 0:
+            logger.info("joining %d ranks at %s:%d", place.world_size, place.address, place.port)
+        if interface := _interface_towards(place.address):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # A restarted group must not find the addresses of the group before it in the store: it would wait for them.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") + "-" + os.environ.get("SLURM_RESTART_COUNT", "0")
+    store = PrefixStore(f"attempt-{attempt}", _store(place))
+    if place.world_size > 1 and device.type == "cuda":
+        _claim(device, place, store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore(f"attempt-{attempt}", _store(place)),
+        store=store,
         rank=place.rank,
         world_size=place.world_size,
         timeout=TIMEOUT,
@@ -107,6 +114,59 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
         dist.destroy_process_group()
         os.environ.clear()
         os.environ.update(found)
+
+
+@contextmanager
+def device_as_local_rank(device: torch.device) -> Iterator[None]:
+    """DeepSpeed takes LOCAL_RANK for the number of its GPU, which it is not if a rank sees only some of the machine's.
+
+    The variable is the launcher's again afterwards: error files and the first rank of a machine are found by it.
+    """
+    launchers = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    try:
+        yield
+    finally:
+        os.environ.pop("LOCAL_RANK")
+        if launchers is not None:
+            os.environ["LOCAL_RANK"] = launchers
+
+
+def _device(place: Place) -> torch.device:
+    """This rank's GPU among those that it sees: all of the machine, or its own (srun --gpus-per-task, --gpu-bind)."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _claim(device: torch.device, place: Place, store: Store) -> None:
+    """Raises UserError if another rank has the same GPU, which NCCL refuses in many lines."""
+    host, gpu = socket.gethostname(), torch.cuda.get_device_properties(device).uuid
+    owner = store.compare_set(f"rank of {host} {gpu}", "", str(place.rank)).decode()
+    if owner != str(place.rank):
+        raise UserError(
+            f"ranks {owner} and {place.rank} have the same GPU of {host} ({torch.cuda.device_count()} visible): "
+            "start no more ranks on a machine than it has GPUs (--nproc-per-node, --ntasks-per-node), and let "
+            "CUDA_VISIBLE_DEVICES give each its own"
+        )
+
+
+def _interface_towards(address: str) -> str | None:
+    """The network interface that leads to the machine `address`, None if that is this machine's loopback.
+
+    Gloo takes the one of this machine's name by default, which /etc/hosts often gives to the loopback.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    found = [name for name, addresses in interfaces if own in (each.address for each in addresses)]
+    return None if own.startswith("127.") else next(iter(found), None)
 
 
 def _store(place: Place) -> Store:

@@ -3,18 +3,28 @@
 The recipe for a loss over the global batch: every rank gathers all texts, keeps its own audio, and computes the same
 global mean loss L. The backward pass of a rank yields its part of the gradient, and the sum over ranks is the whole.
 Data-parallel training averages gradients over ranks, hence `(world.size * L).backward()`.
+
+Tensors travel over the group of the device (NCCL on GPUs). Numbers and objects of the host travel over a gloo group
+beside it, so that no rank waits for its GPU and nothing is copied to one.
 """
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from atr_scale.compat import all_gather_single, reduce_scatter_single
+
+T = TypeVar("T")
+
+_host_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # the gloo group beside each NCCL group
 
 
 class _Gather(torch.autograd.Function):
@@ -37,18 +47,23 @@ class _Gather(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class World:
-    """This process in a group: its rank and the world size."""
+    """This process in a group: its rank and the world size.
+
+    group: of the tensors. host: of numbers and objects; `group` itself if that takes tensors of the host.
+    """
 
     rank: int = 0
     size: int = 1
     group: Any = None
+    host: Any = None
 
     @staticmethod
     def current() -> World:
-        """The default process group, or a world of one if there is none."""
+        """The default process group, or a world of one if there is none. All ranks make the first call together."""
         if not (dist.is_available() and dist.is_initialized()):
             return World()
-        return World(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+        group = dist.group.WORLD
+        return World(dist.get_rank(), dist.get_world_size(), group, _host_group(group))
 
     @property
     def is_main(self) -> bool:
@@ -62,17 +77,35 @@ class World:
         """`value` of every rank, in rank order."""
         if self.size == 1:
             return [value]
-        out = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(out, torch.tensor([value], device=self.device), group=self.group)
-        return [int(x) for x in out]
+        out = torch.zeros(self.size, dtype=torch.int64)
+        dist.all_gather(list(out.split(1)), torch.tensor([value]), group=self.host)
+        return out.tolist()
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Any picklable `value` of every rank, in rank order; for small values outside the optimizer step."""
+        """Any picklable `value` of every rank, in rank order; for small values outside the optimizer step.
+
+        A rank holds the pickled values of all ranks at once: for large ones there is `gather_each`.
+        """
         if self.size == 1:
             return [value]
         out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, value, group=self.group)
+        dist.all_gather_object(out, value, group=self.host)
         return out
+
+    def gather_each(self, values: Sequence[T]) -> Iterator[T]:
+        """The values of all ranks: the first of every rank, in rank order, then the second of every rank, and so on.
+
+        One value of each rank is in transit at a time, so a rank needs three times the size of the largest ones beside
+        what the caller keeps. All ranks read to the end. values: any number on each rank.
+        """
+        for number in range(self.max_int(len(values))):
+            for found in self.gather_objects(list(values[number : number + 1])):
+                yield from found
+
+    def ranks_here(self) -> int:
+        """Number of ranks on this machine. All ranks call this."""
+        own = socket.gethostname()
+        return self.gather_objects(own).count(own)
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks; not differentiable."""
@@ -83,15 +116,17 @@ class World:
         return self._reduce(value, dist.ReduceOp.MAX)
 
     def max_int(self, value: int) -> int:
-        return int(self.max(torch.tensor([value], device=self.device))) if self.size > 1 else value
+        """Maximum over ranks."""
+        return max(self.gather_ints(value))
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on any rank."""
         return bool(self.max_int(int(flag)))
 
     def barrier(self) -> None:
+        """Wait for all ranks, but not for the work of their GPUs."""
         if self.size > 1:
-            dist.barrier(group=self.group)
+            dist.barrier(group=self.host)
 
     @property
     def device(self) -> torch.device:
@@ -105,3 +140,12 @@ class World:
         value = value.detach().clone()
         dist.all_reduce(value, op=op, group=self.group)
         return value
+
+
+def _host_group(group: Any) -> Any:
+    """The group over which the ranks of `group` exchange tensors of the host: a new gloo group beside one of NCCL."""
+    if dist.get_backend(group) != "nccl":
+        return group
+    if group not in _host_groups:
+        _host_groups[group] = dist.new_group(backend="gloo")
+    return _host_groups[group]

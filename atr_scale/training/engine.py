@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from atr_scale.batch import Batch
 from atr_scale.config_train import TrainSection
+from atr_scale.distributed.start import device_as_local_rank
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.model import NO_CONTEXT, Retriever, StepContext
@@ -106,9 +107,10 @@ class Engine:
         self.optimizer = _SkippableAdamW(
             list(optimizer_groups(model, train)), lr=train.lr, betas=train.betas, eps=train.eps
         )
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=deepspeed_config(train, world.size)
-        )
+        with device_as_local_rank(device):
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=self.optimizer, config=deepspeed_config(train, world.size)
+            )
         self.deepspeed.train()
         self.model = model
         self._grad_cache: GradCache | None = None

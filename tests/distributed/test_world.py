@@ -1,0 +1,62 @@
+"""Numbers and objects travel over the group of the host, and never over that of the GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from atr_scale.distributed.world import World
+from tools.ranks import run_ranks
+
+
+def beside_nccl() -> dict[str, Any]:
+    """What a rank gets if its default group calls itself NCCL, and the groups that carried it."""
+    carried: list[Any] = []
+    setattr(dist, "get_backend", lambda group=None: "nccl")  # noqa: B010
+    world = World.current()
+    for name in ("all_gather", "all_gather_object", "all_reduce", "barrier"):
+        call = getattr(dist, name)
+
+        def watched(*args: Any, call: Any = call, group: Any = None, **options: Any) -> Any:
+            carried.append(group)
+            return call(*args, group=group, **options)
+
+        setattr(dist, name, watched)
+    world.barrier()
+    return {
+        "ints": world.gather_ints(world.rank + 5),
+        "max": world.max_int(-world.rank),
+        "any": (world.any(world.rank == 1), world.any(False)),
+        "objects": world.gather_objects({"rank": world.rank}),
+        "each": list(world.gather_each([f"{world.rank}{number}" for number in range(3 - world.rank)])),
+        "none": list(world.gather_each([])),
+        "here": world.ranks_here(),
+        "beside": world.host is not world.group and all(group is world.host for group in carried),
+        "once": World.current().host is world.host,
+    }
+
+
+def test_the_host_has_its_own_group() -> None:
+    for found in run_ranks(beside_nccl, 2):
+        assert found == {
+            "ints": [5, 6],
+            "max": 0,
+            "any": (True, False),
+            "objects": [{"rank": 0}, {"rank": 1}],
+            "each": ["00", "10", "01", "11", "02"],
+            "none": [],
+            "here": 2,
+            "beside": True,
+            "once": True,
+        }
+
+
+def groups() -> bool:
+    world = World.current()
+    return world.host is world.group
+
+
+def test_gloo_serves_both() -> None:
+    assert run_ranks(groups, 1) == [True]
+    assert World().host is None and World().gather_objects(3) == [3] and list(World().gather_each([1, 2])) == [1, 2]
