@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 
@@ -25,6 +26,15 @@ def stable_id(text: str) -> int:
 def caption_id(caption: str) -> int:
     """Id of the text of a caption. Captions that differ only in letter case and spacing have the same id."""
     return stable_id(" ".join(unicodedata.normalize("NFC", caption).casefold().split()))
+
+
+def on_device(values: ArrayLike, device: torch.device) -> Tensor:
+    """Numbers that the host knows as a tensor on `device`.
+
+    A GPU copies them from pinned memory when its turn comes, so the host does not wait for it.
+    """
+    pinned = device.type == "cuda" and torch.cuda.is_available()
+    return torch.tensor(values, pin_memory=pinned).to(device, non_blocking=True)
 
 
 FULL_SCALE = 1 / 32768  # of 16-bit samples, a power of two: scaling by it is exact
@@ -119,7 +129,7 @@ class TokenSequence(NamedTuple):
 
     def take(self, rows: Tensor) -> TokenSequence:
         """Rows `rows` (int64) of the batch."""
-        return TokenSequence(self.tokens[rows], self.mask[rows], self.pooled[rows])
+        return TokenSequence(*(part.index_select(0, rows) for part in self))
 
     def to(self, device: torch.device | str) -> TokenSequence:
         return TokenSequence(self.tokens.to(device), self.mask.to(device), self.pooled.to(device))
