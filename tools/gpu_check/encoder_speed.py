@@ -1,4 +1,4 @@
-"""Audio encoders, forward and backward under bf16: kinds of attention, compiled, channels last; one length, mixed, long.
+"""Audio encoders, forward and backward under bf16: attention, compiled, channels last; one length, mixed, long.
 
 Weights are random. TFLOP/s are of matrix products, convolutions and attention, its share of bf16 products.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ def row(setting: Setting, name: str, way: _Way) -> Row:
     gc.collect()  # the encoder of the last row
     encoder = build_audio_encoder(name, **way.options).to(setting.device).train()
     if way.channels_last:
-        encoder = encoder.to(memory_format=torch.channels_last)
+        encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = forward_and_backward(encoder, setting.device)
     fresh = partial(_batch, setting, encoder.sample_rate, way.lengths)
     waveform, lengths = fresh(0)
@@ -73,7 +74,7 @@ def row(setting: Setting, name: str, way: _Way) -> Row:
     share = rate / ceiling.tflops if rate and ceiling and ceiling.tflops else None
     clips = 1000 * len(waveform) / found.ms
     note = f"{clips:.0f} clips a second; {found.note}".rstrip("; ")
-    return Row(**{**vars(found), "tflops": rate, "share": share, "note": note})
+    return replace(found, tflops=rate, share=share, note=note)
 
 
 def forward_and_backward(encoder: AudioEncoder, device: str) -> Callable[[Tensor, Tensor], None]:

@@ -64,9 +64,8 @@ def _fresh(setting: Setting, batch: int, ranks: int) -> Fresh:
     """Unit vectors of all texts and of this rank's audios, and the temperature."""
 
     def fresh(number: int) -> tuple[Tensor, Tensor, Tensor]:
-        text, audio = (
-            vectors(setting, size, WIDTH, number + seed) for size, seed in ((batch, 0), (batch // ranks, 99))
-        )
+        text = vectors(setting, batch, WIDTH, number)
+        audio = vectors(setting, batch // ranks, WIDTH, 99 + number)
         temperature = torch.tensor([TEMPERATURE], device=setting.device, requires_grad=True)
         return text.requires_grad_(), audio.requires_grad_(), temperature
 
@@ -99,8 +98,9 @@ def _distillation(text: Tensor, audio: Tensor, temperature: Tensor, world: World
 
 
 def _cmsc(text: Tensor, audio: Tensor, temperature: Tensor, world: World, products: str) -> Tensor:
-    inside = (_inside(x[: len(audio)].detach(), world, products) for x in (text, audio))
-    return tiled.cmsc(_block(text, audio, world, products), *inside, temperature, 0.3, 0.1, _ids(text, audio))
+    texts, audios = (_inside(x[: len(audio)].detach(), world, products) for x in (text, audio))
+    block, ids = _block(text, audio, world, products), _ids(text, audio)
+    return tiled.cmsc(block, texts, audios, temperature, 0.3, 0.1, ids)
 
 
 def _intra_modal(text: Tensor, audio: Tensor, temperature: Tensor, world: World, products: str) -> Tensor:
@@ -138,7 +138,7 @@ class _OpenClip:
         if kind == "compiled" and not self.setting.cuda:
             raise Skip("needs CUDA")
         loss: nn.Module = open_clip_loss()
-        compiled: Callable[..., Tensor] = torch.compile(loss) if kind == "compiled" else loss  # type: ignore[assignment]
+        compiled: Callable[..., Tensor] = torch.compile(loss) if kind == "compiled" else loss
 
         def step(text: Tensor, audio: Tensor, temperature: Tensor) -> None:
             with torch.autocast(self.setting.device, torch.bfloat16, enabled=kind == "autocast to bf16"):

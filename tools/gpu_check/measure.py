@@ -5,13 +5,13 @@ Without CUDA only time and memory are measured, the time as CPU time of the proc
 
 from __future__ import annotations
 
+import inspect
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -142,12 +142,13 @@ def waits_for_device() -> Iterator[list[str]]:
 
 
 def _place() -> str:
-    """The innermost frame in this project or in DeepSpeed, as package/file:line."""
-    for frame in reversed(traceback.extract_stack()):
-        parts = Path(frame.filename).parts
-        for package in ("atr_scale", "deepspeed"):
-            if package in parts[:-1]:
-                return f"{'/'.join(parts[parts.index(package) :])}:{frame.lineno}"
+    """The innermost frame in this project or in DeepSpeed, as module:line."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.split(".")[0] in ("atr_scale", "deepspeed"):
+            return f"{module}:{frame.f_lineno}"
+        frame = frame.f_back
     return "elsewhere"
 
 
@@ -181,9 +182,7 @@ def measured(
     with waits_for_device() as places:
         step(*fresh(0))
     count = launches(lambda: step(*fresh(0)))
-    arguments = fresh(0)
-    memory = peak_mib(lambda: step(*arguments))
-    del arguments
+    memory = peak_mib(partial(step, *fresh(0)))
     ms = median_ms(step, fresh, repeats)
     rate = recorded.flops / ms / 1e9 if recorded.counts else None
     ceiling = setting.ceilings.get(CEILINGS[products])

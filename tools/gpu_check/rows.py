@@ -24,8 +24,8 @@ class Row:
     ms: median time, by CUDA events on fresh data; process CPU time on a CPU. tflops: TFLOP/s. share: of the ceiling of
     the same kind of product, or of copies, in the same run. launches: operations put on the device. syncs: waits for
     the device. peak_mib: most memory beside the inputs. reference: name -> ms of what is compared with. error: largest
-    relative error against the reference, to be at most `bound`; of a case that died, what it died of. passed: None for a
-    skipped case. skipped: why.
+    relative error against the reference, to be at most `bound`; of a case that died, what it died of. passed: None
+    for a skipped case. skipped: why.
     """
 
     part: str = ""
