@@ -101,6 +101,9 @@ class TrainSection(Section):
         "bf16", description="dtype of autocast; parameters, scores and losses stay fp32; fp16 scales the loss"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    gradient_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="dtype in which gradients cross the network; bf16 halves the bytes; ZeRO 3 needs fp32"
+    )
     initial_checkpoint: InitialCheckpoint | None = Field(
         None, description="weights of another run that start this one, never its settings; a text alone is `from`"
     )
@@ -123,6 +126,12 @@ class TrainSection(Section):
     def one_length(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs, and null for the other one")
+        return self
+
+    @model_validator(mode="after")
+    def one_gradient_dtype(self) -> TrainSection:
+        if self.zero_stage == 3 and self.gradient_dtype != "fp32":
+            raise ValueError("zero_stage 3 sends gradients in fp32: set gradient_dtype to fp32, or another zero_stage")
         return self
 
     @model_validator(mode="after")

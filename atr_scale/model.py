@@ -140,6 +140,7 @@ class Retriever(nn.Module):
         context: StepContext = NO_CONTEXT,
         encoded: Encoded | None = None,
         encode_only: bool = False,
+        cut: Callable[[TokenSequence], TokenSequence] | None = None,
     ) -> dict[str, Tensor] | Encoded:
         """Loss terms over the global batch: scalars that are equal on all ranks.
 
@@ -149,10 +150,12 @@ class Retriever(nn.Module):
         encoded: encoded rows of the batch. If given, waveform and captions of the batch are not read.
         encode_only: return `encode(batch, context)` instead. It goes through this method because hooks on it gather
         sharded parameters.
+        cut: called with each encoding, the text's first; the loss is computed from what it returns.
         """
         if encode_only:
             return self.encode(batch, context)
-        inputs = self.loss_inputs(batch, encoded or self.encode(batch, context), context)
+        encoded = encoded or self.encode(batch, context)
+        inputs = self.loss_inputs(batch, Encoded(*map(cut, encoded)) if cut else encoded, context)
         return {**self.objective(inputs), "temperature": inputs.temperature.detach().squeeze()}
 
     def encode(self, batch: Batch, context: StepContext = NO_CONTEXT) -> Encoded:

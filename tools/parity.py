@@ -52,14 +52,14 @@ def curve(config: RunConfig, updates: int) -> dict[str, Any]:
     teacher = read_teacher(config, [open_shards(source.shards) for source in config.data.train])
     found: dict[str, Any] = {"loss": [], "norm": []}
 
-    check = engine._bad_ranks  # it is called when gradients are complete and not yet clipped
+    step = engine.deepspeed.step  # it is called when gradients are complete and not yet clipped
 
-    def keep_gradients_and_check() -> Any:
+    def keep_gradients_and_step() -> None:
         if "gradients" not in found:
             found["gradients"] = {n: safe_get_full_grad(p).numpy().copy() for n, p in trainable(engine)}
-        return check()
+        step()
 
-    engine._bad_ranks = keep_gradients_and_check  # type: ignore[method-assign]
+    engine.deepspeed.step = keep_gradients_and_step
     train = config.train
     rates = {
         "audio": train.lr if train.lr_audio is None else train.lr_audio,

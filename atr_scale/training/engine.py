@@ -1,26 +1,24 @@
-"""One optimizer step over all ranks. Only this file knows DeepSpeed.
+"""One optimizer step over all ranks. This file and `partitions.py` alone know DeepSpeed.
 
-DeepSpeed shards gradients, optimizer state and (stage 3) parameters. Precision, loss scaling, the learning rate and the
-decision whether to step are made here: parameters stay fp32 under autocast, and a non-finite value on any rank leaves
-parameters and optimizer state of all ranks unchanged.
+DeepSpeed shards gradients, optimizer state and (stage 3) parameters. Precision, loss scaling, the learning rate,
+clipping and, below stage 3, the reduction of gradients are made here: parameters stay fp32 under autocast, and a
+non-finite value on any rank leaves parameters and optimizer state of all ranks unchanged. The host waits for nothing:
+the optimizer reads from tensors on the device whether it may step.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from atr_scale.batch import Batch
 from atr_scale.config_train import TrainSection
@@ -29,82 +27,40 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.model import NO_CONTEXT, Retriever, StepContext
 from atr_scale.training.grad_cache import GradCache
+from atr_scale.training.loss_scale import LossScale
 from atr_scale.training.param_groups import optimizer_groups
+from atr_scale.training.passes import Passes, ReducedPasses, ShardedPasses
 from atr_scale.training.schedule import Seeds
+from atr_scale.training.step_result import StepResult
 
 logger = logging.getLogger(__name__)
 
-FP16_INITIAL_SCALE, FP16_GROWTH_STEPS = 2.0**16, 1000
 
+class _MaskedAdamW(torch.optim.AdamW):
+    """AdamW in one kernel, which reads two scalars on the device.
 
-@dataclass(frozen=True)
-class StepResult:
-    """The result of one optimizer step. Its numbers stay on the device; reading one waits for the device.
-
-    values: loss terms (means over the losses of the step) and "temperature". norm: of the whole gradient.
-    bad_ranks: ranks that saw a non-finite value. overflow: the loss scale of fp16 was too large.
+    grad_scale: divides gradients. found_inf: 1 if a step is to change nothing, its counters included. Every ZeRO stage
+    ends in this optimizer's step on the parameters or on their shards, so one mask serves all.
     """
 
-    values: dict[str, Tensor]
-    norm: Tensor
-    bad_ranks: tuple[int, ...]
-    overflow: bool
-
-    @property
-    def applied(self) -> bool:
-        return not self.bad_ranks
-
-    @cached_property
-    def _numbers(self) -> dict[str, float]:
-        return dict(zip(self.values, torch.stack(list(self.values.values())).tolist(), strict=True))
-
-    @property
-    def terms(self) -> dict[str, float]:
-        return {name: value for name, value in self._numbers.items() if name != "temperature"}
-
-    @property
-    def temperature(self) -> float:
-        return self._numbers["temperature"]
-
-    @property
-    def gradient_norm(self) -> float:
-        return float(self.norm)
-
-
-class _SkippableAdamW(torch.optim.AdamW):
-    """AdamW in one kernel, which divides gradients by `grad_scale` (None for 1). With `skip` a step changes nothing.
-
-    Every ZeRO stage ends in this optimizer's step on the parameters or on their shards, so one switch serves all.
-    """
-
-    skip = False
-    grad_scale: Tensor | None = None
+    grad_scale: Tensor
+    found_inf: Tensor
 
     def __init__(self, groups: Any, **settings: Any) -> None:
         super().__init__(groups, fused=True, **settings)
-
-    def step(self, closure: Any = None) -> Any:
-        return None if self.skip else super().step(closure)
 
 
 class Engine:
     """A retriever under DeepSpeed. All ranks make every call together."""
 
     def __init__(self, model: Retriever, train: TrainSection, world: World, device: torch.device) -> None:
-        self.world, self.device, self.train = world, device, train
-        self.scale, self._good_steps = (FP16_INITIAL_SCALE if train.precision == "fp16" else 1.0), 0
+        self.world, self.device, self.train, self.model = world, device, train, model
+        self.scale = LossScale(train.precision == "fp16", device)
         self._quiet_deepspeed()
         model.to(device)
-        self._probe = torch.zeros((), device=device)
         local_batch = train.global_batch_size // world.size
         chunked = train.micro_batch_size is not None and train.micro_batch_size < local_batch
-        # ZeRO 2 and 3 reduce the gradients of a single backward pass while it runs, and never hold them whole.
-        self._reduces_at_end = train.zero_stage < 2 or chunked or train.accum_steps > 1
-        if not self._reduces_at_end:
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.register_hook(self._watch)
-        self.optimizer = _SkippableAdamW(
+        self.optimizer = _MaskedAdamW(
             list(optimizer_groups(model, train)), lr=train.lr, betas=train.betas, eps=train.eps
         )
         with device_as_local_rank(device):
@@ -112,12 +68,16 @@ class Engine:
                 model=model, optimizer=self.optimizer, config=deepspeed_config(train, world.size)
             )
         self.deepspeed.train()
-        self.model = model
+        self._passes: Passes
+        if train.zero_stage == 3:
+            self._passes = ShardedPasses(self.deepspeed, chunked or train.accum_steps > 1, world, device)
+        else:
+            self._passes = ReducedPasses(model, self.deepspeed, train, world)
         self._grad_cache: GradCache | None = None
         if chunked:
             assert train.micro_batch_size is not None
             self._grad_cache = GradCache(
-                self.deepspeed, self.deepspeed.backward, device, train.micro_batch_size, train.kept_chunks
+                self._passes.forward, self._passes.backward, device, train.micro_batch_size, train.kept_chunks
             )
 
     def update(
@@ -126,55 +86,67 @@ class Engine:
         learning_rates: dict[str, float],
         seeds: Iterable[Seeds],
         context: StepContext = NO_CONTEXT,
+        stop: bool = False,
     ) -> StepResult:
         """One optimizer step on the mean loss of `batches`, the local parts of one global batch each.
 
         learning_rates: by group ("audio", "text", "heads"), the rate of its fastest layer. seeds: one pair for each
         batch. context: of all forward passes; each batch gets its own seed of augmentation instead of the context's.
+        stop: whether this rank was told to stop, which all ranks learn from the result.
         """
         for group in self.deepspeed.optimizer.param_groups:
             # Groups of checkpoints from before there was layer decay have no scale.
             group["lr"] = learning_rates[group["name"]] * group.get("lr_scale", 1.0)
-        self._probe.zero_()
         if not self.model.training:  # a walk over all modules
             self.deepspeed.train()
         values: dict[str, Tensor] = {}
-        with self._reduced_once():
-            for batch, seed in zip(batches, seeds, strict=True):
+        with self._passes.step():
+            for number, (batch, seed) in enumerate(zip(batches, seeds, strict=True), start=1):
                 own = replace(context, augment_seed=seed.augmentation)
+                self._passes.last_loss = number == self.train.accum_steps
                 terms = self._add_gradients(batch, seed.dropout, own)
                 for name, value in terms.items():
                     part = value.detach().float() / self.train.accum_steps
                     values[name] = values[name] + part if name in values else part
-        self._probe += values["loss"] * 0
-        bad_ranks = self._bad_ranks()
-        self.optimizer.skip = bool(bad_ranks)
-        self.optimizer.grad_scale = None if self.scale == 1 else torch.tensor(self.scale, device=self.device)
-        norm = self._step() / self.scale
-        return StepResult(values, norm, bad_ranks, self._adapt_scale(bool(bad_ranks)))
+        norm, agreed = self._agree(values["loss"], stop)
+        found_inf = agreed[1:].any().float()
+        self._mask(norm, found_inf)
+        self.deepspeed.step()
+        norm = norm / self.scale.value
+        return StepResult(values, norm, self.scale.update(found_inf), agreed)
 
     def _add_gradients(self, batch: Batch, seed: int, context: StepContext) -> dict[str, Tensor]:
         """Add the gradient of one loss to the parameters. Returns the terms of the loss."""
-        # Gradients are averaged over ranks, but the loss is one sum over them: hence the world size.
-        factor = self.world.size * self.scale / self.train.accum_steps
+        factor = self.scale.factor(self._passes.factor / self.train.accum_steps)
         if self._grad_cache:
             return self._grad_cache.accumulate(batch, seed, factor, context)
         torch.manual_seed(seed)
-        terms: dict[str, Tensor] = self.deepspeed(batch.to(self.device), context)
-        self.deepspeed.backward(terms["loss"] * factor)
-        return terms
+        return self._passes.loss(batch.to(self.device), context, factor)
 
-    @contextmanager
-    def _reduced_once(self) -> Iterator[None]:
-        """Gradients of all backward passes stay on their ranks, are checked, and are reduced once, at the end."""
-        if not self._reduces_at_end:
-            yield
-            return
-        with self.deepspeed.no_sync() if self.train.zero_stage == 0 else self.deepspeed.coalesce_grad_reduction():
-            yield
-            self._probe += get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]) * 0
-        if self.train.zero_stage == 0:
-            self.deepspeed.allreduce_gradients()
+    def _agree(self, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor]:
+        """What ranks must know of each other, in one small all-reduce.
+
+        Returns the norm of the scaled gradient, and float64 [1 + ranks] of 0 and 1: whether any rank is to stop, and on
+        which ranks a loss or gradient of this step is not finite.
+        """
+        rank, sharded = self.world.rank, self.train.zero_stage > 0
+        own = torch.zeros(2 + self.world.size, dtype=torch.float64, device=self.device)
+        if sharded or self.world.is_main:  # without ZeRO every rank has the whole gradient
+            own[0] = get_total_norm(self._passes.owned).double().square()
+        if stop:
+            own[1] = 1.0
+        own[2 + rank] = ~(self._passes.local_sum() + loss).isfinite()
+        found = self.world.sum(own)
+        norm, stops, bad = found[0].sqrt().float(), found[1:2].clamp(max=1), found[2:]
+        # Finite gradients whose sum over ranks is not: the fault of all of them.
+        bad = bad + ~(norm.isfinite() | bad.any())
+        return norm, torch.cat((stops, bad))
+
+    def _mask(self, norm: Tensor, found_inf: Tensor) -> None:
+        """Tell the optimizer what to divide gradients by, and whether to change anything."""
+        scale, limit = self.scale.value, self.train.gradient_clipping
+        clip = ((norm / scale + 1e-6) / limit).clamp(min=1.0) if limit else torch.ones_like(norm)
+        self.optimizer.grad_scale, self.optimizer.found_inf = scale * clip, found_inf
 
     def full_weights(self) -> dict[str, Tensor]:
         """The model's state as fp32 CPU tensors on the main rank ({} on others); sharded parameters are gathered."""
@@ -188,7 +160,7 @@ class Engine:
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Write all that a resume needs except the frozen weights, one file for each rank."""
-        state = {**state, "scale": self.scale, "good_steps": self._good_steps}
+        state = {**state, **self.scale.state()}
         self.deepspeed.save_checkpoint(
             str(folder), tag="deepspeed", client_state=state, save_latest=False, exclude_frozen_parameters=True
         )
@@ -202,47 +174,8 @@ class Engine:
         if path is None:
             raise UserError(f"no DeepSpeed state for {self.world.size} ranks in {folder}: start a new run folder")
         saved: dict[str, Any] = state
-        self.scale, self._good_steps = saved["scale"], saved["good_steps"]
+        self.scale.load(saved)
         return saved
-
-    def _watch(self, gradient: Tensor) -> None:
-        # A sum is finite only if all of its parts are; times zero it adds up without growing.
-        self._probe += gradient.detach().sum().float() * 0
-
-    def _bad_ranks(self) -> tuple[int, ...]:
-        """Ranks on which a loss or gradient of this step is not finite; the same answer on every rank.
-
-        This is the only wait for the device in a step.
-        """
-        flags = self.world.gather((~self._probe.isfinite()).int().reshape(1))
-        return tuple(rank for rank, bad in enumerate(flags.tolist()) if bad)
-
-    def _adapt_scale(self, bad: bool) -> bool:
-        """fp16 loss scaling: halve after an overflow, double after many good steps in a row. True on an overflow."""
-        if self.train.precision != "fp16":
-            return False
-        if bad:
-            overflow, self.scale, self._good_steps = self.scale > 1, max(1.0, self.scale / 2), 0
-            return overflow
-        self._good_steps += 1
-        if self._good_steps == FP16_GROWTH_STEPS:
-            self.scale, self._good_steps = self.scale * 2, 0
-        return False
-
-    def _step(self) -> Tensor:
-        """Clip the scaled gradient and step. Returns the norm of the scaled gradient before clipping.
-
-        Without ZeRO the gradient is whole and is clipped here; DeepSpeed's step clips a sharded one.
-        """
-        limit = self.train.gradient_clipping * self.scale
-        if self.train.zero_stage > 0:
-            self.deepspeed.optimizer.clip_grad = limit
-            self.deepspeed.step()
-            return torch.as_tensor(self.deepspeed.get_global_grad_norm())
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = clip_grad_norm_(parameters, limit or math.inf)
-        self.deepspeed.step()
-        return norm
 
     def _quiet_deepspeed(self) -> None:
         deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -272,14 +205,15 @@ def _load_learned(src: dict[str, Tensor], dst: nn.Module) -> None:
 def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
-    It does not set a precision, for DeepSpeed's modes round parameters or clip by group, and no gradient accumulation:
-    DeepSpeed sees a single accumulated gradient in each step.
+    It sets no precision, for DeepSpeed's modes round parameters, no clipping, for its norm waits for the device, and no
+    gradient accumulation: DeepSpeed sees a single accumulated gradient in each step.
     """
+    norm = {} if train.zero_stage in (0, 3) else {"compute_grad_norm": False}
     return {
         "train_micro_batch_size_per_gpu": train.global_batch_size // world_size,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": train.gradient_clipping if train.zero_stage > 0 else 0.0,
-        "zero_optimization": {"stage": train.zero_stage},
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": train.zero_stage, **norm},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,

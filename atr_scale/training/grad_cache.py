@@ -23,18 +23,19 @@ from atr_scale.model import NO_CONTEXT, Encoded, StepContext
 class GradCache:
     """Adds up the gradient of a batch, chunk by chunk.
 
-    forward: a Retriever's call, wrapped or not. backward: takes a scalar; gradients of its calls add up.
+    forward: a Retriever's call, wrapped or not. backward: takes a scalar, and whether this is the last call for a
+    batch; gradients of its calls add up.
     chunk_size: rows of a forward pass. kept_chunks: number of first chunks that keep their graph.
     """
 
     forward: Callable[..., Any]
-    backward: Callable[[Tensor], object]
+    backward: Callable[[Tensor, bool], object]
     device: torch.device
     chunk_size: int
     kept_chunks: int = 0
 
     def accumulate(
-        self, batch: Batch, seed: int, factor: float, context: StepContext = NO_CONTEXT
+        self, batch: Batch, seed: int, factor: float | Tensor, context: StepContext = NO_CONTEXT
     ) -> dict[str, Tensor]:
         """Add the gradient of factor * loss of `batch` to the parameters. Returns the loss terms.
 
@@ -54,12 +55,12 @@ class GradCache:
         torch.manual_seed(seed)
         without_audio = replace(batch, waveform=batch.waveform[:, :0])
         terms: dict[str, Tensor] = self.forward(without_audio.take(order).to(self.device), context, encoded=leaves)
-        self.backward(terms["loss"] * factor)
+        self.backward(terms["loss"] * factor, False)
 
         first = 0
         for number, rows in enumerate(chunks):
             again = kept.pop(0) if kept else self._encode(batch, rows, seed + 1 + number, context)
-            self._send_back(again, leaves, first)
+            self._send_back(again, leaves, first, last=number == len(chunks) - 1)
             del again  # frees a kept graph before the next chunk's
             first += len(rows)
         return terms
@@ -69,7 +70,7 @@ class GradCache:
         encoded: Encoded = self.forward(cut(batch, rows).take(rows).to(self.device), context, encode_only=True)
         return encoded
 
-    def _send_back(self, chunk: Encoded, leaves: Encoded, first: int) -> None:
+    def _send_back(self, chunk: Encoded, leaves: Encoded, first: int, last: bool) -> None:
         """Backpropagate the gradient of the rows from `first` on through the graph of `chunk`, their encoding."""
         sums = []
         for own, whole in zip(chunk, leaves, strict=True):
@@ -79,7 +80,7 @@ class GradCache:
                     gradient = leaf.grad[first : first + out.shape[0], : out.shape[1]]
                     sums.append((out * gradient).sum())
         if sums:
-            self.backward(torch.stack(sums).sum())
+            self.backward(torch.stack(sums).sum(), last)
 
 
 def cut(batch: Batch, rows: Tensor) -> Batch:

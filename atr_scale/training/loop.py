@@ -57,6 +57,21 @@ class Progress:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Update:
+    """An optimizer step whose result has not been read yet.
+
+    step, samples_seen: of the run, up to and with this step. keys, dropped: of the samples that this rank has read.
+    """
+
+    step: int
+    samples_seen: int
+    result: StepResult
+    rates: dict[str, float]
+    keys: list[str]
+    dropped: Counter[str]
+
+
 @dataclass
 class Interval:
     """Sums between two log lines."""
@@ -99,6 +114,8 @@ class Training:
         )
         self.validator = Validator(config, validation, self.parts.tokenizer, world, device, self.monitor)
         self._bad_in_a_row, self._logged_step = 0, self.progress.step
+        self._unread: Update | None = None
+        self._stopping = False
         self._since_log = Interval()
         if world.is_main:
             self._describe_run(self.parts)
@@ -146,11 +163,13 @@ class Training:
         while self.progress.step < length.steps:
             self._step(batches)
             last = self.progress.step == length.steps
-            stopping = self.stop.agreed(self.world)
-            improved = (last or (not stopping and self._due(evaluate_every))) and self._validate()
-            if last or stopping or improved or self._due(save_every):
+            due = self._due(evaluate_every), self._due(save_every)
+            if last or self._stopping or any(due):
+                self._read()
+            improved = (last or (not self._stopping and due[0])) and self._validate()
+            if last or self._stopping or improved or due[1]:
                 self._save(improved)
-            if stopping and not last:
+            if self._stopping and not last:
                 self._leave()
                 break
         self.monitor.close()
@@ -171,12 +190,30 @@ class Training:
         taken = self._take(batches)
         context = StepContext(step, teacher=teacher.labels if teacher else None)
         drawn = seeds(self.config.run.seed, step, train.accum_steps, self.world.rank)
-        result = self.engine.update(taken, self._learning_rates(step), drawn, context)
+        rates = self._learning_rates(step)
+        result = self.engine.update(taken, rates, drawn, context, stop=self.stop.received is not None)
         self.progress.step += 1
         self.progress.samples_seen += train.accum_steps * train.global_batch_size
-        self._count_skipped(result, taken)
-        if self.progress.step == self.parts.length.steps or self._due(train.log_every):
-            self._log(result, step)
+        self._read()  # of the step before: this one may still run on the device
+        self._unread = Update(
+            self.progress.step,
+            self.progress.samples_seen,
+            result,
+            rates,
+            keys=[key for batch in taken for key in batch.keys],
+            dropped=sum((batch.dropped for batch in taken), Counter()),
+        )
+
+    def _read(self) -> None:
+        """Read the result of the step that has not been read yet: count, log, and learn whether to stop."""
+        if self._unread is None:
+            return
+        update, self._unread = self._unread, None
+        self._stopping = self._stopping or update.result.stop
+        self._since_log.dropped.update(update.dropped)
+        self._count_skipped(update)
+        if update.step == self.parts.length.steps or update.step % self.config.train.log_every == 0:
+            self._log(update)
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0
@@ -186,8 +223,6 @@ class Training:
         start = time.perf_counter()
         taken = [next(batches) for _ in range(self.config.train.accum_steps)]
         self._since_log.waited += time.perf_counter() - start
-        for batch in taken:
-            self._since_log.dropped.update(batch.dropped)
         return taken
 
     def _learning_rates(self, step: int, length: RunLength | None = None) -> dict[str, float]:
@@ -208,8 +243,9 @@ class Training:
             for name, peak in peaks.items()
         }
 
-    def _count_skipped(self, result: StepResult, taken: list[Batch]) -> None:
+    def _count_skipped(self, update: Update) -> None:
         """Count skipped steps. After too many in a row all ranks raise RuntimeError."""
+        result, step = update.result, update.step
         if result.applied:
             self._bad_in_a_row = 0
             return
@@ -218,11 +254,10 @@ class Training:
             return
         self.progress.skipped_steps += 1
         self._bad_in_a_row += 1
-        step = self.progress.step
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if self.world.rank in result.bad_ranks:
             path = self.run_dir / f"nonfinite-step-{step}-rank-{self.world.rank}.json"
-            path.write_text(json.dumps([key for batch in taken for key in batch.keys]))
+            path.write_text(json.dumps(update.keys))
         if self.world.is_main:
             logger.warning(
                 "step %d: non-finite loss or gradient on ranks %s; all ranks skip this step, its samples are in %s",
@@ -234,20 +269,21 @@ class Training:
                 f"samples in {self.run_dir}/nonfinite-step-*.json; the last checkpoint is untouched"
             )
 
-    def _log(self, result: StepResult, step: int) -> None:
+    def _log(self, update: Update) -> None:
         self._count_dropped()
+        result, train = update.result, self.config.train
         interval, self._since_log = self._since_log, Interval()
         seconds = time.perf_counter() - interval.start
-        dropped, seen = sum(self.progress.dropped.values()), self.progress.samples_seen
-        samples = (self.progress.step - self._logged_step) * self.config.train.accum_steps
-        self._logged_step = self.progress.step
+        dropped, seen = sum(self.progress.dropped.values()), update.samples_seen
+        samples = (update.step - self._logged_step) * train.accum_steps * train.global_batch_size
+        self._logged_step = update.step
         values = {
             "loss": result.terms["loss"],
             **{f"loss/{name}": value for name, value in result.terms.items() if name != "loss"},
-            **{f"lr/{name}": rate for name, rate in self._learning_rates(step).items()},
+            **{f"lr/{name}": rate for name, rate in update.rates.items()},
             "temperature": result.temperature,
             "grad_norm": result.gradient_norm,
-            "samples_per_s": samples * self.config.train.global_batch_size / seconds,
+            "samples_per_s": samples / seconds,
             "data_wait": interval.waited / seconds,
             "memory_gb": peak_memory(self.device) / 1e9,
             "samples_seen": float(seen),
@@ -256,7 +292,7 @@ class Training:
             "fp16_overflows": float(self.progress.fp16_overflows),
             **{f"dropped/{reason}": float(n) for reason, n in self.progress.dropped.items()},
         }
-        self.monitor.train(self.progress.step, values)
+        self.monitor.train(update.step, values)
         if dropped > self.config.data.max_drop_rate * max(seen, DROP_GRACE):
             raise UserError(
                 f"{dropped} of {seen} samples were unreadable ({self.progress.dropped}), more than data.max_drop_rate "

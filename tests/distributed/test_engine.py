@@ -83,7 +83,7 @@ def skip_and_go_on(config: RunConfig) -> dict[str, Any]:
     """A good update, one whose batch is poisoned on the last rank, a good one."""
     world = World.current()
     engine, batches = start(config)
-    engine.scale = min(engine.scale, 256.0)  # fp16: no overflow of its own
+    engine.scale.value.clamp_(max=256.0)  # fp16: no overflow of its own
     good, bad, again = (next(batches) for _ in range(3))
     if world.rank == world.size - 1:
         bad = replace(bad, waveform=bad.waveform * torch.nan)
@@ -140,9 +140,9 @@ def test_fp16_halves_its_scale_after_an_overflow(folder: Path) -> None:
 
 def overflow_once(config: RunConfig) -> tuple[float, float, bool]:
     engine, batches = start(config)
-    engine.scale = 1e38
+    engine.scale.value.fill_(2.0**120)
     result = engine.update([next(batches)], RATES, seeds(0, 0, 1, 0))
-    return 1e38, engine.scale, result.overflow
+    return 2.0**120, float(engine.scale.value), result.overflow
 
 
 def frozen_and_restored(configs: list[RunConfig], folder: Path) -> list[dict[str, Any]]:

@@ -54,7 +54,9 @@ def gradients(config: RunConfig, batch: Batch, chunk_size: int | None = None, ke
         torch.manual_seed(SEED)
         model(batch, context)["loss"].mul(3.0).backward()
     else:
-        GradCache(model, lambda loss: loss.backward(), CPU, chunk_size, kept).accumulate(batch, SEED, 3.0, context)
+        GradCache(model, lambda loss, last: loss.backward(), CPU, chunk_size, kept).accumulate(
+            batch, SEED, 3.0, context
+        )
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

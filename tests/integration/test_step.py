@@ -23,9 +23,9 @@ def steps_seen(config: RunConfig) -> list[int]:
     seen: list[int] = []
     forward: Any = Retriever.forward
 
-    def spy(self: Retriever, batch: Batch, context: StepContext) -> Any:
+    def spy(self: Retriever, batch: Batch, context: StepContext, **rest: Any) -> Any:
         seen.append(context.step)
-        return forward(self, batch, context)
+        return forward(self, batch, context, **rest)
 
     Retriever.forward = spy  # type: ignore[method-assign, assignment]
     Training(config, World.current(), torch.device("cpu")).run()
@@ -40,9 +40,14 @@ def test_the_model_knows_the_step(tmp_path: Path) -> None:
 
 
 def trained(config: RunConfig, stop_at: int) -> list[dict[str, Any]]:
-    """The lines of a training that is told to stop at a step."""
+    """The lines of a training that stops at a step: it is told so before the one in front of it, and reads it then."""
     training = Training(config, World.current(), torch.device("cpu"))
-    training.stop.agreed = lambda world: training.progress.step >= stop_at  # type: ignore[method-assign]
+    update = training.engine.update
+
+    def told(*given: Any, **named: Any) -> Any:
+        return update(*given, **{**named, "stop": training.progress.step == stop_at - 2})
+
+    training.engine.update = told  # type: ignore[method-assign]
     training.run()
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 

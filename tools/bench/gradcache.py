@@ -47,16 +47,16 @@ def costs(configs: list[RunConfig]) -> dict[str, Any]:
 
 
 def first_gradients(config: RunConfig) -> dict[str, np.ndarray]:
-    """The gradients of one update, averaged over ranks as the optimizer gets them."""
+    """The gradients of one update, as the optimizer gets them."""
     engine = steps.start(config)
     found: dict[str, np.ndarray] = {}
-    judge = engine._bad_ranks  # called when gradients are complete and not yet clipped
+    step = engine.deepspeed.step  # called when gradients are complete and not yet clipped
 
-    def keep() -> tuple[int, ...]:
+    def keep_and_step() -> None:
         found.update({n: p.grad.cpu().numpy().copy() for n, p in trainable(engine) if p.grad is not None})
-        return judge()
+        step()
 
-    engine._bad_ranks = keep  # type: ignore[method-assign]
+    engine.deepspeed.step = keep_and_step
     world = World.current()
     result = steps.update(engine, steps.noise(LARGE, SHORT, engine.model.sample_rate, world))
     assert result.applied and found
