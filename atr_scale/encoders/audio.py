@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from atr_scale.batch import TokenSequence
+from atr_scale.encoders.attention import Attention
 from atr_scale.encoders.buckets import encode_in_buckets
 from atr_scale.encoders.front_ends import FrontEnd
 from atr_scale.encoders.pretrained.layout import Layout
@@ -30,6 +31,10 @@ AUDIOSET_CLASSES = 527
 SPECIAL_OPTIONS = frozenset(
     {"long_clips", "s_patchout_t", "s_patchout_f", "fmin_aug_range", "fmax_aug_range", "attention"}
 )
+
+
+# What configurations of version 0.3 and earlier say, also for encoders without attention.
+OLD_DEFAULTS = {"attention": "eager"}
 
 
 class AudioEncoderOptions(Section):
@@ -63,8 +68,9 @@ class AudioEncoderOptions(Section):
     fmax_aug_range: Annotated[int, Field(ge=0)] = Field(
         0, description="Range in Hz of the random upper limit of the mel bands in training (PaSST, MN)."
     )
-    attention: Literal["eager", "sdpa"] = Field(
-        "eager", description="Implementation of attention: eager, or sdpa (fused; equal up to rounding)."
+    attention: Attention = Field(
+        "auto",
+        description="Implementation of attention: eager, sdpa (fused; equal up to rounding), or auto: sdpa on a GPU.",
     )
     activation_checkpointing: bool = Field(
         False, description="Gradient checkpointing: layers are recomputed in the backward pass to save memory."
@@ -119,7 +125,7 @@ class AudioEncoder(nn.Module, ABC):
         """Apply the options. Raises UserError, naming the option, if this encoder does not support one of them."""
         default = AudioEncoderOptions()
         for option in sorted(SPECIAL_OPTIONS - self.special_options):
-            if getattr(options, option) != getattr(default, option):
+            if getattr(options, option) not in (getattr(default, option), OLD_DEFAULTS.get(option)):
                 raise UserError(f"the audio encoder {name} has no {option}: leave it at {getattr(default, option)}")
         native, window = self.native_seconds, options.window_seconds
         if native is not None and window is not None and window > native:
@@ -242,6 +248,15 @@ def use_stored_statistics(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             layer.eval()
+
+
+def as_image(features_BXY: Tensor) -> Tensor:
+    """Features [B, X, Y] as an image of one channel [B, 1, X, Y] in the memory layout channels_last.
+
+    Convolutions take their layout from the strides of their input. `contiguous(memory_format=channels_last)` may leave
+    those of one channel as they are, since they describe both layouts.
+    """
+    return features_BXY.contiguous().unsqueeze(3).permute(0, 3, 1, 2)
 
 
 def initialise_convolutions(module: nn.Module) -> None:

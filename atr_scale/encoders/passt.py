@@ -104,7 +104,7 @@ class PaSST(AudioEncoder):
         special_1ND = torch.cat([self.cls_token, self.dist_token], 1) + self.new_pos_embed
         x_BND = torch.cat([special_1ND.expand(len(patches_BDRT), -1, -1), patches_BDRT.flatten(2).transpose(1, 2)], 1)
         for block in self.blocks:
-            x_BND = self.run(partial(block, fused=self.options.attention == "sdpa"), x_BND)
+            x_BND = self.run(partial(block, attention=self.options.attention), x_BND)
         outputs_BND: Tensor = self.norm(x_BND)
         return outputs_BND
 
