@@ -81,14 +81,14 @@ def cases(setting: Setting, fault: str) -> Iterator[Case]:
 FAULTS: dict[str, tuple[str, str, str]] = {  # fault -> name of its row, its state, what it says
     "raises": ("all", "failed", "ValueError: between two cases"),
     "crashes": ("process", "failed", "SIGSEGV"),
-    "hangs": ("time", "failed", "killed after its 4 s"),
+    "hangs": ("time", "failed", "killed after its 5 s"),
     "lacks": ("all", "skipped", "needs the package no_such_package"),
 }
 
 
 def test_a_part_that_dies_is_a_row_and_ends_no_other(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
-    parts = [Part(fault, __name__, 4 if fault == "hangs" else 60, (fault,)) for fault in FAULTS]
+    parts = [Part(fault, __name__, 0.5 if fault == "hangs" else 60, (fault,)) for fault in FAULTS]
     rows = run_parts([*parts, Part("last", __name__, 60, ("none",))], Setting("cpu", True), lines)
     for fault, (name, state, says) in FAULTS.items():
         own = [row for row in rows if row.part == fault]

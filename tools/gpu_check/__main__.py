@@ -49,6 +49,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks, in this process and in those of the parts
+    # A process that has asked the driver for devices, and not NVML, leaves forks that cannot use CUDA.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import torch
 
     if given.device == "cuda" and not torch.cuda.is_available():

@@ -18,6 +18,7 @@ from typing import Any
 from tools.gpu_check.rows import Row, ended_by, read_lines, run_case
 
 TOTAL_S = 470.0  # of all parts
+ON_A_CPU = 10.0  # times as long: in CI many tests share the processor
 PRELOADED = ["tools.gpu_check.measure"]  # with torch behind it: imported once for all parts
 
 
@@ -38,7 +39,7 @@ class Setting:
 class Part:
     """A function `cases(setting, *arguments)` of `module`, which is imported in the part's own process.
 
-    budget: seconds after which the process is killed. quick: whether a quick run has it too.
+    budget: seconds on a GPU after which the process is killed. quick: whether a quick run has it too.
     """
 
     name: str
@@ -50,15 +51,19 @@ class Part:
 
 def run_parts(parts: Sequence[Part], setting: Setting, lines: Path) -> list[Row]:
     """All rows of all parts; each is appended to the file `lines` as soon as it is found."""
-    end = time.monotonic() + TOTAL_S
+    slower = 1.0 if setting.cuda else ON_A_CPU
+    end = time.monotonic() + slower * TOTAL_S
     for part in parts:
         known = read_lines(lines)
         ceilings = {row.name: row for row in known if row.part == "ceilings"}
         left = end - time.monotonic()
         if left <= 0:
-            _append(lines, Row(part.name, "all", skipped=f"the {TOTAL_S:.0f} s of the whole run are over", passed=None))
+            _append(
+                lines,
+                Row(part.name, "all", skipped=f"the {slower * TOTAL_S:.0f} s of the whole run are over", passed=None),
+            )
             continue
-        _run(replace(part, budget=min(part.budget, left)), replace(setting, ceilings=ceilings), lines)
+        _run(replace(part, budget=min(slower * part.budget, left)), replace(setting, ceilings=ceilings), lines)
     return read_lines(lines)
 
 

@@ -49,7 +49,8 @@ class SilentWorld(World):
 
 def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
     """function(*arguments) on `size` ranks, for which World.current() is a HostWorld; the results in rank order."""
-    return run_ranks(_with_host_world, size, function, *arguments)
+    # Without DeepSpeed, which asks for devices when it is imported: a fork of such a process could not use CUDA.
+    return run_ranks(_with_host_world, size, function, *arguments, preload=["atr_scale.losses"])
 
 
 def _with_host_world(function: Callable[..., Any], *arguments: Any) -> Any:
