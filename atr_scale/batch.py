@@ -77,13 +77,15 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`, with the waveform as float32.
 
-        `lengths` stays on the host, which cuts waveforms by it and would otherwise wait for the device.
+        Lengths and ids stay on the host, which cuts waveforms and finds positives by them and would otherwise wait for
+        the device.
         """
-        moved = self._map(lambda x: x.to(device, non_blocking=True))
-        waveform = moved.waveform
+        waveform, input_ids, attention_mask = (
+            x.to(device, non_blocking=True) for x in (self.waveform, self.input_ids, self.attention_mask)
+        )
         if waveform.dtype == torch.int16:
             waveform = torch.mul(waveform, FULL_SCALE, out=torch.empty_like(waveform, dtype=torch.float32))
-        return replace(moved, waveform=waveform, lengths=self.lengths)
+        return replace(self, waveform=waveform, input_ids=input_ids, attention_mask=attention_mask)
 
     def take(self, rows: Tensor) -> Batch:
         """Copies of the rows `rows` (int64). Copies of pinned memory are pinned."""

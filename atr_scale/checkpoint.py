@@ -121,7 +121,7 @@ def load_retriever(location: str | Path, plugins: Sequence[str] = ()) -> tuple[R
     folder = find_checkpoint(location)
     check_checksums(folder)
     config = read_config(folder, plugins)
-    return build_retriever(config, folder), config, folder
+    return build_retriever(config, folder, head_products=config.train.head_products), config, folder
 
 
 def read_config(folder: Path, plugins: Sequence[str] = ()) -> RunConfig:
