@@ -33,15 +33,18 @@ KNOWN_TEXT_ENCODERS: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-def build_without_weights(config: RunConfig) -> Retriever:
+def build_without_weights(config: RunConfig, augmentation: bool = False) -> Retriever:
     """The retriever as it is trained, with its frozen layers. Audio encoder and heads have random weights; the text
-    encoder is on the meta device. Raises UserError as the run itself would."""
+    encoder is on the meta device. Raises UserError as the run itself would.
+
+    augmentation: keep the random augmentation of spectrograms.
+    """
     section = config.model.model_copy(deep=True)
     section.audio.checkpoint = None
     section.audio.compile = section.text.compile = False
-    # Random augmentation needs values: it reads the waveform, or makes a mel filter bank of its own.
-    section.audio.spec_augment = None
-    section.audio.fmin_aug_range = section.audio.fmax_aug_range = 0
+    if not augmentation:  # it needs values: it reads the waveform, or makes a mel filter bank of its own
+        section.audio.spec_augment = None
+        section.audio.fmin_aug_range = section.audio.fmax_aug_range = 0
     if section.audio.attention == "auto" and "attention" in audio_encoder_keys(section.audio.name):
         section.audio.attention = "sdpa"  # as on a GPU
     text_encoder = _text_encoder(config)
@@ -50,18 +53,18 @@ def build_without_weights(config: RunConfig) -> Retriever:
     return model.train()
 
 
-def become_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace all parameters and buffers by tensors of the same shapes without values, as if on a CPU."""
+def become_fake(module: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None:
+    """Replace all parameters and buffers by tensors of the same shapes without values, as if on `device`."""
     with mode:
         for part in module.modules():
             for name, value in part._parameters.items():
                 if value is not None:
                     part._parameters[name] = nn.Parameter(
-                        torch.empty(value.shape, dtype=value.dtype), value.requires_grad
+                        torch.empty(value.shape, dtype=value.dtype, device=device), value.requires_grad
                     )
             for name, buffer in part._buffers.items():
                 if buffer is not None:
-                    part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                    part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
 def _text_encoder(config: RunConfig) -> TextEncoder:

@@ -84,7 +84,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "prim":  # asks for a fake tensor's device
             return out
         if func.namespace == "c10d":
-            self._collect(func, args)
+            self.collectives.append(collective_of(func, args)[0])
             return out
         inputs, outputs = list(tensors((args, kwargs))), list(tensors(out))
         storages = {id(x.untyped_storage()) for x in inputs}
@@ -92,9 +92,9 @@ class Recorder(TorchDispatchMode):
             return out  # a view
         for x in outputs:
             self._add(x)
-        flops = _flops(func, args, kwargs, out)
+        flops = flops_of(func, args, kwargs, out)
         low = flops if any(x.dtype in LOW_PRECISION for x in inputs) else 0.0
-        nbytes = sum(map(_touched, inputs)) + sum(map(_touched, outputs))
+        nbytes = sum(map(touched, inputs)) + sum(map(touched, outputs))
         self.rows.append((str(func), flops, low, nbytes, self.live, self.gradients))
         return out
 
@@ -119,13 +119,6 @@ class Recorder(TorchDispatchMode):
         if size:
             self._sizes[key] = 0
 
-    def _collect(self, func: Any, args: tuple[Any, ...]) -> None:
-        # (outputs, inputs, ...) of gathers and reduce-scatters, (tensors, ...) of the others.
-        name = func._schema.name.removeprefix("c10d::").strip("_")
-        two_sided = name in ("allgather_base", "reduce_scatter_base", "allgather", "allgather_into_tensor_coalesced")
-        given = list(tensors(args[1] if two_sided else args[0]))
-        self.collectives.append(Collective(name, given[0].dtype, sum(x.numel() * x.element_size() for x in given)))
-
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in nested arguments."""
@@ -138,12 +131,22 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from tensors(list(value.values()))
 
 
-def _touched(x: Tensor) -> int:
+def collective_of(func: Any, args: tuple[Any, ...]) -> tuple[Collective, list[Tensor]]:
+    """The collective that an operation of c10d is, and the tensors that this rank gives to it."""
+    # (outputs, inputs, ...) of gathers and reduce-scatters, (tensors, ...) of the others.
+    name = func._schema.name.removeprefix("c10d::").strip("_")
+    two_sided = name in ("allgather_base", "reduce_scatter_base", "allgather", "allgather_into_tensor_coalesced")
+    given = list(tensors(args[1] if two_sided else args[0]))
+    return Collective(name, given[0].dtype, sum(x.numel() * x.element_size() for x in given)), given
+
+
+def touched(x: Tensor) -> int:
     """Bytes read or written. An expanded tensor is no larger than its storage."""
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
-def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+    """FLOPs of one operation; two for a multiplication with an addition."""
     count = _OWN_COUNTS.get(func.overloadpacket)
     if count is not None:
         return float(count(args, out))

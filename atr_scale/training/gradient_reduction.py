@@ -210,14 +210,16 @@ class GradientReduction:
         """Fill the bucket's buffer and start its collectives."""
         example = bucket.parameters[0]
         buffer = example.new_empty(sum(part.size for part in bucket.parts), dtype=self.dtype or example.dtype)
-        filled: list[tuple[Tensor, Tensor]] = []
+        into: list[Tensor] = []
+        gradients: list[Tensor] = []
         for part, view in zip(bucket.parts, bucket.views(buffer), strict=True):
             if part.parameter.grad is None:
                 view.zero_()
             else:
-                filled.append((view, part.of(part.parameter.grad)))
-        if filled:
-            torch._foreach_copy_(*map(list, zip(*filled, strict=True)))
+                into.append(view)
+                gradients.append(part.of(part.parameter.grad))
+        if into:
+            torch._foreach_copy_(into, gradients)
         for parameter in bucket.parameters:
             parameter.grad = None
         # Finite only if all values are: of which rank a bad value came, before it is spread by the sum over ranks.

@@ -30,12 +30,13 @@ from atr_scale.evaluation.selection import selection_score
 from atr_scale.memory import peak_memory
 from atr_scale.model import StepContext, count_parameters
 from atr_scale.training.checks import check_batch_size, check_length, check_run_folder, checkpoint_to_resume
-from atr_scale.training.engine import Engine, StepResult
+from atr_scale.training.engine import Engine
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
 from atr_scale.training.preemption import PreemptionFlag
 from atr_scale.training.run_info import write_environment
 from atr_scale.training.schedule import RunLength, describe_length, learning_rate, run_length, seeds
+from atr_scale.training.step_result import StepResult
 from atr_scale.training.validation import Validator
 
 logger = logging.getLogger(__name__)

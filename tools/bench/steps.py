@@ -11,9 +11,10 @@ from atr_scale.batch import Batch
 from atr_scale.config import RunConfig, parse_config
 from atr_scale.demo.text_encoder import build_demo_text_encoder
 from atr_scale.distributed.world import World
-from atr_scale.training.engine import Engine, StepResult
+from atr_scale.training.engine import Engine
 from atr_scale.training.parts import new_model
 from atr_scale.training.schedule import seeds
+from atr_scale.training.step_result import StepResult
 
 RATE = 1e-4
 NUM_WORDS = 12

@@ -1,0 +1,65 @@
+"""Builds and loads guard.cpp. Must be called before torch is imported, so nothing here imports it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("guard.cpp")
+BUILD_S = 300
+
+
+class Unavailable(Exception):
+    """Fake CUDA tensors cannot run here; the reason, one line."""
+
+
+def load() -> None:
+    """Make "cuda" a device of this process, on which tensors without values run. Raises Unavailable with the reason."""
+    assert "torch" not in sys.modules, "the guard must be loaded before torch is imported"
+    found = importlib.util.find_spec("torch")
+    assert found is not None and found.origin is not None
+    torch = Path(found.origin).parent
+    if list((torch / "lib").glob("libtorch_cuda.*")):
+        raise Unavailable("this torch is built for CUDA: counts need its CPU build")
+    library = built(torch)
+    try:
+        for name in ("libc10.so", "libtorch_cpu.so"):
+            ctypes.CDLL(str(torch / "lib" / name), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise Unavailable(f"the CUDA guard does not load into torch {version('torch')}: {error}") from None
+
+
+def built(torch: Path) -> Path:
+    """The library, compiled on first use. Its name holds the version of torch and a hash of the source."""
+    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    library = cache() / f"guard-{version('torch')}-{digest}.so"
+    if library.exists():
+        return library
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise Unavailable("no C++ compiler: install g++, or name one in CXX")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        command = [compiler, "-shared", "-fPIC", "-O1", "-std=c++20", str(SOURCE), *includes, "-o", str(made)]
+        links = [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
+        done = subprocess.run([*command, *links], capture_output=True, text=True, timeout=BUILD_S)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+            raise Unavailable(f"the CUDA guard does not compile with torch {version('torch')}: {errors[0][:300]}")
+        made.replace(library)  # whole or not at all, also if two processes build it
+    return library
+
+
+def cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atr_scale"
