@@ -78,8 +78,8 @@ def vectors(setting: Setting, rows: int, width: int, seed: int) -> Tensor:
 
 
 def _ids(text: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
-    """Each pair is its own clip and caption, but every eighth caption comes twice."""
-    clip = torch.arange(len(text), device=text.device)
+    """On the host. Each pair is its own clip and caption, but every eighth caption comes twice."""
+    clip = torch.arange(len(text))
     ids = torch.stack([clip, clip - (clip % 8 == 7).long()], 1)
     return ids, ids[: len(audio)]
 
@@ -108,11 +108,11 @@ def _intra_modal(text: Tensor, audio: Tensor, temperature: Tensor, world: World,
 
 
 def _block(text: Tensor, audio: Tensor, world: World, products: Any) -> EmbeddingScores:
-    return EmbeddingScores(text, audio, world, products=products)
+    return EmbeddingScores(text, audio, world, products, largest=1.0)
 
 
 def _inside(own: Tensor, world: World, products: Any) -> ModalityScores:
-    return ModalityScores(own, world, products=products)
+    return ModalityScores(own, world, products)
 
 
 LOSSES: dict[str, Loss] = {
