@@ -279,7 +279,15 @@ def test_the_verb(
         cli.main()
     printed = capsys.readouterr().out
     assert left.value.code == 0
-    for word in ("memory", "network", "time", "phases", "run", "largest", "clips 0.5 s and all captions 64 tokens long"):
+    for word in (
+        "memory",
+        "network",
+        "time",
+        "phases",
+        "run",
+        "largest",
+        "clips 0.5 s and all captions 64 tokens long",
+    ):
         assert word in printed
     assert "captions of 64 tokens" in printed, "of captions that nothing cuts"
     written = json.loads((tmp_path / "out" / "plan.json").read_text())
