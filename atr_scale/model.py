@@ -23,6 +23,7 @@ from atr_scale.losses import LossInputs, build_objective
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.temperature import Temperature
 from atr_scale.precision import Autocast, autocast
+from atr_scale.products import HeadProducts
 from atr_scale.score_block import ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
 from atr_scale.scorers.pooling import mean as mean_over_tokens
@@ -84,6 +85,7 @@ class Retriever(nn.Module):
         *,
         precision: Autocast = "fp32",
         tf32: bool = False,
+        head_products: HeadProducts = "ieee",
         equal_rounds: Callable[[int], int] | None = None,
         text_encoder: TextEncoder | None = None,
     ) -> None:
@@ -91,6 +93,7 @@ class Retriever(nn.Module):
 
         precision, tf32: of the encoders (`Precision`): their autocast, set here, and their fp32 products on a GPU,
         which `encoder_products` sets. Parameters stay fp32.
+        head_products: precision of the matrix products of scorer and losses, see `atr_scale.products`.
         equal_rounds: see `encode_in_buckets`.
         text_encoder: used instead of the text encoder that `model` names, which then is not loaded.
         Raises UserError if an encoder or scorer cannot be built, or if the widths of the encoders do not fit.
@@ -109,6 +112,7 @@ class Retriever(nn.Module):
                 f"{self.text_projection.dim}): set it to linear or mlp"
             )
         self.scorer = build_scorer(model.scorer.name, dim=self.audio_projection.dim, **model.scorer.options)
+        self.scorer.products = head_products
         self.temperature = _temperature(objective.temperature)
         self.objective = build_objective(objective.terms)
         self.positives, self.positives_mean = objective.positives, objective.positives_mean
@@ -187,6 +191,7 @@ class Retriever(nn.Module):
             step=context.step,
             positives=self.positives,
             positives_mean=self.positives_mean,
+            least_temperature=self.temperature.least,
         )
 
     def train(self, mode: bool = True) -> Self:

@@ -46,11 +46,11 @@ def product(left: Tensor, right: Tensor, kind: HeadProducts = "ieee") -> Tensor:
     """
     if right.ndim == 2:
         joined: Tensor = _Product.apply(left.flatten(0, -2), right, kind)
-        return joined.unflatten(0, left.shape[:-1])
+        return joined.reshape(*left.shape[:-1], right.shape[-1])
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    flat = (x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (left, right))
-    joined = _Product.apply(*flat, kind)
-    return joined.unflatten(0, batch)
+    lefts, rights = (x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (left, right))
+    joined = _Product.apply(lefts, rights, kind)
+    return joined.reshape(*batch, *joined.shape[-2:])
 
 
 def add_product(
@@ -63,8 +63,10 @@ def add_product(
     with torch.no_grad(), _at(out, kind):
         left, right = _factors(left, right, kind)
         if left.dtype == out.dtype:
-            return out.addmm_(left, right, beta=beta, alpha=alpha)
-        return torch.addmm(out, left, right, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+            out.addmm_(left, right, beta=beta, alpha=alpha)
+        else:
+            torch.addmm(out, left, right, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    return out
 
 
 class _Product(torch.autograd.Function):

@@ -87,7 +87,7 @@ def train(config: RunConfig) -> None:
     """Train, or continue from the newest intact checkpoint in the run folder."""
     precision = Precision(config.train.precision, config.train.tf32)
     with distributed() as (world, device), encoder_products(precision.tf32):
-        logger.info(precision.describe(device))
+        logger.info(precision.describe(device, config.train.head_products))
         Training(config, world, device).run()
 
 
