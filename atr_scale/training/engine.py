@@ -135,11 +135,11 @@ class Engine:
             own[0] = get_total_norm(self._passes.owned).double().square()
         if stop:
             own[1] = 1.0
-        own[2 + rank] = ~(self._passes.local_sum() + loss).isfinite()
+        own[2 + rank] = _not_finite(self._passes.local_sum() + loss)
         found = self.world.sum(own)
         norm, stops, bad = found[0].sqrt().float(), found[1:2].clamp(max=1), found[2:]
         # Finite gradients whose sum over ranks is not: the fault of all of them.
-        bad = bad + ~(norm.isfinite() | bad.any())
+        bad = bad + (_not_finite(norm) & ~bad.any())
         return norm, torch.cat((stops, bad))
 
     def _mask(self, norm: Tensor, found_inf: Tensor) -> None:
@@ -184,6 +184,11 @@ class Engine:
         if self.device.type == "cpu":
             # DeepSpeed would compile it at every start (minutes on two cores) for a reduction that gloo does too.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _not_finite(x: Tensor) -> Tensor:
+    """In two kernels instead of the five of `~x.isfinite()`."""
+    return (x - x) != 0
 
 
 def _load_learned(src: dict[str, Tensor], dst: nn.Module) -> None:
