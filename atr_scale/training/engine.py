@@ -1,4 +1,4 @@
-"""One optimizer step over all ranks. This file and `partitions.py` alone know DeepSpeed.
+"""One optimizer step over all ranks. This file, `passes.py` and `partitions.py` alone know DeepSpeed.
 
 DeepSpeed shards gradients, optimizer state and (stage 3) parameters. Precision, loss scaling, the learning rate,
 clipping and, below stage 3, the reduction of gradients are made here: parameters stay fp32 under autocast, and a
@@ -170,6 +170,8 @@ class Engine:
 
         Only for files with verified checksums: DeepSpeed unpickles them. UserError if there are none for these ranks.
         """
+        # Else DeepSpeed refuses checkpoints from before clipping was made here.
+        self.deepspeed.optimizer.compute_grad_norm = True
         path, state = self.deepspeed.load_checkpoint(str(folder), tag="deepspeed", custom_load_fn=_load_learned)
         if path is None:
             raise UserError(f"no DeepSpeed state for {self.world.size} ranks in {folder}: start a new run folder")
@@ -213,12 +215,11 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
     It sets no precision, for DeepSpeed's modes round parameters, no clipping, for its norm waits for the device, and no
     gradient accumulation: DeepSpeed sees a single accumulated gradient in each step.
     """
-    norm = {} if train.zero_stage in (0, 3) else {"compute_grad_norm": False}
     return {
         "train_micro_batch_size_per_gpu": train.global_batch_size // world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": train.zero_stage, **norm},
+        "zero_optimization": {"stage": train.zero_stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
