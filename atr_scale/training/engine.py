@@ -117,7 +117,12 @@ class Engine:
         if chunked:
             assert train.micro_batch_size is not None
             self._grad_cache = GradCache(
-                self.deepspeed, self.deepspeed.backward, device, train.micro_batch_size, train.kept_chunks
+                self.deepspeed,
+                lambda loss, last: self.deepspeed.backward(loss),
+                device,
+                train.micro_batch_size,
+                train.kept_chunks,
+                model.encoders_learn,
             )
 
     def update(
