@@ -121,6 +121,12 @@ class Retriever(nn.Module):
         """Sample rate of the waveforms that the audio encoder takes, in Hz."""
         return self.audio_encoder.sample_rate
 
+    @property
+    def encoders_learn(self) -> bool:
+        """Whether an encoder or a projection has a parameter that is trained."""
+        parts = (self.audio_encoder, self.text_encoder, self.audio_projection, self.text_projection)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
     def encode_audio(self, waveform: Tensor, lengths: Tensor, augment_seed: int = 0) -> TokenSequence:
         """Waveforms float32 [b, samples] with lengths int64 [b] -> sequence with tokens [b, T, D]."""
         with self._autocast(waveform):

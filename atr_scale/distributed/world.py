@@ -151,6 +151,7 @@ class World:
             return [value]
         out: list[Any] = [None] * self.size
         dist.all_gather_object(out, value, group=self.host)
+        out[self.rank] = value  # not a copy of it
         return out
 
     def gather_each(self, values: Sequence[T]) -> Iterator[T]:

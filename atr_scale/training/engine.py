@@ -77,7 +77,12 @@ class Engine:
         if chunked:
             assert train.micro_batch_size is not None
             self._grad_cache = GradCache(
-                self._passes.forward, self._passes.backward, device, train.micro_batch_size, train.kept_chunks
+                self._passes.forward,
+                self._passes.backward,
+                device,
+                train.micro_batch_size,
+                train.kept_chunks,
+                model.encoders_learn,
             )
 
     def update(
