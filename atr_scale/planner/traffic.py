@@ -32,7 +32,7 @@ def transfers(costs: Costs, split: BatchSplit) -> list[Transfer]:
         found.append(Transfer("rounds", "all_reduce", 8 * passes, passes))
     sent_as = FP32 // 2 if train.gradient_dtype == "bf16" else FP32
     found += costs.parameters.transfers(train.zero_stage, world_size, passes, sent_as)
-    found.append(Transfer("norm and flags", "all_reduce", 8 * (world_size + 4)))
+    found.append(Transfer("norm and flags", "all_reduce", 8 * (2 + world_size)))
     return _by_kind(found)
 
 
