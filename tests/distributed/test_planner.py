@@ -29,6 +29,7 @@ from tools.ranks import run_ranks
 pytestmark = pytest.mark.slow
 SECONDS = 0.5
 RATES = {"audio": 1e-3, "text": 1e-3, "heads": 1e-3}
+PAIRS = 40
 UPDATES = 3  # the first two of stage 3 learn in which order parameters are used
 
 
@@ -114,8 +115,8 @@ def test_bytes_are_exact(config: RunConfig, world_size: int) -> None:
 
 def test_memory_is_within_a_tenth(config: RunConfig) -> None:
     """States, gradients, activations and buckets of a whole update, on one rank."""
-    chosen = [with_train(config, zero_stage=stage, global_batch_size=40) for stage in (0, 1, 2)]
+    chosen = [with_train(config, zero_stage=stage, global_batch_size=PAIRS) for stage in (0, 1, 2)]
     for one, found in zip(chosen, run_ranks(runs, 1, chosen)[0], strict=True):
         costs, _ = measure_costs(one, SECONDS, found["tokens"], gpu=False)
-        peak = estimate_step(costs, Cluster(find_gpu("H100"), 1, 8, 0.0, 1), 40).peak
+        peak = estimate_step(costs, Cluster(find_gpu("H100"), 1, 8, 0.0, 1), PAIRS).peak
         assert peak == pytest.approx(found["peak"], rel=0.1), f"ZeRO {one.train.zero_stage}"
