@@ -100,6 +100,9 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "bf16", description="dtype of autocast; parameters, scores and losses stay fp32; fp16 scales the loss"
     )
+    tf32: bool = Field(
+        True, description="matmuls and convolutions of encoders that are fp32 under autocast use TF32 on a GPU"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     gradient_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="dtype in which gradients cross the network; bf16 halves the bytes; ZeRO 3 needs fp32"

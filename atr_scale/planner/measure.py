@@ -26,10 +26,11 @@ from torch.overrides import TorchFunctionMode
 from atr_scale.batch import Batch, TokenSequence
 from atr_scale.encoders.windows import window_starts
 from atr_scale.losses import Budget, Objective
-from atr_scale.model import AUTOCAST, Encoded, Retriever, StepContext
+from atr_scale.model import Encoded, Retriever, StepContext
 from atr_scale.planner.architecture import become_fake
 from atr_scale.planner.ops import Collective, OpTable, Recorder
 from atr_scale.planner.transfer import Phase
+from atr_scale.precision import AUTOCAST
 from atr_scale.teachers.ensemble import EnsembleMember, TeacherEnsemble
 from atr_scale.teachers.tables import TeacherTable
 
