@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from atr_scale.distributed import world as module
 from atr_scale.distributed.world import World
 from tools.ranks import run_ranks
 
@@ -60,3 +62,42 @@ def groups() -> bool:
 def test_gloo_serves_both() -> None:
     assert run_ranks(groups, 1) == [True]
     assert World().host is None and World().gather_objects(3) == [3] and list(World().gather_each([1, 2])) == [1, 2]
+
+
+def halves() -> dict[str, Any]:
+    """What a gather in two halves gives beside the whole one, and what the autograd engine does in which order."""
+    world, events = World.current(), list[str]()
+    torch.manual_seed(world.rank)
+    own = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(world.size * 3, 4, dtype=torch.float64)
+
+    def loud(name: str, collective: Any) -> Any:
+        def called(*args: Any, **named: Any) -> Any:
+            assert named["async_op"]
+            events.append(name)
+            return collective(*args, **named)
+
+        return called
+
+    (world.gather(own) * weights).sum().backward()
+    expected, own.grad = own.grad, None
+    module.all_gather_single = loud("gather", module.all_gather_single)
+    module.reduce_scatter_single = loud("sum", module.reduce_scatter_single)
+
+    text = own * 1
+    text.register_hook(lambda gradient: events.append("text encoder"))
+    finish = world.start_gather(text)
+    audio = torch.ones(2, requires_grad=True) * 2
+    events.append("audio encoder")
+    audio.register_hook(lambda gradient: events.append("audio encoder"))
+    gathered = finish()
+    ((gathered * weights).sum() + audio.sum()).backward()
+    assert own.grad is not None and expected is not None
+    return {"events": events, "equal": torch.equal(own.grad, expected), "rows": gathered.shape[0]}
+
+
+def test_a_gather_in_two_halves_runs_beside_what_is_between_them() -> None:
+    """The texts travel while the clips are encoded, their gradients while the audio encoder is in its backward pass."""
+    for found in run_ranks(halves, 2):
+        assert found["equal"] and found["rows"] == 6
+        assert found["events"] == ["gather", "audio encoder", "sum", "audio encoder", "text encoder"]
