@@ -21,6 +21,7 @@ LOSS_OPTIONS = {
     "pmr": ("objective.pmr.omega=14.3",),
     "distillation": ("objective.distillation.tables=[teacher]",),
 }
+SCORER_OPTIONS = {"coattention": ("model.scorer.options={depth: 1, pairs_per_tile: 16}",)}
 KINDS_OF_AUDIO = ("small_cnn", "mn04", "tiny_cnn14", "tiny_htsat", "tiny_passt", "tiny_atst")
 
 
@@ -44,7 +45,9 @@ def recipe(path: Path, ranks: int, global_batch: int | None = None) -> Case:
 
 def small_cases() -> dict[str, Case]:
     """Every scorer, every loss in its two forms, the kinds of encoders, and one whole update."""
-    found = {f"scorer {name}": _heads(16, 8, f"model.scorer.name={name}") for name in SCORERS}
+    found = {
+        f"scorer {name}": _heads(16, 8, f"model.scorer.name={name}", *SCORER_OPTIONS.get(name, ())) for name in SCORERS
+    }
     for name in LOSS_TERMS:
         found[f"loss {name}, dense"] = _heads(64, 8, *_loss(name))
         found[f"loss {name}, tiled"] = _heads(4096, 8, *_loss(name))

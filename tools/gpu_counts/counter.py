@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from atr_scale.planner.ops import Collective, collective_of, flops_of, tensors, touched
 
@@ -122,6 +123,7 @@ class Counts(TorchDispatchMode):
             return waited
         if any(not x.is_cuda and x.ndim > 0 for x in inputs):
             self.places[self.current, f"CPU tensor in {func._schema.name}", place()] += 1
+            args, kwargs = tree_map_only(Tensor, _moved, (args, kwargs))
         return self._launch(func, args, kwargs)
 
     def _launch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -209,6 +211,10 @@ class Counts(TorchDispatchMode):
                 return func(*args, **kwargs)
         self._count(collective.name, collective.nbytes)
         return func(*args, **kwargs)
+
+
+def _moved(x: Tensor) -> Tensor:
+    return x if x.is_cuda or x.ndim == 0 else _on_device(x, {})
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
