@@ -53,8 +53,9 @@ def _group(ranks: int) -> Iterator[None]:
     names: dict[Any, str] = {}
     new_group = dist.new_group
 
-    def fake_group(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        group = new_group(*args, backend="fake", **kwargs)
+    def fake_group(*args: Any, **kwargs: Any) -> Any:
+        backend = kwargs.pop("backend", None)
+        group = new_group(*args, **kwargs, backend="fake")
         names[group] = backend or "nccl"
         return group
 
