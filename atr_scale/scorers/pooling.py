@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
+from atr_scale.products import product
 from atr_scale.score_block import EmbeddingScores, ScoreBlock, at_least_fp32
 from atr_scale.scorers.scorer import Scorer, without_autocast
 from atr_scale.sections import Count, Section
@@ -83,6 +84,7 @@ class CosineScorer(Scorer):
     """Cosine of the caption's pooled embedding and the clip's frames pooled by `pool`, a function to [b, D]."""
 
     is_dual_encoder = True
+    largest = 1.0
 
     def __init__(self, dim: int, pool: Callable[[TokenSequence], Tensor]) -> None:
         super().__init__()
@@ -100,11 +102,12 @@ class CosineScorer(Scorer):
 
     def block(self, text: TokenSequence, audio: TokenSequence, world: World | None = None) -> ScoreBlock:
         world = world or World.current()
-        return EmbeddingScores(world.gather(self.embed_text(text)), self.embed_audio(audio), world)
+        texts, audios = world.gather(self.embed_text(text)), self.embed_audio(audio)
+        return EmbeddingScores(texts, audios, world, self.products, self.largest)
 
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
         with without_autocast(audio.tokens):
-            return self.embed_text(text) @ self.embed_audio(audio).T
+            return product(self.embed_text(text), self.embed_audio(audio).T, self.products)
 
 
 class NetRVLADOptions(Section):

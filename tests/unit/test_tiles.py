@@ -34,12 +34,6 @@ def maxima_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
-def test_a_type_of_device_that_no_table_names_gets_the_sizes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(tiles.TILE_ROWS, "cpu")
-    (tile,) = tiles.tiles_of(tiles.stripes_of(StoredScores(torch.zeros(2000, 3))))
-    assert tile.rows == slice(0, 2000)
-
-
 def test_names_of_a_workspace_share_memory_only_between_sweeps() -> None:
     block = StoredScores(torch.zeros(6, 3))
     (stripe,) = tiles.stripes_of(block)
@@ -55,7 +49,7 @@ def test_names_of_a_workspace_share_memory_only_between_sweeps() -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "STRIPE_COLUMNS", 7)
-    monkeypatch.setattr(tiles, "TILE_ROWS", {"cpu": 6})
+    monkeypatch.setattr(tiles, "TILE_ROWS", 6)
 
 
 def both(
@@ -152,7 +146,7 @@ def test_bf16_vectors(case: str) -> None:
 def test_no_matrix_of_all_pairs_is_alive(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = 1024
     monkeypatch.setattr(blocks, "STRIPE_COLUMNS", 64)
-    monkeypatch.setattr(tiles, "TILE_ROWS", {"cpu": 128})
+    monkeypatch.setattr(tiles, "TILE_ROWS", 128)
     text, audio = (unit(batch, 6, seed).float().requires_grad_() for seed in (1, 2))
     teacher = unit(batch, TEACHER_WIDTH, 3).float(), unit(batch, TEACHER_WIDTH, 4).float()
 
