@@ -83,9 +83,10 @@ class Counts(TorchDispatchMode):
 
     def keep(self, name: str) -> None:
         """Forget all phases but one."""
-        for table in (self.phases, self.places, self.collectives):
-            for key in [key for key in table if (key if isinstance(key, str) else key[0]) != name]:
-                del table[key]
+        for phase in [phase for phase in self.phases if phase != name]:
+            del self.phases[phase]
+        self.places = Counter({key: times for key, times in self.places.items() if key[0] == name})
+        self.collectives = Counter({key: times for key, times in self.collectives.items() if key[0] == name})
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -139,7 +140,7 @@ class Counts(TorchDispatchMode):
         if func.overloadpacket is aten.all:
             out.holds = True
         if flops := flops_of(func, args, kwargs, out):
-            self.phases[self.current].flops[_precision(func._schema.name, inputs)] += flops
+            self.phases[self.current].flops[_precision(func._schema.name, inputs)] += int(flops)
         return out
 
     def _count(self, name: str, nbytes: int, launches: int = 1) -> None:

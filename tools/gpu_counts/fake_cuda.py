@@ -54,9 +54,8 @@ def _group(ranks: int) -> Iterator[None]:
     new_group = dist.new_group
 
     def fake_group(*args: Any, **kwargs: Any) -> Any:
-        backend = kwargs.pop("backend", None)
-        group = new_group(*args, **kwargs, backend="fake")
-        names[group] = backend or "nccl"
+        group = new_group(*args, **{**kwargs, "backend": "fake"})
+        names[group] = kwargs.get("backend") or "nccl"
         return group
 
     def same_object(gathered: list[Any], value: Any, group: Any = None) -> None:
