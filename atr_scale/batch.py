@@ -33,8 +33,10 @@ def on_device(values: ArrayLike, device: torch.device) -> Tensor:
 
     A GPU copies them from pinned memory when its turn comes, so the host does not wait for it.
     """
-    pinned = device.type == "cuda" and torch.cuda.is_available()
-    return torch.tensor(values, pin_memory=pinned).to(device, non_blocking=True)
+    on_host = torch.tensor(values)
+    if device.type == "cuda" and torch.cuda.is_available():
+        on_host = on_host.pin_memory()
+    return on_host.to(device, non_blocking=True)
 
 
 FULL_SCALE = 1 / 32768  # of 16-bit samples, a power of two: scaling by it is exact

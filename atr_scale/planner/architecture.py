@@ -48,7 +48,14 @@ def build_without_weights(config: RunConfig, augmentation: bool = False) -> Retr
     if section.audio.attention == "auto" and "attention" in audio_encoder_keys(section.audio.name):
         section.audio.attention = "sdpa"  # as on a GPU
     text_encoder = _text_encoder(config)
-    model = Retriever(section, config.objective, precision=config.train.precision, text_encoder=text_encoder)
+    train = config.train
+    model = Retriever(
+        section,
+        config.objective,
+        precision=train.precision,
+        head_products=train.head_products,
+        text_encoder=text_encoder,
+    )
     freeze(model, config.train)
     return model.train()
 

@@ -208,23 +208,23 @@ class _Sweeps:
             block, *(x for sums in self.sums for x in (sums.rows, sums.columns))
         ):
             maxima = [MaximaShift(block, self.tiles, partial(self._one, number)) for number in range(len(self.logits))]
-            self._sweep(maxima, kept_bytes)
+            self._sweep(maxima, kept_bytes=0)
         self.work.clear()
         return self._loss()
 
     def _sweep(self, shifts: Sequence[Shift], kept_bytes: int) -> None:
         """Sums and the logits of the positive pairs under these shifts, one for the student and for each teacher."""
         block, teacher = self.block, self.targets.teacher
-        self.shifts, self.kept = shifts, KeptTiles(block, kept_bytes)
+        self.shifts, self.kept = shifts, KeptTiles(block, kept_bytes, len(shifts))
         self.work.start_sweep()
         self.sums = [_Sums(block) for _ in shifts[:2]]
         self.positive_logits = zeros(block, len(shifts), len(self.pairs.rows))
         self.centre = zeros(block, 1)
         for tile in self.tiles:
-            logits = self._logits(tile, self.kept.reserve(tile, len(self.logits)))
+            logits = self._logits(tile, self.kept.reserve("logits", tile, len(shifts)))
             positive = [x[self.pairs.within(tile)] for x in logits]
             self.positive_logits[:, self.pairs.of(tile)] = torch.stack(positive).double()
-            every = self._exponentials(tile, logits)
+            every = self._exponentials(tile, logits, self.kept.reserve("exponentials", tile, len(shifts)))
             for sums, exponentials in zip(self.sums, every, strict=True):
                 sums.add(tile, exponentials)
             if teacher:
@@ -251,9 +251,9 @@ class _Sweeps:
         out = out or [self.work.get(name, tile) for name in self._names("logits")]
         return [logits.tile(tile, each) for logits, each in zip(self.logits, out, strict=True)]
 
-    def _exponentials(self, tile: Tile, logits: Sequence[Tensor]) -> list[Exponentials]:
-        """The student's, then the soft targets'."""
-        out = [self.work.get(name, tile) for name in self._names("exponentials")]
+    def _exponentials(self, tile: Tile, logits: Sequence[Tensor], out: Sequence[Tensor] = ()) -> list[Exponentials]:
+        """The student's, then the soft targets'; out: a tensor for each of the logits, by default of the workspace."""
+        out = out or [self.work.get(name, tile) for name in self._names("exponentials")]
         student, *teacher = self.shifts
         every = [student.both(logits[0], tile, out[0])]
         if len(teacher) == 1:
@@ -262,6 +262,12 @@ class _Sweeps:
             t2a, a2t = teacher
             every.append(Exponentials(t2a.by_row(logits[1], tile, out[1]), a2t.by_column(logits[2], tile, out[2])))
         return every
+
+    def _kept_exponentials(self, tile: Tile) -> list[Exponentials]:
+        """The same from the tile's kept tensors, or an empty list. They are kept under constant shifts alone."""
+        kept = self.kept.pop("exponentials", tile)
+        student, teacher = kept[:1], kept[1:]
+        return [Exponentials(by_direction[0], by_direction[-1]) for by_direction in (student, teacher) if by_direction]
 
     def _values(self, tile: Tile, logits: Sequence[Tensor]) -> list[Tensor]:
         """Factors of the soft targets in the loss: u, or u - t in a divergence, with t the teacher's logits."""
@@ -324,8 +330,8 @@ class _Sweeps:
         soft_factors = [sums.divide(*self.soft_weights) for sums in self.sums[1:]]
         centre = self.centre.to(block.dtype)
         for tile in self.tiles:
-            logits = self.kept.pop(tile) or self._logits(tile)
-            every = self._exponentials(tile, logits)
+            logits = self.kept.pop("logits", tile) or self._logits(tile)
+            every = self._kept_exponentials(tile) or self._exponentials(tile, logits)
             gradient = _weighted(every[0], student_factors, tile, work.get("gradient", tile))
             for exponentials, factors in zip(every[1:], soft_factors, strict=True):
                 gradient -= _weighted(exponentials, factors, tile, work.get("soft targets", tile))

@@ -164,24 +164,29 @@ class Workspace:
 
 
 class KeptTiles:
-    """Logits of as many tiles as fit, together with the gradients, in `budget` bytes."""
+    """What is kept of tiles for the backward pass, together with the gradients, in `budget` bytes.
 
-    def __init__(self, block: ScoreBlock, budget: int) -> None:
+    Logits of as many tiles as fit, each of which saves a matrix product; and exponentials of as many as fit beside the
+    logits of all tiles. matrices: number of logits of a pair.
+    """
+
+    def __init__(self, block: ScoreBlock, budget: int, matrices: int) -> None:
         self._like = torch.empty(0, dtype=block.dtype, device=block.device)
         gradients = sum(tensor.numel() for tensor in block.tensors) * self._like.element_size()
-        self._left = budget - gradients
-        self._kept: dict[int, tuple[Tensor, ...]] = {}
+        logits = matrices * math.prod(block.shape) * self._like.element_size()
+        self._left = {"logits": budget - gradients, "exponentials": budget - gradients - logits}
+        self._kept: dict[tuple[str, int], tuple[Tensor, ...]] = {}
 
-    def reserve(self, tile: Tile, count: int) -> tuple[Tensor, ...]:
+    def reserve(self, content: str, tile: Tile, count: int) -> tuple[Tensor, ...]:
         """`count` new tensors [m, n] that are kept for the tile; an empty tuple if they do not fit."""
         m, n = tile.shape
         size = count * m * n * self._like.element_size()
-        if size > self._left:
+        if size > self._left[content]:
             return ()
-        self._left -= size
-        self._kept[tile.number] = tuple(self._like.new_empty(m, n) for _ in range(count))
-        return self._kept[tile.number]
+        self._left[content] -= size
+        self._kept[content, tile.number] = tuple(self._like.new_empty(m, n) for _ in range(count))
+        return self._kept[content, tile.number]
 
-    def pop(self, tile: Tile) -> tuple[Tensor, ...]:
+    def pop(self, content: str, tile: Tile) -> tuple[Tensor, ...]:
         """The tile's tensors, or an empty tuple. They are given up, so that the backward pass frees memory."""
-        return self._kept.pop(tile.number, ())
+        return self._kept.pop((content, tile.number), ())
