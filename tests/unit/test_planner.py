@@ -26,7 +26,7 @@ from atr_scale.planner.dry_run import dry_run
 from atr_scale.planner.estimate import Cluster, estimate_step, fitting_micro_batch, largest_local_batch
 from atr_scale.planner.gpus import find_gpu
 from atr_scale.planner.ops import Recorder
-from atr_scale.planner.planner import teacher_widths, measure_costs
+from atr_scale.planner.planner import measure_costs, teacher_widths
 from atr_scale.planner.traffic import transfers
 from atr_scale.planner.zero_memory import Parameters, Transfer
 from tests.tiny_run import tiny_config

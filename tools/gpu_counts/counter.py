@@ -1,7 +1,8 @@
 """Counts what an update would ask of a GPU, from operations on CUDA tensors without values.
 
 Tensors of the host keep their values and are computed as ever; tensors of the device have only shapes. What the host
-reads from the device gets a stand-in: False, 0, or a small number.
+reads from the device gets a stand-in: what `all` asks holds and any other condition does not, integers are 0, and other
+numbers small.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from atr_scale.planner.ops import Collective, collective_of, flops_of, tensors, touched
 
@@ -79,6 +81,12 @@ class Counts(TorchDispatchMode):
         self.places.clear()
         self.collectives.clear()
 
+    def keep(self, name: str) -> None:
+        """Forget all phases but one."""
+        for table in (self.phases, self.places, self.collectives):
+            for key in [key for key in table if (key if isinstance(key, str) else key[0]) != name]:
+                del table[key]
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count what follows as the phase `name`."""
@@ -115,6 +123,7 @@ class Counts(TorchDispatchMode):
             return waited
         if any(not x.is_cuda and x.ndim > 0 for x in inputs):
             self.places[self.current, f"CPU tensor in {func._schema.name}", place()] += 1
+            args, kwargs = tree_map_only(Tensor, _moved, (args, kwargs))
         return self._launch(func, args, kwargs)
 
     def _launch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -127,6 +136,8 @@ class Counts(TorchDispatchMode):
         if func.overloadpacket in ALLOCATIONS:
             return out
         self._count(func._schema.name, sum(map(touched, inputs)) + (0 if mutable else sum(map(touched, outputs))))
+        if func.overloadpacket is aten.all:
+            out.holds = True
         if flops := flops_of(func, args, kwargs, out):
             self.phases[self.current].flops[_precision(func._schema.name, inputs)] += flops
         return out
@@ -144,6 +155,8 @@ class Counts(TorchDispatchMode):
         to_device = args[0].is_cuda if into else torch.device(kwargs.get("device") or source.device).type == "cuda"
         non_blocking = bool(kwargs.get("non_blocking", args[2] if into and len(args) > 2 else False))
         if to_device and source.is_cuda:
+            if into and _is_same(args[0], source):
+                return args[0]  # what `x[i] += y` ends with
             return self._launch(func, args, kwargs)
         size = source.numel() * source.element_size()
         self._count(f"copy to {'device' if to_device else 'host'}", size)
@@ -193,9 +206,22 @@ class Counts(TorchDispatchMode):
         devices = {x.device.type for x in given}
         device = "cuda" if "cuda" in devices else "cpu"
         self.collectives[self.current, collective, device] += 1
-        if device == "cuda":
-            self._count(collective.name, collective.nbytes)
+        if device == "cpu":
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        self._count(collective.name, collective.nbytes)
         return func(*args, **kwargs)
+
+
+def _moved(x: Tensor) -> Tensor:
+    return x if x.is_cuda or x.ndim == 0 else _on_device(x, {})
+
+
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    def place(t: Tensor) -> tuple[Any, ...]:
+        return id(t.untyped_storage()), t.storage_offset(), t.shape, t.stride(), t.dtype
+
+    return place(x) == place(y)
 
 
 def _is_pinned(x: Tensor) -> bool:
@@ -212,7 +238,7 @@ def _on_device(source: Tensor, kwargs: dict[str, Any]) -> Tensor:
 
 def _of_unknown_length(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x: Tensor = args[0]
-    whole = dict(dtype=torch.int64, device=CUDA)
+    whole = {"dtype": torch.int64, "device": CUDA}
     if packet is aten.nonzero:
         return torch.empty(x.shape[0] if x.ndim else 1, x.ndim, **whole)
     if packet is aten.bincount:
