@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from atr_scale.planner.timeline import Cluster
 from torch import Tensor
 
 from atr_scale.batch import Batch, TokenSequence
@@ -25,6 +24,7 @@ from atr_scale.model import Encoded, Retriever
 from atr_scale.planner.estimate import estimate_step
 from atr_scale.planner.gpus import GPUS
 from atr_scale.planner.planner import measure_costs
+from atr_scale.planner.timeline import Cluster
 from tools.bench import steps
 from tools.bench.measure import peak_mib
 from tools.gpu_check.measure import counted, launches, median_ms, waits_for_device
