@@ -103,6 +103,10 @@ class Batch:
 
         return replace(self._map(chosen), keys=[self.keys[row] for row in rows.tolist()] if self.keys else [])
 
+    def between(self, first: int, last: int) -> Batch:
+        """Views of the rows `first` up to, not including, `last`."""
+        return replace(self._map(lambda x: x[first:last]), keys=self.keys[first:last])
+
     def pin_memory(self) -> Batch:
         return self._map(lambda x: x.pin_memory())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Self
 
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from atr_scale.products import HeadProducts
 from atr_scale.score_block import ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
 from atr_scale.scorers.pooling import mean as mean_over_tokens
-from atr_scale.scorers.scorer import gather_sequence
+from atr_scale.scorers.scorer import Scorer, gather_sequence
 
 
 class Encoded(NamedTuple):
@@ -124,6 +125,12 @@ class Retriever(nn.Module):
         """Sample rate of the waveforms that the audio encoder takes, in Hz."""
         return self.audio_encoder.sample_rate
 
+    @property
+    def encoders_learn(self) -> bool:
+        """Whether an encoder or a projection has a parameter that is trained."""
+        parts = (self.audio_encoder, self.text_encoder, self.audio_projection, self.text_projection)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
     def encode_audio(self, waveform: Tensor, lengths: Tensor, augment_seed: int = 0) -> TokenSequence:
         """Waveforms float32 or int16 [b, samples] with lengths int64 [b] -> sequence with tokens [b, T, D]."""
         with autocast(waveform.device, self.precision):
@@ -158,21 +165,56 @@ class Retriever(nn.Module):
         """
         if encode_only:
             return self.encode(batch, context)
-        encoded = encoded or self.encode(batch, context)
-        inputs = self.loss_inputs(batch, Encoded(*map(cut, encoded)) if cut else encoded, context)
+        if encoded is not None:
+            inputs = self.loss_inputs(batch, encoded, context)
+        else:
+            cut = cut or (lambda sequence: sequence)
+            text = cut(self._own_text(batch))
+            block = self._start_block(text)  # the texts of other ranks arrive while the clips are encoded
+            audio = cut(self._own_audio(batch, context))
+            inputs = self.loss_inputs(batch, Encoded(text, audio), context, block(audio))
         return {**self.objective(inputs), "temperature": inputs.temperature.detach().squeeze()}
 
     def encode(self, batch: Batch, context: StepContext = NO_CONTEXT) -> Encoded:
-        """Encode the captions and the clips of a batch."""
-        text = self.encode_text(batch.input_ids, batch.attention_mask)
-        audio = self.encode_audio(batch.waveform, batch.lengths, context.augment_seed)
-        return Encoded(
-            text if self.reads_text_tokens else _pooled_only(text),
-            audio if self.reads_audio_tokens else _pooled_only(audio),
-        )
+        """Encode the captions and the clips of a batch.
 
-    def loss_inputs(self, batch: Batch, encoded: Encoded, context: StepContext = NO_CONTEXT) -> LossInputs:
-        """Inputs of the objective. encoded: the encoded rows of `batch`."""
+        The encoder with more weights to learn is the later one: a backward pass takes it first, and its gradients can
+        cross the network while the other one's are computed.
+        """
+        if self.text_learns_more:
+            audio = self._own_audio(batch, context)
+            return Encoded(self._own_text(batch), audio)
+        return Encoded(self._own_text(batch), self._own_audio(batch, context))
+
+    @cached_property
+    def text_learns_more(self) -> bool:
+        """Whether more values are trained in the text encoder than in the audio encoder."""
+        text, audio = (
+            count_parameters(parameter for parameter in encoder.parameters() if parameter.requires_grad)
+            for encoder in (self.text_encoder, self.audio_encoder)
+        )
+        return text > audio
+
+    def _own_text(self, batch: Batch) -> TokenSequence:
+        text = self.encode_text(batch.input_ids, batch.attention_mask)
+        return text if self.reads_text_tokens else _pooled_only(text)
+
+    def _own_audio(self, batch: Batch, context: StepContext) -> TokenSequence:
+        audio = self.encode_audio(batch.waveform, batch.lengths, context.augment_seed)
+        return audio if self.reads_audio_tokens else _pooled_only(audio)
+
+    def _start_block(self, text: TokenSequence) -> Callable[[TokenSequence], ScoreBlock]:
+        """Start to send what the scorer reads of this rank's texts. The function takes the audio, and waits."""
+        world, scorer = World.current(), self.scorer
+        if type(scorer).block is not Scorer.block:  # a scorer of a plugin may override that alone
+            return lambda audio: scorer.block(text, audio, world)
+        texts = scorer.start_gather(text, world)
+        return lambda audio: scorer.block_of(texts(), audio, world)
+
+    def loss_inputs(
+        self, batch: Batch, encoded: Encoded, context: StepContext = NO_CONTEXT, block: ScoreBlock | None = None
+    ) -> LossInputs:
+        """Inputs of the objective. encoded: the encoded rows of `batch`. block: their scores, if they are there."""
         world, (text, audio) = World.current(), encoded
 
         def teacher() -> SoftLabels[ScoreBlock]:
@@ -180,7 +222,7 @@ class Retriever(nn.Module):
             return context.teacher(batch, world)
 
         return LossInputs(
-            block=self.scorer.block(text, audio, world),
+            block=block or self.scorer.block(text, audio, world),
             temperature=self.temperature(),
             own_ids=batch.ids,
             text=lambda: _unit(whole(text, self.scorer.reads_text_tokens)),

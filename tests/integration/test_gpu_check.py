@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.commands import ROOT
+from tests.gpu_check import CHOSEN
 from tools.gpu_check.__main__ import PARTS
 from tools.gpu_check.page import write_report
 from tools.gpu_check.rows import Case, Row, read_lines
@@ -59,6 +61,24 @@ def test_the_page_shows_every_row(out: Path) -> None:
     for row in read_lines(out / "gpu_check.jsonl"):
         assert f"| {row.name.replace('|', '/')} |" in page, row
     assert "(gpu_check.png)" in page and (out / "gpu_check.png").stat().st_size > 1000
+
+
+def test_what_only_a_gpu_takes_runs_on_cuda_tensors_without_values(tmp_path: Path) -> None:
+    """A row may have a wrong value, but none dies: no tensor of the host meets one of the device."""
+    file = tmp_path / "rows.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu_check", str(file)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(file.read_text())
+    if "skipped" in found:
+        pytest.skip(found["skipped"])
+    died = [row for row in found["rows"] if isinstance(row["error"], str)]
+    assert not died, died
+    reached = {row["part"] for row in found["rows"] if not row["skipped"]}
+    assert reached == set(CHOSEN)
+    speed = [row for row in found["rows"] if row["part"].endswith("_speed") and not row["skipped"]]
+    assert all(row["ms"] and row["launches"] and row["syncs"] == 0 for row in speed)
 
 
 def cases(setting: Setting, fault: str) -> Iterator[Case]:

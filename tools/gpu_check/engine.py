@@ -16,8 +16,9 @@ from atr_scale.batch import Batch
 from atr_scale.config import RunConfig
 from atr_scale.distributed.start import distributed
 from atr_scale.distributed.world import World
-from atr_scale.training.engine import Engine, StepResult
+from atr_scale.training.engine import Engine
 from atr_scale.training.parts import new_model
+from atr_scale.training.step_result import StepResult
 from tools.bench import steps
 from tools.gpu_check.rows import Case, Row, compared
 from tools.gpu_check.runner import Setting
@@ -89,5 +90,5 @@ def _loss_on_cpu(config: RunConfig, batch: Batch) -> float:
 
 def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest difference of any weight, over the largest weight; zero only for equal weights."""
-    largest = max(float(x.abs().max()) for x in expected.values())
-    return max(float((found[name] - x).abs().max()) for name, x in expected.items()) / largest
+    largest = torch.stack([x.abs().max() for x in expected.values()]).max()
+    return float(torch.stack([(found[name] - x).abs().max() for name, x in expected.items()]).max() / largest)

@@ -81,7 +81,8 @@ def _found(key: Key, batch: int, device: str) -> list[Tensor]:
     ids = given[2]  # stays on the host
     tau = torch.tensor([temperature], device=device)
     leaves = [x.requires_grad_() for x in (text, audio, tau)]
-    make: Any = BLOCKS[kind] if products == "ieee" else partial(BLOCKS[kind], products=products)
+    make: Any = BLOCKS[kind]
+    make = make if products == "ieee" else partial(make, products=products)
     with patch.object(tiles, "_tile_shape", lambda block, times_smaller: (batch // 3 + 7, batch // 5 + 3)):
         loss = tiled_loss(case, make, text, audio, tau, (ids, ids), (teacher[0], teacher[1]))
         return [x.detach().double().cpu() for x in (loss, *torch.autograd.grad(loss, leaves))]
@@ -108,7 +109,7 @@ def _one_rank(key: Key, batch: int, device: str) -> Row:
     return _row(key, _found(key, batch, device), _expected(key, batch))
 
 
-def _all_of_a_rank(keys: list[Key], batch: int, device: str) -> dict[Key, list[Any]]:
+def _all_of_a_rank(keys: list[Key], batch: int, device: str) -> dict[Key, list[Any] | str]:
     return {key: _or_error(key, batch, device) for key in keys}
 
 
@@ -134,6 +135,5 @@ def _joined(key: Key, batch: int, ranks: list[list[Any] | str]) -> Row:
 def relative(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over that of `expected`, both in float64 on the CPU."""
     got, want = (x.detach().double().cpu() for x in (found, expected))
-    scale = want.norm().item()
-    difference = (got - want).norm().item()
+    scale, difference = float(want.norm()), float((got - want).norm())
     return difference / scale if scale else difference

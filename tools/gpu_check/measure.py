@@ -32,7 +32,7 @@ STARTS = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset
 
 def median_ms(step: Callable[..., object], fresh: Fresh, repeats: int = 5) -> float:
     """Median time of step(*fresh(n)), without that of `fresh`."""
-    times = []
+    times: list[float] = []
     for number in range(repeats):
         arguments = fresh(number)
         if torch.cuda.is_available():
@@ -96,7 +96,7 @@ class MatrixProducts(TorchDispatchMode):
 
         def run() -> None:
             for left, right, product, count in calls:
-                multiply = torch.bmm if len(product.left) == 3 else torch.mm
+                multiply: Any = torch.bmm if len(product.left) == 3 else torch.mm
                 wider = {} if product.out == product.dtype else {"out_dtype": product.out}
                 for _ in range(count):
                     multiply(left, right, **wider)
@@ -105,8 +105,8 @@ class MatrixProducts(TorchDispatchMode):
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> _Product:
-    transposed = (x.stride(-1) != 1 and x.stride(-2) == 1 for x in (left, right))
-    return _Product(tuple(left.shape), tuple(right.shape), *transposed, left.dtype, out.dtype)
+    first, second = (x.stride(-1) != 1 and x.stride(-2) == 1 for x in (left, right))
+    return _Product(tuple(left.shape), tuple(right.shape), first, second, left.dtype, out.dtype)
 
 
 def _operand(shape: tuple[int, ...], transposed: bool, dtype: torch.dtype) -> Tensor:
@@ -160,7 +160,8 @@ def launches(function: Callable[[], object]) -> int | None:
         function()
         torch.cuda.synchronize()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    return sum(event.name().startswith(STARTS) for event in recorded.profiler.kineto_results.events())
+    names: list[str] = [event.name() for event in recorded.profiler.kineto_results.events()]
+    return sum(name.startswith(STARTS) for name in names)
 
 
 def measured(

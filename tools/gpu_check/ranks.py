@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from atr_scale.evaluation.metrics import Ranks
 from atr_scale.evaluation.ranks import best_items, embedding_ranks
 from atr_scale.products import fp32_products
 from tools.gpu_check.measure import median_ms
@@ -33,12 +34,16 @@ def ranks(setting: Setting, kind: str) -> Row:
     scores = text.double() @ audio.double().T
     own = scores.diagonal()
     expected = [1 + (scores > own[:, None]).sum(1).numpy(), 1 + (scores > own[None]).sum(0).numpy()]
-    on_device = [x.to(setting.device) for x in (text, audio)]
+    text, audio = (x.to(setting.device) for x in (text, audio))
+
+    def count() -> Ranks:
+        return embedding_ranks(text, audio, np.arange(size), np.arange(size))
+
     with fp32_products("tf32"):
-        found = embedding_ranks(*on_device, np.arange(size), np.arange(size))
-        ms = median_ms(lambda: embedding_ranks(*on_device, np.arange(size), np.arange(size)), lambda _: (), 3)
+        found = count()
+        ms = median_ms(count, lambda _: (), 3)
     with fp32_products("ieee"):
-        product = median_ms(lambda: on_device[0] @ on_device[1].T, lambda _: (), 3)
+        product = median_ms(lambda: text @ audio.T, lambda _: (), 3)
     wrong = np.mean([*(found.t2a != expected[0]), *(found.a2t != expected[1])])
     return compared(float(wrong), 0.0, ms=ms, reference={"the plain product alone": product})
 
@@ -47,10 +52,10 @@ def best(setting: Setting, kind: str) -> Row:
     """Against the sorted float64 scores; `error` is the share of places that differ."""
     text, audio = _vectors(setting, kind)
     expected = (text.double() @ audio.double().T).topk(K).indices
-    on_device = [x.to(setting.device) for x in (text, audio)]
+    text, audio = (x.to(setting.device) for x in (text, audio))
     with fp32_products("tf32"):
-        found = best_items(on_device[0], on_device[1], K)
-        ms = median_ms(lambda: best_items(on_device[0], on_device[1], K), lambda _: (), 3)
+        found = best_items(text, audio, K)
+        ms = median_ms(lambda: best_items(text, audio, K), lambda _: (), 3)
     return compared((found.cpu() != expected).double().mean().item(), 0.0, ms=ms)
 
 
