@@ -28,13 +28,13 @@ def caption_id(caption: str) -> int:
     return stable_id(" ".join(unicodedata.normalize("NFC", caption).casefold().split()))
 
 
-def on_device(values: ArrayLike | Tensor, device: torch.device) -> Tensor:
+def on_device(values: ArrayLike | Tensor, device: torch.device | str) -> Tensor:
     """Numbers that the host knows as a tensor on `device`.
 
     A GPU copies them from pinned memory when its turn comes, so the host does not wait for it.
     """
     tensor = values if isinstance(values, Tensor) else torch.tensor(values)
-    if device.type == "cuda" and torch.cuda.is_available():
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

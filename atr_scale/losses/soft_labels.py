@@ -82,7 +82,7 @@ class SoftLabels(Generic[S]):
         scores = torch.stack([teacher.weight * teacher.t2a for teacher in self.teachers]).sum(0)
         if self.known is None:
             return scores
-        known = self.known.to(scores.device)
+        known = on_device(self.known, scores.device)
         return scores * (known[:, None] & known)
 
     def matrix(self, scores: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from atr_scale.batch import Batch, stable_id
+from atr_scale.batch import Batch, on_device, stable_id
 from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.distributed.world import World
@@ -50,8 +50,8 @@ class Constructed:
         if self.kind == "uniform":
             audio = torch.zeros(len(clips), 1, device=device)
             return SoftLabels.of(EmbeddingScores(world.gather(audio), audio, world))
-        captions = random_vectors(torch.stack([clips, batch.caption_index + 1], 1), self.seed).to(device)
-        audio = random_vectors(torch.stack([clips, torch.zeros_like(clips)], 1), self.seed).to(device)
+        captions = on_device(random_vectors(torch.stack([clips, batch.caption_index + 1], 1), self.seed), device)
+        audio = on_device(random_vectors(torch.stack([clips, torch.zeros_like(clips)], 1), self.seed), device)
         return SoftLabels.of(EmbeddingScores(world.gather(captions), audio, world))
 
 

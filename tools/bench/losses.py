@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from atr_scale.losses import dense, tiled
-from atr_scale.losses.tiled.tiles import LOSS_BYTES, Workspace, stripes_of, tiles_of
+from atr_scale.losses.tiled.tiles import Workspace, loss_bytes, stripes_of, tiles_of
 from atr_scale.score_block import EmbeddingScores, ModalityScores
 from tools.bench.measure import Function, peak_mib, seconds
 from tools.bench.table import Row, run
@@ -153,7 +153,8 @@ def num_products(batch: int, matrices: int = 0, width: int = 0) -> float:
 
     Scores once, and again for tiles that are not kept; the gradients of texts and of audios.
     """
-    kept = (LOSS_BYTES - 4 * 2 * batch * WIDTH) / (4 * (1 + matrices) * batch**2)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kept = (loss_bytes(device) - 4 * 2 * batch * WIDTH) / (4 * (1 + matrices) * batch**2)
     return 2 + (2 - min(1.0, max(0.0, kept))) * (1 + width / WIDTH)
 
 

@@ -56,8 +56,8 @@ class Workload:
         return Workload(ranks, size // ranks, **{"seconds": config.data.crop_seconds, "words": words, **changes})
 
 
-def count_update(config: RunConfig, load: Workload, part: Literal["update", "heads", "encoders"] = "update") -> Counts:
-    """Counts of one update; of its score, loss and their backward pass; or of both encoders in both directions."""
+def count_update(config: RunConfig, load: Workload, part: Part = "update") -> Counts:
+    """Counts of one update, of its phase "optimizer", or of both directions of score and loss or of an encoder."""
     model = build_without_weights(config, augmentation=True)
     widths = teacher_widths(config, model)
     batch = _batch(load, model.sample_rate)
@@ -68,7 +68,7 @@ def count_update(config: RunConfig, load: Workload, part: Literal["update", "hea
         if widths:
             teacher = random_teacher(Teachers(widths, config.objective.distillation.ensemble), load.rows)
             context = StepContext(teacher=teacher.labels)
-        if part in ("update", "optimizer"):
+        if part == "update" or part == "optimizer":
             _run_update(model, config, batch, load, context, counts)
             if part == REST:
                 counts.keep(REST)
