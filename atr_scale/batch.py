@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 
@@ -27,7 +28,25 @@ def caption_id(caption: str) -> int:
     return stable_id(" ".join(unicodedata.normalize("NFC", caption).casefold().split()))
 
 
+def on_device(values: ArrayLike | Tensor, device: torch.device | str) -> Tensor:
+    """Numbers that the host knows as a tensor on `device`.
+
+    A GPU copies them from pinned memory when its turn comes, so the host does not wait for it.
+    """
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values)
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 FULL_SCALE = 1 / 32768  # of 16-bit samples, a power of two: scaling by it is exact
+
+
+def to_float(waveform: Tensor) -> Tensor:
+    """Samples as float32; those of int16 are divided by 32768."""
+    if waveform.dtype == torch.int16:
+        return torch.mul(waveform, FULL_SCALE, out=torch.empty_like(waveform, dtype=torch.float32))
+    return waveform.float()
 
 
 @dataclass(frozen=True)
@@ -35,8 +54,8 @@ class Batch:
     """The local batch: the rows of a global batch that belong to one rank.
 
     waveform:       [b, samples] float32 at the sample rate of the audio encoder, with zeros after the end of each clip.
-                    Until `to` moves it to a device it is int16 if all clips are stored in 16 bits, to halve the bytes
-                    that are read and moved.
+                    It is int16 if all clips are stored in 16 bits, to halve the bytes that are read, moved and kept;
+                    `to_float` makes it float32.
     lengths:        [b] int64, number of samples of each clip.
     input_ids, attention_mask: [b, L] int64.
     clip_ids, caption_ids: [b] int64 of the clip and of the cleaned text of the caption, equal over processes and runs.
@@ -65,15 +84,15 @@ class Batch:
         return torch.stack([self.clip_ids, self.caption_ids], 1)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`, with the waveform as float32.
+        """The batch on `device`.
 
-        `lengths` stays on the host, which cuts waveforms by it and would otherwise wait for the device.
+        Lengths and ids stay on the host, which cuts waveforms and finds positives by them and would otherwise wait for
+        the device.
         """
-        moved = self._map(lambda x: x.to(device, non_blocking=True))
-        waveform = moved.waveform
-        if waveform.dtype == torch.int16:
-            waveform = torch.mul(waveform, FULL_SCALE, out=torch.empty_like(waveform, dtype=torch.float32))
-        return replace(moved, waveform=waveform, lengths=self.lengths)
+        waveform, input_ids, attention_mask = (
+            x.to(device, non_blocking=True) for x in (self.waveform, self.input_ids, self.attention_mask)
+        )
+        return replace(self, waveform=waveform, input_ids=input_ids, attention_mask=attention_mask)
 
     def take(self, rows: Tensor) -> Batch:
         """Copies of the rows `rows` (int64). Copies of pinned memory are pinned."""
@@ -123,7 +142,7 @@ class TokenSequence(NamedTuple):
 
     def take(self, rows: Tensor) -> TokenSequence:
         """Rows `rows` (int64) of the batch."""
-        return TokenSequence(self.tokens[rows], self.mask[rows], self.pooled[rows])
+        return TokenSequence(*(part.index_select(0, rows) for part in self))
 
     def to(self, device: torch.device | str) -> TokenSequence:
         return TokenSequence(self.tokens.to(device), self.mask.to(device), self.pooled.to(device))

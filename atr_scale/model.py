@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -24,12 +23,12 @@ from atr_scale.errors import UserError
 from atr_scale.losses import LossInputs, build_objective
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.temperature import Temperature
+from atr_scale.precision import Autocast, autocast
+from atr_scale.products import HeadProducts
 from atr_scale.score_block import ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
 from atr_scale.scorers.pooling import mean as mean_over_tokens
 from atr_scale.scorers.scorer import Scorer, gather_sequence
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Encoded(NamedTuple):
@@ -85,19 +84,23 @@ class Retriever(nn.Module):
         model: ModelSection,
         objective: ObjectiveSection,
         *,
-        precision: str = "fp32",
+        precision: Autocast = "fp32",
+        tf32: bool = False,
+        head_products: HeadProducts = "ieee",
         equal_rounds: Callable[[int], int] | None = None,
         text_encoder: TextEncoder | None = None,
     ) -> None:
         """model, objective: sections of a configuration.
 
-        precision: autocast type of the encoders, fp32, bf16 or fp16; parameters stay fp32.
+        precision, tf32: of the encoders (`Precision`): their autocast, set here, and their fp32 products on a GPU,
+        which `encoder_products` sets. Parameters stay fp32.
+        head_products: precision of the matrix products of scorer and losses, see `atr_scale.products`.
         equal_rounds: see `encode_in_buckets`.
         text_encoder: used instead of the text encoder that `model` names, which then is not loaded.
         Raises UserError if an encoder or scorer cannot be built, or if the widths of the encoders do not fit.
         """
         super().__init__()
-        self.precision = precision
+        self.precision, self.tf32 = precision, tf32
         self.audio_encoder = build_audio_encoder(**model.audio.model_dump(), equal_rounds=equal_rounds)
         self.text_encoder = text_encoder or build_text_encoder(
             model.text.name, **model.text.model_dump(exclude={"name"})
@@ -110,6 +113,7 @@ class Retriever(nn.Module):
                 f"{self.text_projection.dim}): set it to linear or mlp"
             )
         self.scorer = build_scorer(model.scorer.name, dim=self.audio_projection.dim, **model.scorer.options)
+        self.scorer.products = head_products
         self.temperature = _temperature(objective.temperature)
         self.objective = build_objective(objective.terms)
         self.positives, self.positives_mean = objective.positives, objective.positives_mean
@@ -128,15 +132,15 @@ class Retriever(nn.Module):
         return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def encode_audio(self, waveform: Tensor, lengths: Tensor, augment_seed: int = 0) -> TokenSequence:
-        """Waveforms float32 [b, samples] with lengths int64 [b] -> sequence with tokens [b, T, D]."""
-        with self._autocast(waveform):
+        """Waveforms float32 or int16 [b, samples] with lengths int64 [b] -> sequence with tokens [b, T, D]."""
+        with autocast(waveform.device, self.precision):
             encoded: TokenSequence = self.audio_encoder(waveform, lengths, augment_seed)
             projected: TokenSequence = self.audio_projection(encoded, self.reads_audio_tokens)
         return projected
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TokenSequence:
         """input_ids and attention_mask, both int64 [b, L] -> sequence with tokens [b, L, D]."""
-        with self._autocast(input_ids):
+        with autocast(input_ids.device, self.precision):
             encoded: TokenSequence = self.text_encoder(input_ids, attention_mask)
             projected: TokenSequence = self.text_projection(encoded, self.reads_text_tokens)
         return projected
@@ -229,6 +233,7 @@ class Retriever(nn.Module):
             step=context.step,
             positives=self.positives,
             positives_mean=self.positives_mean,
+            least_temperature=self.temperature.least,
         )
 
     def train(self, mode: bool = True) -> Self:
@@ -239,11 +244,6 @@ class Retriever(nn.Module):
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
         return self
-
-    def _autocast(self, like: Tensor) -> torch.autocast:
-        """Autocast of the encoders. Scores, logits and losses are computed in fp32."""
-        dtype = AUTOCAST.get(self.precision)
-        return torch.autocast(like.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Named trainable parameters of "audio", "text" and "heads" (projections, scorer, temperature, loss)."""

@@ -89,6 +89,13 @@ def plan_command(
             min=0, help="Time of one core to decode 10 s of audio, in ms: about 4.5 for flac, 0.11 for pcm16."
         ),
     ] = 4.5,
+    network: Annotated[
+        float | None,
+        typer.Option(min=0, help="Gbit/s between nodes for one ring over all GPUs; by default that of the table."),
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Report gpu_check.json of `python -m tools.gpu_check`, whose rates are used.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for plan.json and plan.png; by default none.")] = None,
     plugins: Plugins = None,
 ) -> None:
@@ -109,7 +116,7 @@ def plan_command(
 
     plan = plan_run(
         load_config(config, overrides or (), plugins or ()),
-        find_gpu(gpu).with_price(price),
+        find_gpu(gpu).with_price(price).with_network(network).with_measured(measured),
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         clips=clips,

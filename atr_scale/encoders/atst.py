@@ -95,6 +95,7 @@ class ATSTFrame(AudioEncoder):
 
     sample_rate = SAMPLE_RATE
     native_seconds = 10.0
+    reads_int16 = True
     pooled_is_mean = True
     special_options = frozenset({"attention"})
     layouts = LAYOUTS
@@ -131,7 +132,7 @@ class ATSTFrame(AudioEncoder):
         x_BTD = self.patch_embed(mel_BMF.to(self.pos_embed.dtype))
         x_BTD = x_BTD + self.pos_embed[:, 1 : 1 + x_BTD.shape[1]]
         for block in self.blocks:
-            x_BTD = self.run(partial(block, fused=self.options.attention == "sdpa"), x_BTD)
+            x_BTD = self.run(partial(block, attention=self.options.attention), x_BTD)
         tokens_BTD = self.norm_frame(x_BTD)
         return TokenSequence.unpadded(tokens_BTD, tokens_BTD.sum(1) / (tokens_BTD.shape[1] + 1e-6))
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from atr_scale.batch import TokenSequence
+from atr_scale.batch import TokenSequence, to_float
+from atr_scale.encoders.attention import Attention
 from atr_scale.encoders.buckets import encode_in_buckets
 from atr_scale.encoders.front_ends import FrontEnd
 from atr_scale.encoders.pretrained.layout import Layout
@@ -30,6 +31,10 @@ AUDIOSET_CLASSES = 527
 SPECIAL_OPTIONS = frozenset(
     {"long_clips", "s_patchout_t", "s_patchout_f", "fmin_aug_range", "fmax_aug_range", "attention"}
 )
+
+
+# What configurations of version 0.3 and earlier say, also for encoders without attention.
+OLD_DEFAULTS = {"attention": "eager"}
 
 
 class AudioEncoderOptions(Section):
@@ -63,8 +68,9 @@ class AudioEncoderOptions(Section):
     fmax_aug_range: Annotated[int, Field(ge=0)] = Field(
         0, description="Range in Hz of the random upper limit of the mel bands in training (PaSST, MN)."
     )
-    attention: Literal["eager", "sdpa"] = Field(
-        "eager", description="Implementation of attention: eager, or sdpa (fused; equal up to rounding)."
+    attention: Attention = Field(
+        "auto",
+        description="Implementation of attention: eager, sdpa (fused; equal up to rounding), or auto: sdpa on a GPU.",
     )
     activation_checkpointing: bool = Field(
         False, description="Gradient checkpointing: layers are recomputed in the backward pass to save memory."
@@ -79,6 +85,8 @@ class AudioEncoder(nn.Module, ABC):
     dim: width of the tokens and of the pooled embedding.
     native_seconds: a longer clip is cut into windows of this length; None if one pass takes any length.
     pooled_is_mean: whether the pooled embedding is the mean of the tokens, also of a clip in windows.
+    reads_int16: whether `encode` takes waveforms of int16 too, as `front_end` and `spec_augment` do; otherwise they
+    are float32.
     layouts: formats of the original files that the encoder loads.
     layers: the layers that `frozen_layers` and `layer_decay` count, lowest first; each is a tuple of prefixes of
     parameter names.
@@ -95,6 +103,7 @@ class AudioEncoder(nn.Module, ABC):
     layouts: tuple[Layout, ...] = (Layout(),)
     native_seconds: ClassVar[float | None] = None
     pooled_is_mean: ClassVar[bool] = False
+    reads_int16: ClassVar[bool] = False
     special_options: ClassVar[frozenset[str]] = frozenset()
     Options: ClassVar[type[AudioEncoderOptions]] = AudioEncoderOptions
     options = AudioEncoderOptions()
@@ -119,7 +128,7 @@ class AudioEncoder(nn.Module, ABC):
         """Apply the options. Raises UserError, naming the option, if this encoder does not support one of them."""
         default = AudioEncoderOptions()
         for option in sorted(SPECIAL_OPTIONS - self.special_options):
-            if getattr(options, option) != getattr(default, option):
+            if getattr(options, option) not in (getattr(default, option), OLD_DEFAULTS.get(option)):
                 raise UserError(f"the audio encoder {name} has no {option}: leave it at {getattr(default, option)}")
         native, window = self.native_seconds, options.window_seconds
         if native is not None and window is not None and window > native:
@@ -167,14 +176,16 @@ class AudioEncoder(nn.Module, ABC):
     def forward(self, waveform_BS: Tensor, lengths_B: Tensor | None = None, augment_seed: int = 0) -> TokenSequence:
         """Encode clips of any lengths.
 
-        waveform: float32 [B, S]. lengths: int64 [B] in samples, None if every clip has S samples. augment_seed: seed of
-        the random draws in training.
+        waveform: float32 or int16 [B, S]. lengths: int64 [B] in samples, None if every clip has S samples.
+        augment_seed: seed of the random draws in training.
 
         A clip longer than the window is cut into windows, and the last is padded with zeros. Their tokens and masks are
         joined without those of the padding. The pooled embedding is the mean over all these tokens if the encoder pools
         by it (`pooled_is_mean`), otherwise the mean over the windows, each weighted by the audio that it holds.
         """
         encode = partial(self.encode, augment_seed=augment_seed)
+        if waveform_BS.dtype == torch.int16 and not self.reads_int16:
+            waveform_BS = to_float(waveform_BS)
         if self.window is None or waveform_BS.shape[1] <= self.window:
             return encode_in_buckets(encode, waveform_BS, lengths_B, self.equal_rounds)
         windows = cut_into_windows(waveform_BS, lengths_B, self.window, self.window_hop)
@@ -242,6 +253,15 @@ def use_stored_statistics(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             layer.eval()
+
+
+def as_image(features_BXY: Tensor) -> Tensor:
+    """Features [B, X, Y] as an image of one channel [B, 1, X, Y] in the memory layout channels_last.
+
+    Convolutions take their layout from the strides of their input. `contiguous(memory_format=channels_last)` may leave
+    those of one channel as they are, since they describe both layouts.
+    """
+    return features_BXY.contiguous().unsqueeze(3).permute(0, 3, 1, 2)
 
 
 def initialise_convolutions(module: nn.Module) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from atr_scale.batch import TokenSequence
+from atr_scale.batch import TokenSequence, on_device
 
 
 def encode_in_buckets(
@@ -48,13 +48,16 @@ def encode_in_buckets(
         (length,) = buckets
         joined = encode(waveform_BS[:, :length])
     else:
-        parts = [encode(waveform_BS[rows, :length]) for length, rows in buckets.items()]
-        order = torch.tensor([row for rows in buckets.values() for row in rows], device=waveform_BS.device)
+        order = on_device(np.concatenate(list(buckets.values())), waveform_BS.device)
+        groups = order.split([len(rows) for rows in buckets.values()])
+        parts = [
+            encode(waveform_BS[:, :length].index_select(0, rows)) for length, rows in zip(buckets, groups, strict=True)
+        ]
         joined = TokenSequence.cat(parts).take(order.argsort())
 
     if surplus:
-        length, rows = next(iter(buckets.items()))
-        again = [encode(waveform_BS[rows[:1], :length]) for _ in range(surplus)]
+        length, (row, *_) = next(iter(buckets.items()))
+        again = [encode(waveform_BS[row : row + 1, :length]) for _ in range(surplus)]
         nothing = sum((part.tokens * 0).sum() + (part.pooled * 0).sum() for part in again)
         joined = joined.map(lambda tokens: tokens + nothing, lambda pooled: pooled + nothing)
     return joined

@@ -10,6 +10,7 @@ a window.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
+from atr_scale.encoders.attention import Attention, is_fused
 from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, AudioEncoderOptions
 from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm, MelSettings
 from atr_scale.encoders.pretrained.layout import Entry, Layout
@@ -65,17 +67,20 @@ def transformers_entry(name: str) -> Entry | None:
 AUDIO_MODEL = Layout("ClapAudioModel", prefix="audio_encoder.", derived=DERIVED, origin=transformers_entry)
 
 
-class FusedWindowAttention(nn.Module):
-    """Attention inside windows as one fused call, with the parameters of the eager module that it replaces."""
+class WindowAttention(nn.Module):
+    """Attention inside windows, with the parameters of the module of transformers that it replaces.
+
+    The formula of that module is bit for bit the same here; the fused kernel of torch gives the same up to rounding.
+    """
 
     relative_position_index: Tensor
 
-    def __init__(self, eager: Any) -> None:
+    def __init__(self, original: Any, attention: Attention) -> None:
         super().__init__()
-        self.num_heads = eager.num_attention_heads
-        self.query, self.key, self.value, self.dropout = eager.query, eager.key, eager.value, eager.dropout
-        self.relative_position_bias_table = eager.relative_position_bias_table
-        self.register_buffer(POSITION_INDEX, eager.relative_position_index)
+        self.num_heads, self.attention = original.num_attention_heads, attention
+        self.query, self.key, self.value, self.dropout = original.query, original.key, original.value, original.dropout
+        self.relative_position_bias_table = original.relative_position_bias_table
+        self.register_buffer(POSITION_INDEX, original.relative_position_index)
 
     def forward(self, x_NLD: Tensor, mask_WLL: Tensor | None = None, _: bool | None = None) -> tuple[Tensor]:
         length = x_NLD.shape[1]
@@ -83,13 +88,20 @@ class FusedWindowAttention(nn.Module):
         bias_HLL = bias_HLL.unflatten(0, (length, length)).permute(2, 0, 1)
         # The windows of a clip share an axis with its heads, so that one mask serves all clips without copies.
         num_windows = 1 if mask_WLL is None else len(mask_WLL)
-        mask = bias_HLL if mask_WLL is None else (mask_WLL.unsqueeze(1) + bias_HLL).flatten(0, 1)
         split = (-1, num_windows, length, self.num_heads, x_NLD.shape[2] // self.num_heads)
         query, key, value = (
             layer(x_NLD).view(split).transpose(2, 3).flatten(1, 2) for layer in (self.query, self.key, self.value)
         )
-        dropout = self.dropout.p if self.training else 0.0
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask[None].to(query.dtype), dropout)
+        if is_fused(self.attention, x_NLD):
+            mask = bias_HLL if mask_WLL is None else (mask_WLL.unsqueeze(1) + bias_HLL).flatten(0, 1)
+            dropout = self.dropout.p if self.training else 0.0
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask[None].to(query.dtype), dropout)
+        else:
+            scores = query @ key.transpose(2, 3) / math.sqrt(split[-1])
+            masked = scores.view(-1, self.num_heads, length, length) + bias_HLL
+            if mask_WLL is not None:
+                masked = masked.unflatten(0, (-1, num_windows)) + mask_WLL.unsqueeze(1)
+            mixed = self.dropout(masked.softmax(-1)).view(scores.shape) @ value
         return (mixed.unflatten(1, (num_windows, -1)).transpose(2, 3).reshape(x_NLD.shape),)
 
 
@@ -102,6 +114,7 @@ class SwinEncoder(AudioEncoder):
     """
 
     native_seconds = 10.0
+    reads_int16 = True
     pooled_is_mean = True
     special_options = frozenset({"attention"})
 
@@ -137,9 +150,8 @@ class SwinEncoder(AudioEncoder):
 
     def configure(self, options: AudioEncoderOptions, name: str) -> None:
         super().configure(options, name)
-        if options.attention == "sdpa":
-            for block in self.blocks:
-                block.attention.self = FusedWindowAttention(block.attention.self)
+        for block in self.blocks:
+            block.attention.self = WindowAttention(block.attention.self, options.attention)
 
     @property
     def blocks(self) -> list[Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
-from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, initialise_convolutions
+from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, as_image, initialise_convolutions
 from atr_scale.encoders.front_ends import AUGMENT_MEL_STFT, KaldiLogMel
 
 # kernel, expanded channels, output channels, squeeze-excitation, activation, stride
@@ -118,6 +118,7 @@ class MobileNet(AudioEncoder):
 
     sample_rate = AUGMENT_MEL_STFT.sample_rate
     pooled_is_mean = True
+    reads_int16 = True
     special_options = frozenset({"fmin_aug_range", "fmax_aug_range"})
 
     def __init__(self, width: float) -> None:
@@ -144,8 +145,7 @@ class MobileNet(AudioEncoder):
     def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
         mel_BMF = self.spec_augment(self.mel(waveform_BS, augment_seed), waveform_BS, augment_seed)
         # On a CPU this memory layout halves the time of a training step.
-        x_B1MF = mel_BMF.unsqueeze(1).to(next(self.features.parameters()).dtype, memory_format=torch.channels_last)
-        map_BCMT = x_B1MF
+        map_BCMT = as_image(mel_BMF.to(next(self.features.parameters()).dtype))
         for layer in self.features:
             map_BCMT = self.run(layer, map_BCMT)
         tokens_BTC = map_BCMT.mean(2).transpose(1, 2)

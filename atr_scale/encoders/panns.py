@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
-from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, initialise_convolutions
+from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, as_image, initialise_convolutions
 from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm, MelSettings
 from atr_scale.encoders.pretrained.layout import Layout
 
@@ -83,6 +83,7 @@ class Panns(AudioEncoder):
     """
 
     sample_rate = SAMPLE_RATE
+    reads_int16 = True
     layouts = (
         Layout(
             container="model",
@@ -122,7 +123,7 @@ class Panns(AudioEncoder):
 
     def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
         mel_BMF = self.normalised_mel(waveform_BS, augment_seed)
-        map_BCFM = mel_BMF.transpose(1, 2).unsqueeze(1).contiguous(memory_format=torch.channels_last)
+        map_BCFM = as_image(mel_BMF.transpose(1, 2))
         for block in self.blocks:
             map_BCFM = self.run(block, map_BCFM)
         tokens_BTC = map_BCFM.mean(3).transpose(1, 2)

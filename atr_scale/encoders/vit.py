@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from atr_scale.encoders.attention import Attention, is_fused
+
 EPSILON = 1e-6
 
 
 class PatchAttention(nn.Module):
-    """Multi-head self-attention over all tokens. fused: use the fused kernel of torch."""
+    """Multi-head self-attention over all tokens."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -23,9 +25,9 @@ class PatchAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BND: Tensor, fused: bool) -> Tensor:
+    def forward(self, x_BND: Tensor, attention: Attention) -> Tensor:
         q_BHNE, k_BHNE, v_BHNE = self.qkv(x_BND).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if fused:
+        if is_fused(attention, x_BND):
             mixed_BHNE = scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE)
         else:
             scores_BHNN = (q_BHNE * q_BHNE.shape[3] ** -0.5) @ k_BHNE.transpose(2, 3)
@@ -48,7 +50,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm layer: attention, then a network of two linear layers.
 
-    fused: use the fused attention kernel of torch. The result is the same up to rounding.
+    attention: its implementation. The result is the same up to rounding.
     """
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool) -> None:
@@ -58,8 +60,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, EPSILON)
         self.mlp = MLP(dim)
 
-    def forward(self, x_BND: Tensor, fused: bool) -> Tensor:
-        x_BND = x_BND + self.attn(self.norm1(x_BND), fused)
+    def forward(self, x_BND: Tensor, attention: Attention) -> Tensor:
+        x_BND = x_BND + self.attn(self.norm1(x_BND), attention)
         y_BND: Tensor = x_BND + self.mlp(self.norm2(x_BND))
         return y_BND
 

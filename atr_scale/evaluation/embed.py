@@ -34,6 +34,7 @@ from atr_scale.errors import UserError
 from atr_scale.evaluation.facts import clip_fields
 from atr_scale.evaluation.parallel import Parallel
 from atr_scale.model import Retriever
+from atr_scale.precision import encoder_products
 from atr_scale.scorers.scorer import Scorer
 
 logger = logging.getLogger(__name__)
@@ -81,11 +82,14 @@ Clips = list[tuple[int, RawSample, NDArray[np.float32]]]  # row in the shard set
 
 @contextmanager
 def evaluating(model: Retriever) -> Iterator[None]:
-    """The model is in evaluation mode, without gradients; afterwards in the mode in which it was."""
+    """The model is in evaluation mode, without gradients; afterwards in the mode in which it was.
+
+    Its encoders multiply in their own precision.
+    """
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), encoder_products(model.tf32):
             yield
     finally:
         model.train(was_training)
@@ -181,7 +185,7 @@ def _embed_batch(
         input_ids, attention_mask = tokenizer([c for group in captions for c in group] or ["silence"])
         device = parallel.device
         text = as_read(model.scorer, model.encode_text(input_ids.to(device), attention_mask.to(device)), "text")
-        audio = as_read(model.scorer, model.encode_audio(waveform.to(device), lengths.to(device)), "audio")
+        audio = as_read(model.scorer, model.encode_audio(waveform.to(device), lengths), "audio")
     return _Part(
         text=text if clips else None,
         audio=audio if clips else None,

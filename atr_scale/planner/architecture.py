@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from atr_scale.config import RunConfig
 from atr_scale.encoders import TEXT_ENCODERS, TextEncoder, build_text_encoder
+from atr_scale.encoders.audio_encoders import audio_encoder_keys
 from atr_scale.encoders.hub import must_use_cache
 from atr_scale.encoders.transformers_text import TransformersTextEncoder, quiet_transformers, untrained
 from atr_scale.errors import UserError
@@ -41,11 +42,20 @@ def build_without_weights(config: RunConfig, augmentation: bool = False) -> Retr
     section = config.model.model_copy(deep=True)
     section.audio.checkpoint = None
     section.audio.compile = section.text.compile = False
+    if section.audio.attention == "auto" and "attention" in audio_encoder_keys(section.audio.name):
+        section.audio.attention = "sdpa"  # as on a GPU
     if not augmentation:  # it needs values: it reads the waveform, or makes a mel filter bank of its own
         section.audio.spec_augment = None
         section.audio.fmin_aug_range = section.audio.fmax_aug_range = 0
     text_encoder = _text_encoder(config)
-    model = Retriever(section, config.objective, precision=config.train.precision, text_encoder=text_encoder)
+    train = config.train
+    model = Retriever(
+        section,
+        config.objective,
+        precision=train.precision,
+        head_products=train.head_products,
+        text_encoder=text_encoder,
+    )
     freeze(model, config.train)
     return model.train()
 

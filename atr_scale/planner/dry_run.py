@@ -28,7 +28,9 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     groups = {name: count_parameters(p for _, p in members) for name, members in model.parameter_groups().items()}
     stage = train.zero_stage
     sizes = Parameters([[p.numel() for p in model.parameters() if p.requires_grad]], [total - sum(groups.values())])
-    values = sum(sizes.states(stage, world_size).values()) + sizes.gradients(stage, world_size, train.accum_steps > 1)
+    values = sum(sizes.states(stage, world_size).values()) + sum(
+        sizes.gradients(stage, world_size, train.accum_steps > 1)
+    )
     used, objective = config.model, config.objective
     losses = [f"{term.weight:g} {name}" for name, term in objective.terms.items() if term.weight]
     lines = [

@@ -9,7 +9,7 @@ read whole matrices, in B B.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -24,31 +24,34 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from atr_scale.batch import Batch, TokenSequence
-from atr_scale.encoders.windows import window_starts
 from atr_scale.losses import Budget, Objective
-from atr_scale.model import AUTOCAST, Encoded, Retriever, StepContext
+from atr_scale.model import Encoded, Retriever, StepContext
 from atr_scale.planner.architecture import become_fake
 from atr_scale.planner.ops import Collective, OpTable, Recorder
+from atr_scale.planner.transfer import Phase
+from atr_scale.precision import AUTOCAST
 from atr_scale.teachers.ensemble import EnsembleMember, TeacherEnsemble
 from atr_scale.teachers.tables import TeacherTable
 
 ROWS = (4, 8)  # batch sizes of the two runs of the encoders
 HEADS_RUNS = ((2, 2), (2, 3), (3, 2), (3, 3), (2, 4))  # (audios a rank, ranks), one run for each feature
 NEVER_DENSE, ALWAYS_DENSE = Budget(dense=0, kept=0), Budget(dense=sys.maxsize, kept=0)
-PHASES = ("text forward", "audio forward", "audio backward", "text backward")
 
 
 @dataclass(frozen=True)
 class EncoderCosts:
     """Every operation of the encoders' forward and backward pass: base + slope * rows.
 
-    ends: the number of operations up to the end of each of PHASES. outputs: encoder outputs, without values.
+    phases: in the order in which they run. ends: the number of operations up to the end of each. outputs: encoder
+    outputs, without values. samples: of a clip.
     """
 
     base: OpTable
     slope: OpTable
+    phases: tuple[Phase, ...]
     ends: tuple[int, ...]
     outputs: Encoded
+    samples: int
 
     def at(self, rows: int) -> OpTable:
         """The operations of one forward and backward pass of `rows` rows."""
@@ -60,8 +63,8 @@ class EncoderCosts:
         columns = ("flops", "low", "nbytes", "live", "gradients")
         return OpTable(a.names, *(line(getattr(a, name), getattr(s, name)) for name in columns))
 
-    def phase(self, name: str) -> slice:
-        number = PHASES.index(name)
+    def phase(self, name: Phase) -> slice:
+        number = self.phases.index(name)
         return slice(self.ends[number - 1] if number else 0, self.ends[number])
 
 
@@ -82,26 +85,39 @@ class HeadCosts:
         return float(self.terms[name] @ features(texts, audios))
 
 
-def measure_encoders(model: Retriever, seconds: float, tokens: int, gpu: bool = True) -> EncoderCosts:
+def measure_encoders(
+    model: Retriever, seconds: float, tokens: int, gpu: bool = True, first_back: Literal["text", "audio"] = "text"
+) -> EncoderCosts:
     """Forward and backward pass of both encoders and projections. Afterwards their parameters have no values.
 
     seconds: length of the clips. tokens: length of the captions. gpu: operations and dtypes of a GPU, not of this CPU.
+    first_back: whose backward pass comes first.
     """
     mode = FakeTensorMode()
     for part in (model.audio_encoder, model.audio_projection, model.text_encoder, model.text_projection):
         become_fake(part, mode)
-    runs = [_run_encoders(model, mode, rows, seconds, tokens, gpu) for rows in ROWS]
+    phases: tuple[Phase, ...] = ("text forward", "audio forward", "text backward", "audio backward")
+    if first_back == "audio":
+        phases = (*phases[:2], phases[3], phases[2])
+    samples = round(seconds * model.sample_rate)
+    runs = [_run_encoders(model, mode, rows, samples, tokens, gpu, phases) for rows in ROWS]
     (first, ends, outputs), (second, _, _) = runs
     assert first.names == second.names, "another batch size runs other operations"
     span = ROWS[1] - ROWS[0]
     columns = ("flops", "low", "nbytes", "live", "gradients")
     slopes = [(getattr(second, name) - getattr(first, name)) / span for name in columns]
     bases = [getattr(first, name) - ROWS[0] * slope for name, slope in zip(columns, slopes, strict=True)]
-    return EncoderCosts(OpTable(first.names, *bases), OpTable(first.names, *slopes), ends, outputs)
+    return EncoderCosts(OpTable(first.names, *bases), OpTable(first.names, *slopes), phases, ends, outputs, samples)
 
 
 def _run_encoders(
-    model: Retriever, mode: FakeTensorMode, rows: int, seconds: float, tokens: int, gpu: bool
+    model: Retriever,
+    mode: FakeTensorMode,
+    rows: int,
+    samples: int,
+    tokens: int,
+    gpu: bool,
+    phases: Sequence[Phase],
 ) -> tuple[OpTable, tuple[int, ...], Encoded]:
     handles: list[Any] = []
     dtype = AUTOCAST.get(model.precision)
@@ -116,10 +132,12 @@ def _run_encoders(
             text = model.text_projection(model.text_encoder(ids, torch.ones_like(ids)), model.reads_text_tokens)
         ends = [len(recorder.rows)]
         with autocast:
-            waveform = torch.zeros(rows, round(seconds * model.sample_rate))  # lives as long as the batch
-            audio = model.audio_projection(_encode_audio(model, waveform), model.reads_audio_tokens)
+            waveform = torch.zeros(rows, samples)  # lives as long as the batch
+            audio = model.audio_projection(model.audio_encoder(waveform), model.reads_audio_tokens)
         ends.append(len(recorder.rows))
-        for sequence, tokens_read in ((audio, model.reads_audio_tokens), (text, model.reads_text_tokens)):
+        for phase in phases[2:]:
+            of_text = phase == "text backward"
+            sequence, tokens_read = (text, model.reads_text_tokens) if of_text else (audio, model.reads_audio_tokens)
             outputs = [x for x, read in ((sequence.tokens, tokens_read), (sequence.pooled, True)) if read]
             outputs = [x for x in outputs if x.requires_grad]
             torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
@@ -128,20 +146,6 @@ def _run_encoders(
         handle.remove()
     model.zero_grad()
     return recorder.table(), tuple(ends), Encoded(text, audio)
-
-
-def _encode_audio(model: Retriever, waveform: Tensor) -> TokenSequence:
-    """Encode clips of one length. Windows become rows as in `AudioEncoder.forward`.
-
-    Tensors without values cannot be joined by their masks, so here all frames of the last window count as real.
-    """
-    encoder, (rows, samples) = model.audio_encoder, waveform.shape
-    if encoder.window is None or samples <= encoder.window:
-        return encoder.encode(waveform)
-    count = len(window_starts(samples, encoder.window, encoder.window_hop))
-    found = encoder.encode(torch.zeros(rows * count, encoder.window))
-    tokens = found.tokens.reshape(rows, -1, found.tokens.shape[-1])
-    return TokenSequence(tokens, found.mask.reshape(rows, -1), found.pooled.unflatten(0, (rows, count)).mean(1))
 
 
 class _GPUOperations(TorchFunctionMode):

@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
 from atr_scale.config import RunConfig
+from atr_scale.data.loader_memory import LoaderMemory, loader_memory
 from atr_scale.errors import UserError
 from atr_scale.losses import build_objective
 from atr_scale.model import Retriever, count_parameters
+from atr_scale.planner.advice import Advice, advise
 from atr_scale.planner.architecture import build_without_weights
 from atr_scale.planner.costs import Costs
-from atr_scale.planner.estimate import (
-    Cluster,
-    StepEstimate,
-    estimate_step,
-    fitting_micro_batch,
-    largest_local_batch,
-)
+from atr_scale.planner.estimate import StepEstimate, estimate_step, fitting_micro_batch, largest_local_batch
 from atr_scale.planner.gpus import GPU
 from atr_scale.planner.measure import ALWAYS_DENSE, NEVER_DENSE, Teachers, measure_encoders, measure_heads
+from atr_scale.planner.timeline import Cluster
 from atr_scale.planner.zero_memory import Parameters
 from atr_scale.teachers.targets import RANDOM_WIDTH
 from atr_scale.training.param_groups import optimizer_groups
@@ -54,7 +52,7 @@ class RunPlan:
 
     epochs: over `clips` clips, or captions if train.epoch_of counts these. seconds: length of a clip. tokens: length of
     a caption. model: numbers of parameters by optimizer group, and of frozen ones. rows: all cluster sizes. chosen: the
-    given one.
+    given one. advice: what would make its step faster. loader: the memory of a rank's loader.
     """
 
     config: RunConfig
@@ -69,6 +67,8 @@ class RunPlan:
     costs: Costs
     chosen: Row
     rows: list[Row]
+    advice: list[Advice]
+    loader: LoaderMemory
 
     def hours(self, planned: StepEstimate) -> float:
         """Hours of the whole run."""
@@ -121,9 +121,30 @@ def plan_run(
     else:
         epochs = train.steps * chosen.planned.samples / clips
     rows = [chosen if size == world_size else _row(costs, cluster(size)) for size in SIZES]
+    advice = advise(costs, cluster(world_size), chosen.planned)
     return RunPlan(
-        config, gpu, nodes, gpus_per_node, clips, data.crop_seconds, tokens, epochs, model, costs, chosen, rows
+        config,
+        gpu,
+        nodes,
+        gpus_per_node,
+        clips,
+        data.crop_seconds,
+        tokens,
+        epochs,
+        model,
+        costs,
+        chosen,
+        rows,
+        advice,
+        _loader_memory(config, costs.encoders.samples, world_size),
     )
+
+
+def _loader_memory(config: RunConfig, samples: int, world_size: int) -> LoaderMemory:
+    """Memory of a rank's loader; of data.buffer_gb, or of as much shared memory as it likes."""
+    data, local_batch = config.data, config.train.global_batch_size // world_size
+    budget = None if data.buffer_gb is None else 1e9 * data.buffer_gb
+    return loader_memory(samples, local_batch, data.workers, pinned=True, budget=budget)
 
 
 def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = True) -> tuple[Costs, dict[str, int]]:
@@ -132,7 +153,7 @@ def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = Tr
     groups = [[p.numel() for p in group["params"]] for group in optimizer_groups(model, config.train)]
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     sizes = {name: count_parameters(p for _, p in members) for name, members in model.parameter_groups().items()}
-    encoders = measure_encoders(model, seconds, tokens, gpu)
+    encoders = measure_encoders(model, seconds, tokens, gpu, _first_back(config, sizes))
     teachers = Teachers(teacher_widths(config, model), config.objective.distillation.ensemble)
     tiled, dense = (
         measure_heads(model, build_objective(config.objective.terms, budget), encoders.outputs, teachers)
@@ -142,6 +163,12 @@ def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = Tr
     tile = getattr(scorer, "pairs_per_tile", None)
     costs = Costs(config, encoders, tiled, dense, Parameters(groups, frozen), not scorer.is_dual_encoder, tile)
     return costs, {**sizes, "frozen": sum(frozen)}
+
+
+def _first_back(config: RunConfig, sizes: dict[str, int]) -> Literal["text", "audio"]:
+    """The encoder whose backward pass comes first: the larger one, whose gradients then travel beside the other's pass;
+    under stage 3 that of audio, which was encoded last."""
+    return "audio" if config.train.zero_stage == 3 or sizes["audio"] > sizes["text"] else "text"
 
 
 def teacher_widths(config: RunConfig, model: Retriever) -> list[int]:

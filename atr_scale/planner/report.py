@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from atr_scale.data.loader_memory import SHARED
 from atr_scale.data.storage import make_folder
+from atr_scale.memory import free_memory
 from atr_scale.planner import gpus
 from atr_scale.planner.estimate import StepEstimate
 from atr_scale.planner.planner import Row, RunPlan
@@ -42,12 +45,16 @@ def plan_as_json(plan: RunPlan) -> dict[str, Any]:
         "epochs": plan.epochs,
         "parameters": plan.model,
         "assumed": {
-            "compute_share": gpus.COMPUTE_SHARE,
-            "memory_share": gpus.MEMORY_SHARE,
             "link_share": gpus.LINK_SHARE,
+            "collective_seconds": gpus.COLLECTIVE_S,
             "usable_memory_share": gpus.USABLE_SHARE,
         },
         "chosen": _row_json(plan, plan.chosen),
+        "loader_bytes": {
+            "shared_memory": plan.loader.shared * plan.gpus_per_node,
+            "main_memory": plan.loader.total * plan.gpus_per_node,
+        },
+        "advice": [{"setting": one.setting, "gain": one.gain, "step_s": one.planned.step} for one in plan.advice],
         "sizes": [_row_json(plan, row) for row in plan.rows],
     }
 
@@ -68,6 +75,8 @@ def _row_json(plan: RunPlan, row: Row) -> dict[str, Any]:
         "memory_bytes": {**e.memory, "peak": e.peak},
         "sent_bytes": {t.kind: t.sent(e.split.world_size) for t in e.transfers},
         "seconds": {**e.seconds, "step": e.step},
+        "phase_seconds": e.phases,
+        "network_seconds": {"all": e.network.busy, "hidden": e.network.hidden, "exposed": e.network.exposed},
         "clips_per_second": e.rate,
         "hours": plan.hours(e),
         "cost_usd": plan.cost(e),
@@ -81,7 +90,6 @@ def _head(plan: RunPlan) -> list[str]:
     split = e.split
     forwards = "" if split.chunks == 1 else f" in {split.chunks} micro-batches of {split.micro_batch} (GradCache)"
     sizes = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in model.items())
-    low, full = (f"{x / 1e12:.0f}" for x in (plan.gpu.low, plan.gpu.full))
     notes = []
     if plan.gpu.name == "V100" and train.precision == "bf16":
         notes.append("note       a V100 has no bf16 units: set train.precision=fp16, whose rate is planned here")
@@ -96,12 +104,34 @@ def _head(plan: RunPlan) -> list[str]:
         f"{plan.seconds:g} s, captions of {plan.tokens} tokens; {train.accum_steps} losses a step",
         f"cluster    {plan.nodes} x {plan.gpus_per_node} {plan.gpu.name} ({plan.gpu.memory / GIB:.0f} GiB), "
         f"ZeRO {train.zero_stage}, {train.precision}",
-        f"assumed    {gpus.COMPUTE_SHARE:.0%} of {low} TFLOP/s (bf16) and {full} (fp32), {gpus.MEMORY_SHARE:.0%} of "
-        f"{plan.gpu.bandwidth / 1e9:.0f} GB/s, {gpus.LINK_SHARE:.0%} of {plan.gpu.link / 1e9:.0f} GB/s in a node and "
-        f"{plan.gpu.network * 8 / 1e9:.0f} Gbit/s a GPU between nodes, USD {plan.gpu.price:g} a GPU hour",
-        "certainty  sizes and bytes are measured on this model; times follow from these rates, which are assumptions "
-        "until a run has measured them: expect a factor of 1.5 either way",
+        *_rates(plan),
         *notes,
+    ]
+
+
+def _rates(plan: RunPlan) -> list[str]:
+    """What the times follow from, and which of it was measured."""
+    gpu, rates = plan.gpu, plan.gpu.rates
+    figures = {
+        "low": f"{rates.low / 1e12:.0f} TFLOP/s in bf16",
+        "tf32": f"{rates.tf32 / 1e12:.0f} in TF32",
+        "full": f"{rates.full / 1e12:.0f} in fp32",
+        "memory": f"{rates.memory / 1e9:.0f} GB/s of memory",
+        "launch": f"{1e6 * rates.launch:.1f} us a launch",
+    }
+    measured = ", ".join(figures[name] for name in rates.measured)
+    assumed = [text for name, text in figures.items() if name not in rates.measured]
+    assumed += [
+        f"{gpus.LINK_SHARE:.0%} of {gpu.link / 1e9:.0f} GB/s in a node and of {gpu.network * 8 / 1e9:.0f} Gbit/s "
+        "between nodes for one ring over all GPUs",
+        f"all clips {plan.seconds:g} s and all captions {plan.tokens} tokens long",
+        f"USD {gpu.price:g} a GPU hour",
+    ]
+    return [
+        *([f"measured   on {rates.measured_on}: {measured}"] if measured else []),
+        f"assumed    {', '.join(assumed)}",
+        "certainty  sizes and bytes are counted on this model; times follow from these rates: expect a factor of 1.5 "
+        "either way" + ("" if measured else "; `--measured gpu_check.json` takes the rates of your card"),
     ]
 
 
@@ -110,12 +140,21 @@ def _step(plan: RunPlan) -> list[str]:
     assert e is not None
     lines = [f"memory     {e.peak / GIB:.1f} GiB a GPU at the peak, of {plan.gpu.memory / GIB:.0f}"]
     lines += [f"           {size / GIB:8.2f}  {name}" for name, size in e.memory.items() if size >= MIB]
+    lines += _loader(plan)
     total = sum(t.sent(e.split.world_size) for t in e.transfers)
     lines.append(f"network    {total / MIB:.1f} MiB sent by a GPU in a step")
     for t in sorted(e.transfers, key=lambda t: -t.sent(e.split.world_size)):
         lines.append(f"           {t.sent(e.split.world_size) / MIB:8.2f}  {t.kind} ({t.collective}, {t.calls} calls)")
+    net = e.network
+    lines.append(
+        f"           {1e3 * net.busy:.1f} ms, of which {1e3 * net.hidden:.1f} beside the GPU's work; the GPU waits for "
+        f"{1e3 * net.exposed:.1f} ms, {e.exposed:.0%} of the step"
+    )
     lines.append(f"time       {1e3 * e.step:.0f} ms a step, bound by {e.bound}")
-    lines += [f"           {1e3 * value:8.1f}  {name}" for name, value in e.seconds.items()]
+    names = {"network": "network, exposed", "loader": "loader, in parallel"}
+    lines += [f"           {1e3 * value:8.1f}  {names.get(name, name)}" for name, value in e.seconds.items() if value]
+    lines.append(f"phases     {', '.join(f'{name} {1e3 * value:.1f}' for name, value in e.phases.items())} ms")
+    lines += _advice(plan)
     lines.append(
         f"run        {e.rate:.0f} clips/s; {plan.epochs:g} epochs of {plan.clips} {plan.config.train.epoch_of}: "
         f"{_duration(plan.hours(e))}, USD {plan.cost(e):,.0f}"
@@ -126,8 +165,51 @@ def _step(plan: RunPlan) -> list[str]:
     return lines
 
 
+def _loader(plan: RunPlan) -> list[str]:
+    """The memory of a node's loaders, beside that of the machine on which the plan is made."""
+    memory, ranks, data = plan.loader, plan.gpus_per_node, plan.config.data
+    given = "" if data.buffer_gb is None else f", within data.buffer_gb = {data.buffer_gb:g} a rank"
+    here = [f"{free_memory() / GIB:.0f} GiB of main memory free"]
+    if SHARED.is_dir():
+        here.append(f"{shutil.disk_usage(SHARED).free / GIB:.0f} of /dev/shm")
+    return [
+        f"node       {ranks * memory.total / GIB:.1f} GiB of main memory for the loaders of {ranks} GPUs, "
+        f"{ranks * memory.shared / GIB:.1f} of them in /dev/shm{given}; this machine has {' and '.join(here)}",
+        f"           {memory.describe()}",
+    ]
+
+
+def _advice(plan: RunPlan) -> list[str]:
+    """What would make the step faster, and a smaller cluster that does the run for less."""
+    e = plan.chosen.planned
+    assert e is not None
+    changes = [f"{one.setting} (+{one.gain:.0%}, {1e3 * one.planned.step:.0f} ms)" for one in plan.advice]
+    lines = [f"faster     {'; then '.join(changes) if changes else 'no other setting gains 1 %'}"]
+    fewer = [row.planned for row in plan.rows if row.planned and row.world_size < e.split.world_size]
+    one = min(fewer, key=plan.cost, default=None)
+    if one and plan.cost(one) < 0.95 * plan.cost(e):
+        lines.append(
+            f"cheaper    {one.split.world_size} GPUs: USD {plan.cost(one):,.0f} instead of {plan.cost(e):,.0f}, "
+            f"{_duration(plan.hours(one))} instead of {_duration(plan.hours(e))}"
+        )
+    return lines
+
+
 def _table(plan: RunPlan) -> list[str]:
-    names = ("GPUs", "a GPU", "forward", "GiB", "step ms", "clips/s", "effic.", "time", "USD", "bound", "largest")
+    names = (
+        "GPUs",
+        "a GPU",
+        "forward",
+        "GiB",
+        "step ms",
+        "clips/s",
+        "effic.",
+        "exposed",
+        "time",
+        "USD",
+        "bound",
+        "largest",
+    )
     lines: list[tuple[str, ...]] = [(*names, "GradCache")]
     one = next((row.planned for row in plan.rows if row.planned), None)
     for row in plan.rows:
@@ -136,13 +218,13 @@ def _table(plan: RunPlan) -> list[str]:
         if e is None:
             divides = plan.config.train.global_batch_size % row.world_size == 0
             why = "does not fit" if divides else "no divisor"
-            lines.append((str(row.world_size), *["-"] * 8, why, *ends))
+            lines.append((str(row.world_size), *["-"] * 9, why, *ends))
             continue
         assert one is not None
         efficiency = e.rate / e.split.world_size / (one.rate / one.split.world_size)
         lines.append((
             str(row.world_size), str(e.split.local_batch), str(e.split.micro_batch), f"{e.peak / GIB:.1f}",
-            f"{1e3 * e.step:.0f}", f"{e.rate:.0f}", f"{efficiency:.2f}", _duration(plan.hours(e)),
+            f"{1e3 * e.step:.0f}", f"{e.rate:.0f}", f"{efficiency:.2f}", f"{e.exposed:.0%}", _duration(plan.hours(e)),
             f"{plan.cost(e):,.0f}", e.bound, *ends,
         ))  # fmt: skip
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]

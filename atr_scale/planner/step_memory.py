@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from atr_scale.losses.terms import DEFAULT_BUDGET
+from atr_scale.losses.tiled.tiles import LOSS_BYTES
 from atr_scale.planner.costs import BatchSplit, Costs
 from atr_scale.planner.measure import EncoderCosts, features
+from atr_scale.planner.ops import OpTable
 from atr_scale.planner.zero_memory import FP32
 
 
@@ -22,16 +24,15 @@ def _moments(costs: Costs, split: BatchSplit) -> Iterator[dict[str, float]]:
     train, table = costs.config.train, costs.encoders.at(split.micro_batch)
     stage, chunked = train.zero_stage, split.chunks > 1
     several = chunked or train.accum_steps > 1
-    held, last = costs.parameters.buffers(stage, several)
+    held, last = costs.parameters.buffers(stage, split.world_size)
     states: dict[str, float] = {
         **costs.parameters.states(stage, split.world_size),
         "parameters gathered": costs.parameters.gathered(stage),
     }
     gathered, scores = _heads_memory(costs, split)
-    text_end, audio_end, audio_back, _ = costs.encoders.ends
+    text_end, audio_end, _, _ = costs.encoders.ends
     kept_text, kept = table.live[text_end - 1], table.live[audio_end - 1]
-    all_gradients = costs.parameters.gradients(stage, split.world_size, several)
-    before = all_gradients if train.accum_steps > 1 else 0  # of earlier losses of the step
+    waiting, reduced = costs.parameters.gradients(stage, split.world_size, several)
     cached = split.local_batch * _row_bytes(costs.encoders) if chunked else 0.0
 
     # The loss, with the activations of the whole local batch; under GradCache with the cached outputs of all chunks and
@@ -39,7 +40,7 @@ def _moments(costs: Costs, split: BatchSplit) -> Iterator[dict[str, float]]:
     kept_chunks = min(train.kept_chunks, split.chunks) if chunked else 1
     yield {
         **states,
-        "gradients": before,
+        "gradients": waiting if train.accum_steps > 1 else 0,  # of earlier losses of the step
         "activations of text": kept_chunks * kept_text,
         "activations of audio": kept_chunks * (kept - kept_text),
         "cached outputs": cached,
@@ -48,20 +49,34 @@ def _moments(costs: Costs, split: BatchSplit) -> Iterator[dict[str, float]]:
         "buckets": held,
     }
     # Every operation of the backward pass (the forward pass needs less).
-    own = table.gradients if stage < 2 or several else np.minimum(table.gradients, all_gradients)
-    gradients = np.maximum(own, all_gradients) if several else own
+    gradients = reduced + (np.full_like(table.live, waiting) if several else np.minimum(table.gradients, waiting))
     most = int((table.live + gradients).argmax())
-    live_text = kept_text if text_end <= most < audio_back else table.live[most]
+    live_audio = _live_audio(costs.encoders, table, most)
     yield {
         **states,
         "gradients": float(gradients[most]),
-        "activations of text": float(live_text),
-        "activations of audio": float(table.live[most] - live_text),
+        "activations of text": float(table.live[most] - live_audio),
+        "activations of audio": float(live_audio),
         "cached outputs": 2 * cached,
         "buckets": held,
     }
-    # During a backward pass gradients move into the bucket; when their reduction starts after it they are whole.
-    yield {**states, "gradients": 0.0 if stage >= 2 and not several else all_gradients, "buckets": last}
+    # The last reduction. A single backward pass of stage 3 has left its gradients in the bucket.
+    at_end = 0.0 if stage == 3 and not several else reduced + waiting
+    yield {**states, "gradients": at_end, "buckets": last}
+
+
+def _live_audio(encoders: EncoderCosts, table: OpTable, moment: int) -> float:
+    """Bytes of audio activations alive after the operation `moment`; the other live bytes are those of texts."""
+    text_end, audio_end, first_end, _ = encoders.ends
+    kept_text, live = table.live[text_end - 1], table.live[moment]
+    text_first = encoders.phases[2] == "text backward"
+    if moment < text_end:
+        return 0.0
+    if audio_end <= moment < first_end and text_first:
+        return float(table.live[audio_end - 1] - kept_text)
+    if moment < first_end:
+        return float(live - kept_text)
+    return float(live) if text_first else 0.0
 
 
 def _row_bytes(encoders: EncoderCosts) -> float:
@@ -85,7 +100,7 @@ def _heads_memory(costs: Costs, split: BatchSplit) -> tuple[float, float]:
     width = costs.encoders.outputs.text.pooled.shape[1]
     gradients = FP32 * (pairs if costs.pairwise else (texts + audios) * width)
     dense = DEFAULT_BUDGET.allows_dense(texts)
-    tiles = 0.0 if dense else min(FP32 * pairs, max(0.0, DEFAULT_BUDGET.kept - gradients))
+    tiles = 0.0 if dense else min(FP32 * pairs, max(0.0, LOSS_BYTES - gradients))
     matrices = float(peak[4]) * texts**2
     whole = linear + max(0.0, kept[3]) * pairs + stored + per_pair * alive + tiles + matrices
     return gathered, max(0.0, whole - gathered)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from atr_scale.planner.costs import BatchSplit, Costs
 from atr_scale.planner.measure import features
-from atr_scale.planner.zero_memory import Transfer
+from atr_scale.planner.transfer import Phase, Transfer
+from atr_scale.planner.zero_memory import FP32
 
 
 def transfers(costs: Costs, split: BatchSplit) -> list[Transfer]:
@@ -14,21 +17,31 @@ def transfers(costs: Costs, split: BatchSplit) -> list[Transfer]:
     train, world_size = costs.config.train, split.world_size
     if world_size == 1:
         return []
+    chunks, losses = split.chunks, train.accum_steps
     found = []
     for name, dtype, coefficients in costs.heads(split.global_batch).collectives:
         nbytes = round(float(coefficients @ features(split.global_batch, split.local_batch)))
         if name.startswith("reduce_scatter"):
             nbytes //= world_size
-        found.append(Transfer(*_kind(name, dtype, of_pairs=bool((coefficients[3:] > 0.5).any())), nbytes))
-    found = [Transfer(t.kind, t.collective, t.nbytes * train.accum_steps, train.accum_steps) for t in found]
-    chunks = split.chunks
+        kind, collective = _kind(name, dtype, of_pairs=bool((coefficients[3:] > 0.5).any()))
+        behind = _behind(kind, costs.encoders.phases) if chunks == 1 else None
+        found.append(Transfer(kind, collective, losses * nbytes, losses, behind))
     forwards = 1 if chunks == 1 else 2 * chunks - min(train.kept_chunks, chunks)
-    passes = train.accum_steps * forwards
+    passes = losses * forwards
     if train.zero_stage == 3:
-        found.append(Transfer("rounds", "all_reduce", 8 * passes, passes))
-    found += costs.parameters.transfers(train.zero_stage, world_size, passes)
-    found.append(Transfer("flags", "all_gather", 4))
+        found.append(Transfer("rounds", "all_gather", 8 * passes, passes))
+    sent_as = FP32 // 2 if train.gradient_dtype == "bf16" else FP32
+    found += costs.parameters.transfers(train.zero_stage, world_size, passes, sent_as)
+    found.append(Transfer("norm and flags", "all_reduce", 8 * (2 + world_size)))
     return _by_kind(found)
+
+
+def _behind(kind: str, phases: tuple[Phase, ...]) -> Phase | None:
+    """The phase beside which texts travel, and beside which their gradients come back: those are needed when the text
+    encoder's backward pass begins."""
+    if kind == "texts":
+        return "audio forward"
+    return "audio backward" if kind == "gradients of texts" and phases[2] == "audio backward" else None
 
 
 def _kind(name: str, dtype: torch.dtype, of_pairs: bool) -> tuple[str, str]:
@@ -44,8 +57,8 @@ def _kind(name: str, dtype: torch.dtype, of_pairs: bool) -> tuple[str, str]:
 
 
 def _by_kind(found: list[Transfer]) -> list[Transfer]:
-    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    sums: dict[tuple[str, str], Transfer] = {}
     for t in found:
-        nbytes, calls = sums.get((t.kind, t.collective), (0, 0))
-        sums[t.kind, t.collective] = nbytes + t.nbytes, calls + t.calls
-    return [Transfer(*key, *value) for key, value in sums.items()]
+        one = sums.get((t.kind, t.collective))
+        sums[t.kind, t.collective] = replace(t, nbytes=t.nbytes + one.nbytes, calls=t.calls + one.calls) if one else t
+    return list(sums.values())

@@ -1,23 +1,28 @@
-"""Memory and transfers of DeepSpeed's ZeRO, as this project configures it (`deepspeed_config`).
+"""Memory and transfers of gradients, parameters and optimizer state at each ZeRO stage.
 
 Everything is fp32: parameters P (trainable or not), gradients G, the optimizer's own copy and its two moments of G.
 
     stage   kept between steps                added during a step               sent in a step
-    0       P + 2 G                           G + a flat copy (one bucket)      all-reduce G
-    1       P + 3 G / W                       G + (after the backward) bucket   all-reduce G, all-gather G
-    2       P + 3 G / W                       bucket + flat copy or G / W       all-reduce G, all-gather G
+    0       P + 2 G                           G + a bucket                      all-reduce G
+    1       P + 3 G / W                       G + G / W + a bucket              reduce G to its owners, all-gather G
+    2       P + 3 G / W                       some buckets + G / W              reduce G to its owners, all-gather G
     3       (P + 3 G) / W + small P + bucket  P whole from its first use on     all-gather P, reduce-scatter G,
                                                                                 all-gather small P
 
-A bucket is allocated whole, however small the model. Stages 1 and 2 of DeepSpeed reduce with all-reduce and keep their
-slice. Stage 3 releases a parameter only if 1e9 others are used before it is needed again: in models with less than half
-as many, all of them stay from the forward to the end of the backward pass.
+Stages 0 to 2 are `training.gradient_reduction`, with small buckets that travel during the backward pass; stage 1 may
+hold all of them if the network is slower than the pass. Stage 3 is DeepSpeed's: its bucket is allocated whole, however
+small the model, and it releases a parameter only if 1e9 others are used before it is needed again: in models with less
+than half as many, all of them stay from the forward to the end of the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from atr_scale.planner.transfer import Transfer
+from atr_scale.training.gradient_reduction import BUCKET_BYTES
+from atr_scale.training.passes import STAGE_2_BUCKETS
 
 FP32 = 4  # bytes
 # DeepSpeed's defaults, in numbers, not bytes.
@@ -51,39 +56,54 @@ class Parameters:
         partition = sum(_padded(sum(group), world_size) // world_size for group in self.groups)
         return {"parameters": FP32 * (learned + frozen), "optimizer": FP32 * 3 * partition}
 
-    def gradients(self, stage: int, world_size: int, several_passes: bool) -> int:
-        """Bytes of gradients at the end of a backward pass. They stay whole if several passes share one reduction."""
-        learned = sum(self.trainable)
-        return FP32 * (learned if stage < 2 or several_passes else -(-learned // world_size))
+    def gradients(self, stage: int, world_size: int, several_passes: bool) -> tuple[int, int]:
+        """Bytes of gradients: the most that wait in a backward pass to be reduced, and the place for reduced ones.
+
+        Earlier passes that share one reduction leave all of them waiting. Reduced gradients of stages 0 and 3 take the
+        memory in which they waited.
+        """
+        learned = FP32 * sum(self.trainable)
+        own = -(-learned // world_size)
+        if stage == 0 or (stage == 3 and several_passes):
+            return learned, 0
+        if stage == 3:
+            return own, 0
+        if several_passes:
+            return learned, own
+        if world_size == 1:
+            return 0, own
+        return min(learned, STAGE_2_BUCKETS * BUCKET_BYTES) if stage == 2 else learned, own
 
     def gathered(self, stage: int) -> int:
         """Bytes of parameters that stage 3 holds whole from the forward to the backward pass."""
         large = sum(size for size in (*self.trainable, *self.frozen) if size > PERSISTENT)
         return FP32 * min(large, REUSE_DISTANCE) if stage == 3 else 0
 
-    def buffers(self, stage: int, several_passes: bool) -> tuple[int, int]:
-        """Bytes of buckets (during the backward pass, when the last gradients are reduced).
-
-        Stages 2 and 3 reduce during a single backward pass; everything else is reduced after the last pass.
-        """
-        bucket, flat = FP32 * BUCKET, FP32 * min(sum(self.trainable), BUCKET)
+    def buffers(self, stage: int, world_size: int) -> tuple[int, int]:
+        """Bytes of buckets (during the backward pass, when the last gradients are reduced)."""
+        learned, largest = sum(self.trainable), max(self.trainable, default=0)
         if stage == 3:
+            bucket, flat = FP32 * BUCKET, FP32 * min(learned, BUCKET)
             return bucket, bucket + 2 * flat  # all along; at the end as input and in slices
-        if stage == 2 and not several_passes:
-            return bucket, bucket + flat
-        return 0, bucket if stage else flat
+        if stage == 0 and world_size == 1:
+            return 0, 0
+        filled = max(min(FP32 * learned, BUCKET_BYTES), FP32 * largest)  # before the gradients copied into it are freed
+        return filled, filled
 
-    def transfers(self, stage: int, world_size: int, passes: int = 1) -> list[Transfer]:
-        """The transfers of one optimizer step. passes: forward passes, for each of which stage 3 gathers parameters."""
+    def transfers(self, stage: int, world_size: int, passes: int = 1, sent_as: int = FP32) -> list[Transfer]:
+        """The transfers of one optimizer step.
+
+        passes: forward passes, for each of which stage 3 gathers parameters. sent_as: bytes of a gradient on the
+        network, below stage 3.
+        """
         learned = self.trainable
-        norm = Transfer("gradient norm", "all_reduce", (8 if stage == 3 else FP32) * len(self.groups), len(self.groups))
+        buckets = -(-FP32 * sum(learned) // BUCKET_BYTES)
         if stage == 0:
-            return [Transfer("gradients", "all_reduce", FP32 * sum(learned))]
+            return [Transfer("gradients", "all_reduce", sent_as * sum(learned), buckets, "buckets")]
         if stage < 3:
             slices = [_padded(sum(group), world_size) // world_size for group in self.groups]
             return [
-                Transfer("gradients", "all_reduce", FP32 * sum(learned)),
-                norm,
+                Transfer("gradients", "reduce", sent_as * sum(learned), buckets, "buckets"),
                 Transfer("parameters", "all_gather", FP32 * sum(slices), len(slices)),
             ]
         large = [_shard(size, world_size) for size in (*learned, *self.frozen) if size > PERSISTENT]
@@ -92,28 +112,9 @@ class Parameters:
         return [
             Transfer("parameters", "all_gather", FP32 * (passes * sum(large) + again), passes),
             Transfer("gradients", "reduce_scatter", FP32 * sum(_shard(size, world_size) for size in learned)),
-            norm,
+            Transfer("gradient norm", "all_reduce", 8 * len(self.groups), len(self.groups)),
             Transfer("small parameters", "all_gather", FP32 * sum(small), len(small)),
         ]
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Collectives of one kind.
-
-    nbytes: bytes that one rank gives to an all-gather, gets from a reduce-scatter, or has all-reduced.
-    """
-
-    kind: str
-    collective: str
-    nbytes: int
-    calls: int = 1
-
-    def sent(self, world_size: int) -> float:
-        """Bytes that a rank sends (and receives) in a ring, the least that any algorithm needs."""
-        if self.collective == "all_reduce":
-            return 2 * (world_size - 1) / world_size * self.nbytes
-        return (world_size - 1) * float(self.nbytes)
 
 
 def _shard(size: int, world_size: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from atr_scale.batch import on_device
 from atr_scale.teachers.tables import Direction, TeacherTable
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.floating]]  # caption, clip, grade [P]
@@ -61,4 +62,4 @@ class GradeTable(TeacherTable):
         hit = different[column] == clip
         found = torch.zeros(len(captions), len(different))
         found[row[hit], column[hit]] = self.values["grade"][pair[hit]]
-        return found[:, place].to(device)
+        return on_device(found[:, place], device)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from atr_scale.batch import on_device
 from atr_scale.data import storage
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.errors import UserError
@@ -116,10 +117,10 @@ class TeacherTable:
             return text @ audio.T
         if "scores" in self.values:
             stored = self.values.get("scores_a2t" if direction == "a2t" else "scores", self.values["scores"])
-            return at_least_fp32(stored[captions[:, None], clips].to(device))
+            return at_least_fp32(on_device(stored[captions[:, None], clips], device))
         if direction == "t2a":
-            return self._best_scores("caption", captions, clips).to(device)
-        return self._best_scores("clip", clips, captions).T.to(device)
+            return on_device(self._best_scores("caption", captions, clips), device)
+        return on_device(self._best_scores("clip", clips, captions).T, device)
 
     def pairs(self, captions: Tensor, clips: Tensor) -> Tensor:
         """[p], at least fp32: t2a scores of row captions[k] with row clips[k]."""
@@ -141,14 +142,15 @@ class TeacherTable:
         beside zeros, a candidate those of all members.
         """
         text, audio = (
-            at_least_fp32(self.values[side][rows].to(device)) for side, rows in (("text", captions), ("audio", clips))
+            at_least_fp32(on_device(self.values[side][rows], device))
+            for side, rows in (("text", captions), ("audio", clips))
         )
         if "clip_fold" in self.values:
             folds = self.values["clip_fold"]
             if direction == "t2a":
-                text = _of_fold(text, folds[self.keys.caption_clip_row[captions]].to(device))
+                text = _of_fold(text, on_device(folds[self.keys.caption_clip_row[captions]], device))
             else:
-                audio = _of_fold(audio, folds[clips].to(device))
+                audio = _of_fold(audio, on_device(folds[clips], device))
         return text.flatten(1), audio.flatten(1)
 
     def _best_scores(self, side: str, queries: Tensor, candidates: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from atr_scale.evaluation.results import record_training
 from atr_scale.evaluation.selection import selection_score
 from atr_scale.memory import peak_memory
 from atr_scale.model import StepContext, count_parameters
+from atr_scale.precision import Precision, encoder_products
 from atr_scale.training.checks import check_batch_size, check_length, check_run_folder, checkpoint_to_resume
 from atr_scale.training.engine import Engine
 from atr_scale.training.monitor import Monitor
@@ -85,7 +86,9 @@ class Interval:
 
 def train(config: RunConfig) -> None:
     """Train, or continue from the newest intact checkpoint in the run folder."""
-    with distributed() as (world, device):
+    precision = Precision(config.train.precision, config.train.tf32)
+    with distributed() as (world, device), encoder_products(precision.tf32):
+        logger.info(precision.describe(device, config.train.head_products))
         Training(config, world, device).run()
 
 

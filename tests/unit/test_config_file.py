@@ -214,6 +214,6 @@ def test_an_encoder_of_a_plug_in_is_known_by_then(write: Write, monkeypatch: pyt
     mine = ["model.audio.size=3", "model.audio.name=mine", "plugins+=my_encoder_of_files"]
     config = load_config(path, mine)
     assert config.model.audio.model_dump()["size"] == 3
-    assert (config.model.audio.s_patchout_t, config.model.audio.attention) == (15, "eager")
+    assert (config.model.audio.s_patchout_t, config.model.audio.attention) == (15, "auto")
     saved = write(saved=config.to_yaml())
     assert "size" not in load_config(saved, ["model.audio.name=mn04"]).model.audio.model_dump()

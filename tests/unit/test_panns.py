@@ -36,6 +36,28 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("by_frames", [False, True])
+@pytest.mark.parametrize("name", [*TINY, "mn04"])
+def test_every_convolution_runs_in_channels_last(name: str, by_frames: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the layout of the features: the strides of one channel may describe both layouts."""
+    encoder, layouts = build_audio_encoder(name), []
+    mel = encoder.mel
+
+    def laid_out(waveform: Tensor, seed: int) -> Tensor:
+        return mel(waveform, seed).mT.contiguous().mT if by_frames else mel(waveform, seed).contiguous()
+
+    def record(_: object, inputs: tuple[Tensor], output: Tensor) -> None:
+        layouts.append([x.stride(1) for x in (*inputs, output)])
+
+    monkeypatch.setattr(encoder, "mel", laid_out)
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(record)
+    with torch.no_grad():
+        encoder(noise(2, 2 * RATE))
+    assert len(layouts) > 10 and all(strides == [1, 1] for strides in layouts)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn14", "resnet38"])
 @torch.no_grad()

@@ -23,12 +23,14 @@ from atr_scale.planner import zero_memory
 from atr_scale.planner.architecture import build_without_weights
 from atr_scale.planner.costs import BatchSplit, Costs
 from atr_scale.planner.dry_run import dry_run
-from atr_scale.planner.estimate import Cluster, estimate_step, fitting_micro_batch, largest_local_batch
+from atr_scale.planner.estimate import estimate_step, fitting_micro_batch, largest_local_batch
 from atr_scale.planner.gpus import find_gpu
 from atr_scale.planner.ops import Recorder
-from atr_scale.planner.planner import teacher_widths, measure_costs
+from atr_scale.planner.planner import measure_costs, teacher_widths
+from atr_scale.planner.timeline import Cluster
 from atr_scale.planner.traffic import transfers
-from atr_scale.planner.zero_memory import Parameters, Transfer
+from atr_scale.planner.transfer import Transfer
+from atr_scale.planner.zero_memory import Parameters
 from tests.tiny_run import tiny_config
 from tools.bench.measure import peak_mib
 
@@ -90,7 +92,7 @@ def test_live_bytes_are_those_of_the_allocator() -> None:
 
 def test_costs_are_linear_in_the_rows(config: RunConfig, costs: Costs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "ROWS", (13, 14))
-    direct = measuring.measure_encoders(build_without_weights(config), SECONDS, TOKENS, gpu=False).at(13)
+    direct = measuring.measure_encoders(build_without_weights(config), SECONDS, TOKENS, False, "audio").at(13)
     planned = costs.encoders.at(13)
     assert planned.names == direct.names
     for column in ("flops", "nbytes", "gradients"):
@@ -209,7 +211,16 @@ def test_what_each_stage_keeps() -> None:
     assert third["optimizer"] == 12 * (75_000 + 250 + 126)
     assert third["parameters"] == 4 * (75_000 + 250 + 126 + 50_000 + 1000 + 501)
     assert sizes.gathered(3) == 4 * 500_000 and sizes.gathered(2) == 0
-    assert sizes.gradients(2, world, several_passes=False) < sizes.gradients(2, world, several_passes=True)
+
+
+def test_gradients_that_wait_and_reduced_ones() -> None:
+    sizes, world = Parameters([[200_000_000, 1000]]), 4
+    whole, own, bucket = 4 * 200_001_000, 200_001_000, 32 * 2**20
+    assert sizes.gradients(0, world, several_passes=False) == sizes.gradients(0, world, True) == (whole, 0)
+    assert sizes.gradients(1, world, several_passes=False) == sizes.gradients(1, world, True) == (whole, own)
+    assert sizes.gradients(2, world, several_passes=False) == (8 * bucket, own)
+    assert sizes.gradients(2, world, several_passes=True) == (whole, own)
+    assert sizes.buffers(2, world)[0] == 800_000_000, "a parameter larger than a bucket has its own"
 
 
 def test_the_constants_are_those_of_deepspeed() -> None:
@@ -270,7 +281,8 @@ def test_the_verb(
         cli.main()
     printed = capsys.readouterr().out
     assert left.value.code == 0
-    for word in ("memory", "network", "time", "run", "largest", "assumptions until a run has measured them"):
+    lengths = "all clips 0.5 s and all captions 64 tokens long"
+    for word in ("memory", "network", "time", "phases", "faster", "run", "largest", lengths):
         assert word in printed
     assert "captions of 64 tokens" in printed, "of captions that nothing cuts"
     written = json.loads((tmp_path / "out" / "plan.json").read_text())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from atr_scale.batch import Batch
+from atr_scale.batch import Batch, to_float
 from atr_scale.data.assembly import Piece
 from atr_scale.data.shared_buffers import CACHE_LINE, Parcel, SharedBuffers, WaveformRows
 from atr_scale.data.stream import _one_ahead
@@ -48,11 +48,13 @@ def test_rows_widen_in_place(filled: int) -> None:
     np.testing.assert_array_equal(rows.array[:filled], samples[:filled] / np.float32(32768))
 
 
-def test_a_batch_on_the_device_is_float32() -> None:
-    """Every int16 value is scaled exactly as libsndfile does."""
+def test_16_bit_samples_are_scaled_exactly() -> None:
+    """Every int16 value, as libsndfile does; a batch on the device still holds the int16 samples."""
     ids = torch.zeros(1, dtype=torch.int64)
     samples = torch.arange(-32768, 32768).to(torch.int16)[None]
-    waveform = Batch(samples, ids, ids, ids, ids, ids, ids, ids).to(torch.device("cpu")).waveform
+    moved = Batch(samples, ids, ids, ids, ids, ids, ids, ids).to(torch.device("cpu"))
+    assert moved.waveform.dtype == torch.int16
+    waveform = to_float(moved.waveform)
     assert waveform.dtype == torch.float32 and torch.equal(waveform.double() * 32768, samples.double())
 
 

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atr_scale.batch import TokenSequence
 from atr_scale.encoders import AudioEncoder, build_audio_encoder
+from atr_scale.encoders.buckets import encode_in_buckets
 from atr_scale.encoders.windows import cut_into_windows, join_windows, window_starts
 
 ENCODERS = ["mn04", "small_cnn"]
@@ -60,6 +65,49 @@ def test_cut_and_join_by_hand() -> None:
     assert joined.pooled.tolist() == [[pytest.approx((4 * 1 + 3 * 5) / 7)], [8], [15]]
     by_token = join_windows(encoded, windows, pooled_is_mean=True)
     assert by_token.pooled.tolist() == [[4], [8], [15]]  # a clip in one piece keeps what its encoder gave
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name, and the values that they write. Refuses those for which the host waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.written = Counter[str](), 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = str(func.overloadpacket).removeprefix("aten.")
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        assert name not in ("_local_scalar_dense", "nonzero", "repeat_interleave") and not by_mask, f"{name} waits"
+        result = func(*args, **(kwargs or {}))
+        self.calls[name] += 1
+        self.written += result.numel() if isinstance(result, Tensor) and not result._is_view() else 0
+        return result
+
+
+@pytest.mark.parametrize("pooled_is_mean", [False, True])
+@pytest.mark.parametrize("lengths", [(30, 30, 30), (30, 25, 10)])
+def test_many_clips_are_cut_and_joined_like_few(lengths: tuple[int, ...], pooled_is_mean: bool) -> None:
+    """No wait, no loop over clips or windows, and a backward pass that is linear in them."""
+    counted = []
+    for times in (1, 8):
+        weight = torch.ones(5, 3, requires_grad=True)
+
+        def encode(piece: Tensor, weight: Tensor = weight) -> TokenSequence:
+            tokens = piece.unflatten(1, (2, 5)) @ weight
+            return TokenSequence.unpadded(tokens, tokens.mean(1))
+
+        waveform, numbers = noise(3 * times, 30), torch.tensor(lengths * times)
+        with Operations() as operations:
+            windows = cut_into_windows(waveform, numbers, window=10, hop=10)
+            encoded = encode_in_buckets(encode, windows.waveform, windows.lengths)
+            joined = join_windows(encoded, windows, pooled_is_mean)
+            (joined.tokens.square().sum() + joined.pooled.square().sum()).backward()
+        counted.append(operations)
+    few, many = counted
+    assert many.calls == few.calls
+    assert many.written < 9 * few.written
 
 
 # Tokens of audio in the last window at 17 and at 21 s. ATST has 25 a second, HTS-AT and CLAP 3.2, of which the last one

@@ -1,9 +1,12 @@
 """What one update asks of a GPU, counted without one: kernel launches, bytes, FLOPs, waits of the host, collectives.
 
     python -m tools.gpu_counts [CONFIG ...] [--ranks W] [--global-batch B] [--json F]
+    python -m tools.gpu_counts --cases small|real [--json F]
+    python -m tools.gpu_counts --write-budgets
 
-The update runs as one of W ranks on CUDA tensors without values. Without CONFIG: all shipped configurations. A launch is
-an operation that is not a view; the bytes are those that these operations read and write.
+The update runs as one of W ranks on CUDA tensors without values. Without CONFIG: all shipped configurations. A launch
+is an operation that is not a view; the bytes are those that these operations read and write. --cases counts the cases
+that have budgets. --write-budgets makes what they count now their budgets, and the table in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -12,55 +15,77 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_counts import guard
+from tools.gpu_counts import budgets, guard
 
 ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="default: all shipped configurations")
-    parser.add_argument("--ranks", type=int, default=8, help="number of GPUs (default: 8)")
-    parser.add_argument("--global-batch", type=int, help="pairs of one loss (default: train.global_batch_size)")
-    parser.add_argument("--json", type=Path, metavar="F", help="write the counts to F")
-    given = parser.parse_args()
-    # DeepSpeed reads these when it is imported and when it starts.
-    os.environ.update(DS_ACCELERATOR="cuda", RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(given.ranks))
+    given = parse(sys.argv[1:])
     try:
-        guard.load()
+        load()
+        found = run(given)
     except guard.Unavailable as reason:
         print(f"skipped: {reason}")
-        if given.json:
-            given.json.write_text(json.dumps({"skipped": str(reason)}))
-        return
+        found = {"skipped": str(reason)}
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="default: all shipped configurations")
+    parser.add_argument("--ranks", type=int, default=8, metavar="W", help="number of GPUs (default: 8)")
+    parser.add_argument("--global-batch", type=int, metavar="B", help="pairs of a loss; default: the configuration's")
+    parser.add_argument("--cases", choices=("small", "real"), help="count cases that have budgets instead")
+    parser.add_argument("--write-budgets", action="store_true", help="make the counts of all cases their budgets")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the counts to F")
+    return parser.parse_args(arguments)
+
+
+def load() -> None:
+    """Prepare this process for CUDA tensors without values. Raises guard.Unavailable."""
+    # DeepSpeed reads these when it is imported and when it starts.
+    os.environ.update(DS_ACCELERATOR="cuda", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    guard.load()
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    """Count and print what is asked for. Returns {"configs": counts by path} or {"cases": counts by name}."""
     from atr_scale.errors import UserError
+    from tools.gpu_counts.cases import real_cases, small_cases
+    from tools.gpu_counts.report import as_json, table
+
+    def counted(cases: Iterator[tuple[str, Any]]) -> budgets.Results:
+        found = {}
+        for name, case in cases:
+            found[name] = as_json(case.count())
+            print(table(name, found[name]), end="\n\n", flush=True)
+        return found
 
     try:
-        found = _count(given.configs or _shipped(), given.ranks, given.global_batch)
+        if given.write_budgets:
+            found = counted(iter((small_cases() | real_cases()).items()))
+            budgets.write(found)
+            budgets.write_table(found, budgets.read(budgets.BEFORE))
+            return {"cases": found}
+        if given.cases:
+            return {"cases": counted(iter((small_cases() if given.cases == "small" else real_cases()).items()))}
+        return {"configs": counted(iter(_recipes(given).items()))}
     except UserError as error:
         sys.exit(f"error: {error}")
-    if given.json:
-        given.json.write_text(json.dumps({"configs": found}, indent=1))
 
 
-def _shipped() -> list[str]:
-    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+def _recipes(given: argparse.Namespace) -> dict[str, Any]:
+    """A whole update of each configuration. All are read before the first is counted."""
+    from tools.gpu_counts.cases import recipe
 
-
-def _count(paths: list[str], ranks: int, global_batch: int | None) -> dict[str, Any]:
-    from atr_scale.config import load_config
-    from tools.gpu_counts.report import as_json, table
-    from tools.gpu_counts.update import Workload, count_update
-
-    configs = {path: load_config(Path(path)) for path in paths}
-    found = {}
-    for path, config in configs.items():
-        found[path] = as_json(count_update(config, Workload.of(config, ranks, global_batch)))
-        print(table(path, found[path]), end="\n\n", flush=True)
-    return found
+    shipped = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+    return {path: recipe(Path(path), given.ranks, given.global_batch) for path in given.configs or shipped}
 
 
 if __name__ == "__main__":

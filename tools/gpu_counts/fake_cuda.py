@@ -12,12 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from tools.gpu_counts.counter import CUDA, FLOAT, Counts
 
@@ -39,7 +38,9 @@ def counted(ranks: int) -> Iterator[tuple[Counts, FakeTensorMode]]:
             stack.enter_context(_group(ranks))
         stack.enter_context(mode)
         stack.enter_context(counts)
-        stack.enter_context(_FusedAttention())
+        library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+        # torch's choice between kernels needs a device. A function mode would not see what backward computes again.
+        library.impl("scaled_dot_product_attention", _attention, "AutogradCUDA")
         yield counts, mode
 
 
@@ -52,17 +53,26 @@ def _group(ranks: int) -> Iterator[None]:
     names: dict[Any, str] = {}
     new_group = dist.new_group
 
-    def fake_group(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        group = new_group(*args, backend="fake", **kwargs)
-        names[group] = backend or "nccl"
+    def fake_group(*args: Any, **kwargs: Any) -> Any:
+        group = new_group(*args, **{**kwargs, "backend": "fake"})
+        names[group] = kwargs.get("backend") or "nccl"
         return group
 
+    def same_object(gathered: list[Any], value: Any, group: Any = None) -> None:
+        gathered[:] = [value] * len(gathered)
+
+    changes: dict[str, Any] = {
+        "new_group": fake_group,
+        "get_backend": lambda group=None: names.get(group, "nccl"),
+        "all_gather_object": same_object,
+    }
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        with mock.patch.multiple(dist, new_group=fake_group, get_backend=lambda group=None: names.get(group, "nccl")):
+        with mock.patch.multiple(dist, **changes):
             yield
     finally:
-        dist.destroy_process_group()
+        # DeepSpeed keeps groups of its own in the module, which are of no use in the next group.
+        (deepspeed.comm if deepspeed.comm.is_initialized() else dist).destroy_process_group()
 
 
 def _patches(counts: Counts) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -72,7 +82,7 @@ def _patches(counts: Counts) -> Iterator[tuple[Any, dict[str, Any]]]:
 
     def is_true(self: FakeTensor) -> bool:
         counts.wait("bool")
-        return False
+        return getattr(self, "holds", False)
 
     yield FakeTensor, {"tolist": tolist, "__bool__": is_true}
     # torch runs its kernels over lists of tensors only on these types.
@@ -144,18 +154,6 @@ def _filled(shape: torch.Size, value: Any) -> Any:
     return [_filled(shape[1:], value) for _ in range(shape[0])] if shape else value
 
 
-class _FusedAttention(TorchFunctionMode):
-    """The fused attention of a GPU: flash without a mask in 16 bits, else the memory-efficient kernel."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention and args and args[0].is_cuda:
-            return _attention(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -166,9 +164,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-        query, key, value = (x.to(dtype) for x in (query, key, value))
+    """The fused attention of a GPU: flash without a mask in 16 bits, else the memory-efficient kernel."""
     out: Tensor
     if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
         out, *_ = torch.ops.aten._scaled_dot_product_flash_attention(

@@ -16,15 +16,17 @@ from atr_scale.batch import Batch, TokenSequence
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.model import AUTOCAST, Encoded, Retriever, StepContext
+from atr_scale.model import Encoded, Retriever, StepContext
 from atr_scale.planner.architecture import become_fake, build_without_weights
 from atr_scale.planner.measure import Teachers, random_teacher
 from atr_scale.planner.planner import UNCUT_TOKENS, teacher_widths
+from atr_scale.precision import AUTOCAST, encoder_products
 from atr_scale.training.engine import Engine
 from atr_scale.training.schedule import seeds
 from tools.gpu_counts.counter import CUDA, Counts
 from tools.gpu_counts.fake_cuda import counted
 
+Part = Literal["update", "optimizer", "heads", "audio", "text"]
 GROUPS = ("audio", "text", "heads")
 REST = "optimizer"  # what no other phase holds: reduction and norm of the gradient, and the step
 
@@ -54,24 +56,26 @@ class Workload:
         return Workload(ranks, size // ranks, **{"seconds": config.data.crop_seconds, "words": words, **changes})
 
 
-def count_update(config: RunConfig, load: Workload, part: Literal["update", "heads", "encoders"] = "update") -> Counts:
-    """Counts of one update; of its score, loss and their backward pass; or of both encoders in both directions."""
+def count_update(config: RunConfig, load: Workload, part: Part = "update") -> Counts:
+    """Counts of one update, of its phase "optimizer", or of both directions of score and loss or of an encoder."""
     model = build_without_weights(config, augmentation=True)
     widths = teacher_widths(config, model)
     batch = _batch(load, model.sample_rate)
-    with counted(load.ranks) as (counts, mode), _phases(counts):
+    with counted(load.ranks) as (counts, mode), _phases(counts), encoder_products(config.train.tf32):
         become_fake(model, mode, "cuda")
         model.to = lambda *args, **kwargs: model  # type: ignore[method-assign]  # it is there
         context = StepContext()
         if widths:
             teacher = random_teacher(Teachers(widths, config.objective.distillation.ensemble), load.rows)
             context = StepContext(teacher=teacher.labels)
-        if part == "heads":
-            _run_heads(model, batch, load, context)
-        elif part == "encoders":
-            _run_encoders(model, batch)
-        else:
+        if part == "update" or part == "optimizer":
             _run_update(model, config, batch, load, context, counts)
+            if part == REST:
+                counts.keep(REST)
+        elif part == "heads":
+            _run_heads(model, batch, load, context)
+        else:
+            _run_encoder(model, batch, part)
     return counts
 
 
@@ -81,10 +85,21 @@ def _run_update(
     size = load.rows * load.ranks
     train = config.train.model_copy(update={"global_batch_size": size})
     engine = Engine(model, train, World.current(), CUDA)
+    if not engine.optimizer.state:  # without ZeRO it is made by the first step
+        _make_state(engine.optimizer)
     counts.clear()
     batches = [batch] * train.accum_steps
     with counts.phase(REST):
-        engine.update(batches, dict.fromkeys(GROUPS, 1e-4), seeds(0, 0, train.accum_steps, 0), context)
+        result = engine.update(batches, dict.fromkeys(GROUPS, 1e-4), seeds(0, 0, train.accum_steps, 0), context)
+        _ = result.applied  # training reads it of every update
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _run_heads(model: Retriever, batch: Batch, load: Workload, context: StepContext) -> None:
@@ -100,16 +115,17 @@ def _run_heads(model: Retriever, batch: Batch, load: Workload, context: StepCont
 
     sides = Encoded(encoded(load.words, model.reads_text_tokens), encoded(load.frames, model.reads_audio_tokens))
     terms = model(batch.to(CUDA), context, encoded=sides)
-    (terms["loss"] * load.ranks).backward()
+    terms["loss"].backward()
 
 
-def _run_encoders(model: Retriever, batch: Batch) -> None:
+def _run_encoder(model: Retriever, batch: Batch, part: Literal["audio", "text"]) -> None:
     moved = batch.to(CUDA)
-    text = model.encode_text(moved.input_ids, moved.attention_mask)
-    audio = model.encode_audio(moved.waveform, moved.lengths)
-    for sequence in (audio, text):
-        outputs = [x for x in (sequence.tokens, sequence.pooled) if x.requires_grad]
-        torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+    if part == "audio":
+        encoded = model.encode_audio(moved.waveform, moved.lengths)
+    else:
+        encoded = model.encode_text(moved.input_ids, moved.attention_mask)
+    outputs = [x for x in (encoded.tokens, encoded.pooled) if x.requires_grad]
+    torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
 
 
 @contextmanager
@@ -130,6 +146,7 @@ def _phases(counts: Counts) -> Iterator[None]:
         (Retriever, "forward", "score and loss"),
         (Tensor, "backward", "backward"),
         (torch.autograd, "backward", "backward"),
+        (torch.autograd, "grad", "backward"),
     )
     with ExitStack() as stack:
         for owner, attribute, name in places:
@@ -151,7 +168,7 @@ def _batch(load: Workload, sample_rate: int) -> Batch:
         attention_mask=words,
         clip_ids=ids,
         caption_ids=ids,
-        caption_index=torch.zeros_like(ids),
+        caption_index=ids,
         stored_ids=ids,
     ).pin_memory()
 
