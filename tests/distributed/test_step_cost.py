@@ -83,7 +83,7 @@ def step_alone(engine: Any) -> Any:
 @pytest.mark.slow
 def test_a_step_is_few_kernels_and_reads_nothing(tmp_path: Path) -> None:
     """DeepSpeed's part included. The gradient crosses the network once, in fp32 or bf16, and only to its owner."""
-    stages = [{"zero_stage": 0}, {"zero_stage": 1}, {"zero_stage": 2, **BF16}]
+    stages: list[dict[str, Any]] = [{"zero_stage": 0}, {"zero_stage": 1}, {"zero_stage": 2, **BF16}]
     for rank in run_ranks(steps, 2, tmp_path, stages):
         for train, found in zip(stages, rank, strict=True):
             assert found["tensors"] == 227

@@ -84,8 +84,8 @@ def halves() -> dict[str, Any]:
 
     (world.gather(own) * weights).sum().backward()
     expected, own.grad = own.grad, None
-    module.all_gather_single = loud("gather", module.all_gather_single)
-    module.reduce_scatter_single = loud("sum", module.reduce_scatter_single)
+    for name, collective in (("gather", "all_gather_single"), ("sum", "reduce_scatter_single")):
+        setattr(module, collective, loud(name, getattr(module, collective)))
 
     text = own * 1
     text.register_hook(lambda gradient: events.append("text encoder"))
@@ -121,7 +121,7 @@ def texts_and_clips(folder: Path) -> list[str]:
         events.append("clips are encoded")
         return encode(*args)
 
-    World.start_gather, model.encode_audio = starts, encodes  # type: ignore[method-assign]
+    World.start_gather, model.encode_audio = starts, encodes  # type: ignore[method-assign, assignment]
     model(steps.noise(4, 1.0, model.sample_rate, World.current()))
     return events
 

@@ -121,6 +121,7 @@ def test_later_overrides_win_and_the_file_may_give_way(file: Path) -> None:
         ("objective.distillation.weight=1", "'objective.distillation': distillation needs teachers: give tables"),
         ("train.epochs=2", "'train': give either steps or epochs"),
         ("train.steps=null", "'train': give either steps or epochs"),
+        ("train={steps: 1, zero_stage: 3, gradient_dtype: bf16}", "'train': zero_stage 3 sends gradients in fp32"),
         ("objective.temperature.initial=5", "minimum <= initial <= maximum"),
         ("evaluation.class_prompt=sound", "class_prompt must contain {label}"),
         ("data.train=[]", "'data.train'"),
