@@ -2,7 +2,8 @@
 
 A worker decodes a piece of the local batch into a buffer of shared memory (/dev/shm). The process that trains copies it
 to its place in the batch, which is page-locked for a GPU, and the buffer is free again. So shared memory holds a few
-pieces, however large the batch is, and the process holds two batches: the one in use and the next one.
+pieces, however large the batch is, and the process holds two batches: the one in use and the next one; beside a GPU a
+third, which the GPU may still copy when the step after it begins.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class LoaderMemory:
         """One line: buffers, and the batches beside them."""
         if not self.buffers:
             return f"loader: no workers, {_size(self.batches)} for the batches of a rank"
-        beside = f", and {_size(self.batches)} for {HELD} batches" if self.batches else ""
+        beside = f", and up to {_size(self.batches)} for whole batches" if self.batches else ""
         return (
             f"loader buffers: {self.buffers} of {_size(self.buffer_bytes)} a rank ({self.rows} clips each, "
             f"{self.pieces} to a batch), {_size(self.shared)} of shared memory{beside}"
@@ -74,7 +75,8 @@ def loader_memory(
     row, budget = FLOAT * samples, float("inf") if budget is None else budget
     whole = local_batch * row
     if not workers:  # a batch is decoded into the memory of this process
-        return LoaderMemory(local_batch, 1, 0, HELD, 0, whole, (HELD + HELD * pinned) * whole)
+        copies = (HELD + 1) * _page_locked(whole) if pinned else 0
+        return LoaderMemory(local_batch, 1, 0, HELD, 0, whole, HELD * whole + copies)
     each = PREFETCH + HELD + 1  # reading ahead adds a third batch to those in use
     if not pinned and whole <= PIECE and each * workers * whole <= budget:
         return LoaderMemory(local_batch, 1, PREFETCH, each, each * workers, whole, 0)
@@ -84,8 +86,8 @@ def loader_memory(
         if rows:
             pieces = -(-local_batch // rows)
             rows = -(-local_batch // pieces)
-            batch = 1 << (whole - 1).bit_length() if pinned else whole  # torch rounds page-locked memory up
-            return LoaderMemory(rows, pieces, prefetch, each, each * workers, rows * row, HELD * batch)
+            batch = _page_locked(whole) if pinned else whole
+            return LoaderMemory(rows, pieces, prefetch, each, each * workers, rows * row, (HELD + pinned) * batch)
     raise UserError(
         f"reading ahead needs {_size(each * workers * row)} of shared memory a rank with data.workers = {workers}, and "
         f"{_size(budget)} are given or free: enlarge /dev/shm (docker --shm-size) or data.buffer_gb, or lower "
@@ -124,6 +126,11 @@ def _free_shared_memory() -> int:
         return free_memory()
     found = os.statvfs(SHARED)
     return min(free_memory(), found.f_bavail * found.f_frsize)
+
+
+def _page_locked(count: int) -> int:
+    """Bytes that torch takes for so many bytes of page-locked memory."""
+    return 1 << (count - 1).bit_length()
 
 
 def _size(count: float) -> str:

@@ -59,7 +59,7 @@ class Chunks:
         rows, samples = self._rows[number], int(self._part(self._host, number).lengths.max())
         first, one_piece = int(rows[0]), samples == self._waveform.shape[1] and bool((rows.diff() == 1).all())
         if self._side is None and one_piece:
-            return self._waveform[first : first + len(rows)].to(self._device), None
+            return self._waveform[first : first + len(rows)].to(self._device, non_blocking=True), None
         out = torch.empty(len(rows), samples, dtype=self._waveform.dtype, device=self._device)
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self._device))

@@ -195,7 +195,8 @@ class Training:
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step, with its record."""
         train, step, teacher = self.config.train, self.progress.step, self.parts.teacher
-        taken = self._take(batches)
+        keys, dropped = list[str](), Counter[str]()
+        taken = self._take(batches, keys, dropped)
         context = StepContext(step, teacher=teacher.labels if teacher else None)
         drawn = seeds(self.config.run.seed, step, train.accum_steps, self.world.rank)
         rates = self._learning_rates(step)
@@ -208,8 +209,8 @@ class Training:
             self.progress.samples_seen,
             result,
             rates,
-            keys=[key for batch in taken for key in batch.keys],
-            dropped=sum((batch.dropped for batch in taken), Counter()),
+            keys,
+            dropped,
         )
 
     def _read(self) -> None:
@@ -226,12 +227,19 @@ class Training:
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0
 
-    def _take(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The batches of the next optimizer step. The time of waiting for them counts as `data_wait`."""
-        start = time.perf_counter()
-        taken = [next(batches) for _ in range(self.config.train.accum_steps)]
-        self._since_log.waited += time.perf_counter() - start
-        return taken
+    def _take(self, batches: Iterator[Batch], keys: list[str], dropped: Counter[str]) -> Iterator[Batch]:
+        """The batches of the next optimizer step, each taken when the one before is done with: memory holds no more.
+
+        Adds up their keys and dropped samples. The time of waiting for them counts as `data_wait`.
+        """
+        for _ in range(self.config.train.accum_steps):
+            start = time.perf_counter()
+            batch = next(batches)
+            self._since_log.waited += time.perf_counter() - start
+            keys += batch.keys
+            dropped.update(batch.dropped)
+            yield batch
+            del batch
 
     def _learning_rates(self, step: int, length: RunLength | None = None) -> dict[str, float]:
         """By group. length: that of another schedule than the run's."""

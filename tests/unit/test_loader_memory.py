@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from atr_scale.data import loader_memory as module
@@ -9,6 +15,7 @@ from atr_scale.data.loader_memory import PIECE, loader_memory, loader_memory_her
 from atr_scale.data.options import DataSection, TrainingSource
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
+from atr_scale.training.loop import Interval, Training
 
 TEN_S = 320_000  # at 32 kHz
 GB = 10**9
@@ -34,7 +41,7 @@ def test_large_batches_take_little_shared_memory(batch: int, ranks: int, seconds
     assert memory.shared <= 5 * workers * PIECE and min(ranks, 8) * memory.shared < 20 * GB
     assert memory.rows * (memory.pieces - 1) < batch // ranks <= memory.rows * memory.pieces
     one = 4 * seconds * 32_000 * batch // ranks
-    assert 2 * one <= memory.batches < 4 * one, "two whole batches, each rounded up to a power of two"
+    assert 3 * one <= memory.batches < 6 * one, "three whole batches, each rounded up to a power of two"
 
 
 def test_a_small_batch_is_used_where_it_was_decoded() -> None:
@@ -76,7 +83,7 @@ def test_ranks_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyPatch
     assert 0.2 * GB < found(buffer_gb=0.3).shared <= 0.3 * GB
     with pytest.raises(UserError, match=r"data.buffer_gb = 3, but 1.0 GB of /dev/shm are free"):
         found(buffer_gb=3)
-    monkeypatch.setattr(module, "free_memory", lambda: 20 * GB)
+    monkeypatch.setattr(module, "free_memory", lambda: 60 * GB)
     with pytest.raises(UserError, match=r"main memory that are free for each rank.*global_batch_size"):
         found()
 
@@ -85,3 +92,30 @@ def test_reading_in_the_training_process_takes_no_shared_memory() -> None:
     memory = loader_memory(TEN_S, 32, 0, pinned=False)
     assert (memory.shared, memory.pieces, memory.rows) == (0, 1, 32) and memory.total == 2 * 32 * TEN_S * 4
     assert "no workers" in memory.describe()
+
+
+class Taken:
+    """What the loop reads of a batch."""
+
+    def __init__(self, number: int) -> None:
+        self.keys, self.dropped = [str(number)], Counter(broken=1)
+
+
+def test_a_step_of_several_losses_holds_one_batch_at_a_time() -> None:
+    """train.accum_steps batches at once would be as many whole batches in memory."""
+    alive: list[weakref.ref] = []
+
+    def batches() -> Iterator[Any]:
+        for number in range(4):
+            assert all(made() is None for made in alive)
+            batch = Taken(number)
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    training: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(accum_steps=3)), _since_log=Interval())
+    keys, dropped = list[str](), Counter[str]()
+    for batch in Training._take(training, batches(), keys, dropped):
+        assert batch.keys == keys[-1:]
+        del batch
+    assert keys == ["0", "1", "2"] and dropped == {"broken": 3} and len(alive) == 3
