@@ -37,6 +37,7 @@ from tools.ranks import run_ranks
 from tools.shaped_link import ShapedLink, shaped_link, why_not
 
 TURNS = 5
+LATE_S = 0.5  # by which an operation may be late and the next ones catch up
 # A core, roughly: the ratio of its rates; one factor for all follows from the measurement.
 CORE = Rates(low=80e9, tf32=80e9, full=80e9, memory=10e9, launch=5e-6)
 
@@ -51,6 +52,7 @@ class Case:
     gbit: float
     bucket_bytes: int
     pace: Rates | None = None
+    turns: int = TURNS
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,6 @@ class Paced(Recorder):
         return out
 
 
-LATE_S = 0.5
-
-
 def measure(case: Case) -> Found:
     """Real updates of two ranks; the slower rank counts."""
     with shaped_link(case.gbit) as link:
@@ -122,7 +121,7 @@ def _on_rank(link: ShapedLink, case: Case) -> tuple[float, float, float, int]:
         return lambda: steps.update(engine, batch).gradient_norm
 
     ways = (reduce_alone, *map(step, engines))
-    taken = [_timed(ways, case.pace) for _ in range(TURNS + 1)][1:]
+    taken = [_timed(ways, case.pace) for _ in range(case.turns + 1)][1:]
     first, second, third = (median(times) for times in zip(*taken, strict=True))
     return first, second, third, 4 * sum(sizes)
 
