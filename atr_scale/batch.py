@@ -86,9 +86,13 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`.
 
-        `lengths` stays on the host, which cuts waveforms by it and would otherwise wait for the device.
+        Lengths and ids stay on the host, which cuts waveforms and finds positives by them and would otherwise wait for
+        the device.
         """
-        return replace(self._map(lambda x: x.to(device, non_blocking=True)), lengths=self.lengths)
+        waveform, input_ids, attention_mask = (
+            x.to(device, non_blocking=True) for x in (self.waveform, self.input_ids, self.attention_mask)
+        )
+        return replace(self, waveform=waveform, input_ids=input_ids, attention_mask=attention_mask)
 
     def take(self, rows: Tensor) -> Batch:
         """Copies of the rows `rows` (int64). Copies of pinned memory are pinned."""
@@ -98,6 +102,10 @@ class Batch:
             return torch.index_select(x, 0, rows, out=out)
 
         return replace(self._map(chosen), keys=[self.keys[row] for row in rows.tolist()] if self.keys else [])
+
+    def between(self, first: int, last: int) -> Batch:
+        """Views of the rows `first` up to, not including, `last`."""
+        return replace(self._map(lambda x: x[first:last]), keys=self.keys[first:last])
 
     def pin_memory(self) -> Batch:
         return self._map(lambda x: x.pin_memory())

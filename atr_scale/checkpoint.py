@@ -126,7 +126,12 @@ def load_retriever(
     check_checksums(folder)
     config = read_config(folder, plugins)
     chosen = Precision(config.train.precision, config.train.tf32).instead(precision)
-    return build_retriever(config, folder, precision=chosen.autocast, tf32=chosen.tf32), config, folder
+    options: dict[str, Any] = {
+        "precision": chosen.autocast,
+        "tf32": chosen.tf32,
+        "head_products": config.train.head_products,
+    }
+    return build_retriever(config, folder, **options), config, folder
 
 
 def read_config(folder: Path, plugins: Sequence[str] = ()) -> RunConfig:

@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from atr_scale.products import HeadProducts
 from atr_scale.sections import Count, NonNegative, Positive, Section, Share
 
 ModelPart = Literal[
@@ -102,6 +103,11 @@ class TrainSection(Section):
     )
     tf32: bool = Field(
         True, description="matmuls and convolutions of encoders that are fp32 under autocast use TF32 on a GPU"
+    )
+    head_products: HeadProducts = Field(
+        "ieee",
+        description="matrix products of scorers and losses on a GPU: fp32; TF32, with gradients 3e-4 to 2e-3 off; "
+        "or three bf16 products with fp32 sums, at most 2e-5 off",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     gradient_dtype: Literal["fp32", "bf16"] = Field(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+FAKE_GPU_MEMORY = 64 * 2**30
+
 
 def peak_memory(device: torch.device) -> int:
     """The most that was in use at once, since the start of the process or the last `reset_peak_memory`."""
@@ -29,6 +31,17 @@ def reset_peak_memory(device: torch.device) -> int | None:
     except OSError:
         return None
     return peak_memory(device)
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Bytes that new tensors can take on a GPU: free ones, and those that torch holds for them.
+
+    A GPU that this machine does not have, that of fake tensors, has FAKE_GPU_MEMORY of them.
+    """
+    if not torch.cuda.is_available():
+        return FAKE_GPU_MEMORY
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def free_memory() -> int:

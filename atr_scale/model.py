@@ -24,6 +24,7 @@ from atr_scale.losses import LossInputs, build_objective
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.temperature import Temperature
 from atr_scale.precision import Autocast, autocast
+from atr_scale.products import HeadProducts
 from atr_scale.score_block import ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
 from atr_scale.scorers.pooling import mean as mean_over_tokens
@@ -85,6 +86,7 @@ class Retriever(nn.Module):
         *,
         precision: Autocast = "fp32",
         tf32: bool = False,
+        head_products: HeadProducts = "ieee",
         equal_rounds: Callable[[int], int] | None = None,
         text_encoder: TextEncoder | None = None,
     ) -> None:
@@ -92,6 +94,7 @@ class Retriever(nn.Module):
 
         precision, tf32: of the encoders (`Precision`): their autocast, set here, and their fp32 products on a GPU,
         which `encoder_products` sets. Parameters stay fp32.
+        head_products: precision of the matrix products of scorer and losses, see `atr_scale.products`.
         equal_rounds: see `encode_in_buckets`.
         text_encoder: used instead of the text encoder that `model` names, which then is not loaded.
         Raises UserError if an encoder or scorer cannot be built, or if the widths of the encoders do not fit.
@@ -110,6 +113,7 @@ class Retriever(nn.Module):
                 f"{self.text_projection.dim}): set it to linear or mlp"
             )
         self.scorer = build_scorer(model.scorer.name, dim=self.audio_projection.dim, **model.scorer.options)
+        self.scorer.products = head_products
         self.temperature = _temperature(objective.temperature)
         self.objective = build_objective(objective.terms)
         self.positives, self.positives_mean = objective.positives, objective.positives_mean
@@ -120,6 +124,12 @@ class Retriever(nn.Module):
     def sample_rate(self) -> int:
         """Sample rate of the waveforms that the audio encoder takes, in Hz."""
         return self.audio_encoder.sample_rate
+
+    @property
+    def encoders_learn(self) -> bool:
+        """Whether an encoder or a projection has a parameter that is trained."""
+        parts = (self.audio_encoder, self.text_encoder, self.audio_projection, self.text_projection)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def encode_audio(self, waveform: Tensor, lengths: Tensor, augment_seed: int = 0) -> TokenSequence:
         """Waveforms float32 or int16 [b, samples] with lengths int64 [b] -> sequence with tokens [b, T, D]."""
@@ -223,6 +233,7 @@ class Retriever(nn.Module):
             step=context.step,
             positives=self.positives,
             positives_mean=self.positives_mean,
+            least_temperature=self.temperature.least,
         )
 
     def train(self, mode: bool = True) -> Self:

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from atr_scale.products import HeadProducts
+
 Autocast = Literal["fp32", "bf16", "fp16"]
 Products = Literal["fp32", "tf32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,11 +38,12 @@ class Precision(NamedTuple):
         """What most products are on `device`. Only a GPU has TF32."""
         return "tf32" if self.autocast == "fp32" and self.tf32 and device.type == "cuda" else self.autocast
 
-    def describe(self, device: torch.device) -> str:
-        """One line for the log."""
+    def describe(self, device: torch.device, heads: HeadProducts) -> str:
+        """One line for the log. heads: train.head_products."""
         rest = "TF32" if self.tf32 and device.type == "cuda" else "IEEE fp32"
         first = "" if self.autocast == "fp32" else f"autocast to {self.autocast}, else "
-        return f"encoders: {first}matmuls and convolutions in {rest}; front ends, heads and losses in IEEE fp32"
+        others = "IEEE fp32" if heads == "ieee" or (heads == "tf32" and device.type == "cpu") else heads
+        return f"encoders: {first}matmuls and convolutions in {rest}; heads and losses: {others}"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -10,28 +10,49 @@ kinds: `EmbeddingScores` recomputes tiles from embeddings, `StoredScores` holds 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
+from atr_scale.products import HeadProducts, add_product, product
 
-STRIPE_COLUMNS = 512
+STRIPE_COLUMNS = 512  # of a tile on a CPU
 ALL = slice(None)
 
 
 class ScoreBlock(ABC):
-    """One rank's part [B, b] of the global score matrix."""
+    """One rank's part [B, b] of the global score matrix.
 
-    def __init__(self, rows: int, columns: int, like: Tensor, world: World | None) -> None:
+    world:      by default the default process group.
+    products:   precision of its matrix products.
+    largest:    no score of any rank is larger in absolute value, if the host knows one; losses then need not ask the
+                device. 1 for cosines.
+    of_ranks:   number of columns of every rank; by default as many as this rank has.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        like: Tensor,
+        world: World | None,
+        products: HeadProducts,
+        largest: float | None,
+        of_ranks: Sequence[int] | None,
+    ) -> None:
         self.world = world or World.current()
         self.device = like.device
         self.dtype = at_least_fp32(like.detach()[:0]).dtype
-        counts = self.world.gather_ints(columns)
+        self.products, self.largest = products, largest
+        self.of_ranks = tuple([columns] * self.world.size if of_ranks is None else of_ranks)
         self.shape = (rows, columns)
-        self.offset = sum(counts[: self.world.rank])
-        self.num_columns = sum(counts)
+        self.offset = sum(self.of_ranks[: self.world.rank])
+        self.num_columns = sum(self.of_ranks)
 
     @property
     @abstractmethod
@@ -43,8 +64,12 @@ class ScoreBlock(ABC):
         """No local score is larger in absolute value; a scalar."""
 
     @abstractmethod
-    def stripe(self, columns: slice, rows: slice = ALL, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-        """scale * scores of some rows against some local columns [rows, columns], fp32 or wider.
+    def scaled(self, factor: Tensor) -> Self:
+        """The same block with its scores multiplied by a number on the device: for `stripe` alone, without a graph."""
+
+    @abstractmethod
+    def stripe(self, columns: slice, rows: slice = ALL, out: Tensor | None = None) -> Tensor:
+        """Scores of some rows against some local columns [rows, columns], fp32 or wider.
 
         They have no autograd graph. They are written to `out` or to a new tensor, and the caller may overwrite them.
         """
@@ -61,10 +86,10 @@ class ScoreBlock(ABC):
         return self.world.gather(self.local().T).T
 
     @abstractmethod
-    def take(self, rows: Tensor, columns: Tensor) -> ScoreBlock:
-        """The block of some rows and of some local columns (int64), with an autograd graph; all ranks call this.
+    def take(self, rows: Tensor, columns: Tensor, of_ranks: Sequence[int]) -> ScoreBlock:
+        """The block of some rows and of some local columns (int64), with an autograd graph.
 
-        The rows are the same on every rank; a rank may keep no column.
+        The rows are the same on every rank; a rank may keep no column. of_ranks: how many columns each keeps.
         """
 
     @abstractmethod
@@ -74,14 +99,6 @@ class ScoreBlock(ABC):
     @abstractmethod
     def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, gradient: Tensor, rows: slice = ALL) -> None:
         """Add to `gradients` the gradient of `tensors` that follows from d loss / d scores [rows, columns]."""
-
-    @abstractmethod
-    def inner_product(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        """sum_ij d loss / d s_ij * s_ij over the local columns, float64, from complete `gradients`."""
-
-    def stripes(self) -> list[slice]:
-        """Consecutive slices that cover the local columns."""
-        return slices(0, self.shape[1], STRIPE_COLUMNS)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a statistic over all ranks."""
@@ -98,18 +115,23 @@ class EmbeddingScores(ScoreBlock):
     Raises UserError if the shapes do not fit.
     """
 
-    def __init__(self, text: Tensor, audio: Tensor, world: World | None = None) -> None:
+    def __init__(
+        self,
+        text: Tensor,
+        audio: Tensor,
+        world: World | None = None,
+        products: HeadProducts = "ieee",
+        largest: float | None = None,
+        of_ranks: Sequence[int] | None = None,
+    ) -> None:
         if text.ndim != 2 or audio.ndim != 2 or text.shape[1] != audio.shape[1]:
             raise UserError(
                 f"embedding scores need text [B, d] and audio [b, d] of one width d, "
                 f"got {list(text.shape)} and {list(audio.shape)}"
             )
-        super().__init__(text.shape[0], audio.shape[0], text, world)
+        super().__init__(text.shape[0], audio.shape[0], text, world, products, largest, of_ranks)
         self.text, self.audio = text, audio
-        # A GPU sums products of bf16 embeddings in fp32; a CPU would round them. fp16 is always widened: the gradient
-        # of a pair, about 1 / B^2, is below its smallest number.
-        narrow = text.is_cuda and text.dtype == audio.dtype == torch.bfloat16
-        self._text, self._audio = (x.detach() if narrow else at_least_fp32(x.detach()) for x in (text, audio))
+        self._text, self._audio = text.detach().to(self.dtype), audio.detach().to(self.dtype)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -122,27 +144,30 @@ class EmbeddingScores(ScoreBlock):
         longest: list[Tensor] = [torch.linalg.vector_norm(x, dim=1, dtype=self.dtype).amax() for x in (text, audio)]
         return longest[0] * longest[1]
 
-    def stripe(self, columns: slice, rows: slice = ALL, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    def scaled(self, factor: Tensor) -> Self:
+        other = copy(self)
+        other._text = self._text * factor
+        return other
+
+    def stripe(self, columns: slice, rows: slice = ALL, out: Tensor | None = None) -> Tensor:
         text, audio = self._text[rows], self._audio[columns]
-        out = text.new_empty(len(text), len(audio), dtype=self.dtype) if out is None else out
-        return matmul_into(out, text, audio.T, beta=0, alpha=scale)
+        out = text.new_empty(len(text), len(audio)) if out is None else out
+        return add_product(out, text, audio.T, self.products, beta=0)
 
     def local(self) -> Tensor:
-        return at_least_fp32(self.text) @ at_least_fp32(self.audio).T
+        return product(at_least_fp32(self.text), at_least_fp32(self.audio).T, self.products)
 
-    def take(self, rows: Tensor, columns: Tensor) -> ScoreBlock:
-        return EmbeddingScores(self.text[rows], self.audio[columns], self.world)
+    def take(self, rows: Tensor, columns: Tensor, of_ranks: Sequence[int]) -> ScoreBlock:
+        text, audio = self.text.index_select(0, rows), self.audio.index_select(0, columns)
+        return EmbeddingScores(text, audio, self.world, self.products, self.largest, of_ranks)
 
     def new_gradients(self) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros_like(x, dtype=self.dtype) for x in (self._text, self._audio))
+        return torch.zeros_like(self._text), torch.zeros_like(self._audio)
 
     def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, gradient: Tensor, rows: slice = ALL) -> None:
         text, audio = gradients
-        matmul_into(text[rows], gradient, self._audio[columns])
-        matmul_into(audio[columns], gradient.T, self._text[rows])
-
-    def inner_product(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        return (gradients[1] * self._audio).sum(dtype=torch.float64)
+        add_product(text[rows], gradient, self._audio[columns], self.products)
+        add_product(audio[columns], gradient.T, self._text[rows], self.products)
 
 
 class ModalityScores(EmbeddingScores):
@@ -156,9 +181,9 @@ class ModalityScores(EmbeddingScores):
     matrix product and a reduce-scatter.
     """
 
-    def __init__(self, embeddings: Tensor, world: World | None = None) -> None:
+    def __init__(self, embeddings: Tensor, world: World | None = None, products: HeadProducts = "ieee") -> None:
         world = world or World.current()
-        super().__init__(world.gather(embeddings.detach()), embeddings, world)
+        super().__init__(world.gather(embeddings.detach()), embeddings, world, products, largest=1.0)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -166,30 +191,34 @@ class ModalityScores(EmbeddingScores):
 
     def local(self) -> Tensor:
         embeddings = at_least_fp32(self.audio)
-        return self.world.gather(embeddings) @ embeddings.T
+        return product(self.world.gather(embeddings), embeddings.T, self.products)
 
-    def take(self, rows: Tensor, columns: Tensor) -> ScoreBlock:
+    def take(self, rows: Tensor, columns: Tensor, of_ranks: Sequence[int]) -> ScoreBlock:
         raise NotImplementedError("a part of these scores is not symmetric")
 
     def new_gradients(self) -> tuple[Tensor, ...]:
-        return (torch.zeros_like(self._audio, dtype=self.dtype),)
+        return (torch.zeros_like(self._audio),)
 
     def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, gradient: Tensor, rows: slice = ALL) -> None:
-        matmul_into(gradients[0][columns], gradient.T, self._text[rows], alpha=2)
-
-    def inner_product(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        """As `EmbeddingScores` defines it; half of the gradient is that of the columns."""
-        return (gradients[0] * self._audio).sum(dtype=torch.float64) / 2
+        add_product(gradients[0][columns], gradient.T, self._text[rows], self.products, alpha=2)
 
 
 class StoredScores(ScoreBlock):
     """Scores `scores` [B, b] of a pairwise scorer, computed beforehand. Raises UserError if they are no matrix."""
 
-    def __init__(self, scores: Tensor, world: World | None = None) -> None:
+    def __init__(
+        self,
+        scores: Tensor,
+        world: World | None = None,
+        products: HeadProducts = "ieee",
+        largest: float | None = None,
+        of_ranks: Sequence[int] | None = None,
+    ) -> None:
         if scores.ndim != 2:
             raise UserError(f"stored scores need [B, b], got {list(scores.shape)}")
-        super().__init__(scores.shape[0], scores.shape[1], scores, world)
+        super().__init__(scores.shape[0], scores.shape[1], scores, world, products, largest, of_ranks)
         self.scores = scores
+        self._factor: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -201,16 +230,24 @@ class StoredScores(ScoreBlock):
         lowest, highest = torch.aminmax(self.scores.detach())
         return torch.maximum(-lowest, highest).to(self.dtype)
 
-    def stripe(self, columns: slice, rows: slice = ALL, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    def scaled(self, factor: Tensor) -> Self:
+        other = copy(self)
+        other._factor = factor
+        return other
+
+    def stripe(self, columns: slice, rows: slice = ALL, out: Tensor | None = None) -> Tensor:
         scores = self.scores.detach()[rows, columns]
         out = torch.empty_like(scores, dtype=self.dtype) if out is None else out
-        return out.copy_(scores).mul_(scale)
+        if self._factor is None:
+            return out.copy_(scores)
+        return torch.mul(at_least_fp32(scores), self._factor, out=out)
 
     def local(self) -> Tensor:
         return at_least_fp32(self.scores)
 
-    def take(self, rows: Tensor, columns: Tensor) -> ScoreBlock:
-        return StoredScores(self.scores[rows][:, columns], self.world)
+    def take(self, rows: Tensor, columns: Tensor, of_ranks: Sequence[int]) -> ScoreBlock:
+        scores = self.scores.index_select(0, rows).index_select(1, columns)
+        return StoredScores(scores, self.world, self.products, self.largest, of_ranks)
 
     def new_gradients(self) -> tuple[Tensor, ...]:
         return (torch.zeros_like(self.scores, dtype=self.dtype),)
@@ -218,22 +255,10 @@ class StoredScores(ScoreBlock):
     def add_gradient(self, gradients: tuple[Tensor, ...], columns: slice, gradient: Tensor, rows: slice = ALL) -> None:
         gradients[0][rows, columns] += gradient
 
-    def inner_product(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        parts = (gradients[0][:, columns] * self.stripe(columns) for columns in self.stripes())
-        return sum((part.sum(dtype=torch.float64) for part in parts), torch.zeros((), device=self.device).double())
-
 
 def at_least_fp32(value: Tensor) -> Tensor:
     """`value` as fp32, or unchanged if it is float64: the dtype of scores and losses, whatever that of the encoders."""
     return value if value.dtype == torch.float64 else value.float()
-
-
-def matmul_into(out: Tensor, left: Tensor, right: Tensor, beta: int = 1, alpha: float = 1) -> Tensor:
-    """out = beta * out + alpha * left @ right with beta 0 or 1, summed in out's dtype even if a factor is bf16."""
-    if torch.bfloat16 not in (left.dtype, right.dtype):
-        return out.addmm_(left.to(out.dtype), right.to(out.dtype), beta=beta, alpha=alpha)
-    product = torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=out.dtype)
-    return torch.mul(product, alpha, out=out) if beta == 0 else out.add_(product, alpha=alpha)
 
 
 def slices(start: int, stop: int, step: int) -> list[slice]:

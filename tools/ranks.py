@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import Empty
 from typing import Any
 
@@ -18,10 +18,15 @@ from torch._C._distributed_c10d import FileStore
 TIMEOUT_S = 900
 
 
-def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
-    """function(*args) on `size` ranks; the results in rank order. `function` must be importable."""
+def run_ranks(
+    function: Callable[..., Any], size: int, *args: Any, preload: Sequence[str] = ("atr_scale.training.loop",)
+) -> list[Any]:
+    """function(*args) on `size` ranks; the results in rank order. `function` must be importable.
+
+    preload: modules that are imported once for all ranks; by default with torch and DeepSpeed behind them.
+    """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["atr_scale.training.loop"])  # imports torch and DeepSpeed once for all ranks
+    context.set_forkserver_preload(list(preload))
     queue: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [

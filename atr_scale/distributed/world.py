@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from atr_scale.compat import all_gather_single, reduce_scatter_single
@@ -142,6 +144,15 @@ class World:
         dist.all_gather(list(out.split(1)), torch.tensor([value]), group=self.host)
         return out.tolist()
 
+    def gather_host(self, local: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows [size * b, ...] of all ranks of an array [b, ...] of the host, in rank order; the same b on all."""
+        if self.size == 1:
+            return local
+        out = torch.empty(self.size * local.shape[0], *local.shape[1:], dtype=torch.int64)
+        all_gather_single(out, torch.from_numpy(local).contiguous(), group=self.host)
+        found: NDArray[np.int64] = out.numpy()
+        return found
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Any picklable `value` of every rank, in rank order; for small values outside the optimizer step.
 
@@ -151,6 +162,7 @@ class World:
             return [value]
         out: list[Any] = [None] * self.size
         dist.all_gather_object(out, value, group=self.host)
+        out[self.rank] = value  # not a copy of it
         return out
 
     def gather_each(self, values: Sequence[T]) -> Iterator[T]:

@@ -3,7 +3,8 @@
 Shape suffixes: N clips, C captions, T tokens, D width.
 
 Only the split determines the batches: rank r embeds batches r, r + W, and so on. So any number of processes gives the
-same numbers to the last bit, and uneven tails need no padding.
+same numbers to the last bit, and uneven tails need no padding. The ranks exchange their batches one by one in main
+memory: a rank holds the split and a few batches of every rank, and the split twice when it joins the batches.
 """
 
 from __future__ import annotations
@@ -66,7 +67,6 @@ class Embedded:
 class _Part:
     """One embedded batch; `text` and `audio` are None if no clip of it is readable."""
 
-    number: int
     text: TokenSequence | None
     audio: TokenSequence | None
     captions: list[list[str]]
@@ -114,12 +114,11 @@ def embed(model: Retriever, shards: ShardSet, config: RunConfig, parallel: Paral
         own + surplus, desc=f"embedding {shards.corpus}", unit="batch", disable=None if world.is_main else True
     )
     with evaluating(model):
-        for number, (clips, dropped) in zip(progress, load_ahead(load, own + surplus), strict=True):
-            part = _embed_batch(model, tokenizer, number, clips, dropped, parallel)
+        for _, (clips, dropped) in zip(progress, load_ahead(load, own + surplus), strict=True):
+            part = _embed_batch(model, tokenizer, clips, dropped, parallel)
             if len(parts) < len(own):
                 parts.append(part)
-    everything = [part for parts in world.gather_objects(parts) for part in parts]
-    embedded = _join(sorted(everything, key=lambda part: part.number), shards)
+    embedded = _join(list(world.gather_each(parts)), shards)
     if embedded.dropped and world.is_main:
         logger.warning("%s: unreadable and left out: %s", shards.location, dict(embedded.dropped))
     return embedded
@@ -173,7 +172,6 @@ def _load(shards: ShardSet, rows: Sequence[int], sample_rate: int, seconds: floa
 def _embed_batch(
     model: Retriever,
     tokenizer: CaptionTokenizer,
-    number: int,
     clips: Clips,
     dropped: Counter[str],
     parallel: Parallel,
@@ -189,7 +187,6 @@ def _embed_batch(
         text = as_read(model.scorer, model.encode_text(input_ids.to(device), attention_mask.to(device)), "text")
         audio = as_read(model.scorer, model.encode_audio(waveform.to(device), lengths), "audio")
     return _Part(
-        number=number,
         text=text if clips else None,
         audio=audio if clips else None,
         captions=captions,

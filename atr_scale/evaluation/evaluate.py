@@ -190,7 +190,7 @@ def evaluate_run(
         make_folder(str(out))
     parallel = Parallel(world, device)
     model, trained, folder = load_retriever(location, plugins, precision)
-    logger.info(Precision(model.precision, model.tf32).describe(device))
+    logger.info(Precision(model.precision, model.tf32).describe(device, trained.train.head_products))
     config = trained
     if rerank_top is not None and model.scorer.is_dual_encoder:
         raise UserError(

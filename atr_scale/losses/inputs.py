@@ -9,11 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from atr_scale.batch import TokenSequence
+from atr_scale.batch import TokenSequence, on_device
 from atr_scale.losses.soft_labels import SoftLabels
-from atr_scale.losses.targets import Ids, PositivesMean, PositivesRule, positives_mask
+from atr_scale.losses.targets import Positives, PositivesMean, PositivesRule, positives_mask
+from atr_scale.losses.tiled.exponentials import largest_exponent
+from atr_scale.products import product
 from atr_scale.score_block import ModalityScores, ScoreBlock
 
 
@@ -23,7 +27,7 @@ class LossInputs:
 
     block:       scores [B, b] of all texts against this rank's audios.
     temperature: (1,), the model's.
-    own_ids:     [b, 2] int64 of this rank's pairs, (clip, caption text).
+    own_ids:     [b, 2] int64 of this rank's pairs, (clip, caption text); on the host, or a GPU is waited for.
     text, audio: embeddings [b, D] of unit length, one for each caption and each clip of this rank: the mean over the
                  tokens if the scorer reads them, else the pooled embedding.
     text_tokens, audio_tokens: token sequences [B, T, D] of all ranks.
@@ -31,6 +35,7 @@ class LossInputs:
     step:        optimizer steps made so far.
     positives, positives_mean: which pairs are positives, and what a direction of a loss is the mean of, as the
     objective's options of these names say.
+    least_temperature: the temperature is never below this number.
     """
 
     block: ScoreBlock
@@ -44,27 +49,49 @@ class LossInputs:
     step: int = 0
     positives: PositivesRule = "clip_and_text"
     positives_mean: PositivesMean = "queries"
+    least_temperature: float | None = None
 
     @cached_property
-    def ids(self) -> Ids:
-        """(ids [B, k] of all texts, ids [b, k] of this rank's audios), as the tiled losses take positives."""
+    def pairs(self) -> Positives:
+        """The positive pairs of this rank's block, shared by all terms."""
         compared = slice(1) if self.positives == "clip" else slice(None)
-        return self.all_ids[:, compared], self.own_ids[:, compared]
+        ids = self._ids[:, compared], self._own_ids[:, compared]
+        return Positives.of(self.block, ids, self.positives_mean)
 
     @cached_property
     def all_ids(self) -> Tensor:
-        """[B, 2] int64 of all pairs, (clip, caption text)."""
-        return self.block.world.gather(self.own_ids)
+        """[B, 2] int64 of all pairs, (clip, caption text), on the block's device."""
+        return on_device(self._ids, self.block.device)
+
+    @cached_property
+    def _own_ids(self) -> NDArray[np.int64]:
+        ids: NDArray[np.int64] = self.own_ids.numpy(force=True)
+        return ids
+
+    @cached_property
+    def _ids(self) -> NDArray[np.int64]:
+        return self.block.world.gather_host(self._own_ids)
+
+    @cached_property
+    def lowest_temperature(self) -> float:
+        """`least_temperature` if that alone tells that no sum of a softmax can be lost, else the temperature itself.
+
+        The host waits for a GPU once a batch in the second case.
+        """
+        least = self.least_temperature
+        if least is not None and 1 / least <= largest_exponent(self.block.dtype):
+            return least
+        return float(self.temperature.detach())
 
     @cached_property
     def text_block(self) -> ScoreBlock:
         """Cosines [B, b] of all captions against this rank's."""
-        return ModalityScores(self.text(), self.block.world)
+        return ModalityScores(self.text(), self.block.world, self.block.products)
 
     @cached_property
     def audio_block(self) -> ScoreBlock:
         """Cosines [B, b] of all clips against this rank's."""
-        return ModalityScores(self.audio(), self.block.world)
+        return ModalityScores(self.audio(), self.block.world, self.block.products)
 
     @cached_property
     def soft_labels(self) -> SoftLabels[ScoreBlock]:
@@ -110,7 +137,7 @@ class WholeInputs:
 
     @cached_property
     def positives(self) -> Tensor:
-        ids, _ = self._inputs.ids
+        ids = self._inputs.all_ids[:, :1] if self._inputs.positives == "clip" else self._inputs.all_ids
         return positives_mask(ids, ids)
 
     @cached_property
@@ -119,11 +146,11 @@ class WholeInputs:
 
     @cached_property
     def text_scores(self) -> Tensor:
-        return self.text_embeddings @ self.text_embeddings.T
+        return product(self.text_embeddings, self.text_embeddings.T, self._inputs.block.products)
 
     @cached_property
     def audio_scores(self) -> Tensor:
-        return self.audio_embeddings @ self.audio_embeddings.T
+        return product(self.audio_embeddings, self.audio_embeddings.T, self._inputs.block.products)
 
     @cached_property
     def teacher_scores(self) -> Tensor:

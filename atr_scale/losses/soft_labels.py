@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from atr_scale.batch import on_device
 from atr_scale.score_block import ScoreBlock
 
 S = TypeVar("S", ScoreBlock, Tensor)
@@ -50,7 +53,7 @@ class SoftLabels(Generic[S]):
     """Targets sum_m weight_m softmax(scores_m / temperature_m), for the pairs of a batch that have a teacher.
 
     A pair without a teacher is neither a query nor a candidate.
-    teachers: at least one. known: [B] bool, the pairs of all ranks that have a teacher; None: all have one.
+    teachers: at least one. known: [B] bool on the host, the pairs of all ranks that have a teacher; None: all have one.
     """
 
     teachers: tuple[Teacher[S], ...]
@@ -62,9 +65,9 @@ class SoftLabels(Generic[S]):
         return SoftLabels((Teacher(scores, scores),))
 
     @cached_property
-    def rows(self) -> Tensor | None:
-        """[n] int64, the pairs that have a teacher; None: all."""
-        return None if self.known is None else self.known.nonzero().squeeze(1)
+    def rows(self) -> NDArray[np.int64] | None:
+        """[n], the pairs that have a teacher; None: all."""
+        return None if self.known is None else np.flatnonzero(self.known.numpy(force=True))
 
     def share(self, pairs: int) -> float:
         """The part of the batch's B pairs that has a teacher."""
@@ -77,16 +80,24 @@ class SoftLabels(Generic[S]):
     def mean_scores(self: SoftLabels[Tensor]) -> Tensor:
         """[B, B]: the teachers' scores of t2a, their mean by weight; 0 for pairs without a teacher."""
         scores = torch.stack([teacher.weight * teacher.t2a for teacher in self.teachers]).sum(0)
-        return scores if self.known is None else scores * (self.known[:, None] & self.known)
+        if self.known is None:
+            return scores
+        known = self.known.to(scores.device)
+        return scores * (known[:, None] & known)
 
     def matrix(self, scores: Tensor) -> Tensor:
         """[n, n] of a matrix [B, B]: the pairs that have a teacher."""
-        return scores if self.rows is None else scores[self.rows][:, self.rows]
+        if self.rows is None:
+            return scores
+        rows = on_device(self.rows, scores.device)
+        return scores.index_select(0, rows).index_select(1, rows)
 
     def block(self, scores: ScoreBlock) -> ScoreBlock:
         """The same part of a block [B, b]."""
         if self.rows is None:
             return scores
-        first = scores.offset
-        own = self.rows[(self.rows >= first) & (self.rows < first + scores.shape[1])] - first
-        return scores.take(self.rows, own)
+        ends = np.searchsorted(self.rows, np.cumsum([0, *scores.of_ranks]))
+        rank = scores.world.rank
+        own = self.rows[ends[rank] : ends[rank + 1]] - scores.offset
+        rows, columns = (on_device(index, scores.device) for index in (self.rows, own))
+        return scores.take(rows, columns, np.diff(ends).tolist())

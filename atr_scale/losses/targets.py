@@ -1,20 +1,26 @@
 """The positive pairs of a batch, from stable ids.
 
+They are found on the host, which knows the ids before any encoder runs and how many pairs there are, and are copied to
+the device without waiting for it.
+
 Shape suffixes: B texts of the global batch, b audios of this rank, k id columns, P positive pairs of this rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from atr_scale.batch import on_device
 from atr_scale.errors import UserError
 from atr_scale.score_block import ScoreBlock
 
-Ids = tuple[Tensor, Tensor]
+Ids = tuple[Tensor | NDArray[np.int64], Tensor | NDArray[np.int64]]
 # Which pairs are positives: those of one clip, or also those of one caption text.
 PositivesRule = Literal["clip", "clip_and_text"]
 # What a direction of a loss is the mean of: queries, whose positives share one weight, or all positive pairs.
@@ -23,27 +29,27 @@ PositivesMean = Literal["queries", "pairs"]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Some pairs of a score block, each once, sorted by column: rows and (local) columns, [P] int64."""
+    """Some pairs of a score block, each once, sorted by column: rows and (local) columns, [P] int64 on the host."""
 
-    rows: Tensor
-    columns: Tensor
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
 
     @staticmethod
     def agreeing(block: ScoreBlock, ids: Ids) -> Pairs:
         """Pairs in which any id column agrees; ids: (of rows [B, k], of columns [b, k]) int64.
 
-        Raises UserError if the shapes do not fit the block.
+        Ids on a GPU are waited for. Raises UserError if the shapes do not fit the block.
         """
-        rows, columns = ids
+        rows, columns = (x.numpy(force=True) if isinstance(x, Tensor) else x for x in ids)
         shapes = (rows.ndim, columns.ndim, rows.shape[0], columns.shape[0], rows.shape[-1])
         if shapes != (2, 2, *block.shape, columns.shape[-1]):
             raise UserError(
                 f"positives need text ids [{block.shape[0]}, k] and audio ids [{block.shape[1]}, k], "
                 f"got {list(rows.shape)} and {list(columns.shape)}"
             )
-        joined = torch.cat([_join(rows[:, c].contiguous(), columns[:, c].contiguous()) for c in range(rows.shape[1])])
+        joined = np.concatenate([_join(rows[:, c], columns[:, c]) for c in range(rows.shape[1])], 1)
         # One number for each pair, column first: unique sorts by column and drops pairs that agree in several ids.
-        pair = torch.unique(joined[:, 1] * block.shape[0] + joined[:, 0])
+        pair = np.unique(joined[1] * block.shape[0] + joined[0])
         return Pairs(pair % block.shape[0], pair // block.shape[0])
 
     @staticmethod
@@ -53,7 +59,7 @@ class Pairs:
             raise UserError(
                 f"{block.shape[0]} texts and {block.num_columns} audios do not pair by position: give positives=..."
             )
-        columns = torch.arange(block.shape[1], device=block.device)
+        columns = np.arange(block.shape[1])
         return Pairs(columns + block.offset, columns)
 
     def beside_itself(self, block: ScoreBlock) -> Pairs:
@@ -66,42 +72,48 @@ class Pairs:
 class Positives(Pairs):
     """The positive pairs of a score block, as hard targets of its queries.
 
-    row_share:  [B] float64, the target of each positive pair of a text: 1 / number of its pairs, over all ranks; in a
-                mean over pairs, number of texts / number of all pairs.
-    row_sum:    [B] float64, the sum of a text's targets; 0 if it has no positive.
-    column_share, column_sum: [b] float64, the same for an audio.
+    row_count [B], column_count [b]: number of positives of a text, over all ranks, and of an audio; float64, on the
+    block's device. queries: number of texts and of audios of all ranks. mean: what a direction of a loss averages.
     """
 
-    row_share: Tensor
-    row_sum: Tensor
-    column_share: Tensor
-    column_sum: Tensor
+    row_count: Tensor
+    column_count: Tensor
+    queries: tuple[int, int]
+    mean: PositivesMean = "queries"
 
     @staticmethod
-    def of(block: ScoreBlock, ids: Ids | None = None, mean: PositivesMean = "queries") -> Positives:
-        """Pairs in which any id column agrees; ids: (of texts [B, k], of audios [b, k]) int64.
+    def of(block: ScoreBlock, given: Ids | Positives | None = None, mean: PositivesMean = "queries") -> Positives:
+        """Pairs in which any id column agrees, from ids (of texts [B, k], of audios [b, k]) int64; all ranks call this.
 
         Without ids, text i belongs to audio i of the global batch. Raises UserError as `Pairs` does.
         """
-        pairs = Pairs.by_position(block) if ids is None else Pairs.agreeing(block, ids)
-        row_count = block.sum(torch.bincount(pairs.rows, minlength=block.shape[0]).double())
-        column_count = torch.bincount(pairs.columns, minlength=block.shape[1]).double()
-        if mean == "pairs":
-            each = _reciprocal(row_count.sum())
-            rows, columns = (each * queries for queries in (block.shape[0], block.num_columns))
-            row_share, column_share = rows.expand_as(row_count), columns.expand_as(column_count)
-        else:
-            row_share, column_share = _reciprocal(row_count), _reciprocal(column_count)
-        return Positives(
-            pairs.rows, pairs.columns, row_share, row_share * row_count, column_share, column_share * column_count
+        if isinstance(given, Positives):
+            return replace(given, mean=mean)
+        pairs = Pairs.by_position(block) if given is None else Pairs.agreeing(block, given)
+        rows, columns = (
+            on_device(np.bincount(index, minlength=size).astype(np.float64), block.device)
+            for index, size in zip((pairs.rows, pairs.columns), block.shape, strict=True)
         )
+        rows = torch.ones_like(rows) if given is None else block.sum(rows)
+        return Positives(pairs.rows, pairs.columns, rows, columns, (block.shape[0], block.num_columns), mean)
 
     @staticmethod
     def none(block: ScoreBlock) -> Positives:
         """No positives, for losses with soft targets alone."""
-        nothing = torch.empty(0, dtype=torch.int64, device=block.device)
+        nothing = np.empty(0, np.int64)
         rows, columns = (torch.zeros(size, dtype=torch.float64, device=block.device) for size in block.shape)
-        return Positives(nothing, nothing, rows, rows, columns, columns)
+        return Positives(nothing, nothing, rows, columns, (block.shape[0], block.num_columns))
+
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """Targets [B], [b] of each positive pair of a text and of an audio.
+
+        1 / number of its pairs or, in a mean over pairs, number of queries / number of all pairs. Times the number of
+        its pairs it is the sum of a query's targets.
+        """
+        if self.mean == "queries":
+            return _reciprocal(self.row_count), _reciprocal(self.column_count)
+        each = _reciprocal(self.row_count.sum())
+        return (each * self.queries[0]).expand_as(self.row_count), (each * self.queries[1]).expand_as(self.column_count)
 
 
 def positives_mask(text_ids: Tensor, audio_ids: Tensor) -> Tensor:
@@ -109,14 +121,14 @@ def positives_mask(text_ids: Tensor, audio_ids: Tensor) -> Tensor:
     return (text_ids[:, None, :] == audio_ids[None, :, :]).any(-1)
 
 
-def _join(left: Tensor, right: Tensor) -> Tensor:
-    """All (i, j) with left[i] == right[j] as [pairs, 2], found by sorting and not by comparing every pair."""
-    ordered, order = torch.sort(right)
-    first = torch.searchsorted(ordered, left)
-    count = torch.searchsorted(ordered, left, right=True) - first
-    i = torch.repeat_interleave(torch.arange(len(left), device=left.device), count)
-    within = torch.arange(len(i), device=left.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
-    return torch.stack([i, order[first[i] + within]], 1)
+def _join(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
+    """All (i, j) with left[i] == right[j] as [2, pairs], found by sorting and not by comparing every pair."""
+    order = np.argsort(right, kind="stable")
+    first = np.searchsorted(right[order], left)
+    count = np.searchsorted(right[order], left, side="right") - first
+    i = np.repeat(np.arange(len(left)), count)
+    within = np.arange(len(i)) - np.repeat(count.cumsum() - count, count)
+    return np.stack([i, order[first[i] + within]])
 
 
 def _reciprocal(count: Tensor) -> Tensor:

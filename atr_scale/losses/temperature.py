@@ -36,12 +36,13 @@ class Temperature(nn.Module):
     The parameter has the shape (1,) because DeepSpeed takes no scalars. It is clamped in the forward pass because a
     sharded optimizer keeps an fp32 copy, which would undo a clamp after the optimizer step.
 
-    initial, minimum, maximum: of tau. learnable: whether tau is trained.
+    initial, minimum, maximum: of tau. learnable: whether tau is trained. least: tau is never below.
     """
 
     def __init__(self, initial: float, minimum: float, maximum: float, learnable: bool) -> None:
         super().__init__()
         self.bounds = math.log(minimum), math.log(maximum)
+        self.least = minimum * (1 - 1e-6)  # exp of a rounded logarithm may fall short of the minimum
         self.log_temperature = nn.Parameter(torch.tensor([math.log(initial)]), requires_grad=learnable)
 
     def forward(self) -> Tensor:

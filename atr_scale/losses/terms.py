@@ -19,7 +19,6 @@ from atr_scale.losses import dense, tiled
 from atr_scale.losses.inputs import INPUTS, LossInputs
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.targets import PositivesMean
-from atr_scale.losses.tiled.tiles import LOSS_BYTES
 from atr_scale.sections import NonNegative, Positive, Section, Share
 
 # The dense formula is used if one B x B matrix of fp32 takes no more bytes than this, which is up to B = 1,024. Below,
@@ -32,11 +31,12 @@ DENSE_BYTES = 4 * 2**20
 class Budget(NamedTuple):
     """Bytes that decide how terms are computed.
 
-    dense: the dense formula is used if one B x B matrix of fp32 takes no more. kept: see `tiles.LOSS_BYTES`.
+    dense: the dense formula is used if one B x B matrix of fp32 takes no more. kept: what a tiled loss keeps for its
+    backward pass; by default `tiles.loss_bytes`.
     """
 
     dense: int = DENSE_BYTES
-    kept: int = LOSS_BYTES
+    kept: int | None = None
 
     def allows_dense(self, texts: int) -> bool:
         """Whether a term with a tiled form uses its dense formula for a global batch of `texts` texts."""
@@ -91,11 +91,11 @@ class LossTerm(nn.Module):
         """The formula on whole matrices, a scalar; its parameters are attributes of `WholeInputs`."""
         raise NotImplementedError
 
-    def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor | None:
+    def tiled(self, inputs: LossInputs, kept_bytes: int | None) -> Tensor | None:
         """The same loss without a B x B matrix, for large batches; None if there is no such form.
 
         The same value on every rank; its backward pass yields this rank's part of the gradient. kept_bytes: see
-        `tiles.LOSS_BYTES`.
+        `Budget`.
         """
         return None
 
@@ -135,9 +135,9 @@ class NTXent(LossTerm):
     def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor, positives_mean: PositivesMean) -> Tensor:
         return dense.nt_xent(scores, temperature, positives, self.section.t2a_share, positives_mean)
 
-    def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
-        share, mean = self.section.t2a_share, inputs.positives_mean
-        return tiled.nt_xent(inputs.block, inputs.temperature, inputs.ids, kept_bytes, share, mean)
+    def tiled(self, inputs: LossInputs, kept_bytes: int | None) -> Tensor:
+        share, mean, least = self.section.t2a_share, inputs.positives_mean, inputs.lowest_temperature
+        return tiled.nt_xent(inputs.block, inputs.temperature, inputs.pairs, kept_bytes, share, mean, least)
 
 
 class PMRSection(TwoWaySection):
@@ -157,9 +157,9 @@ class PMR(LossTerm):
     def dense(self, scores: Tensor, temperature: Tensor, positives: Tensor, positives_mean: PositivesMean) -> Tensor:
         return dense.pmr(scores, temperature, positives=positives, **self._options(positives_mean))
 
-    def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
-        options = self._options(inputs.positives_mean)
-        return tiled.pmr(inputs.block, inputs.temperature, positives=inputs.ids, **options)
+    def tiled(self, inputs: LossInputs, kept_bytes: int | None) -> Tensor:
+        options = {**self._options(inputs.positives_mean), "least_temperature": inputs.lowest_temperature}
+        return tiled.pmr(inputs.block, inputs.temperature, positives=inputs.pairs, **options)
 
     def _options(self, positives_mean: PositivesMean) -> dict[str, Any]:
         return {**self.section.model_dump(exclude={"weight"}), "positives_mean": positives_mean}
@@ -214,7 +214,7 @@ class CMSC(LossTerm):
             self.section.t2a_share,
         )
 
-    def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
+    def tiled(self, inputs: LossInputs, kept_bytes: int | None) -> Tensor:
         return tiled.cmsc(
             inputs.block,
             inputs.text_block,
@@ -222,10 +222,11 @@ class CMSC(LossTerm):
             inputs.temperature,
             self._beta(inputs.step),
             self._target_temperature(inputs.temperature),
-            inputs.ids,
+            inputs.pairs,
             self.section.mode,
             kept_bytes,
             self.section.t2a_share,
+            inputs.lowest_temperature,
         )
 
     def _beta(self, step: int) -> float:
@@ -249,9 +250,9 @@ class IntraModal(LossTerm):
         both = [dense.intra_modal(scores, temperature, positives) for scores in (text_scores, audio_scores)]
         return torch.stack(both).mean()
 
-    def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
+    def tiled(self, inputs: LossInputs, kept_bytes: int | None) -> Tensor:
         both = [
-            tiled.intra_modal(block, inputs.temperature, inputs.ids, kept_bytes)
+            tiled.intra_modal(block, inputs.temperature, inputs.pairs, kept_bytes, inputs.lowest_temperature)
             for block in (inputs.text_block, inputs.audio_block)
         ]
         return torch.stack(both).mean()
@@ -338,17 +339,17 @@ class Distillation(LossTerm):
         ]
         return share * torch.stack(losses).sum()
 
-    def tiled(self, inputs: LossInputs, kept_bytes: int) -> Tensor:
+    def tiled(self, inputs: LossInputs, kept_bytes: int | None) -> Tensor:
         own, labels = self._temperature(inputs.temperature), inputs.soft_labels
         share = labels.share(inputs.block.shape[0])
         if not share:
             return 0 * torch.stack([tensor.sum() for tensor in (inputs.temperature, *inputs.block.tensors)]).sum()
-        student, t2a_share = labels.block(inputs.block), self.section.t2a_share
+        student, t2a_share, least = labels.block(inputs.block), self.section.t2a_share, inputs.lowest_temperature
         losses = []
         for teacher in (each.map(labels.block) for each in labels.teachers):
             a2t = None if teacher.a2t is teacher.t2a else teacher.a2t
             temperature = teacher.temperature_or(own)
-            loss = tiled.distillation(student, teacher.t2a, own, temperature, a2t, kept_bytes, t2a_share)
+            loss = tiled.distillation(student, teacher.t2a, own, temperature, a2t, kept_bytes, t2a_share, least)
             losses.append(teacher.weight * loss)
         return share * torch.stack(losses).sum()
 

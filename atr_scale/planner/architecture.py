@@ -48,7 +48,14 @@ def build_without_weights(config: RunConfig, augmentation: bool = False) -> Retr
         section.audio.spec_augment = None
         section.audio.fmin_aug_range = section.audio.fmax_aug_range = 0
     text_encoder = _text_encoder(config)
-    model = Retriever(section, config.objective, precision=config.train.precision, text_encoder=text_encoder)
+    train = config.train
+    model = Retriever(
+        section,
+        config.objective,
+        precision=train.precision,
+        head_products=train.head_products,
+        text_encoder=text_encoder,
+    )
     freeze(model, config.train)
     return model.train()
 

@@ -151,7 +151,8 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     if count is not None:
         return float(count(args, out))
     count = flop_registry.get(func.overloadpacket)
-    return 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
+    operands = [x for x in args if not isinstance(x, torch.dtype)]  # torch's counts know no products of another dtype
+    return 0.0 if count is None else float(count(*operands, **kwargs, out_val=out))
 
 
 def _convolution_backward(args: tuple[Any, ...], out: Any) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from atr_scale.losses.terms import DEFAULT_BUDGET
+from atr_scale.losses.tiled.tiles import LOSS_BYTES
 from atr_scale.planner.costs import BatchSplit, Costs
 from atr_scale.planner.measure import EncoderCosts, features
 from atr_scale.planner.ops import OpTable
@@ -99,7 +100,7 @@ def _heads_memory(costs: Costs, split: BatchSplit) -> tuple[float, float]:
     width = costs.encoders.outputs.text.pooled.shape[1]
     gradients = FP32 * (pairs if costs.pairwise else (texts + audios) * width)
     dense = DEFAULT_BUDGET.allows_dense(texts)
-    tiles = 0.0 if dense else min(FP32 * pairs, max(0.0, DEFAULT_BUDGET.kept - gradients))
+    tiles = 0.0 if dense else min(FP32 * pairs, max(0.0, LOSS_BYTES - gradients))
     matrices = float(peak[4]) * texts**2
     whole = linear + max(0.0, kept[3]) * pairs + stored + per_pair * alive + tiles + matrices
     return gathered, max(0.0, whole - gathered)

@@ -67,6 +67,7 @@ class CoAttentionScorer(Scorer):
 
     Options = CoAttentionOptions
     reads_text_tokens = True
+    largest = 1.0
 
     def __init__(
         self,

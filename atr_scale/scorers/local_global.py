@@ -67,6 +67,7 @@ class LocalGlobalScorer(Scorer):
         self.lambda1, self.lambda2, self.direction = lambda1, lambda2, direction
         self.slope = SLOPES[normalise]
         self.pool = _log_mean_exp if pooling == "log_mean_exp" else _log_sum_exp
+        self.largest = 1.0 if pooling == "log_mean_exp" else None
 
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
         words, frames = _unit_tokens(text), _unit_tokens(audio)

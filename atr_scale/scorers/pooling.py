@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
+from atr_scale.products import product
 from atr_scale.score_block import EmbeddingScores, ScoreBlock, at_least_fp32
 from atr_scale.scorers.scorer import Scorer, without_autocast
 from atr_scale.sections import Count, Section
@@ -83,6 +84,7 @@ class CosineScorer(Scorer):
     """Cosine of the caption's pooled embedding and the clip's frames pooled by `pool`, a function to [b, D]."""
 
     is_dual_encoder = True
+    largest = 1.0
 
     def __init__(self, dim: int, pool: Callable[[TokenSequence], Tensor]) -> None:
         super().__init__()
@@ -102,11 +104,11 @@ class CosineScorer(Scorer):
         return world.start_gather(self.embed_text(text))
 
     def block_of(self, texts: Tensor, audio: TokenSequence, world: World) -> ScoreBlock:
-        return EmbeddingScores(texts, self.embed_audio(audio), world)
+        return EmbeddingScores(texts, self.embed_audio(audio), world, self.products, self.largest)
 
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
         with without_autocast(audio.tokens):
-            return self.embed_text(text) @ self.embed_audio(audio).T
+            return product(self.embed_text(text), self.embed_audio(audio).T, self.products)
 
 
 class NetRVLADOptions(Section):

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
+from atr_scale.products import HeadProducts
 from atr_scale.score_block import ScoreBlock, StoredScores, at_least_fp32
 from atr_scale.sections import Section
 
@@ -32,6 +33,8 @@ class Scorer(nn.Module, ABC):
       are the fields of `Options`, by keyword.
     - `scores`: all pairs of two sets, differentiable. Inputs have tokens [n, T, D], mask [n, T] (True for real tokens,
       to be honoured) and pooled [n, D]. Scores are of the order of a cosine: losses divide them by the temperature.
+    - `largest`: no score is larger in absolute value, whatever the parameters; 1 for cosines, None if there is no such
+      number, which costs each loss a wait for the GPU.
     - `reads_audio_tokens` and `reads_text_tokens`: whether `scores` uses tokens and mask of that side, or `pooled`
       alone. Tokens that are not read are not projected and, for texts, not sent between ranks: they arrive empty.
     - A dual encoder sets `is_dual_encoder`, has `embed_text` and `embed_audio`, and overrides `start_gather` and
@@ -47,6 +50,8 @@ class Scorer(nn.Module, ABC):
     reads_audio_tokens = True  # whether the tokens of audio are read
     reads_text_tokens = False  # whether the tokens of text are read
     is_dual_encoder = False  # whether scores are dot products of embeddings
+    largest: float | None = None  # bound of the absolute value of a score
+    products: HeadProducts = "ieee"  # precision of large fp32 products, `train.head_products`; a Retriever sets it
 
     @abstractmethod
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
@@ -66,7 +71,7 @@ class Scorer(nn.Module, ABC):
 
     def block_of(self, texts: Any, audio: TokenSequence, world: World) -> ScoreBlock:
         """`block` of what `start_gather` has gathered."""
-        return StoredScores(self.scores(texts, audio), world)
+        return StoredScores(self.scores(texts, audio), world, self.products, self.largest)
 
     def embed_text(self, text: TokenSequence) -> Tensor:
         """Embeddings [n, D] of unit length, fp32 or wider. Raises UserError for a pairwise scorer."""

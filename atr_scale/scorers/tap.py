@@ -58,6 +58,7 @@ class TextAwarePoolingScorer(Scorer):
     """
 
     Options = TextAwarePoolingOptions
+    largest = 1.0
 
     def __init__(self, dim: int, attention_dim: int, residual: bool, dropout: float) -> None:
         super().__init__()

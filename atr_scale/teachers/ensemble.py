@@ -141,16 +141,16 @@ class TeacherEnsemble:
         unless `missing` is "skip".
         """
         world = world or World.current()
-        own = self.keys.captions(batch.clip_ids.cpu(), batch.caption_index.cpu(), batch.stored_ids.cpu())
-        captions = world.gather(own.to(batch.clip_ids.device))
+        own = self.keys.captions(batch.clip_ids, batch.caption_index, batch.stored_ids)
+        captions = torch.from_numpy(world.gather_host(own.numpy()))
         known = captions != UNKNOWN
-        every, captions = bool(known.all()), captions.cpu()
+        every, device = bool(known.all()), batch.input_ids.device
         if not every and self.missing == "refuse":
             lost = int((own == UNKNOWN).nonzero()[0]) if (own == UNKNOWN).any() else None
             raise self._unknown("a caption of another rank" if lost is None else _describe(batch, lost))
         # Pairs without a teacher hold the scores of any other until the loss leaves them out.
-        rows, columns = captions.clamp(min=0), self.keys.clips(batch.clip_ids.cpu()).clamp(min=0)
-        teachers = tuple(_teacher(mean, rows, columns, batch.clip_ids.device, world) for mean in self._means)
+        rows, columns = captions.clamp(min=0), self.keys.clips(batch.clip_ids).clamp(min=0)
+        teachers = tuple(_teacher(mean, rows, columns, device, world) for mean in self._means)
         return SoftLabels(teachers, None if every else known)
 
     def _coverage(self, shards: ShardSet) -> Coverage:

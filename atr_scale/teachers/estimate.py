@@ -84,7 +84,7 @@ def write_teacher_tables(
             continue
         _say(world, "model %d of %d: %s", number + 1, len(folders), name)
         model, config, _ = load_retriever(folder, plugins, precision)
-        _say(world, "%s", chosen.describe(device))
+        _say(world, "%s", chosen.describe(device, train.head_products))
         if batch_size is not None:
             config.evaluation.batch_size = batch_size
         table = teacher_table(name, model.to(device), opened, config, Parallel(world, device), metadata, top_k)

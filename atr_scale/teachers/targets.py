@@ -46,12 +46,12 @@ class Constructed:
 
     def labels(self, batch: Batch, world: World | None = None) -> SoftLabels[ScoreBlock]:
         """Soft labels of the global batch; all ranks call this."""
-        world, clips = world or World.current(), batch.clip_ids
+        world, clips, device = world or World.current(), batch.clip_ids, batch.input_ids.device
         if self.kind == "uniform":
-            audio = torch.zeros(len(clips), 1, device=clips.device)
+            audio = torch.zeros(len(clips), 1, device=device)
             return SoftLabels.of(EmbeddingScores(world.gather(audio), audio, world))
-        captions = random_vectors(torch.stack([clips, batch.caption_index + 1], 1), self.seed)
-        audio = random_vectors(torch.stack([clips, torch.zeros_like(clips)], 1), self.seed)
+        captions = random_vectors(torch.stack([clips, batch.caption_index + 1], 1), self.seed).to(device)
+        audio = random_vectors(torch.stack([clips, torch.zeros_like(clips)], 1), self.seed).to(device)
         return SoftLabels.of(EmbeddingScores(world.gather(captions), audio, world))
 
 
@@ -59,7 +59,7 @@ def random_vectors(ids: Tensor, seed: int) -> Tensor:
     """[n, d] float32 of unit length, a function of each row of `ids` [n, 2] int64 and of the seed."""
     streams = [np.random.Philox(key=[seed, clip], counter=[0, 0, 0, index]) for clip, index in ids.tolist()]
     vectors = np.stack([np.random.Generator(each).standard_normal(RANDOM_WIDTH, np.float32) for each in streams])
-    return normalize(torch.from_numpy(vectors), dim=1).to(ids.device)
+    return normalize(torch.from_numpy(vectors), dim=1)
 
 
 def true_targets(section: DistillationSection, sources: Sequence[ShardSet]) -> TeacherEnsemble:

@@ -97,7 +97,12 @@ def new_model(
     # ZeRO 3 gathers parameters inside every forward pass: all ranks must make equally many.
     rounds = world.max_int if config.train.zero_stage == 3 else None
     train = config.train
-    options: dict[str, Any] = {"precision": train.precision, "tf32": train.tf32, "equal_rounds": rounds}
+    options: dict[str, Any] = {
+        "precision": train.precision,
+        "tf32": train.tf32,
+        "head_products": train.head_products,
+        "equal_rounds": rounds,
+    }
     if resume_from is not None:
         return build_retriever(config, resume_from, **options), None
     if config.train.initial_checkpoint is not None:

@@ -68,7 +68,7 @@ def averaged(model: nn.Module, size: int) -> list[np.ndarray]:
 def global_loss(case: str, kind: str, with_ids: bool) -> tuple[float, list[np.ndarray]]:
     """One rank's part of the recipe: texts gathered, audio kept, world size times the global mean loss."""
     blocks.STRIPE_COLUMNS = 3  # several stripes, the last one not full
-    tiles.TILE_ROWS = {"cpu": 5}
+    tiles.TILE_ROWS = 5
     world = World.current()
     model = Towers()
     share = B // world.size

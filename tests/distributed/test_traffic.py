@@ -69,7 +69,6 @@ def expected(frames: int = 0) -> dict[str, int]:
     """All but the statistics; `frames` of every clip leak."""
     share = B // 2
     return {
-        "allgather": 1,  # how many clips the rank has
         "allgather_base": share * (DIM + 1 + frames * DIM),  # captions' vectors and ids
         "reduce_scatter_base": B * (DIM + frames * DIM),  # the gradient of all captions' vectors
     }

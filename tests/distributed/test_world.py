@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch.distributed as dist
 
 from atr_scale.distributed import world as module
 from atr_scale.distributed.world import World
+from atr_scale.training.parts import new_model
+from tools.bench import steps
 from tools.ranks import run_ranks
 
 
@@ -101,3 +104,28 @@ def test_a_gather_in_two_halves_runs_beside_what_is_between_them() -> None:
     for found in run_ranks(halves, 2):
         assert found["equal"] and found["rows"] == 6
         assert found["events"] == ["gather", "audio encoder", "sum", "audio encoder", "text encoder"]
+
+
+def texts_and_clips(folder: Path) -> list[str]:
+    """What a forward pass does in which order, up to the first gather of the loss."""
+    config = steps.configuration(folder, "small_cnn", dim=16, global_batch_size=4)
+    model, events = new_model(config, World.current())[0], list[str]()
+    start, encode = World.start_gather, model.encode_audio
+
+    def starts(world: World, local: torch.Tensor) -> Any:
+        events.append("texts leave")
+        finish = start(world, local)
+        return lambda: (events.append("texts are awaited"), finish())[1]
+
+    def encodes(*args: Any) -> Any:
+        events.append("clips are encoded")
+        return encode(*args)
+
+    World.start_gather, model.encode_audio = starts, encodes  # type: ignore[method-assign]
+    model(steps.noise(4, 1.0, model.sample_rate, World.current()))
+    return events
+
+
+def test_texts_travel_while_clips_are_encoded(tmp_path: Path) -> None:
+    for events in run_ranks(texts_and_clips, 2, tmp_path):
+        assert events == ["texts leave", "clips are encoded", "texts are awaited"]

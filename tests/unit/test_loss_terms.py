@@ -101,7 +101,7 @@ def test_beta_rises_from_zero(way: str) -> None:
     given = inputs(**all_inputs())
     objective = build_objective(sections(cmsc={"weight": 1.0, "beta": 0.4, "beta_warmup_steps": 10}), WAYS[way])
     for step, beta in ((0, 0.0), (5, 0.2), (10, 0.4), (1000, 0.4)):
-        value = tiled.cmsc(given.block, given.text_block, given.audio_block, TAU, beta, TAU, given.ids)
+        value = tiled.cmsc(given.block, given.text_block, given.audio_block, TAU, beta, TAU, given.pairs)
         assert abs(objective(replace(given, step=step))["loss"] - value) < 1e-13, step
 
 

@@ -54,8 +54,10 @@ def test_what_a_configuration_and_another_precision_mean() -> None:
     assert run.instead("fp32") == ("fp32", False) and run.instead("tf32") == ("fp32", True)
     assert [Precision("fp32", tf32).products(GPU) for tf32 in (True, False)] == ["tf32", "fp32"]
     assert [precision.products(CPU) for precision in (run, Precision("fp32", True))] == ["bf16", "fp32"]
-    assert "matmuls and convolutions in TF32; front ends, heads and losses in IEEE fp32" in run.describe(GPU)
-    assert "TF32" not in run.describe(CPU) and "autocast" not in Precision().describe(CPU)
+    line = run.describe(GPU, "ieee")
+    assert line == "encoders: autocast to bf16, else matmuls and convolutions in TF32; heads and losses: IEEE fp32"
+    assert "TF32" not in run.describe(CPU, "ieee") and "autocast" not in Precision().describe(CPU, "ieee")
+    assert run.describe(GPU, "bf16x3").endswith("losses: bf16x3") and "tf32" not in run.describe(CPU, "tf32")
     with autocast(CPU, "bf16"):
         assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
         with autocast(CPU, "fp32"):

@@ -34,10 +34,17 @@ def maxima_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
-def test_a_type_of_device_that_no_table_names_gets_the_sizes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(tiles.TILE_ROWS, "cpu")
-    (tile,) = tiles.tiles_of(tiles.stripes_of(StoredScores(torch.zeros(2000, 3))))
-    assert tile.rows == slice(0, 2000)
+def test_tiles_on_a_gpu_follow_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few and large ones of whole columns; with a little less free memory the same, so that no last bit changes."""
+    for free, size in ((80, 4), (70, 4), (20, 1), (18, 1)):
+        monkeypatch.setattr(tiles, "free_device_memory", lambda _, free=free: free * 2**30)
+        tiles.loss_bytes.cache_clear()
+        assert tiles.loss_bytes(torch.device("cuda")) == size * 2**30
+        shapes = [
+            t.shape for t in tiles.tiles_of(tiles.stripes_of(StoredScores(torch.empty(65_536, 65_536, device="meta"))))
+        ]
+        assert shapes == [(65_536, size * 2**30 // tiles.TILES_AT_ONCE // (4 * 65_536))] * (128 // size)
+    tiles.loss_bytes.cache_clear()
 
 
 def test_names_of_a_workspace_share_memory_only_between_sweeps() -> None:
@@ -55,7 +62,7 @@ def test_names_of_a_workspace_share_memory_only_between_sweeps() -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "STRIPE_COLUMNS", 7)
-    monkeypatch.setattr(tiles, "TILE_ROWS", {"cpu": 6})
+    monkeypatch.setattr(tiles, "TILE_ROWS", 6)
 
 
 def both(
@@ -152,7 +159,7 @@ def test_bf16_vectors(case: str) -> None:
 def test_no_matrix_of_all_pairs_is_alive(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = 1024
     monkeypatch.setattr(blocks, "STRIPE_COLUMNS", 64)
-    monkeypatch.setattr(tiles, "TILE_ROWS", {"cpu": 128})
+    monkeypatch.setattr(tiles, "TILE_ROWS", 128)
     text, audio = (unit(batch, 6, seed).float().requires_grad_() for seed in (1, 2))
     teacher = unit(batch, TEACHER_WIDTH, 3).float(), unit(batch, TEACHER_WIDTH, 4).float()
 

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-import webdataset
 from torch import Tensor
 
 from atr_scale.data.options import DataSection, TrainingSource
@@ -70,12 +69,12 @@ def rows() -> Iterator[Row]:
         yield Row(f"memory after {SOAK} samples", end, settled, f"after {SETTLED}", "MiB resident", 1.02)
 
 
-def write_corpus(root: Path) -> None:
+def write_corpus(root: Path, clips: int = CLIPS) -> None:
     """A corpus of noise that falls with frequency: FLAC halves its size, like that of recordings."""
     (root / "audio").mkdir(parents=True)
     rng = np.random.default_rng(0)
     lines = ["file_name," + ",".join(f"caption_{k + 1}" for k in range(CAPTIONS))]
-    for number in range(CLIPS):
+    for number in range(clips):
         spectrum = np.fft.rfft(rng.standard_normal(int(SECONDS * RATE)))
         sound = np.fft.irfft(spectrum / np.sqrt(1 + np.arange(len(spectrum))))
         soundfile.write(root / "audio" / f"{number}.wav", 0.5 * sound / np.abs(sound).max(), RATE, subtype="PCM_16")
@@ -139,6 +138,8 @@ def bare_reads(shards: str) -> Iterator[Tensor]:
 
 def wds_batches(shards: str, workers: int = 0) -> Iterator[Tensor]:
     """The pipeline of the library's documentation: decode, shuffle, crop, batch; endless."""
+    import webdataset
+
     urls = sorted(str(path) for path in Path(shards).glob("*.tar"))
     dataset = webdataset.WebDataset(urls, shardshuffle=False, resampled=True, empty_check=False)
     dataset = dataset.shuffle(CLIPS).map(wds_sample).batched(BATCH, collation_fn=wds_collate)

@@ -210,19 +210,29 @@ class _OneDirection(torch.autograd.Function):
         return by_queries * scale, by_keys * scale, by_scale
 
 
+def open_clip_file() -> Path | None:
+    """The file of open_clip's losses, of the installed package or fetched before; None if there is neither."""
+    package = importlib.util.find_spec("open_clip")
+    places = [] if package is None else [Path(place) for place in package.submodule_search_locations or ()]
+    return next((path for folder in (*places, CACHE / OPEN_CLIP) if (path := folder / "loss.py").exists()), None)
+
+
+def fetch_open_clip() -> Path:
+    """The same from the package index, without installing it."""
+    wheels = CACHE / OPEN_CLIP
+    wheels.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels), OPEN_CLIP]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        raise SystemExit(f"{OPEN_CLIP} cannot be fetched: {found.stderr.strip().splitlines()[-1]}")
+    (wheel,) = wheels.glob("*.whl")
+    (wheels / "loss.py").write_bytes(zipfile.ZipFile(wheel).read("open_clip/loss.py"))
+    return wheels / "loss.py"
+
+
 def open_clip_loss() -> nn.Module:
     """open_clip's ClipLoss on one rank."""
-    wheels = CACHE / OPEN_CLIP
-    file = wheels / "loss.py"
-    if not file.exists():
-        wheels.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels), OPEN_CLIP]
-        found = subprocess.run(command, capture_output=True, text=True)
-        if found.returncode:
-            raise SystemExit(f"{OPEN_CLIP} cannot be fetched: {found.stderr.strip().splitlines()[-1]}")
-        (wheel,) = wheels.glob("*.whl")
-        file.write_bytes(zipfile.ZipFile(wheel).read("open_clip/loss.py"))
-    spec = importlib.util.spec_from_file_location("open_clip_loss", file)
+    spec = importlib.util.spec_from_file_location("open_clip_loss", open_clip_file() or fetch_open_clip())
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from atr_scale.planner.ops import Collective, collective_of, flops_of, tensors, touched
 
@@ -82,9 +83,10 @@ class Counts(TorchDispatchMode):
 
     def keep(self, name: str) -> None:
         """Forget all phases but one."""
-        for table in (self.phases, self.places, self.collectives):
-            for key in [key for key in table if (key if isinstance(key, str) else key[0]) != name]:
-                del table[key]
+        for phase in [phase for phase in self.phases if phase != name]:
+            del self.phases[phase]
+        self.places = Counter({key: times for key, times in self.places.items() if key[0] == name})
+        self.collectives = Counter({key: times for key, times in self.collectives.items() if key[0] == name})
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -122,6 +124,7 @@ class Counts(TorchDispatchMode):
             return waited
         if any(not x.is_cuda and x.ndim > 0 for x in inputs):
             self.places[self.current, f"CPU tensor in {func._schema.name}", place()] += 1
+            args, kwargs = tree_map_only(Tensor, _moved, (args, kwargs))
         return self._launch(func, args, kwargs)
 
     def _launch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -137,7 +140,7 @@ class Counts(TorchDispatchMode):
         if func.overloadpacket is aten.all:
             out.holds = True
         if flops := flops_of(func, args, kwargs, out):
-            self.phases[self.current].flops[_precision(func._schema.name, inputs)] += flops
+            self.phases[self.current].flops[_precision(func._schema.name, inputs)] += int(flops)
         return out
 
     def _count(self, name: str, nbytes: int, launches: int = 1) -> None:
@@ -211,6 +214,10 @@ class Counts(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def _moved(x: Tensor) -> Tensor:
+    return x if x.is_cuda or x.ndim == 0 else _on_device(x, {})
+
+
 def _is_same(x: Tensor, y: Tensor) -> bool:
     def place(t: Tensor) -> tuple[Any, ...]:
         return id(t.untyped_storage()), t.storage_offset(), t.shape, t.stride(), t.dtype
@@ -232,14 +239,13 @@ def _on_device(source: Tensor, kwargs: dict[str, Any]) -> Tensor:
 
 def _of_unknown_length(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x: Tensor = args[0]
-    whole = {"dtype": torch.int64, "device": CUDA}
     if packet is aten.nonzero:
-        return torch.empty(x.shape[0] if x.ndim else 1, x.ndim, **whole)
+        return x.new_empty(x.shape[0] if x.ndim else 1, x.ndim, dtype=torch.int64)
     if packet is aten.bincount:
-        return torch.empty(kwargs.get("minlength", args[2] if len(args) > 2 else 1), **whole)
+        return x.new_empty(kwargs.get("minlength", args[2] if len(args) > 2 else 1), dtype=torch.int64)
     if packet is aten.masked_select:
         return x.new_empty(x.numel())
-    results = (x.new_empty(x.shape), torch.empty(len(x), **whole), torch.empty(len(x), **whole))
+    results = (x.new_empty(x.shape), *(x.new_empty(len(x), dtype=torch.int64) for _ in range(2)))
     return results[:2] if packet is aten._unique else results
 
 
@@ -249,7 +255,8 @@ def _precision(name: str, inputs: list[Tensor]) -> str:
     for dtype, short in ((torch.float64, "fp64"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
         if dtype in dtypes:
             return short
-    settings: Any = torch.backends.cudnn.conv if "convolution" in name else torch.backends.cuda.matmul
+    backends: Any = torch.backends  # whose types do not have all of them
+    settings = backends.cudnn.conv if "convolution" in name else backends.cuda.matmul
     return "tf32" if settings.fp32_precision == "tf32" else "fp32"
 
 

@@ -13,7 +13,8 @@ PHASES = ("to device", "encode text", "encode audio", "score and loss", "backwar
 
 def as_json(counts: Counts) -> dict[str, Any]:
     """Sums over the phases, and each phase. Host syncs are this project's and its libraries', but not DeepSpeed's."""
-    names = [name for name in PHASES if name in counts.phases or any(phase == name for phase, _, _ in counts.places)]
+    seen = {*counts.phases, *(phase for phase, _, _ in counts.places)}
+    names = [*(name for name in PHASES if name in seen), *sorted(seen.difference(PHASES))]
     phases = {name: {**_volume(counts, name), **_waits(counts, name)} for name in names}
     total = {key: sum(phase[key] for phase in phases.values()) for key in _WAITS}
     flops: Counter[str] = Counter()

@@ -168,7 +168,7 @@ def _batch(load: Workload, sample_rate: int) -> Batch:
         attention_mask=words,
         clip_ids=ids,
         caption_ids=ids,
-        caption_index=torch.zeros_like(ids),
+        caption_index=ids,
         stored_ids=ids,
     ).pin_memory()
 

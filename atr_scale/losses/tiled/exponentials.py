@@ -2,8 +2,9 @@
 
 A softmax does not change if a number is subtracted from its logits first. A block knows a bound of its scores, so one
 constant, the same on all ranks, keeps every exponential finite: one exp serves both directions, and sums merge by
-addition over tiles and over ranks. If the logits spread so widely that a sum is lost (in fp32 at temperatures near
-0.01), all ranks subtract the maxima of rows and of columns instead. docs/math/tiled_losses.md, section 2.
+addition over tiles and over ranks. The host knows the bound, so it knows too whether a sum can be lost at all, as it
+can be in fp32 below a temperature of 1/70. Only then the sums are looked at, and if one is lost, all ranks subtract the
+maxima of rows and of columns instead. docs/math/tiled_losses.md, section 2.
 
 Shape suffixes: B texts of the global batch, b audios of this rank, m rows and n columns of a tile.
 """
@@ -122,14 +123,23 @@ def largest_exponent(dtype: torch.dtype) -> float:
 
 
 def all_in_range(block: ScoreBlock, *sums: Tensor) -> bool:
-    """Whether on every rank no sum has overflown, and none is so small that its summands may have been lost."""
+    """Whether on every rank no sum has overflown, and none is so small that its summands may have been lost.
+
+    The host waits for the answer.
+    """
     limit = largest_exponent(block.dtype)
     low, high = math.exp(-limit), torch.finfo(block.dtype).max
     lost = torch.stack([~((s >= low) & (s <= high)).all() for s in sums]).any()
     return not bool(block.max(lost.double()))
 
 
-def largest_of_ranks(block: ScoreBlock, bounds: Sequence[Tensor]) -> list[float]:
-    """Bounds that hold for the columns of all ranks, from those of this rank."""
-    largest: list[float] = block.max(torch.stack(list(bounds))).tolist()
-    return largest
+def host_bounds(block: ScoreBlock, bounds: Sequence[float | Tensor]) -> list[float]:
+    """Bounds that hold for the columns of all ranks, as numbers; those on the device, of this rank alone, are read."""
+    local = [bound for bound in bounds if isinstance(bound, Tensor)]
+    read = iter(block.max(torch.stack(local)).tolist() if local else ())
+    return [next(read) if isinstance(bound, Tensor) else bound for bound in bounds]
+
+
+def no_sum_is_lost(block: ScoreBlock, bounds: Sequence[float]) -> bool:
+    """Whether logits within these bounds of absolute value have sums that are in range without any shift."""
+    return all(bound <= largest_exponent(block.dtype) for bound in bounds)

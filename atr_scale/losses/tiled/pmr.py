@@ -25,10 +25,19 @@ from atr_scale.losses.tiled.exponentials import (
     MaximaShift,
     Shift,
     all_in_range,
-    largest_of_ranks,
+    host_bounds,
     log_sums,
+    no_sum_is_lost,
 )
-from atr_scale.losses.tiled.statistics import as_tensor, input_gradients, loss_dtype, query_weights, zeros
+from atr_scale.losses.tiled.statistics import (
+    as_tensor,
+    input_gradients,
+    inverse,
+    largest_inverse,
+    loss_dtype,
+    query_weights,
+    zeros,
+)
 from atr_scale.losses.tiled.tiles import PairsByTile, Stripe, Tile, Workspace, stripes_of, tiles_of
 from atr_scale.score_block import ScoreBlock
 
@@ -37,52 +46,42 @@ def pmr(
     block: ScoreBlock,
     temperature: float | Tensor,
     omega: float,
-    positives: Ids | None = None,
+    positives: Ids | Positives | None = None,
     detach_prior: bool = False,
     scale_by_batch: bool = False,
     t2a_share: float = 0.5,
     positives_mean: PositivesMean = "queries",
+    least_temperature: float | None = None,
 ) -> Tensor:
     """`dense.pmr` on a score block (arXiv 2303.05681, eq. 12-14 on the corrected axis).
 
     positives: (text ids [B, k], audio ids [b, k]) int64; a pair is positive if any column agrees.
+    least_temperature: as of `nt_xent`.
     """
     candidates = (float(block.shape[0]), float(block.num_columns)) if scale_by_batch else (1.0, 1.0)
     pairs = Positives.of(block, positives, positives_mean)
-    loss: Tensor = _PMR.apply(
-        block, pairs, omega, detach_prior, candidates, t2a_share, as_tensor(temperature, block), *block.tensors
-    )
+    given = as_tensor(temperature, block)
+    sweeps = _Sweeps(block, pairs, omega, inverse(given, block), candidates, t2a_share)
+    loss: Tensor = _PMR.apply(sweeps, largest_inverse(given, least_temperature), detach_prior, given, *block.tensors)
     return loss
 
 
 class _PMR(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        block: ScoreBlock,
-        pairs: Positives,
-        omega: float,
-        detach_prior: bool,
-        candidates: tuple[float, float],
-        t2a_share: float,
-        temperature: Tensor,
-        *tensors: Tensor,
+        ctx: Any, sweeps: _Sweeps, largest_h: float, detach_prior: bool, temperature: Tensor, *tensors: Tensor
     ) -> Tensor:
-        h = 1 / temperature.item()
-        sweeps = _Sweeps(block, pairs, omega, h * candidates[0], h * candidates[1], t2a_share)
-        loss = sweeps.loss(h)
+        loss = sweeps.loss(largest_h)
         ctx.sweeps, ctx.detach_prior = sweeps, detach_prior
         ctx.save_for_backward(temperature, *tensors)
-        return loss.to(loss_dtype(block, temperature))
+        return loss.to(loss_dtype(sweeps.block, temperature))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         temperature, *_ = ctx.saved_tensors
         sweeps: _Sweeps = ctx.sweeps
         gradients, by_log_h = sweeps.gradients(ctx.detach_prior)
-        by_h = by_log_h * temperature
-        by_inputs: tuple[Tensor, ...] = input_gradients(grads[0], temperature, by_h, sweeps.block, gradients)
-        return None, None, None, None, None, None, *by_inputs
+        return None, None, None, *input_gradients(grads[0], temperature, by_log_h, sweeps.block, gradients)
 
 
 class _Sweeps:
@@ -109,25 +108,38 @@ class _Sweeps:
     w_over_Y: Tensor
 
     def __init__(
-        self, block: ScoreBlock, pairs: Positives, omega: float, h_x: float, h_y: float, t2a_share: float
+        self,
+        block: ScoreBlock,
+        pairs: Positives,
+        omega: float,
+        h: Tensor,
+        candidates: tuple[float, float],
+        t2a_share: float,
     ) -> None:
-        self.block, self.omega, self.h_x, self.h_y = block, omega, h_x, h_y
+        self.block, self.omega, self.candidates = block, omega, candidates
+        self.h_x, self.h_y = (h * number for number in candidates)
         self.work = Workspace(block)
         self.stripes = stripes_of(block, times_smaller=2)  # up to six buffers of a tile's size are in use at once
-        self.pairs = PairsByTile(pairs, tiles_of(self.stripes))
+        self.pairs = PairsByTile(pairs, tiles_of(self.stripes), block.device)
         of_text, of_audio = query_weights(block, t2a_share)
-        self.w_t2a, self.w_a2t = of_text * pairs.row_sum, of_audio * pairs.column_sum
-        self.T_t2a = of_text * pairs.row_share[self.pairs.rows]
-        self.T_a2t = of_audio * pairs.column_share[self.pairs.columns]
+        row_share, column_share = pairs.shares()
+        self.w_t2a = of_text * row_share * pairs.row_count
+        self.w_a2t = of_audio * column_share * pairs.column_count
+        self.T_t2a = of_text * row_share[self.pairs.rows]
+        self.T_a2t = of_audio * column_share[self.pairs.columns]
 
-    def loss(self, h: float) -> Tensor:
-        """The loss of all ranks, float64; sweeps six times more if constant shifts lose sums."""
+    def loss(self, largest_h: float) -> Tensor:
+        """The loss of all ranks, float64; sweeps six times more if constant shifts lose sums.
+
+        largest_h: 1 / temperature is never larger.
+        """
         block, tiles = self.block, tiles_of(self.stripes)
-        (bound,) = largest_of_ranks(block, [block.bound()])
+        (bound,) = host_bounds(block, [block.bound() if block.largest is None else block.largest])
         self.E_shift = ConstantShift(abs(self.omega) * bound, block.dtype)
-        self.x_shift = self.y_shift = ConstantShift(h * bound, block.dtype)
+        self.x_shift = self.y_shift = ConstantShift(largest_h * bound, block.dtype)
         positive_logits = self._sweep_t2a() + self._sweep_a2t()
-        if not all_in_range(block, self.r, self.k, self.X, self.Y):
+        largest = [abs(self.omega) * bound, largest_h * max(self.candidates) * bound]
+        if not no_sum_is_lost(block, largest) and not all_in_range(block, self.r, self.k, self.X, self.Y):
             self.E_shift = MaximaShift(block, tiles, lambda tile: self.omega * self._s(tile))
             self._sweep_t2a()  # k and r under the new shift, which x and y need
             self.x_shift = MaximaShift(block, tiles, lambda tile: self._x(self._s(tile), tile))
@@ -146,16 +158,14 @@ class _Sweeps:
         self.h_over_k = torch.empty(block.shape[1], dtype=dtype, device=block.device)
         positive_logits = zeros(block)
         for stripe in self.stripes:
-            s_stripe, sE = self._s(stripe), work.get("s E", stripe)
+            s, E_stripe = self._s(stripe), work.get("E", stripe)
             for tile in stripe.tiles:
-                s = s_stripe[tile.rows]
-                E = self.E_shift.both(s, tile, work.get("E", tile), self.omega)
+                E = self.E_shift.both(s[tile.rows], tile, E_stripe[tile.rows], self.omega)
                 self.r[tile.rows] += E.by_row.sum(1)
                 self.k[tile.columns] += E.by_column.sum(0)
-                torch.mul(s, E.by_column, out=sE[tile.rows])
             self.h_over_k[stripe.columns] = (self.h_x / self.k[stripe.columns]).to(dtype)
             for tile in stripe.tiles:  # k of the stripe is complete
-                x = torch.mul(sE[tile.rows], self.h_over_k[tile.columns], out=work.get("x", tile))
+                x = _revised(E_stripe[tile.rows], self.h_over_k[tile.columns], s[tile.rows], work.get("x", tile))
                 positive_logits += (self.T_t2a[self.pairs.of(tile)] * x[self.pairs.within(tile)]).sum()
                 self.X[tile.rows] += self.x_shift.by_row(x, tile, work.get("exp x", tile)).sum(1)
         self.r, self.X = block.sum(torch.stack([self.r, self.X]))
@@ -224,11 +234,11 @@ class _Sweeps:
 
     def _x(self, s: Tensor, tile: Tile) -> Tensor:
         E = self.E_shift.by_column(s, tile, self.work.get("E", tile), self.omega)
-        return torch.mul(s, E, out=self.work.get("x", tile)).mul_(self.h_over_k[tile.columns])
+        return _revised(E, self.h_over_k[tile.columns], s, self.work.get("x", tile))
 
     def _y(self, s: Tensor, tile: Tile) -> Tensor:
         E = self.E_shift.by_row(s, tile, self.work.get("E", tile), self.omega)
-        return torch.mul(s, E, out=self.work.get("y", tile)).mul_(self.h_over_r[tile.rows])
+        return _revised(E, self.h_over_r[tile.rows], s, self.work.get("y", tile))
 
     def _gx(self, x: Tensor, tile: Tile, out: Tensor) -> Tensor:
         """w_i exp(x_ij) / X_i - T_ij."""
@@ -241,3 +251,11 @@ class _Sweeps:
         gy = self.y_shift.by_column(y, tile, out).mul_(self.w_over_Y[tile.columns])
         gy[self.pairs.within(tile)] -= self.T_a2t[self.pairs.of(tile)].to(gy.dtype)
         return gy
+
+
+def _revised(E: Tensor, factor: Tensor, s: Tensor, out: Tensor) -> Tensor:
+    """Logits x or y in `out`, multiplied in the order of the backward pass.
+
+    The last bits of a large logit change its exponential by much more, which must be the one that X or Y adds up.
+    """
+    return torch.mul(E, factor, out=out).mul_(s)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,40 +24,54 @@ from atr_scale.losses.tiled.exponentials import (
     MaximaShift,
     Shift,
     all_in_range,
-    largest_of_ranks,
+    host_bounds,
     log_sums,
+    no_sum_is_lost,
 )
-from atr_scale.losses.tiled.statistics import as_tensor, input_gradients, loss_dtype, query_weights, zeros
-from atr_scale.losses.tiled.tiles import KeptTiles, PairsByTile, Tile, Workspace, stripes_of, tiles_of
+from atr_scale.losses.tiled.statistics import (
+    as_tensor,
+    input_gradients,
+    inverse,
+    largest_inverse,
+    loss_dtype,
+    query_weights,
+    zeros,
+)
+from atr_scale.losses.tiled.tiles import KeptTiles, PairsByTile, Tile, Workspace, loss_bytes, stripes_of, tiles_of
 from atr_scale.score_block import ScoreBlock
 
 
 @dataclass(frozen=True)
 class Logits:
-    """scale * the sum of the blocks' scores; minus infinity for the pairs `excluded`."""
+    """The sum of the blocks' scores; minus infinity for the pairs `excluded`.
+
+    bound: no logit is larger in absolute value: a number for all ranks, or a scalar on the device for this one.
+    """
 
     blocks: tuple[ScoreBlock, ...]
-    scale: float
+    bound: float | Tensor
     excluded: PairsByTile | None = None
 
     @staticmethod
-    def of(temperature: float | Tensor, *blocks: ScoreBlock) -> Logits:
-        """The mean of the blocks' scores / temperature."""
-        return Logits(blocks, 1 / (as_tensor(temperature, blocks[0]).item() * len(blocks)))
+    def of(temperature: float | Tensor, least: float | None, *blocks: ScoreBlock) -> Logits:
+        """The mean of the blocks' scores / temperature. least: see `largest_inverse`."""
+        h = inverse(temperature, blocks[0]) / len(blocks)
+        known = [block.largest for block in blocks if block.largest is not None]
+        if len(known) == len(blocks):
+            bound: float | Tensor = largest_inverse(temperature, least) * sum(known) / len(blocks)
+        else:
+            bound = h * torch.stack([block.bound().double() for block in blocks]).sum()
+        return Logits(tuple(block.scaled(h) for block in blocks), bound)
 
-    def tile(self, tile: Tile, work: Workspace, name: str = "logits") -> Tensor:
-        """[m, n], in the buffer `name`."""
+    def tile(self, tile: Tile, out: Tensor) -> Tensor:
+        """[m, n], in `out`."""
         first, *others = self.blocks
-        logits = first.stripe(tile.columns, tile.rows, self.scale, work.get(name, tile))
+        logits = first.stripe(tile.columns, tile.rows, out)
         for other in others:
-            logits += other.stripe(tile.columns, tile.rows, self.scale)
+            logits += other.stripe(tile.columns, tile.rows)
         if self.excluded is not None:
             logits[self.excluded.within(tile)] = -torch.inf
         return logits
-
-    def bound(self) -> Tensor:
-        """No logit of this rank is larger in absolute value; a scalar."""
-        return self.scale * torch.stack([block.bound().double() for block in self.blocks]).sum()
 
 
 @dataclass(frozen=True)
@@ -78,23 +92,40 @@ class Targets:
     t2a_share: float = 0.5
 
 
-def soft_cross_entropy(block: ScoreBlock, temperature: float | Tensor, targets: Targets, kept_bytes: int) -> Tensor:
+def soft_cross_entropy(
+    block: ScoreBlock,
+    temperature: float | Tensor,
+    targets: Targets,
+    kept_bytes: int | None = None,
+    least_temperature: float | None = None,
+) -> Tensor:
     """w sum_i (m_i log sum_j exp u_ij - sum_j T_ij u_ij) + w' sum_j (m'_j log sum_i exp u_ij - sum_i T'_ij u_ij).
 
     u = scores / temperature, T and T' the targets of t2a and a2t, m and m' their sums for a query, w and w' the weights
-    of a query (`query_weights`). A float scalar, the same on every rank. kept_bytes: see `tiles.LOSS_BYTES`.
+    of a query (`query_weights`). A float scalar, the same on every rank.
+    kept_bytes: by default `tiles.loss_bytes`. least_temperature: see `largest_inverse`.
     """
-    loss: Tensor = _SoftCrossEntropy.apply(block, targets, kept_bytes, as_tensor(temperature, block), *block.tensors)
+    given = as_tensor(temperature, block)
+    student = Logits.of(given, least_temperature, block)
+    loss: Tensor = _SoftCrossEntropy.apply(block, student, targets, kept_bytes, given, *block.tensors)
     return loss
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, block: ScoreBlock, targets: Targets, kept_bytes: int, temperature: Tensor, *tensors: Tensor
+        ctx: Any,
+        block: ScoreBlock,
+        student: Logits,
+        targets: Targets,
+        kept_bytes: int | None,
+        temperature: Tensor,
+        *tensors: Tensor,
     ) -> Tensor:
-        sweeps = _Sweeps(block, targets, 1 / temperature.item())
-        loss = sweeps.loss(kept_bytes if any(ctx.needs_input_grad) else 0)
+        sweeps = _Sweeps(block, student, targets)
+        if not any(ctx.needs_input_grad):
+            kept_bytes = 0
+        loss = sweeps.loss(loss_bytes(block.device) if kept_bytes is None else kept_bytes)
         ctx.sweeps = sweeps
         ctx.save_for_backward(temperature, *tensors)
         return loss.to(loss_dtype(block, temperature))
@@ -103,10 +134,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         temperature, *_ = ctx.saved_tensors
         sweeps: _Sweeps = ctx.sweeps
-        gradients = sweeps.gradients()
-        by_h = sweeps.block.inner_product(gradients)  # u = h s
-        h = sweeps.student.scale
-        return None, None, None, *input_gradients(grads[0], temperature, by_h, sweeps.block, gradients, h)
+        gradients, by_log_h = sweeps.gradients(by_temperature=ctx.needs_input_grad[4])
+        h = inverse(temperature, sweeps.block)  # u = h s
+        return None, None, None, None, *input_gradients(grads[0], temperature, by_log_h, sweeps.block, gradients, h)
 
 
 class _Sums:
@@ -116,8 +146,8 @@ class _Sums:
     """
 
     def __init__(self, block: ScoreBlock) -> None:
-        self.rows, self.row_products = zeros(block, block.shape[0]), zeros(block, block.shape[0])
-        self.columns, self.column_products = zeros(block, block.shape[1]), zeros(block, block.shape[1])
+        self.rows, self.columns = (zeros(block, size) for size in block.shape)
+        self.row_products, self.column_products = (zeros(block, size) for size in block.shape)
         self._dtype = block.dtype
 
     def add(self, tile: Tile, exponentials: Exponentials) -> None:
@@ -128,10 +158,6 @@ class _Sums:
         """values: [m, n], the same for both directions or one for each. out: a buffer."""
         self.row_products[tile.rows] += torch.mul(exponentials.by_row, values[0], out=out).sum(1)
         self.column_products[tile.columns] += torch.mul(exponentials.by_column, values[-1], out=out).sum(0)
-
-    def merge(self, block: ScoreBlock) -> None:
-        """Add up the rows of all ranks."""
-        self.rows, self.row_products = block.sum(torch.stack([self.rows, self.row_products]))
 
     def divide(self, row_weight: Tensor | float, column_weight: Tensor | float) -> tuple[Tensor, Tensor]:
         """Factors [B], [b] that turn exponentials into softmaxes times the weights of their queries."""
@@ -150,6 +176,7 @@ class _Sweeps:
     shifts:            of the student's logits, then of the teacher's.
     sums:              the student's, then the teacher's (rows from its t2a logits, columns from its a2t logits).
     positive_logits [1 or more, P] float64: at the positive pairs, the student's and then the teacher's.
+    centre:            some logit of the student, the same number on all ranks.
     """
 
     shifts: Sequence[Shift]
@@ -157,28 +184,30 @@ class _Sweeps:
     positive_logits: Tensor
     kept: KeptTiles
 
-    def __init__(self, block: ScoreBlock, targets: Targets, scale: float) -> None:
+    def __init__(self, block: ScoreBlock, student: Logits, targets: Targets) -> None:
         self.block, self.targets, self.work = block, targets, Workspace(block)
         self.tiles = tiles_of(stripes_of(block))
-        excluded = None if targets.excluded is None else PairsByTile(targets.excluded, self.tiles)
-        self.student = Logits((block,), scale, excluded)
-        self.pairs = PairsByTile(targets.pairs, self.tiles)
+        excluded = None if targets.excluded is None else PairsByTile(targets.excluded, self.tiles, block.device)
+        self.logits = (replace(student, excluded=excluded), *targets.teacher)
+        self.pairs = PairsByTile(targets.pairs, self.tiles, block.device)
         positives, beta = targets.pairs, targets.beta
-        self.row_share = positives.row_share[self.pairs.rows]
-        self.column_share = positives.column_share[self.pairs.columns]
+        row_share, column_share = positives.shares()
+        self.row_share, self.column_share = row_share[self.pairs.rows], column_share[self.pairs.columns]
         self.query_weights = of_text, of_audio = query_weights(block, targets.t2a_share)
         self.pair_weight = (1 - beta) * (of_text * self.row_share + of_audio * self.column_share)
         self.soft_weights = beta * of_text, beta * of_audio
-        self.row_weight = (1 - beta) * of_text * positives.row_sum + self.soft_weights[0]
-        self.column_weight = (1 - beta) * of_audio * positives.column_sum + self.soft_weights[1]
+        self.row_weight = (1 - beta) * of_text * row_share * positives.row_count + self.soft_weights[0]
+        self.column_weight = (1 - beta) * of_audio * column_share * positives.column_count + self.soft_weights[1]
 
     def loss(self, kept_bytes: int) -> Tensor:
         """The loss of all ranks, float64; sweeps twice more if a constant shift loses sums."""
-        logits = (self.student, *self.targets.teacher)
-        bounds = largest_of_ranks(self.block, [each.bound() for each in logits])
-        self._sweep([ConstantShift(bound, self.block.dtype) for bound in bounds], kept_bytes)
-        if not all_in_range(self.block, *(x for sums in self.sums for x in (sums.rows, sums.columns))):
-            maxima = [MaximaShift(self.block, self.tiles, partial(each.tile, work=self.work)) for each in logits]
+        block = self.block
+        bounds = host_bounds(block, [each.bound for each in self.logits])
+        self._sweep([ConstantShift(bound, block.dtype) for bound in bounds], kept_bytes)
+        if not no_sum_is_lost(block, bounds) and not all_in_range(
+            block, *(x for sums in self.sums for x in (sums.rows, sums.columns))
+        ):
+            maxima = [MaximaShift(block, self.tiles, partial(self._one, number)) for number in range(len(self.logits))]
             self._sweep(maxima, kept_bytes=0)
         self.work.clear()
         return self._loss()
@@ -186,27 +215,41 @@ class _Sweeps:
     def _sweep(self, shifts: Sequence[Shift], kept_bytes: int) -> None:
         """Sums and the logits of the positive pairs under these shifts, one for the student and for each teacher."""
         block, teacher = self.block, self.targets.teacher
-        self.shifts, self.kept = shifts, KeptTiles(block, kept_bytes)
+        self.shifts, self.kept = shifts, KeptTiles(block, kept_bytes, len(shifts))
         self.work.start_sweep()
         self.sums = [_Sums(block) for _ in shifts[:2]]
         self.positive_logits = zeros(block, len(shifts), len(self.pairs.rows))
+        self.centre = zeros(block, 1)
         for tile in self.tiles:
-            logits = self._logits(tile)
+            logits = self._logits(tile, self.kept.reserve("logits", tile, len(shifts)))
             positive = [x[self.pairs.within(tile)] for x in logits]
             self.positive_logits[:, self.pairs.of(tile)] = torch.stack(positive).double()
-            every = self._exponentials(tile, logits, self.kept.reserve(tile, len(logits)))
+            every = self._exponentials(tile, logits, self.kept.reserve("exponentials", tile, len(shifts)))
             for sums, exponentials in zip(self.sums, every, strict=True):
                 sums.add(tile, exponentials)
             if teacher:
                 values, products = self._values(tile, logits), self.work.get("products", tile)
                 self.sums[1].add_products(tile, every[1], values, products)
-        for sums in self.sums:
-            sums.merge(block)
+            if tile.number == 0:
+                self.centre += logits[0][:1, 0].nan_to_num(0, 0, 0) / block.world.size
+        self._merge()
 
-    def _logits(self, tile: Tile) -> list[Tensor]:
-        """The student's, then the teacher's."""
-        every = zip(self._names("logits"), (self.student, *self.targets.teacher), strict=True)
-        return [logits.tile(tile, self.work, name) for name, logits in every]
+    def _merge(self) -> None:
+        """Add up the sums of rows, and the centre, of all ranks."""
+        student, *soft = self.sums
+        parts = [self.centre, student.rows, *(x for each in soft for x in (each.rows, each.row_products))]
+        merged = self.block.sum(torch.cat(parts)).split([len(part) for part in parts])
+        self.centre, student.rows, *of_soft = merged
+        for each in soft:
+            each.rows, each.row_products = of_soft
+
+    def _one(self, number: int, tile: Tile) -> Tensor:
+        return self.logits[number].tile(tile, self.work.get("logits", tile))
+
+    def _logits(self, tile: Tile, out: Sequence[Tensor] = ()) -> list[Tensor]:
+        """The student's, then the teacher's; out: a tensor for each, by default of the workspace."""
+        out = out or [self.work.get(name, tile) for name in self._names("logits")]
+        return [logits.tile(tile, each) for logits, each in zip(self.logits, out, strict=True)]
 
     def _exponentials(self, tile: Tile, logits: Sequence[Tensor], out: Sequence[Tensor] = ()) -> list[Exponentials]:
         """The student's, then the soft targets'; out: a tensor for each of the logits, by default of the workspace."""
@@ -221,8 +264,8 @@ class _Sweeps:
         return every
 
     def _kept_exponentials(self, tile: Tile) -> list[Exponentials]:
-        """The same from the tile's kept tensors, or an empty list. Tiles are kept under constant shifts alone."""
-        kept = self.kept.pop(tile)
+        """The same from the tile's kept tensors, or an empty list. They are kept under constant shifts alone."""
+        kept = self.kept.pop("exponentials", tile)
         student, teacher = kept[:1], kept[1:]
         return [Exponentials(by_direction[0], by_direction[-1]) for by_direction in (student, teacher) if by_direction]
 
@@ -274,24 +317,37 @@ class _Sweeps:
             total += weight * (torch.xlogy(mixed, mixed) - torch.xlogy(soft, soft)).sum()
         return total
 
-    def gradients(self) -> tuple[Tensor, ...]:
-        """d loss / d u, as the block's tensors receive it from scores equal to u."""
+    def gradients(self, by_temperature: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+        """(d loss / d u, as the block's tensors receive it from scores equal to u; d loss / d log h of this rank).
+
+        d loss / d log h is sum_ij G_ij u_ij with G = d loss / d u. All of G sums to zero, so any number may be
+        subtracted from u first. If all scores are nearly equal, the sum is tiny beside its terms unless that is done.
+        """
         block, work = self.block, self.work
         work.start_sweep()
-        gradients = block.new_gradients()
+        gradients, by_log_h = block.new_gradients(), zeros(block)
         student_factors = self.sums[0].divide(self.row_weight, self.column_weight)
         soft_factors = [sums.divide(*self.soft_weights) for sums in self.sums[1:]]
+        centre = self.centre.to(block.dtype)
         for tile in self.tiles:
-            every = self._kept_exponentials(tile) or self._exponentials(tile, self._logits(tile))
+            logits = self.kept.pop("logits", tile) or self._logits(tile)
+            every = self._kept_exponentials(tile) or self._exponentials(tile, logits)
             gradient = _weighted(every[0], student_factors, tile, work.get("gradient", tile))
             for exponentials, factors in zip(every[1:], soft_factors, strict=True):
                 gradient -= _weighted(exponentials, factors, tile, work.get("soft targets", tile))
             gradient[self.pairs.within(tile)] -= self.pair_weight[self.pairs.of(tile)].to(gradient.dtype)
+            if by_temperature:
+                u = logits[0].sub_(centre)
+                if self.logits[0].excluded is not None:
+                    u[self.logits[0].excluded.within(tile)] = 0
+                by_log_h += u.mul_(gradient).sum()
             block.add_gradient(gradients, tile.columns, gradient, tile.rows)
-        return gradients
+        return gradients, by_log_h
 
 
 def _weighted(exponentials: Exponentials, factors: tuple[Tensor, Tensor], tile: Tile, out: Tensor) -> Tensor:
     """rows_i E_ij + columns_j E'_ij [m, n] in `out`, from the exponentials E along rows and E' along columns."""
     rows, columns = factors[0][tile.rows, None], factors[1][tile.columns]
+    if exponentials.by_row is exponentials.by_column:
+        return torch.add(rows, columns, out=out).mul_(exponentials.by_row)
     return torch.mul(exponentials.by_row, rows, out=out).addcmul_(exponentials.by_column, columns)

@@ -24,16 +24,16 @@ def query_weights(block: ScoreBlock, t2a_share: float) -> tuple[float, float]:
 def input_gradients(
     upstream: Tensor,
     temperature: Tensor,
-    by_h: Tensor,
+    by_log_h: Tensor,
     block: ScoreBlock,
     gradients: tuple[Tensor, ...],
-    factor: float = 1.0,
+    factor: Tensor | float = 1.0,
 ) -> tuple[Tensor, ...]:
-    """Gradients of (temperature, *block.tensors) from d loss / d h, h = 1 / temperature, and from `gradients`.
+    """Gradients of (temperature, *block.tensors) from d loss / d log h, h = 1 / temperature, and from `gradients`.
 
     The gradients of the block's tensors are multiplied by `factor`, in place, and all by `upstream`.
     """
-    by_temperature = (upstream.double() * -by_h / temperature.double().square()).to(temperature.dtype)
+    by_temperature = (upstream.double() * -by_log_h / temperature.double()).to(temperature.dtype)
     scaled = (
         gradient.mul_((upstream * factor).to(gradient.dtype)).to(tensor.dtype)
         for gradient, tensor in zip(gradients, block.tensors, strict=True)
@@ -50,4 +50,16 @@ def as_tensor(temperature: float | Tensor, block: ScoreBlock) -> Tensor:
     """The temperature as a tensor; a number gets the block's dtype and the shape (1,)."""
     if isinstance(temperature, Tensor):
         return temperature
-    return torch.tensor([temperature], dtype=block.dtype, device=block.device)
+    return torch.full((1,), temperature, dtype=block.dtype, device=block.device)
+
+
+def inverse(temperature: float | Tensor, block: ScoreBlock) -> Tensor:
+    """1 / temperature as a float64 scalar on the device."""
+    return as_tensor(temperature, block).detach().double().reciprocal().squeeze()
+
+
+def largest_inverse(temperature: float | Tensor, least: float | None) -> float:
+    """1 / temperature is never larger. least: a bound of the temperature; None: it is read, which waits for a GPU."""
+    if isinstance(temperature, Tensor):
+        return 1 / (float(temperature.detach()) if least is None else least)
+    return 1 / temperature

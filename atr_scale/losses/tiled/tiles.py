@@ -6,22 +6,44 @@ Shape suffixes: B texts of the global batch, b audios of this rank, m rows and n
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from atr_scale import score_block
+from atr_scale.batch import on_device
 from atr_scale.losses.targets import Pairs
+from atr_scale.memory import free_device_memory
 from atr_scale.score_block import ScoreBlock, slices
 
-# Rows of a tile. On a CPU a tile fits in the cache of a core and its matrix products still run at full speed. A GPU
-# gets few and large kernels instead.
-TILE_ROWS = {"cpu": 512, "cuda": 2**14}
-# Bytes of the gradients and of the tiles kept from the forward pass to the backward pass, together. Every kept tile
-# saves a matrix product. The size is fixed so that memory grows with the batch and not with its square: the gradients
-# alone take this much at 37,000 pairs of width 512.
+# Rows of a tile on a CPU, where it fits in the cache of a core and its matrix products still run at full speed.
+TILE_ROWS = 512
+# Bytes of the gradients and of the tiles kept from the forward pass to the backward pass, together, on a CPU. A kept
+# tile saves a matrix product. The size is fixed so that memory grows with the batch and not with its square: the
+# gradients alone take this much at 37,000 pairs of width 512.
 LOSS_BYTES = 144 * 2**20
+# Part of a GPU's memory that is free at the first loss, which a loss may use: half for what it keeps, as on a CPU, and
+# the rest for TILES_AT_ONCE buffers of a tile's size.
+FREE_SHARE = 1 / 8
+TILES_AT_ONCE = 8
+MOST_ELEMENTS = 2**30  # of a tile: a BLAS counts in 32 bits
+
+
+@cache
+def loss_bytes(device: torch.device) -> int:
+    """Bytes that a loss may keep from its forward pass to its backward pass: see LOSS_BYTES and FREE_SHARE.
+
+    On a GPU a power of two, so that tiles, and with them the last bits of a loss, do not follow small changes in free
+    memory.
+    """
+    if device.type == "cpu":
+        return LOSS_BYTES
+    return 1 << int(math.log2(free_device_memory(device) * FREE_SHARE / 2))
 
 
 @dataclass(frozen=True)
@@ -56,14 +78,24 @@ class Stripe:
 
 
 def stripes_of(block: ScoreBlock, times_smaller: int = 1) -> list[Stripe]:
-    """All of a block, in tiles of TILE_ROWS / times_smaller rows."""
-    kind = block.device.type
-    tile_rows = max(1, TILE_ROWS[kind if kind in TILE_ROWS else "cuda"] // times_smaller)
+    """All of a block in tiles.
+
+    On a CPU they have TILE_ROWS / times_smaller rows and STRIPE_COLUMNS columns, on a GPU as many as memory allows.
+    """
+    rows, columns = _tile_shape(block, times_smaller)
     number = itertools.count()
     return [
-        Stripe(columns, tuple(Tile(next(number), rows, columns) for rows in slices(0, block.shape[0], tile_rows)))
-        for columns in block.stripes()
+        Stripe(part, tuple(Tile(next(number), each, part) for each in slices(0, block.shape[0], rows)))
+        for part in slices(0, block.shape[1], columns)
     ]
+
+
+def _tile_shape(block: ScoreBlock, times_smaller: int) -> tuple[int, int]:
+    if block.device.type == "cpu":
+        return max(1, TILE_ROWS // times_smaller), score_block.STRIPE_COLUMNS
+    elements = min(loss_bytes(block.device) // (TILES_AT_ONCE * block.dtype.itemsize), MOST_ELEMENTS)
+    rows = min(block.shape[0], elements)
+    return rows, max(1, min(block.shape[1], elements // rows))
 
 
 def tiles_of(stripes: Sequence[Stripe]) -> list[Tile]:
@@ -72,21 +104,26 @@ def tiles_of(stripes: Sequence[Stripe]) -> list[Tile]:
 
 
 class PairsByTile:
-    """Pairs of a block, sorted by the tile that they lie in.
+    """Pairs of a block, sorted by the tile that they lie in, on the block's device.
 
     rows, columns: [P] indices in the block.
     """
 
-    def __init__(self, pairs: Pairs, tiles: Sequence[Tile]) -> None:
+    def __init__(self, pairs: Pairs, tiles: Sequence[Tile], device: torch.device) -> None:
         row_starts, column_starts = (
-            torch.tensor(sorted(set(starts)), device=pairs.rows.device)
+            np.unique(np.array(starts, np.int64))
             for starts in ([t.rows.start for t in tiles], [t.columns.start for t in tiles])
         )
-        stripe = torch.bucketize(pairs.columns, column_starts, right=True) - 1
-        number = stripe * len(row_starts) + torch.bucketize(pairs.rows, row_starts, right=True) - 1
-        order = torch.argsort(number, stable=True)
-        self.rows, self.columns = pairs.rows[order], pairs.columns[order]
-        self._ends = [0, *torch.bincount(number, minlength=len(tiles)).cumsum(0).tolist()]
+        part, stripe = (
+            np.searchsorted(starts, index, side="right") - 1
+            for starts, index in ((row_starts, pairs.rows), (column_starts, pairs.columns))
+        )
+        number = stripe * len(row_starts) + part
+        places = np.stack(
+            [pairs.rows, pairs.columns, pairs.rows - row_starts[part], pairs.columns - column_starts[stripe]]
+        )
+        self.rows, self.columns, *self._within = on_device(places[:, np.argsort(number, kind="stable")], device)
+        self._ends = [0, *np.bincount(number, minlength=len(tiles)).cumsum().tolist()]
 
     def of(self, tile: Tile) -> slice:
         """The tile's part of the P pairs."""
@@ -94,8 +131,8 @@ class PairsByTile:
 
     def within(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """(rows, columns) of the tile's pairs, counted from the tile's first row and column."""
-        own = self.of(tile)
-        return self.rows[own] - tile.rows.start, self.columns[own] - tile.columns.start
+        rows, columns = self._within
+        return rows[self.of(tile)], columns[self.of(tile)]
 
 
 class Workspace:
@@ -127,24 +164,29 @@ class Workspace:
 
 
 class KeptTiles:
-    """Exponentials of as many tiles as fit, together with the gradients, in `budget` bytes."""
+    """What is kept of tiles for the backward pass, together with the gradients, in `budget` bytes.
 
-    def __init__(self, block: ScoreBlock, budget: int) -> None:
+    Logits of as many tiles as fit, each of which saves a matrix product; and exponentials of as many as fit beside the
+    logits of all tiles. matrices: number of logits of a pair.
+    """
+
+    def __init__(self, block: ScoreBlock, budget: int, matrices: int) -> None:
         self._like = torch.empty(0, dtype=block.dtype, device=block.device)
         gradients = sum(tensor.numel() for tensor in block.tensors) * self._like.element_size()
-        self._left = budget - gradients
-        self._kept: dict[int, tuple[Tensor, ...]] = {}
+        logits = matrices * math.prod(block.shape) * self._like.element_size()
+        self._left = {"logits": budget - gradients, "exponentials": budget - gradients - logits}
+        self._kept: dict[tuple[str, int], tuple[Tensor, ...]] = {}
 
-    def reserve(self, tile: Tile, count: int) -> tuple[Tensor, ...]:
+    def reserve(self, content: str, tile: Tile, count: int) -> tuple[Tensor, ...]:
         """`count` new tensors [m, n] that are kept for the tile; an empty tuple if they do not fit."""
         m, n = tile.shape
         size = count * m * n * self._like.element_size()
-        if size > self._left:
+        if size > self._left[content]:
             return ()
-        self._left -= size
-        self._kept[tile.number] = tuple(self._like.new_empty(m, n) for _ in range(count))
-        return self._kept[tile.number]
+        self._left[content] -= size
+        self._kept[content, tile.number] = tuple(self._like.new_empty(m, n) for _ in range(count))
+        return self._kept[content, tile.number]
 
-    def pop(self, tile: Tile) -> tuple[Tensor, ...]:
+    def pop(self, content: str, tile: Tile) -> tuple[Tensor, ...]:
         """The tile's tensors, or an empty tuple. They are given up, so that the backward pass frees memory."""
-        return self._kept.pop(tile.number, ())
+        return self._kept.pop((content, tile.number), ())
