@@ -133,7 +133,7 @@ def report(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def test_rates_of_a_card_replace_assumed_ones(costs: Costs, tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"part": "ceilings", "name": "gemm bf16", "tflops": 700.0},
         {"part": "ceilings", "name": "copy", "gb_per_s": 2500.0},
         {"part": "ceilings", "name": "launch", "ms": 0.004},
