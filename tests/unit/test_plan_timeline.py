@@ -59,6 +59,8 @@ def test_a_pass_that_waits_for_its_buckets_computes_later() -> None:
     ready, gradients = np.array([1.0, 2.0, 3.0, 10.0]), np.array([1.0, 2.0, 3.0, 3.0])
     assert reduction_tail(ready, gradients, 3, 9.0) == 0.0
     assert reduction_tail(ready, gradients, 3, 9.0, in_flight=1) == pytest.approx(4.0)
+    late = np.array([1.0, 2.0, 3.0, 4.0])  # a fourth bucket at 10 + 4 s
+    assert reduction_tail(ready, late, 4, 12.0, in_flight=1) == pytest.approx(7.0)
 
 
 def test_what_waits_and_what_does_not() -> None:
