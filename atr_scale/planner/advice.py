@@ -71,7 +71,7 @@ def _choices(now: _Choice, planned: StepEstimate) -> Iterator[_Choice]:
         workers = math.ceil(now.cluster.workers * step.seconds["loader"] / rest)
         yield replace(now, setting=f"data.workers={workers}", cluster=replace(now.cluster, workers=workers))
     for key, value in OTHERS:
-        if getattr(train, key, value) == value or (key == "gradient_dtype" and train.zero_stage == 3):
+        if getattr(train, key) == value or (key == "gradient_dtype" and train.zero_stage == 3):
             continue
         costs = with_train(now.costs, **{key: value})
         most = fitting_micro_batch(costs, now.cluster, split.global_batch)

@@ -78,7 +78,8 @@ def _gpu(
 ) -> GPU:
     """A GPU from the units of data sheets: GiB, TFLOP/s, GB/s and Gbit/s."""
     peaks = (low * 1e12, tf32 * 1e12, full * 1e12)
-    rates = Rates(*(COMPUTE_SHARE * peak for peak in peaks), MEMORY_SHARE * bandwidth * 1e9)
+    low, tf32, full = (COMPUTE_SHARE * peak for peak in peaks)
+    rates = Rates(low, tf32, full, MEMORY_SHARE * bandwidth * 1e9)
     return GPU(name, gib * 2**30, *peaks, bandwidth * 1e9, link * 1e9, network / 8 * 1e9, price, rates)
 
 

@@ -93,7 +93,7 @@ def _by_bound(table: OpTable, rates: Rates, tf32: bool) -> NDArray[np.float64]:
 def _heads(costs: Costs, rates: Rates, split: BatchSplit) -> NDArray[np.float64]:
     """Seconds of scorer and loss by bound, forward and backward."""
     texts, audios = split.global_batch, split.local_batch
-    heads, kind = costs.heads(texts), getattr(costs.config.train, "head_products", "ieee")
+    heads, kind = costs.heads(texts), costs.config.train.head_products
     products = {"ieee": rates.full, "tf32": rates.tf32, "bf16x3": rates.low / 3}[kind]
     tiles = -(-texts * audios // costs.pairs_at_once(texts, audios))
     flops, nbytes = (heads.at(name, texts, audios) for name in ("flops", "nbytes"))

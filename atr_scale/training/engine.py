@@ -117,6 +117,7 @@ class Engine:
         found_inf = agreed[1:].any().float()
         self._mask(norm, found_inf)
         self.deepspeed.step()
+        self._passes.owned = []  # frees the gradients
         norm = norm / self.scale.value
         return StepResult(values, norm, self.scale.update(found_inf), agreed)
 
