@@ -54,6 +54,9 @@ def load() -> None:
     # DeepSpeed reads these when it is imported and when it starts.
     os.environ.update(DS_ACCELERATOR="cuda", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     guard.load()
+    from tools.gpu_counts import fake_cuda
+
+    fake_cuda.check()
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
