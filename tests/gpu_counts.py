@@ -25,7 +25,7 @@ def main(cases: str, file: Path) -> None:
         return
     found = command.run(command.parse(["--cases", cases]))
     if cases == "small":
-        found |= {"operations": operations(), "injected": injected(), "bad": bad_configuration()}
+        found |= {"operations": operations(), "injected": injected(), "bad": bad_configuration(), "unfit": unfit()}
     file.write_text(json.dumps(found))
 
 
@@ -123,6 +123,20 @@ def bad_configuration() -> str:
         command.run(command.parse(["configs/none.yaml"]))
     except SystemExit as end:
         return str(end.code)
+    return ""
+
+
+def unfit() -> str:
+    """What is said of a torch in which the tensors do not run."""
+    from unittest import mock
+
+    from tools.gpu_counts import fake_cuda
+
+    with mock.patch.object(fake_cuda, "counted", side_effect=NotImplementedError("no kernel\nfor CUDA")):
+        try:
+            fake_cuda.check()
+        except guard.Unavailable as reason:
+            return str(reason)
     return ""
 
 

@@ -158,6 +158,10 @@ def test_a_missing_configuration_is_one_line(small: dict[str, Any]) -> None:
     assert small["bad"].startswith("error: ") and "configs/none.yaml" in small["bad"] and "\n" not in small["bad"]
 
 
+def test_a_torch_in_which_the_tensors_do_not_run_is_a_reason(small: dict[str, Any]) -> None:
+    assert small["unfit"] == f"torch {torch.__version__} does not run CUDA tensors without values: no kernel"
+
+
 def test_budgets_have_headroom_in_volume_only() -> None:
     budget = {"launches": 100, "bytes": 1000, "host_syncs": 2, "deepspeed_syncs": 0, "blocking_copies": 0}
     budget |= {"device_mismatches": 0}

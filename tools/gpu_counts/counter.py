@@ -47,7 +47,6 @@ ALLOCATIONS = {
     aten.new_empty_strided,
     aten.detach,
     aten.lift_fresh,
-    aten.record_stream,
 }
 
 

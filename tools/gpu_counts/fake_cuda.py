@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tools.gpu_counts.counter import CUDA, FLOAT, Counts
+from tools.gpu_counts.guard import Unavailable
 
 MEMORY = 80 * 2**30  # bytes of the device
 
@@ -42,6 +43,17 @@ def counted(ranks: int) -> Iterator[tuple[Counts, FakeTensorMode]]:
         # torch's choice between kernels needs a device. A function mode would not see what backward computes again.
         library.impl("scaled_dot_product_attention", _attention, "AutogradCUDA")
         yield counts, mode
+
+
+def check() -> None:
+    """Raises guard.Unavailable if forward and backward pass do not run in this version of torch."""
+    try:
+        with counted(1):
+            x = torch.empty(4, 4, device=CUDA, requires_grad=True)
+            (x @ x).sum().backward()
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Unavailable(f"torch {torch.__version__} does not run CUDA tensors without values: {reason}") from error
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from tools.gpu_counts.budgets import WAITS
 from tools.gpu_counts.counter import Counts
 
 MISMATCH = "CPU tensor in"
@@ -16,7 +17,7 @@ def as_json(counts: Counts) -> dict[str, Any]:
     seen = {*counts.phases, *(phase for phase, _, _ in counts.places)}
     names = [*(name for name in PHASES if name in seen), *sorted(seen.difference(PHASES))]
     phases = {name: {**_volume(counts, name), **_waits(counts, name)} for name in names}
-    total = {key: sum(phase[key] for phase in phases.values()) for key in _WAITS}
+    total = {key: sum(phase[key] for phase in phases.values()) for key in WAITS}
     flops: Counter[str] = Counter()
     for phase in counts.phases.values():
         flops.update(phase.flops)
@@ -30,21 +31,8 @@ def as_json(counts: Counts) -> dict[str, Any]:
             {"phase": phase, "kind": kind, "place": place, "times": times}
             for (phase, kind, place), times in sorted(counts.places.items())
         ],
-        "collectives": [
-            {
-                "phase": phase,
-                "name": each.name,
-                "dtype": str(each.dtype).removeprefix("torch."),
-                "bytes": each.nbytes,
-                "device": device,
-                "times": times,
-            }
-            for (phase, each, device), times in counts.collectives.items()
-        ],
+        "collectives": _collectives(counts),
     }
-
-
-_WAITS = ("host_syncs", "deepspeed_syncs", "blocking_copies", "device_mismatches")
 
 
 def _volume(counts: Counts, name: str) -> dict[str, Any]:
@@ -53,7 +41,7 @@ def _volume(counts: Counts, name: str) -> dict[str, Any]:
 
 
 def _waits(counts: Counts, name: str) -> dict[str, int]:
-    found = dict.fromkeys(_WAITS, 0)
+    found = dict.fromkeys(WAITS, 0)
     for (phase, kind, place), times in counts.places.items():
         if phase != name:
             continue
@@ -63,6 +51,20 @@ def _waits(counts: Counts, name: str) -> dict[str, int]:
         found["deepspeed_syncs" if place.startswith("deepspeed/") else "host_syncs"] += times
         found["blocking_copies"] += times * ("copy" in kind)
     return found
+
+
+def _collectives(counts: Counts) -> list[dict[str, Any]]:
+    """By phase, kind, dtype and device: the number of calls, and the bytes that this rank gives to all of them."""
+    times: Counter[tuple[str, str, str, str]] = Counter()
+    nbytes: Counter[tuple[str, str, str, str]] = Counter()
+    for (phase, each, device), calls in counts.collectives.items():
+        kind = phase, each.name, str(each.dtype).removeprefix("torch."), device
+        times[kind] += calls
+        nbytes[kind] += calls * each.nbytes
+    return [
+        {"phase": phase, "name": name, "dtype": dtype, "device": device, "times": calls, "bytes": total}
+        for ((phase, name, dtype, device), calls), total in zip(times.items(), nbytes.values(), strict=True)
+    ]
 
 
 def table(name: str, found: dict[str, Any]) -> str:
