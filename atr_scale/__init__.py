@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from atr_scale.inference import TrainedModel
+    from atr_scale.precision import Products
 
 __all__ = ["__version__", "load"]
 
@@ -26,7 +27,10 @@ if not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/kfd", "
 
 
 def load(
-    run_or_checkpoint: str | Path, device: str | torch.device | None = None, plugins: Sequence[str] | None = None
+    run_or_checkpoint: str | Path,
+    device: str | torch.device | None = None,
+    plugins: Sequence[str] | None = None,
+    precision: Products | None = None,
 ) -> TrainedModel:
     """Load a trained model that embeds and scores texts and audio.
 
@@ -34,9 +38,10 @@ def load(
     device: default a GPU if there is one, else the CPU.
     plugins: names of the modules outside this package that define parts of the model. A checkpoint names them, but they
     are imported only if they are given here.
+    precision: of the encoders: fp32, tf32 (on a GPU), bf16 or fp16; default that of the run, as in its validation.
     Raises UserError (a ValueError) with one line if there is no checkpoint, if it is damaged, or if a plug-in is
     missing.
     """
     from atr_scale.inference import load_trained  # importing torch takes seconds: only when a model is loaded
 
-    return load_trained(run_or_checkpoint, device, plugins or ())
+    return load_trained(run_or_checkpoint, device, plugins or (), precision)

@@ -28,18 +28,25 @@ def caption_id(caption: str) -> int:
     return stable_id(" ".join(unicodedata.normalize("NFC", caption).casefold().split()))
 
 
-def on_device(values: ArrayLike, device: torch.device) -> Tensor:
+def on_device(values: ArrayLike | Tensor, device: torch.device) -> Tensor:
     """Numbers that the host knows as a tensor on `device`.
 
     A GPU copies them from pinned memory when its turn comes, so the host does not wait for it.
     """
-    on_host = torch.tensor(values)
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values)
     if device.type == "cuda" and torch.cuda.is_available():
-        on_host = on_host.pin_memory()
-    return on_host.to(device, non_blocking=True)
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 FULL_SCALE = 1 / 32768  # of 16-bit samples, a power of two: scaling by it is exact
+
+
+def to_float(waveform: Tensor) -> Tensor:
+    """Samples as float32; those of int16 are divided by 32768."""
+    if waveform.dtype == torch.int16:
+        return torch.mul(waveform, FULL_SCALE, out=torch.empty_like(waveform, dtype=torch.float32))
+    return waveform.float()
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,8 @@ class Batch:
     """The local batch: the rows of a global batch that belong to one rank.
 
     waveform:       [b, samples] float32 at the sample rate of the audio encoder, with zeros after the end of each clip.
-                    Until `to` moves it to a device it is int16 if all clips are stored in 16 bits, to halve the bytes
-                    that are read and moved.
+                    It is int16 if all clips are stored in 16 bits, to halve the bytes that are read, moved and kept;
+                    `to_float` makes it float32.
     lengths:        [b] int64, number of samples of each clip.
     input_ids, attention_mask: [b, L] int64.
     clip_ids, caption_ids: [b] int64 of the clip and of the cleaned text of the caption, equal over processes and runs.
@@ -77,7 +84,7 @@ class Batch:
         return torch.stack([self.clip_ids, self.caption_ids], 1)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`, with the waveform as float32.
+        """The batch on `device`.
 
         Lengths and ids stay on the host, which cuts waveforms and finds positives by them and would otherwise wait for
         the device.
@@ -85,8 +92,6 @@ class Batch:
         waveform, input_ids, attention_mask = (
             x.to(device, non_blocking=True) for x in (self.waveform, self.input_ids, self.attention_mask)
         )
-        if waveform.dtype == torch.int16:
-            waveform = torch.mul(waveform, FULL_SCALE, out=torch.empty_like(waveform, dtype=torch.float32))
         return replace(self, waveform=waveform, input_ids=input_ids, attention_mask=attention_mask)
 
     def take(self, rows: Tensor) -> Batch:
@@ -97,6 +102,10 @@ class Batch:
             return torch.index_select(x, 0, rows, out=out)
 
         return replace(self._map(chosen), keys=[self.keys[row] for row in rows.tolist()] if self.keys else [])
+
+    def between(self, first: int, last: int) -> Batch:
+        """Views of the rows `first` up to, not including, `last`."""
+        return replace(self._map(lambda x: x[first:last]), keys=self.keys[first:last])
 
     def pin_memory(self) -> Batch:
         return self._map(lambda x: x.pin_memory())

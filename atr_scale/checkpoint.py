@@ -35,6 +35,7 @@ from atr_scale.encoders.text_encoders import build_text_encoder, load_text_encod
 from atr_scale.errors import UserError
 from atr_scale.files import sha256_of, sync
 from atr_scale.model import Retriever
+from atr_scale.precision import Precision, Products
 from atr_scale.scorers.tap import with_zero_biases
 
 logger = logging.getLogger(__name__)
@@ -113,15 +114,24 @@ def _text_encoder_of_version_0_1(folder: Path, name: str, settings: dict[str, An
         ) from None
 
 
-def load_retriever(location: str | Path, plugins: Sequence[str] = ()) -> tuple[Retriever, RunConfig, Path]:
+def load_retriever(
+    location: str | Path, plugins: Sequence[str] = (), precision: Products | None = None
+) -> tuple[Retriever, RunConfig, Path]:
     """Load a trained model. Returns it with its configuration and the folder of its checkpoint.
 
-    plugins: as for `read_config`. Raises UserError if the model cannot be loaded.
+    plugins: as for `read_config`. precision: of its encoders, default that of its run. Raises UserError if the model
+    cannot be loaded.
     """
     folder = find_checkpoint(location)
     check_checksums(folder)
     config = read_config(folder, plugins)
-    return build_retriever(config, folder, head_products=config.train.head_products), config, folder
+    chosen = Precision(config.train.precision, config.train.tf32).instead(precision)
+    options: dict[str, Any] = {
+        "precision": chosen.autocast,
+        "tf32": chosen.tf32,
+        "head_products": config.train.head_products,
+    }
+    return build_retriever(config, folder, **options), config, folder
 
 
 def read_config(folder: Path, plugins: Sequence[str] = ()) -> RunConfig:

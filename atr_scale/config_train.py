@@ -101,6 +101,9 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "bf16", description="dtype of autocast; parameters, scores and losses stay fp32; fp16 scales the loss"
     )
+    tf32: bool = Field(
+        True, description="matmuls and convolutions of encoders that are fp32 under autocast use TF32 on a GPU"
+    )
     head_products: HeadProducts = Field(
         "ieee",
         description="matrix products of scorers and losses on a GPU: fp32; TF32, with gradients 3e-4 to 2e-3 off; "

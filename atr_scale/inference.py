@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import soxr
@@ -29,6 +29,7 @@ from atr_scale.evaluation.embed import as_read, load_ahead
 from atr_scale.evaluation.parallel import Parallel
 from atr_scale.evaluation.score import score
 from atr_scale.model import Retriever
+from atr_scale.precision import Products, encoder_products
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,15 @@ MAX_PEAK = 10.0  # larger samples are integers stored as floats, or not audio
 
 
 def load_trained(
-    run_or_checkpoint: str | Path, device: str | torch.device | None = None, plugins: Sequence[str] = ()
+    run_or_checkpoint: str | Path,
+    device: str | torch.device | None = None,
+    plugins: Sequence[str] = (),
+    precision: Products | None = None,
 ) -> TrainedModel:
     """See `atr_scale.load`."""
-    module, config, _ = load_retriever(run_or_checkpoint, plugins)
+    if precision not in (None, *get_args(Products)):
+        raise UserError(f"precision = {precision!r}: give one of {', '.join(get_args(Products))}")
+    module, config, _ = load_retriever(run_or_checkpoint, plugins, precision)
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         module.to(chosen)
@@ -129,7 +135,8 @@ class TrainedModel:
         parts = []
         for group in self._groups(texts, batch_size, "embedding texts"):
             ids, mask = self.tokenizer(group)
-            encoded = self.module.encode_text(ids.to(self.device), mask.to(self.device))
+            with encoder_products(self.module.tf32):
+                encoded = self.module.encode_text(ids.to(self.device), mask.to(self.device))
             parts.append(as_read(self.module.scorer, encoded, "text"))
         return TokenSequence.cat(parts)
 
@@ -150,7 +157,8 @@ class TrainedModel:
         done = 0
         for waveforms in load_ahead(read, groups):
             waveform, lengths = pad(waveforms)
-            encoded = self.module.encode_audio(waveform.to(self.device), lengths)
+            with encoder_products(self.module.tf32):
+                encoded = self.module.encode_audio(waveform.to(self.device), lengths)
             parts.append(as_read(self.module.scorer, encoded, "audio"))
             finite = parts[-1].pooled.isfinite().all(1).tolist()
             if not all(finite):  # a file of floats may hold any numbers

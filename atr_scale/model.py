@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -23,13 +23,12 @@ from atr_scale.errors import UserError
 from atr_scale.losses import LossInputs, build_objective
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.temperature import Temperature
+from atr_scale.precision import Autocast, autocast
 from atr_scale.products import HeadProducts
 from atr_scale.score_block import ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
 from atr_scale.scorers.pooling import mean as mean_over_tokens
-from atr_scale.scorers.scorer import gather_sequence
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from atr_scale.scorers.scorer import Scorer, gather_sequence
 
 
 class Encoded(NamedTuple):
@@ -85,21 +84,23 @@ class Retriever(nn.Module):
         model: ModelSection,
         objective: ObjectiveSection,
         *,
-        precision: str = "fp32",
+        precision: Autocast = "fp32",
+        tf32: bool = False,
         head_products: HeadProducts = "ieee",
         equal_rounds: Callable[[int], int] | None = None,
         text_encoder: TextEncoder | None = None,
     ) -> None:
         """model, objective: sections of a configuration.
 
-        precision: autocast type of the encoders, fp32, bf16 or fp16; parameters stay fp32.
+        precision, tf32: of the encoders (`Precision`): their autocast, set here, and their fp32 products on a GPU,
+        which `encoder_products` sets. Parameters stay fp32.
         head_products: precision of the matrix products of scorer and losses, see `atr_scale.products`.
         equal_rounds: see `encode_in_buckets`.
         text_encoder: used instead of the text encoder that `model` names, which then is not loaded.
         Raises UserError if an encoder or scorer cannot be built, or if the widths of the encoders do not fit.
         """
         super().__init__()
-        self.precision = precision
+        self.precision, self.tf32 = precision, tf32
         self.audio_encoder = build_audio_encoder(**model.audio.model_dump(), equal_rounds=equal_rounds)
         self.text_encoder = text_encoder or build_text_encoder(
             model.text.name, **model.text.model_dump(exclude={"name"})
@@ -124,16 +125,22 @@ class Retriever(nn.Module):
         """Sample rate of the waveforms that the audio encoder takes, in Hz."""
         return self.audio_encoder.sample_rate
 
+    @property
+    def encoders_learn(self) -> bool:
+        """Whether an encoder or a projection has a parameter that is trained."""
+        parts = (self.audio_encoder, self.text_encoder, self.audio_projection, self.text_projection)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
     def encode_audio(self, waveform: Tensor, lengths: Tensor, augment_seed: int = 0) -> TokenSequence:
-        """Waveforms float32 [b, samples] with lengths int64 [b] -> sequence with tokens [b, T, D]."""
-        with self._autocast(waveform):
+        """Waveforms float32 or int16 [b, samples] with lengths int64 [b] -> sequence with tokens [b, T, D]."""
+        with autocast(waveform.device, self.precision):
             encoded: TokenSequence = self.audio_encoder(waveform, lengths, augment_seed)
             projected: TokenSequence = self.audio_projection(encoded, self.reads_audio_tokens)
         return projected
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TokenSequence:
         """input_ids and attention_mask, both int64 [b, L] -> sequence with tokens [b, L, D]."""
-        with self._autocast(input_ids):
+        with autocast(input_ids.device, self.precision):
             encoded: TokenSequence = self.text_encoder(input_ids, attention_mask)
             projected: TokenSequence = self.text_projection(encoded, self.reads_text_tokens)
         return projected
@@ -158,21 +165,56 @@ class Retriever(nn.Module):
         """
         if encode_only:
             return self.encode(batch, context)
-        encoded = encoded or self.encode(batch, context)
-        inputs = self.loss_inputs(batch, Encoded(*map(cut, encoded)) if cut else encoded, context)
+        if encoded is not None:
+            inputs = self.loss_inputs(batch, encoded, context)
+        else:
+            cut = cut or (lambda sequence: sequence)
+            text = cut(self._own_text(batch))
+            block = self._start_block(text)  # the texts of other ranks arrive while the clips are encoded
+            audio = cut(self._own_audio(batch, context))
+            inputs = self.loss_inputs(batch, Encoded(text, audio), context, block(audio))
         return {**self.objective(inputs), "temperature": inputs.temperature.detach().squeeze()}
 
     def encode(self, batch: Batch, context: StepContext = NO_CONTEXT) -> Encoded:
-        """Encode the captions and the clips of a batch."""
-        text = self.encode_text(batch.input_ids, batch.attention_mask)
-        audio = self.encode_audio(batch.waveform, batch.lengths, context.augment_seed)
-        return Encoded(
-            text if self.reads_text_tokens else _pooled_only(text),
-            audio if self.reads_audio_tokens else _pooled_only(audio),
-        )
+        """Encode the captions and the clips of a batch.
 
-    def loss_inputs(self, batch: Batch, encoded: Encoded, context: StepContext = NO_CONTEXT) -> LossInputs:
-        """Inputs of the objective. encoded: the encoded rows of `batch`."""
+        The encoder with more weights to learn is the later one: a backward pass takes it first, and its gradients can
+        cross the network while the other one's are computed.
+        """
+        if self.text_learns_more:
+            audio = self._own_audio(batch, context)
+            return Encoded(self._own_text(batch), audio)
+        return Encoded(self._own_text(batch), self._own_audio(batch, context))
+
+    @cached_property
+    def text_learns_more(self) -> bool:
+        """Whether more values are trained in the text encoder than in the audio encoder."""
+        text, audio = (
+            count_parameters(parameter for parameter in encoder.parameters() if parameter.requires_grad)
+            for encoder in (self.text_encoder, self.audio_encoder)
+        )
+        return text > audio
+
+    def _own_text(self, batch: Batch) -> TokenSequence:
+        text = self.encode_text(batch.input_ids, batch.attention_mask)
+        return text if self.reads_text_tokens else _pooled_only(text)
+
+    def _own_audio(self, batch: Batch, context: StepContext) -> TokenSequence:
+        audio = self.encode_audio(batch.waveform, batch.lengths, context.augment_seed)
+        return audio if self.reads_audio_tokens else _pooled_only(audio)
+
+    def _start_block(self, text: TokenSequence) -> Callable[[TokenSequence], ScoreBlock]:
+        """Start to send what the scorer reads of this rank's texts. The function takes the audio, and waits."""
+        world, scorer = World.current(), self.scorer
+        if type(scorer).block is not Scorer.block:  # a scorer of a plugin may override that alone
+            return lambda audio: scorer.block(text, audio, world)
+        texts = scorer.start_gather(text, world)
+        return lambda audio: scorer.block_of(texts(), audio, world)
+
+    def loss_inputs(
+        self, batch: Batch, encoded: Encoded, context: StepContext = NO_CONTEXT, block: ScoreBlock | None = None
+    ) -> LossInputs:
+        """Inputs of the objective. encoded: the encoded rows of `batch`. block: their scores, if they are there."""
         world, (text, audio) = World.current(), encoded
 
         def teacher() -> SoftLabels[ScoreBlock]:
@@ -180,7 +222,7 @@ class Retriever(nn.Module):
             return context.teacher(batch, world)
 
         return LossInputs(
-            block=self.scorer.block(text, audio, world),
+            block=block or self.scorer.block(text, audio, world),
             temperature=self.temperature(),
             own_ids=batch.ids,
             text=lambda: _unit(whole(text, self.scorer.reads_text_tokens)),
@@ -202,11 +244,6 @@ class Retriever(nn.Module):
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
         return self
-
-    def _autocast(self, like: Tensor) -> torch.autocast:
-        """Autocast of the encoders. Scores, logits and losses are computed in fp32."""
-        dtype = AUTOCAST.get(self.precision)
-        return torch.autocast(like.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Named trainable parameters of "audio", "text" and "heads" (projections, scorer, temperature, loss)."""

@@ -106,13 +106,22 @@ def _factors(left: Tensor, right: Tensor, kind: HeadProducts) -> tuple[Tensor, T
     """Factors whose product, summed in the dtype of `left`, is left @ right at the precision `kind`."""
     if kind != "bf16x3" or left.dtype == torch.float64:
         return left, right
-    (a, b), (c, d) = _parts(left), _parts(right)
-    factors = torch.cat([a, a, b], -1), torch.cat([c, d, c], -2)
+    factors = _parts(left, -1, low=2), _parts(right, -2, low=1)
     # A CPU multiplies bf16 with bf16 results alone. Widened factors give the same products and the same fp32 sums.
     return factors if left.is_cuda else (factors[0].float(), factors[1].float())
 
 
-def _parts(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bf16 tensors whose sum has the first 16 bits of the mantissa of `value`."""
-    high = value.bfloat16()
-    return high, (value - high).bfloat16()
+def _parts(value: Tensor, dim: int, low: int) -> Tensor:
+    """`value` in two bf16 parts whose sum has 16 bits of its mantissa, three of them side by side along `dim`.
+
+    low: place of the lower part; the higher one is in the two others. One pass writes each place.
+    """
+    if value.stride(-1) != 1 and value.stride(-2) == 1:  # a transposed matrix stays one
+        return _parts(value.mT, -3 - dim, low).mT
+    places = [*value.shape[:dim], 3 * value.shape[dim], *value.shape[dim:][1:]]
+    wide = torch.empty(places, dtype=torch.bfloat16, device=value.device)
+    parts = wide.chunk(3, dim)
+    high = parts[0].copy_(value)
+    torch.sub(value, high, out=parts[low])
+    parts[3 - low].copy_(high)
+    return wide

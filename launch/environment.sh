@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository root, with this project and the package versions of launch/constraints.txt.
+# Makes .venv in the repository root, with this project and the package versions of launch/constraints.txt, and of
+# launch/cuda.txt where pip's index gives torch's CUDA build.
 #   launch/environment.sh        for training
 #   launch/environment.sh dev    for training and the tests
 # Later calls return at once, until pyproject.toml or the constraints change. pip's own settings apply, for example
@@ -29,7 +30,7 @@ exec 9<pyproject.toml
 flock 9 # two scripts started together install once
 
 stamp=.venv/installed
-wanted=$(cat pyproject.toml launch/constraints.txt | sha256sum | cut -c 1-64)
+wanted=$(cat pyproject.toml launch/constraints.txt launch/cuda.txt | sha256sum | cut -c 1-64)
 # An environment holds its own path: in a copied or moved repository it is made anew.
 if ! grep -qsF "$root/.venv" .venv/bin/activate; then
     python=$(find_python)
@@ -39,10 +40,10 @@ if ! grep -qsF "$root/.venv" .venv/bin/activate; then
     "$python" -m venv --clear .venv
 fi
 if ! grep -qsx "$wanted${extra:+ $extra}" "$stamp"; then
-    echo "installing the tested versions (launch/constraints.txt)"
+    echo "installing the tested versions (launch/constraints.txt, launch/cuda.txt)"
     rm -f "$stamp"
     .venv/bin/python -m pip install -qq --disable-pip-version-check \
-        -c launch/constraints.txt -e ".${extra:+[$extra]}"
+        -c launch/constraints.txt -c launch/cuda.txt -e ".${extra:+[$extra]}"
     # An environment with an extra also serves calls without it.
     printf '%s\n' "$wanted" ${extra:+"$wanted $extra"} >"$stamp"
 fi

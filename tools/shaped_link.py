@@ -36,6 +36,7 @@ class ShapedLink:
     def join(self) -> None:
         """Move this rank, and its default process group, to its end of the link. For the two ranks of `run_ranks`."""
         rank, size = dist.get_rank(), dist.get_world_size()
+        dist.barrier()  # the other rank may still be about to connect to the group that goes
         dist.destroy_process_group()
         libc = ctypes.CDLL(None, use_errno=True)
         with open(f"/run/netns/{self.names[rank]}") as namespace:

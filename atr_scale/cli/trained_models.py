@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from atr_scale.cli.common import Plugins, app
+
+EncoderPrecision = Annotated[
+    Literal["fp32", "tf32", "bf16", "fp16"] | None,
+    typer.Option("--precision", help="Precision of the encoders; by default that of the run, as in its validation."),
+]
 
 
 @app.command()
@@ -33,6 +38,7 @@ def evaluate(
     candidates: Annotated[
         str | None, typer.Option(help="Run folder of the dual encoder that finds the candidates of --rerank.")
     ] = None,
+    precision: EncoderPrecision = None,
     plugins: Plugins = None,
 ) -> None:
     """Measure retrieval of a trained model on a split.
@@ -63,6 +69,7 @@ def evaluate(
             relevance=relevance,
             rerank_top=rerank,
             candidates=candidates,
+            precision=precision,
             plugins=plugins or (),
             world=world,
             device=device,
@@ -96,6 +103,7 @@ def estimate_command(
     cross_fit: Annotated[
         bool, typer.Option("--cross-fit", help="Join runs that each left out one fold (data.folds) to one table.")
     ] = False,
+    precision: EncoderPrecision = None,
     plugins: Plugins = None,
 ) -> None:
     """Write teacher tables for a second stage of training.
@@ -127,6 +135,7 @@ def estimate_command(
             batch_size=batch_size,
             top_k=top_k,
             cross_fit=cross_fit,
+            precision=precision,
             plugins=plugins or (),
             world=world,
             device=device,

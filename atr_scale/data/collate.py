@@ -32,33 +32,40 @@ def collate(
     waveform: np.ndarray, clips: Sequence[DecodedClip], tokenizer: CaptionTokenizer, dropped: Counter[str]
 ) -> Batch:
     """Clips as one batch. Row k of `waveform` [b, width] begins with clip k; the rows are joined in place."""
-    longest = max(clip.length for clip in clips)
-    for row, clip in zip(waveform, clips, strict=True):
-        if clip.length < longest:
-            row[clip.length : longest] = 0
-    input_ids, attention_mask = tokenizer([clip.caption for clip in clips])
+    longest = close_rows(waveform, [clip.length for clip in clips])
+    input_ids, attention_mask = tokenizer([clip.caption for clip in clips]) if clips else 2 * (_ints([]).view(0, 0),)
     return Batch(
-        waveform=torch.from_numpy(_narrow(waveform, longest)),
-        lengths=torch.tensor([clip.length for clip in clips]),
+        waveform=torch.from_numpy(waveform.reshape(-1)[: len(clips) * longest].reshape(-1, longest)),
+        lengths=_ints([clip.length for clip in clips]),
         input_ids=input_ids,
         attention_mask=attention_mask,
-        clip_ids=torch.tensor([stable_id(clip.clip_id) for clip in clips]),
-        caption_ids=torch.tensor([caption_id(tokenizer.clean(clip.caption)) for clip in clips]),
-        caption_index=torch.tensor([clip.caption_index for clip in clips]),
-        stored_ids=torch.tensor([stable_id(clip.stored_caption) for clip in clips]),
+        clip_ids=_ints([stable_id(clip.clip_id) for clip in clips]),
+        caption_ids=_ints([caption_id(tokenizer.clean(clip.caption)) for clip in clips]),
+        caption_index=_ints([clip.caption_index for clip in clips]),
+        stored_ids=_ints([stable_id(clip.stored_caption) for clip in clips]),
         keys=[clip.place for clip in clips],
         dropped=dropped,
     )
 
 
-def _narrow(waveform: np.ndarray, width: int) -> np.ndarray:
-    """The first `width` columns, contiguous in the same memory."""
-    if width == waveform.shape[1]:
-        return waveform
-    narrow = waveform.reshape(-1)[: len(waveform) * width].reshape(-1, width)
-    for row in range(1, len(waveform)):  # in this order no row is overwritten before it has moved
-        narrow[row] = waveform[row, :width]
-    return narrow
+def close_rows(waveform: np.ndarray, lengths: Sequence[int]) -> int:
+    """Cut the rows of `waveform` [b, width] to the longest of `lengths`, in place; returns it.
+
+    They then lie one after the other at the beginning of the memory, with zeros after the end of each clip.
+    """
+    width, longest = waveform.shape[1], max(lengths, default=1)
+    for row, length in zip(waveform, lengths, strict=True):
+        if length < longest:
+            row[length:longest] = 0
+    if longest < width:
+        narrow = waveform.reshape(-1)[: len(waveform) * longest].reshape(-1, longest)
+        for number in range(1, len(waveform)):  # in this order no row is overwritten before it has moved
+            narrow[number] = waveform[number, :longest]
+    return longest
+
+
+def _ints(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def pad(waveforms: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:

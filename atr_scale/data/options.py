@@ -74,6 +74,11 @@ class DataSection(Section):
     workers: Annotated[int, Field(ge=0)] = Field(
         2, description="processes per rank that read batches ahead; 0 reads in the training process"
     )
+    buffer_gb: Positive | None = Field(
+        None,
+        description="gigabytes of shared memory (/dev/shm) that the buffers of a rank's workers may take; null: half "
+        "of what is free on the machine, divided by its ranks",
+    )
     max_drop_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="training stops if more than this fraction of its samples is unreadable"
     )

@@ -1,8 +1,8 @@
 """Reused shared memory for the waveforms of batches.
 
 The operating system provides fresh memory page by page and zeroed, which costs several times as much as reading and
-converting 16-bit samples. So a batch is decoded directly into a buffer, processes exchange the buffer's number instead
-of the samples, and the buffer is free again when the last tensor that uses it is gone.
+converting 16-bit samples. So a piece of a batch is decoded directly into a buffer, processes exchange the buffer's
+number instead of the samples, and the buffer is free again when the last tensor that uses it is gone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from atr_scale.batch import Batch
+from atr_scale.data.assembly import Piece
 from atr_scale.data.decode import from_int16
 
 CACHE_LINE = 64  # bytes
@@ -93,10 +94,11 @@ class WaveformRows:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A batch on its way between two processes.
+    """A piece of a batch on its way between two processes.
 
-    buffer: number of the buffer with its waveform (shape [b, samples]), or None if it is sent as `waveform` because no
-    buffer was free. arrays: the other tensors as NumPy arrays, as torch would send each small tensor in its own file.
+    places: rows of the local batch that it holds, ascending. buffer: number of the buffer with its waveform (shape
+    [places, samples]), or None if it is sent as `waveform` because no buffer was free. arrays: the other tensors as
+    NumPy arrays, as torch would send each small tensor in its own file.
     """
 
     buffer: int | None
@@ -106,19 +108,22 @@ class Parcel:
     arrays: dict[str, np.ndarray]
     keys: list[str]
     dropped: Counter[str]
+    places: list[int]
 
     @staticmethod
-    def pack(batch: Batch, buffer: int | None) -> Parcel:
-        """A parcel of `batch`, whose waveform lies in the buffer `buffer` (None: in none)."""
+    def pack(piece: Piece, buffer: int | None) -> Parcel:
+        """A parcel of `piece`, whose waveform lies in the buffer `buffer` (None: in none)."""
+        places, batch = piece
         tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("keys", "dropped")}
         waveform = tensors.pop("waveform")
         arrays = {name: value.numpy() for name, value in tensors.items()}
         dtype, alone = waveform.numpy().dtype, waveform if buffer is None else None
-        return Parcel(buffer, waveform.shape, dtype, alone, arrays, batch.keys, batch.dropped)
+        return Parcel(buffer, waveform.shape, dtype, alone, arrays, batch.keys, batch.dropped, places)
 
-    def open(self, buffers: SharedBuffers) -> Batch:
-        """The batch, in the process that reads."""
+    def open(self, buffers: SharedBuffers) -> Piece:
+        """The piece, in the process that reads."""
         waveform = self.waveform if self.buffer is None else buffers.tensor(self.buffer, self.shape, self.dtype)
         assert waveform is not None
         tensors = {name: torch.from_numpy(value) for name, value in self.arrays.items()}
-        return Batch(waveform=waveform, **tensors, keys=self.keys, dropped=self.dropped)
+        batch = Batch(waveform=waveform, **tensors, keys=self.keys, dropped=self.dropped)
+        return Piece(self.places, batch)

@@ -1,8 +1,8 @@
 """Shards to training batches.
 
-    sample order (which samples) -> open (headers and captions) -> decode each crop into its row -> fill holes -> Batch
+    sample order (which samples) -> open (headers and captions) -> decode each crop into its row -> assemble -> Batch
 
-Rank r takes rows [r b, (r + 1) b) of every global batch, and worker w of n takes every n-th batch of its rank. Every
+Rank r takes rows [r b, (r + 1) b) of every global batch, in pieces, and worker w of n takes every n-th piece. Every
 random choice depends only on the seed and the sample's position in the stream. So the ranks' rows are disjoint, their
 union is the global batch, all ranks make the same number of steps, and reading can start at any batch.
 """
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +24,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from atr_scale.batch import Batch
+from atr_scale.data.assembly import Piece, assemble
 from atr_scale.data.collate import DecodedClip, collate
 from atr_scale.data.corpora import CORPORA
 from atr_scale.data.decode import Crop, decode
 from atr_scale.data.folds import without_fold
+from atr_scale.data.loader_memory import LoaderMemory, loader_memory
 from atr_scale.data.options import DataSection
 from atr_scale.data.paraphrases.stored import FILE, Paraphrases, refuse_evaluation_split
 from atr_scale.data.sample import BadSample, RawSample
@@ -42,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 GROUP = 32  # samples of local shards that are opened at once, each with a file handle
 READ_THREADS = 8  # concurrent range reads of one worker if shards are remote
-PREFETCH = 4  # batches that a worker reads ahead
-HELD = 2  # batches in use at once: that of the training step and the next one; reading ahead adds a third
 
 
 class Visit(NamedTuple):
@@ -61,8 +61,8 @@ class Visit(NamedTuple):
     paraphrase: float
 
 
-class TrainingStream(IterableDataset[Parcel | UserError]):
-    """This rank's rows of the global batches `first` up to `last`, over any number of epochs.
+class TrainingStream(IterableDataset[Parcel]):
+    """This rank's rows of the global batches `first` up to `last`, over any number of epochs, in pieces.
 
     Iterated by `read_batches`, in worker processes or in this one. Raises UserError if shards are missing or empty.
     """
@@ -98,10 +98,10 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         self.paraphrase_rate = data.augmented_captions
         self.paraphrases = _read_paraphrases(self.sources) if data.augmented_captions else []
         self.crop_seconds, self.quantum = data.crop_seconds, max(1, round(data.crop_quantum * sample_rate))
-        local_batch_size = global_batch_size // world.size
-        self.rows = slice(world.rank * local_batch_size, (world.rank + 1) * local_batch_size)
-        self.width = max(1, round(data.crop_seconds * sample_rate))
-        self.buffers, self.keep_int16 = SharedBuffers(0, 0), False
+        self.local_batch_size = global_batch_size // world.size
+        self.rows = slice(world.rank * self.local_batch_size, (world.rank + 1) * self.local_batch_size)
+        self.width = crop_samples(data, sample_rate)
+        self.buffers, self.piece, self.keep_int16 = SharedBuffers(0, 0), self.local_batch_size, False
         self.first, self.last = 0, 0
 
     def between(self, first: int, last: int) -> TrainingStream:
@@ -109,46 +109,43 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         self.first, self.last = first, last
         return self
 
-    def __iter__(self) -> Iterator[Parcel | UserError]:
+    def __iter__(self) -> Iterator[Parcel]:
         worker = get_worker_info()
         start, step = (worker.id, worker.num_workers) if worker else (0, 1)
         remote = any("://" in shards.location for shards in self.sources)
         with ThreadPoolExecutor(READ_THREADS) as pool:
             fetch = partial(pool.map, self._read) if remote else partial(_in_groups, self._open)
-            for number in range(self.first + start, self.last, step):
-                visits = _visits(self.seed, self.order.batch(number)[self.rows])
+            for first, rows in self._pieces(start, step):
+                visits = _visits(self.seed, rows)
                 buffer = self.buffers.take(start)
-                try:
-                    batch = self._load(visits, fetch(visits), buffer.memory)
-                except UserError as error:  # sent as a value: raised in a worker it would arrive as a traceback
-                    yield error
-                    return
-                yield Parcel.pack(batch, buffer.number)
+                piece = self._load(first, visits, fetch(visits), buffer.memory)
+                yield Parcel.pack(piece, buffer.number)
 
-    def _load(self, visits: Sequence[Visit], samples: Iterable[RawSample | BadSample], memory: np.ndarray) -> Batch:
-        """The batch of the visited `samples`, with its waveform in `memory`. UserError if no sample is readable."""
+    def _pieces(self, start: int, step: int) -> Iterator[tuple[int, Rows]]:
+        """Every `step`-th piece from `start` on: the place of its first row in the local batch, and its samples."""
+        pieces = -(-self.local_batch_size // self.piece)
+        wanted = range(start, (self.last - self.first) * pieces, step)
+        for number, some in groupby(wanted, lambda piece: piece // pieces):
+            batch = self.order.batch(self.first + number)[self.rows]
+            for first in (piece % pieces * self.piece for piece in some):
+                yield first, batch[first : first + self.piece]
+
+    def _load(
+        self, first: int, visits: Sequence[Visit], samples: Iterable[RawSample | BadSample], memory: np.ndarray
+    ) -> Piece:
+        """The readable ones of the visited `samples`, with their waveforms in `memory`. first: place of the first."""
         waveforms = WaveformRows(memory, self.width, self.keep_int16)
-        clips: list[DecodedClip | None] = []
+        clips: list[DecodedClip] = []
+        places: list[int] = []
         dropped: Counter[str] = Counter()
-        for row, (visit, sample) in enumerate(zip(visits, samples, strict=True)):
+        for place, (visit, sample) in enumerate(zip(visits, samples, strict=True), first):
             try:
-                clips.append(self._decode(visit, sample, waveforms, row))
+                clips.append(self._decode(visit, sample, waveforms, len(clips)))
+                places.append(place)
             except BadSample as error:
                 dropped[error.reason] += 1
                 logger.debug("dropped %s: %s", self._place(visit), error)
-                clips.append(None)
-        good = [k for k, clip in enumerate(clips) if clip is not None]
-        if not good:
-            raise UserError(
-                f"all {len(clips)} samples of a batch are unreadable ({dict(dropped)}): "
-                "run `atr-scale shards check` on data.train"
-            )
-        # A hole is filled with a copy of a good row: the same clip again, so the two rows are positives of each other.
-        origin = [k if clip is not None else good[k % len(good)] for k, clip in enumerate(clips)]
-        for k, other in enumerate(origin):
-            if k != other:
-                waveforms.array[k] = waveforms.array[other]
-        return collate(waveforms.array, [clip for k in origin if (clip := clips[k])], self.tokenizer, dropped)
+        return Piece(places, collate(waveforms.array[: len(clips)], clips, self.tokenizer, dropped))
 
     def _read(self, visit: Visit) -> RawSample | BadSample:
         try:
@@ -198,6 +195,11 @@ class TrainingStream(IterableDataset[Parcel | UserError]):
         elif start:
             out[:length] = out[start : start + length]
         return length
+
+
+def crop_samples(data: DataSection, sample_rate: int) -> int:
+    """Samples of the longest training crop."""
+    return max(1, round(data.crop_seconds * sample_rate))
 
 
 def open_training_shards(data: DataSection, location: str) -> ShardSet:
@@ -267,50 +269,53 @@ def _check_exclusions(shards: ShardSet) -> None:
 
 
 def read_batches(
-    stream: TrainingStream, workers: int, *, keep_int16: bool = False, pin_memory: bool = False
+    stream: TrainingStream,
+    workers: int,
+    *,
+    keep_int16: bool = False,
+    pin_memory: bool = False,
+    memory: LoaderMemory | None = None,
 ) -> Iterator[Batch]:
     """The batches of `stream` in order, read ahead by `workers` processes (0: read on demand by this one).
 
     keep_int16: waveforms that are stored as 16-bit samples at the encoder's rate stay int16, for a GPU to convert.
     pin_memory: batches lie in page-locked memory, from which a GPU copies while it computes.
+    memory: how much of it the workers' buffers take, by default as much as they like.
     """
     context = None
     if workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # imported once, not by every worker
-    size = (stream.rows.stop - stream.rows.start) * stream.width
-    stream.keep_int16 = keep_int16
-    stream.buffers = buffers = SharedBuffers(size, PREFETCH + HELD + 1 if workers else HELD, workers)
+    size = stream.local_batch_size
+    memory = memory or loader_memory(stream.width, size, workers, pinned=pin_memory)
+    stream.keep_int16, stream.piece = keep_int16, memory.rows
+    stream.buffers = buffers = SharedBuffers(memory.rows * stream.width, memory.each, workers)
     loader = DataLoader(
         stream,
         batch_size=None,
         num_workers=workers,
         multiprocessing_context=context,
-        prefetch_factor=PREFETCH if workers else None,
+        prefetch_factor=memory.prefetch or None,
     )
-    batches = _opened(loader, buffers)
-    yield from _one_ahead(batches, pin_memory) if workers or pin_memory else batches
+
+    def assembled() -> Iterator[Batch]:
+        pieces = (parcel.open(buffers) for parcel in loader)
+        for _ in range(stream.first, stream.last):
+            yield assemble(islice(pieces, memory.pieces), size, stream.width, stream.tokenizer, pin=pin_memory)
+        next(pieces, None)  # at the end of its data the loader stops its workers
+
+    batches = assembled()
+    yield from _one_ahead(batches) if workers or pin_memory else batches
 
 
-def _opened(parcels: Iterable[Parcel | UserError], buffers: SharedBuffers) -> Iterator[Batch]:
-    for parcel in parcels:
-        if isinstance(parcel, UserError):
-            raise parcel
-        yield parcel.open(buffers)
-
-
-def _one_ahead(batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:
-    """The batches; a thread takes and pins the next one while a step runs."""
-
-    def take() -> Batch | None:
-        batch = next(batches, None)
-        return batch.pin_memory() if batch is not None and pin_memory else batch
-
-    prepare = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
+def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; a thread assembles the next one while a step runs."""
+    gpu = torch.cuda.is_available()
+    prepare = partial(torch.cuda.set_device, torch.cuda.current_device()) if gpu else None
     with ThreadPoolExecutor(1, initializer=prepare) as thread:
-        ahead = thread.submit(take)
+        ahead = thread.submit(next, batches, None)
         while (batch := ahead.result()) is not None:
-            ahead = thread.submit(take)
+            ahead = thread.submit(next, batches, None)
             yield batch
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -57,6 +58,13 @@ class CaptionTokenizer:
         cleaned = [self.clean(c) for c in captions]
         out = self._tokenizer(cleaned, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
         return out["input_ids"], out["attention_mask"]
+
+    @cached_property
+    def padding(self) -> int:
+        """The id that fills the rows of shorter captions; 0 if all captions are equally long."""
+        input_ids, attention_mask = self(["wind", "a dog barks at a passing train while it rains"])
+        ids: list[int] = input_ids[attention_mask == 0].tolist()
+        return ids[0] if ids else 0
 
 
 def caption_tokenizer(tokenizer: Callable[..., Any], captions: CaptionSection) -> CaptionTokenizer:

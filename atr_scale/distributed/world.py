@@ -11,7 +11,7 @@ beside it, so that no rank waits for its GPU and nothing is copied to one.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -47,6 +47,56 @@ class _Gather(torch.autograd.Function):
         return out, None, None
 
 
+class _Transfer:
+    """An asynchronous collective: its result, and what must live until it has been waited for."""
+
+    def __init__(self) -> None:
+        self.work: Any = None
+        self.tensors: tuple[Tensor, ...] = ()
+
+    def run(self, collective: Any, out: Tensor, given: Tensor, group: Any) -> None:
+        self.tensors = out, given
+        self.work = collective(out, given, group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        """The result. On CUDA this orders streams, and the host goes on."""
+        self.work.wait()
+        (out, _), self.tensors = self.tensors, ()
+        return out
+
+
+class _StartGather(torch.autograd.Function):
+    """The first half of `_Gather`: starts the gather, and in the backward pass waits for the sum of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, size: int, group: Any, there: _Transfer, back: _Transfer) -> Tensor:
+        ctx.back = back
+        out = local.new_empty((size * local.shape[0], *local.shape[1:]))
+        there.run(all_gather_single, out, local.contiguous(), group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.back.wait(), None, None, None, None
+
+
+class _FinishGather(torch.autograd.Function):
+    """The second half: waits for the gather, and in the backward pass starts to sum the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, size: int, group: Any, there: _Transfer, back: _Transfer) -> Tensor:
+        ctx.size, ctx.group, ctx.back = size, group, back
+        there.wait()
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (grad,) = grads
+        own = grad.new_empty((grad.shape[0] // ctx.size, *grad.shape[1:]))
+        ctx.back.run(reduce_scatter_single, own, grad.contiguous(), ctx.group)
+        return grad, None, None, None, None  # not read by the first half, which takes the sum
+
+
 @dataclass(frozen=True)
 class World:
     """This process in a group: its rank and the world size.
@@ -75,6 +125,17 @@ class World:
         """Rows [size * b, ...] of all ranks, in rank order; differentiable. local: [b, ...], with the same b on all."""
         return local if self.size == 1 else _Gather.apply(local, self.size, self.group)
 
+    def start_gather(self, local: Tensor) -> Callable[[], Tensor]:
+        """`gather` in two halves: it runs beside what is computed until the function is called, which is to be once.
+
+        In the backward pass gradients are summed beside what comes between the two places, in reverse.
+        """
+        if self.size == 1:
+            return lambda: local
+        halves = self.size, self.group, _Transfer(), _Transfer()
+        out = _StartGather.apply(local, *halves)
+        return lambda: _FinishGather.apply(out, *halves)
+
     def gather_ints(self, value: int) -> list[int]:
         """`value` of every rank, in rank order."""
         if self.size == 1:
@@ -101,6 +162,7 @@ class World:
             return [value]
         out: list[Any] = [None] * self.size
         dist.all_gather_object(out, value, group=self.host)
+        out[self.rank] = value  # not a copy of it
         return out
 
     def gather_each(self, values: Sequence[T]) -> Iterator[T]:

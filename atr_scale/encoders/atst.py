@@ -95,6 +95,7 @@ class ATSTFrame(AudioEncoder):
 
     sample_rate = SAMPLE_RATE
     native_seconds = 10.0
+    reads_int16 = True
     pooled_is_mean = True
     special_options = frozenset({"attention"})
     layouts = LAYOUTS

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from atr_scale.batch import TokenSequence
+from atr_scale.batch import TokenSequence, to_float
 from atr_scale.encoders.attention import Attention
 from atr_scale.encoders.buckets import encode_in_buckets
 from atr_scale.encoders.front_ends import FrontEnd
@@ -85,6 +85,8 @@ class AudioEncoder(nn.Module, ABC):
     dim: width of the tokens and of the pooled embedding.
     native_seconds: a longer clip is cut into windows of this length; None if one pass takes any length.
     pooled_is_mean: whether the pooled embedding is the mean of the tokens, also of a clip in windows.
+    reads_int16: whether `encode` takes waveforms of int16 too, as `front_end` and `spec_augment` do; otherwise they
+    are float32.
     layouts: formats of the original files that the encoder loads.
     layers: the layers that `frozen_layers` and `layer_decay` count, lowest first; each is a tuple of prefixes of
     parameter names.
@@ -101,6 +103,7 @@ class AudioEncoder(nn.Module, ABC):
     layouts: tuple[Layout, ...] = (Layout(),)
     native_seconds: ClassVar[float | None] = None
     pooled_is_mean: ClassVar[bool] = False
+    reads_int16: ClassVar[bool] = False
     special_options: ClassVar[frozenset[str]] = frozenset()
     Options: ClassVar[type[AudioEncoderOptions]] = AudioEncoderOptions
     options = AudioEncoderOptions()
@@ -173,14 +176,16 @@ class AudioEncoder(nn.Module, ABC):
     def forward(self, waveform_BS: Tensor, lengths_B: Tensor | None = None, augment_seed: int = 0) -> TokenSequence:
         """Encode clips of any lengths.
 
-        waveform: float32 [B, S]. lengths: int64 [B] in samples, None if every clip has S samples. augment_seed: seed of
-        the random draws in training.
+        waveform: float32 or int16 [B, S]. lengths: int64 [B] in samples, None if every clip has S samples.
+        augment_seed: seed of the random draws in training.
 
         A clip longer than the window is cut into windows, and the last is padded with zeros. Their tokens and masks are
         joined without those of the padding. The pooled embedding is the mean over all these tokens if the encoder pools
         by it (`pooled_is_mean`), otherwise the mean over the windows, each weighted by the audio that it holds.
         """
         encode = partial(self.encode, augment_seed=augment_seed)
+        if waveform_BS.dtype == torch.int16 and not self.reads_int16:
+            waveform_BS = to_float(waveform_BS)
         if self.window is None or waveform_BS.shape[1] <= self.window:
             return encode_in_buckets(encode, waveform_BS, lengths_B, self.equal_rounds)
         windows = cut_into_windows(waveform_BS, lengths_B, self.window, self.window_hop)

@@ -20,6 +20,9 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from atr_scale.batch import on_device, to_float
+from atr_scale.products import fp32_products
+
 MelScale = Literal["kaldi", "htk", "slaney"]
 SLANEY_RANGE = math.log(6.4)  # of 27 mels
 # Mean and standard deviation of spectrograms of recordings in dB, without digital silence.
@@ -130,13 +133,13 @@ class FrontEnd(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, waveform_BS: Tensor, band: tuple[float, float] | None = None) -> Tensor:
-        """Waveform [B, S] of any float type -> float32 features [B, M, F].
+        """Waveform [B, S] of any float type or int16 -> float32 features [B, M, F].
 
         band: band limits (fmin, fmax) of this call in Hz, by default those of the settings.
         """
-        with torch.autocast(waveform_BS.device.type, enabled=False):
-            bank = self.bank if band is None else self.bank_between(*band).to(self.bank.device)
-            prepared_BS = self.prepare(waveform_BS.float())
+        with torch.autocast(waveform_BS.device.type, enabled=False), fp32_products("ieee"):
+            bank = self.bank if band is None else on_device(self.bank_between(*band), self.bank.device)
+            prepared_BS = self.prepare(to_float(waveform_BS))
             power_BKF = power_spectrogram(prepared_BS, self.settings.n_fft, self.settings.hop, self.window)
             return self.compress(bank @ power_BKF)
 

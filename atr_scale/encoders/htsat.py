@@ -114,6 +114,7 @@ class SwinEncoder(AudioEncoder):
     """
 
     native_seconds = 10.0
+    reads_int16 = True
     pooled_is_mean = True
     special_options = frozenset({"attention"})
 

@@ -118,6 +118,7 @@ class MobileNet(AudioEncoder):
 
     sample_rate = AUGMENT_MEL_STFT.sample_rate
     pooled_is_mean = True
+    reads_int16 = True
     special_options = frozenset({"fmin_aug_range", "fmax_aug_range"})
 
     def __init__(self, width: float) -> None:

@@ -83,6 +83,7 @@ class Panns(AudioEncoder):
     """
 
     sample_rate = SAMPLE_RATE
+    reads_int16 = True
     layouts = (
         Layout(
             container="model",

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atr_scale.batch import TokenSequence
+from atr_scale.batch import TokenSequence, on_device
 from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, AudioEncoderOptions
 from atr_scale.encoders.front_ends import AUGMENT_MEL_STFT, KaldiLogMel
 from atr_scale.encoders.pretrained.layout import Layout
@@ -43,6 +43,7 @@ class PaSST(AudioEncoder):
 
     sample_rate = MEL.sample_rate
     native_seconds = 10.0
+    reads_int16 = True
     special_options = frozenset({"s_patchout_t", "s_patchout_f", "fmin_aug_range", "fmax_aug_range", "attention"})
     layouts = (Layout(unused=(r"head_dist\.",)),)
 
@@ -96,7 +97,7 @@ class PaSST(AudioEncoder):
             if left_out:
                 number = patches_BDRT.shape[axis]
                 kept = np.sort(draws.permutation(number)[: max(1, number - left_out)])
-                patches_BDRT = patches_BDRT.index_select(axis, torch.from_numpy(kept).to(patches_BDRT.device))
+                patches_BDRT = patches_BDRT.index_select(axis, on_device(kept, patches_BDRT.device))
         return patches_BDRT
 
     def transform(self, patches_BDRT: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class SmallCNN(AudioEncoder):
     """
 
     sample_rate = SAMPLE_RATE
+    reads_int16 = True
     dim = 256
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from atr_scale.batch import to_float
 from atr_scale.sections import Count, Section
 
 MASK = (1 << 64) - 1
@@ -38,7 +39,7 @@ def for_the_batch(seed: int, purpose: str) -> np.random.Generator:
 def for_each_clip(seed: int, waveform_BS: Tensor, count: int) -> Tensor:
     """Random numbers float64 [B, count] in [0, 1) that follow from the seed and the samples of each clip."""
     # A sum of integers does not depend on its order, so it is the same on any device and in any batch.
-    content_B = waveform_BS.float().contiguous().view(torch.int32).to(torch.int64).sum(1)
+    content_B = to_float(waveform_BS).contiguous().view(torch.int32).sum(1, dtype=torch.int64)
     numbers_N = torch.arange(count, device=waveform_BS.device)
     state = _mix(content_B.unsqueeze(1) + _signed(seed)) + numbers_N * _signed(0x9E3779B97F4A7C15)
     return (_mix(state) >> 11 & ((1 << 53) - 1)).double() * 2.0**-53

@@ -22,6 +22,7 @@ from atr_scale.errors import UserError, one_line
 
 # The unknown token is not among them: it stands for a real word.
 SPECIAL_TOKEN_IDS = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+FUSED = "sdpa_without_waiting"  # our name for fused attention among those of transformers
 # Names of the dropout settings inside the encoder, over all families.
 DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout",
@@ -46,6 +47,7 @@ class TransformersTextEncoder(TextEncoder):
 
     def __init__(self, transformer: Any, tokenizer: Any, options: TextEncoderOptions) -> None:
         super().__init__()
+        _let_the_host_go_on(transformer)
         self.transformer, self.tokenizer = transformer, tokenizer
         self.dim = transformer.config.hidden_size
         self.options = options
@@ -201,6 +203,26 @@ def untrained(config: Any, options: TextEncoderOptions) -> Any:
 
     settings = _settings(options)
     return _without_pooling(AutoModel.from_config, _with_dropout(config, options), trust_remote_code=False, **settings)
+
+
+def _mask_without_waiting(*given: Any, **named: Any) -> Tensor | None:
+    """The mask of fused attention, also where no token is padding: on a GPU the host would wait to know that."""
+    from transformers.masking_utils import sdpa_mask
+
+    padding = named.get("attention_mask")
+    if padding is not None and padding.is_cuda:
+        named["allow_is_bidirectional_skip"] = False
+    return sdpa_mask(*given, **named)
+
+
+def _let_the_host_go_on(transformer: Any) -> None:
+    """Replace fused attention by one that is the same, except that the host does not wait for the values of a mask."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if transformer.config._attn_implementation == "sdpa":
+        AttentionInterface.register(FUSED, AttentionInterface()["sdpa"])
+        AttentionMaskInterface.register(FUSED, _mask_without_waiting)
+        transformer.set_attn_implementation(FUSED)
 
 
 def _without_pooling(build: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:

@@ -3,7 +3,8 @@
 Shape suffixes: N clips, C captions, T tokens, D width.
 
 Only the split determines the batches: rank r embeds batches r, r + W, and so on. So any number of processes gives the
-same numbers to the last bit, and uneven tails need no padding.
+same numbers to the last bit, and uneven tails need no padding. The ranks exchange their batches one by one in main
+memory: a rank holds the split and a few batches of every rank, and the split twice when it joins the batches.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from atr_scale.errors import UserError
 from atr_scale.evaluation.facts import clip_fields
 from atr_scale.evaluation.parallel import Parallel
 from atr_scale.model import Retriever
+from atr_scale.precision import encoder_products
 from atr_scale.scorers.scorer import Scorer
 
 logger = logging.getLogger(__name__)
@@ -65,7 +67,6 @@ class Embedded:
 class _Part:
     """One embedded batch; `text` and `audio` are None if no clip of it is readable."""
 
-    number: int
     text: TokenSequence | None
     audio: TokenSequence | None
     captions: list[list[str]]
@@ -81,11 +82,14 @@ Clips = list[tuple[int, RawSample, NDArray[np.float32]]]  # row in the shard set
 
 @contextmanager
 def evaluating(model: Retriever) -> Iterator[None]:
-    """The model is in evaluation mode, without gradients; afterwards in the mode in which it was."""
+    """The model is in evaluation mode, without gradients; afterwards in the mode in which it was.
+
+    Its encoders multiply in their own precision.
+    """
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), encoder_products(model.tf32):
             yield
     finally:
         model.train(was_training)
@@ -110,12 +114,11 @@ def embed(model: Retriever, shards: ShardSet, config: RunConfig, parallel: Paral
         own + surplus, desc=f"embedding {shards.corpus}", unit="batch", disable=None if world.is_main else True
     )
     with evaluating(model):
-        for number, (clips, dropped) in zip(progress, load_ahead(load, own + surplus), strict=True):
-            part = _embed_batch(model, tokenizer, number, clips, dropped, parallel)
+        for _, (clips, dropped) in zip(progress, load_ahead(load, own + surplus), strict=True):
+            part = _embed_batch(model, tokenizer, clips, dropped, parallel)
             if len(parts) < len(own):
                 parts.append(part)
-    everything = [part for parts in world.gather_objects(parts) for part in parts]
-    embedded = _join(sorted(everything, key=lambda part: part.number), shards)
+    embedded = _join(list(world.gather_each(parts)), shards)
     if embedded.dropped and world.is_main:
         logger.warning("%s: unreadable and left out: %s", shards.location, dict(embedded.dropped))
     return embedded
@@ -169,7 +172,6 @@ def _load(shards: ShardSet, rows: Sequence[int], sample_rate: int, seconds: floa
 def _embed_batch(
     model: Retriever,
     tokenizer: CaptionTokenizer,
-    number: int,
     clips: Clips,
     dropped: Counter[str],
     parallel: Parallel,
@@ -183,9 +185,8 @@ def _embed_batch(
         input_ids, attention_mask = tokenizer([c for group in captions for c in group] or ["silence"])
         device = parallel.device
         text = as_read(model.scorer, model.encode_text(input_ids.to(device), attention_mask.to(device)), "text")
-        audio = as_read(model.scorer, model.encode_audio(waveform.to(device), lengths.to(device)), "audio")
+        audio = as_read(model.scorer, model.encode_audio(waveform.to(device), lengths), "audio")
     return _Part(
-        number=number,
         text=text if clips else None,
         audio=audio if clips else None,
         captions=captions,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,9 @@ from atr_scale.evaluation.results import record_results
 from atr_scale.evaluation.retrieval_scores import DualEncoderScores, RetrievalScores, ScoreMatrix
 from atr_scale.evaluation.score import score
 from atr_scale.model import Retriever
+from atr_scale.precision import Precision, Products
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ def evaluate(
         if classes is not None:
             name = f"{split}/classes"
             results.append(evaluate_labelled(name, step, classes.scores, classes.captions, shown, classes.labels))
+        products = Precision(model.precision, model.tf32).products(parallel.device)
+        results = [replace(result, precision=products) for result in results]
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     return Evaluation(results, parallel.world.gather_objects(metrics)[0], embedded, scores)
 
@@ -162,6 +168,7 @@ def evaluate_run(
     relevance: str | Path | None = None,
     rerank_top: int | None = None,
     candidates: str | None = None,
+    precision: Products | None = None,
     plugins: Sequence[str] = (),
 ) -> Evaluation:
     """Evaluate a run's best checkpoint (or one checkpoint folder), write results and report; all processes call this.
@@ -173,6 +180,7 @@ def evaluate_run(
     relevance: a file as `read_relevance` describes.
     rerank_top: the model scores only this number of candidates of each query, which the dual encoder of the run
     `candidates` chooses.
+    precision: of the encoders of the models, default that of their runs.
     plugins: as for `load_retriever`.
     Raises UserError if a model or the shards do not exist, or if the two models do not fit together.
     """
@@ -181,7 +189,8 @@ def evaluate_run(
     if out is not None:
         make_folder(str(out))
     parallel = Parallel(world, device)
-    model, trained, folder = load_retriever(location, plugins)
+    model, trained, folder = load_retriever(location, plugins, precision)
+    logger.info(Precision(model.precision, model.tf32).describe(device, trained.train.head_products))
     config = trained
     if rerank_top is not None and model.scorer.is_dual_encoder:
         raise UserError(
@@ -195,7 +204,7 @@ def evaluate_run(
     opened = open_shards(shards or _shards_of(config, location, split))
     first_stage = None
     if rerank_top is not None and candidates is not None:
-        first_stage = _first_stage(candidates, rerank_top, opened, parallel, plugins)
+        first_stage = _first_stage(candidates, rerank_top, opened, parallel, plugins, precision)
     evaluation = evaluate(
         model.to(device),
         opened,
@@ -246,9 +255,14 @@ def _shards_of(config: RunConfig, location: str, split: str) -> str:
 
 
 def _first_stage(
-    location: str, candidates: int, shards: ShardSet, parallel: Parallel, plugins: Sequence[str]
+    location: str,
+    candidates: int,
+    shards: ShardSet,
+    parallel: Parallel,
+    plugins: Sequence[str],
+    precision: Products | None,
 ) -> FirstStage:
-    model, config, _ = load_retriever(location, plugins)
+    model, config, _ = load_retriever(location, plugins, precision)
     if not model.scorer.is_dual_encoder:
         raise UserError(
             f"{location} has the pairwise scorer {config.model.scorer.name} and cannot choose candidates: give "

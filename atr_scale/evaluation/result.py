@@ -74,6 +74,7 @@ class EvaluationResult:
     labelled: bool = False
     method: str = ""  # which pairs were scored
     facts: Facts | None = None  # of the queries; None if labelled, and in results of version 0.2
+    precision: str = ""  # of most products of the encoders, one of `precision.Products`; empty before version 0.4
     test_set: dict[str, str | None] = field(default_factory=dict)  # `Facts.test_set`; empty without facts
 
     @property
@@ -101,6 +102,7 @@ class EvaluationResult:
             "step": self.step,
             "labelled": self.labelled,
             "method": self.method,
+            "precision": self.precision,
             "num_texts": self.num_texts,
             "num_clips": self.num_clips,
             "metrics": self.metrics,
@@ -143,6 +145,7 @@ class EvaluationResult:
             ),
             labelled=table["labelled"],
             method=table["method"],
+            precision=table.get("precision", ""),
             facts=Facts.from_arrays(arrays),
             test_set=table.get("test_set", {}),
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from atr_scale.distributed.world import World
 from atr_scale.evaluation.metrics import Ids, Ranks, Scores, ranks
 from atr_scale.evaluation.ranks import best_items, embedding_ranks
+from atr_scale.products import fp32_products
 from atr_scale.score_block import ALL, at_least_fp32
 
 
@@ -55,12 +56,15 @@ class DualEncoderScores(RetrievalScores):
     def ranks(self, text_audio_ids: Ids, audio_ids: Ids, world: World | None = None) -> Ranks:
         return embedding_ranks(self.text, self.audio, text_audio_ids, audio_ids, world)
 
+    @fp32_products("ieee")
     def row(self, text: int) -> Tensor:
         return self.audio @ self.text[text]
 
+    @fp32_products("ieee")
     def column(self, audio: int) -> Tensor:
         return self.text @ self.audio[audio]
 
+    @fp32_products("ieee")
     def block(self, texts: Tensor, audios: Tensor) -> Tensor:
         return self.text[texts] @ self.audio[audios].T
 

@@ -42,11 +42,11 @@ def build_without_weights(config: RunConfig, augmentation: bool = False) -> Retr
     section = config.model.model_copy(deep=True)
     section.audio.checkpoint = None
     section.audio.compile = section.text.compile = False
+    if section.audio.attention == "auto" and "attention" in audio_encoder_keys(section.audio.name):
+        section.audio.attention = "sdpa"  # as on a GPU
     if not augmentation:  # it needs values: it reads the waveform, or makes a mel filter bank of its own
         section.audio.spec_augment = None
         section.audio.fmin_aug_range = section.audio.fmax_aug_range = 0
-    if section.audio.attention == "auto" and "attention" in audio_encoder_keys(section.audio.name):
-        section.audio.attention = "sdpa"  # as on a GPU
     text_encoder = _text_encoder(config)
     train = config.train
     model = Retriever(

@@ -24,12 +24,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from atr_scale.batch import Batch, TokenSequence
-from atr_scale.encoders.windows import window_starts
 from atr_scale.losses import Budget, Objective
-from atr_scale.model import AUTOCAST, Encoded, Retriever, StepContext
+from atr_scale.model import Encoded, Retriever, StepContext
 from atr_scale.planner.architecture import become_fake
 from atr_scale.planner.ops import Collective, OpTable, Recorder
 from atr_scale.planner.transfer import Phase
+from atr_scale.precision import AUTOCAST
 from atr_scale.teachers.ensemble import EnsembleMember, TeacherEnsemble
 from atr_scale.teachers.tables import TeacherTable
 
@@ -43,7 +43,7 @@ class EncoderCosts:
     """Every operation of the encoders' forward and backward pass: base + slope * rows.
 
     phases: in the order in which they run. ends: the number of operations up to the end of each. outputs: encoder
-    outputs, without values.
+    outputs, without values. samples: of a clip.
     """
 
     base: OpTable
@@ -51,6 +51,7 @@ class EncoderCosts:
     phases: tuple[Phase, ...]
     ends: tuple[int, ...]
     outputs: Encoded
+    samples: int
 
     def at(self, rows: int) -> OpTable:
         """The operations of one forward and backward pass of `rows` rows."""
@@ -98,21 +99,22 @@ def measure_encoders(
     phases: tuple[Phase, ...] = ("text forward", "audio forward", "text backward", "audio backward")
     if first_back == "audio":
         phases = (*phases[:2], phases[3], phases[2])
-    runs = [_run_encoders(model, mode, rows, seconds, tokens, gpu, phases) for rows in ROWS]
+    samples = round(seconds * model.sample_rate)
+    runs = [_run_encoders(model, mode, rows, samples, tokens, gpu, phases) for rows in ROWS]
     (first, ends, outputs), (second, _, _) = runs
     assert first.names == second.names, "another batch size runs other operations"
     span = ROWS[1] - ROWS[0]
     columns = ("flops", "low", "nbytes", "live", "gradients")
     slopes = [(getattr(second, name) - getattr(first, name)) / span for name in columns]
     bases = [getattr(first, name) - ROWS[0] * slope for name, slope in zip(columns, slopes, strict=True)]
-    return EncoderCosts(OpTable(first.names, *bases), OpTable(first.names, *slopes), phases, ends, outputs)
+    return EncoderCosts(OpTable(first.names, *bases), OpTable(first.names, *slopes), phases, ends, outputs, samples)
 
 
 def _run_encoders(
     model: Retriever,
     mode: FakeTensorMode,
     rows: int,
-    seconds: float,
+    samples: int,
     tokens: int,
     gpu: bool,
     phases: Sequence[Phase],
@@ -130,8 +132,8 @@ def _run_encoders(
             text = model.text_projection(model.text_encoder(ids, torch.ones_like(ids)), model.reads_text_tokens)
         ends = [len(recorder.rows)]
         with autocast:
-            waveform = torch.zeros(rows, round(seconds * model.sample_rate))  # lives as long as the batch
-            audio = model.audio_projection(_encode_audio(model, waveform), model.reads_audio_tokens)
+            waveform = torch.zeros(rows, samples)  # lives as long as the batch
+            audio = model.audio_projection(model.audio_encoder(waveform), model.reads_audio_tokens)
         ends.append(len(recorder.rows))
         for phase in phases[2:]:
             of_text = phase == "text backward"
@@ -144,20 +146,6 @@ def _run_encoders(
         handle.remove()
     model.zero_grad()
     return recorder.table(), tuple(ends), Encoded(text, audio)
-
-
-def _encode_audio(model: Retriever, waveform: Tensor) -> TokenSequence:
-    """Encode clips of one length. Windows become rows as in `AudioEncoder.forward`.
-
-    Tensors without values cannot be joined by their masks, so here all frames of the last window count as real.
-    """
-    encoder, (rows, samples) = model.audio_encoder, waveform.shape
-    if encoder.window is None or samples <= encoder.window:
-        return encoder.encode(waveform)
-    count = len(window_starts(samples, encoder.window, encoder.window_hop))
-    found = encoder.encode(torch.zeros(rows * count, encoder.window))
-    tokens = found.tokens.reshape(rows, -1, found.tokens.shape[-1])
-    return TokenSequence(tokens, found.mask.reshape(rows, -1), found.pooled.unflatten(0, (rows, count)).mean(1))
 
 
 class _GPUOperations(TorchFunctionMode):

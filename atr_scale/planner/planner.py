@@ -10,6 +10,7 @@ from typing import Literal
 from safetensors import SafetensorError, safe_open
 
 from atr_scale.config import RunConfig
+from atr_scale.data.loader_memory import LoaderMemory, loader_memory
 from atr_scale.errors import UserError
 from atr_scale.losses import build_objective
 from atr_scale.model import Retriever, count_parameters
@@ -51,7 +52,7 @@ class RunPlan:
 
     epochs: over `clips` clips, or captions if train.epoch_of counts these. seconds: length of a clip. tokens: length of
     a caption. model: numbers of parameters by optimizer group, and of frozen ones. rows: all cluster sizes. chosen: the
-    given one. advice: what would make its step faster.
+    given one. advice: what would make its step faster. loader: the memory of a rank's loader.
     """
 
     config: RunConfig
@@ -67,6 +68,7 @@ class RunPlan:
     chosen: Row
     rows: list[Row]
     advice: list[Advice]
+    loader: LoaderMemory
 
     def hours(self, planned: StepEstimate) -> float:
         """Hours of the whole run."""
@@ -121,8 +123,28 @@ def plan_run(
     rows = [chosen if size == world_size else _row(costs, cluster(size)) for size in SIZES]
     advice = advise(costs, cluster(world_size), chosen.planned)
     return RunPlan(
-        config, gpu, nodes, gpus_per_node, clips, data.crop_seconds, tokens, epochs, model, costs, chosen, rows, advice
+        config,
+        gpu,
+        nodes,
+        gpus_per_node,
+        clips,
+        data.crop_seconds,
+        tokens,
+        epochs,
+        model,
+        costs,
+        chosen,
+        rows,
+        advice,
+        _loader_memory(config, costs.encoders.samples, world_size),
     )
+
+
+def _loader_memory(config: RunConfig, samples: int, world_size: int) -> LoaderMemory:
+    """Memory of a rank's loader; of data.buffer_gb, or of as much shared memory as it likes."""
+    data, local_batch = config.data, config.train.global_batch_size // world_size
+    budget = None if data.buffer_gb is None else 1e9 * data.buffer_gb
+    return loader_memory(samples, local_batch, data.workers, pinned=True, budget=budget)
 
 
 def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = True) -> tuple[Costs, dict[str, int]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from atr_scale.data.loader_memory import SHARED
 from atr_scale.data.storage import make_folder
+from atr_scale.memory import free_memory
 from atr_scale.planner import gpus
 from atr_scale.planner.estimate import StepEstimate
 from atr_scale.planner.planner import Row, RunPlan
@@ -47,6 +50,10 @@ def plan_as_json(plan: RunPlan) -> dict[str, Any]:
             "usable_memory_share": gpus.USABLE_SHARE,
         },
         "chosen": _row_json(plan, plan.chosen),
+        "loader_bytes": {
+            "shared_memory": plan.loader.shared * plan.gpus_per_node,
+            "main_memory": plan.loader.total * plan.gpus_per_node,
+        },
         "advice": [{"setting": one.setting, "gain": one.gain, "step_s": one.planned.step} for one in plan.advice],
         "sizes": [_row_json(plan, row) for row in plan.rows],
     }
@@ -133,6 +140,7 @@ def _step(plan: RunPlan) -> list[str]:
     assert e is not None
     lines = [f"memory     {e.peak / GIB:.1f} GiB a GPU at the peak, of {plan.gpu.memory / GIB:.0f}"]
     lines += [f"           {size / GIB:8.2f}  {name}" for name, size in e.memory.items() if size >= MIB]
+    lines += _loader(plan)
     total = sum(t.sent(e.split.world_size) for t in e.transfers)
     lines.append(f"network    {total / MIB:.1f} MiB sent by a GPU in a step")
     for t in sorted(e.transfers, key=lambda t: -t.sent(e.split.world_size)):
@@ -155,6 +163,20 @@ def _step(plan: RunPlan) -> list[str]:
         f"largest    {plan.chosen.largest} pairs in a loss in one forward, {plan.chosen.largest_cached} with GradCache"
     )
     return lines
+
+
+def _loader(plan: RunPlan) -> list[str]:
+    """The memory of a node's loaders, beside that of the machine on which the plan is made."""
+    memory, ranks, data = plan.loader, plan.gpus_per_node, plan.config.data
+    given = "" if data.buffer_gb is None else f", within data.buffer_gb = {data.buffer_gb:g} a rank"
+    here = [f"{free_memory() / GIB:.0f} GiB of main memory free"]
+    if SHARED.is_dir():
+        here.append(f"{shutil.disk_usage(SHARED).free / GIB:.0f} of /dev/shm")
+    return [
+        f"node       {ranks * memory.total / GIB:.1f} GiB of main memory for the loaders of {ranks} GPUs, "
+        f"{ranks * memory.shared / GIB:.1f} of them in /dev/shm{given}; this machine has {' and '.join(here)}",
+        f"           {memory.describe()}",
+    ]
 
 
 def _advice(plan: RunPlan) -> list[str]:

@@ -60,7 +60,7 @@ class Work:
 def gpu_work(costs: Costs, rates: Rates, split: BatchSplit) -> Work:
     """The work of one optimizer step; an operation takes the longest of its products, its bytes and a launch."""
     train, table, encoders = costs.config.train, costs.encoders.at(split.micro_batch), costs.encoders
-    each = _by_bound(table, rates, getattr(train, "tf32", True))
+    each = _by_bound(table, rates, train.tf32)
     forward = each[:, : encoders.ends[1]].sum()
     again = max(0, split.chunks - train.kept_chunks) if split.chunks > 1 else 0  # forward passes that run twice
     heads = _heads(costs, rates, split)

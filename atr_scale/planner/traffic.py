@@ -29,10 +29,10 @@ def transfers(costs: Costs, split: BatchSplit) -> list[Transfer]:
     forwards = 1 if chunks == 1 else 2 * chunks - min(train.kept_chunks, chunks)
     passes = losses * forwards
     if train.zero_stage == 3:
-        found.append(Transfer("rounds", "all_reduce", 8 * passes, passes))
+        found.append(Transfer("rounds", "all_gather", 8 * passes, passes))
     sent_as = FP32 // 2 if train.gradient_dtype == "bf16" else FP32
     found += costs.parameters.transfers(train.zero_stage, world_size, passes, sent_as)
-    found.append(Transfer("norm and flags", "all_reduce", 8 * (world_size + 4)))
+    found.append(Transfer("norm and flags", "all_reduce", 8 * (2 + world_size)))
     return _by_kind(found)
 
 

@@ -100,10 +100,11 @@ class CosineScorer(Scorer):
         with without_autocast(audio.tokens):
             return normalize(at_least_fp32(self.pool(audio)), dim=-1)
 
-    def block(self, text: TokenSequence, audio: TokenSequence, world: World | None = None) -> ScoreBlock:
-        world = world or World.current()
-        texts, audios = world.gather(self.embed_text(text)), self.embed_audio(audio)
-        return EmbeddingScores(texts, audios, world, self.products, self.largest)
+    def start_gather(self, text: TokenSequence, world: World) -> Callable[[], Tensor]:
+        return world.start_gather(self.embed_text(text))
+
+    def block_of(self, texts: Tensor, audio: TokenSequence, world: World) -> ScoreBlock:
+        return EmbeddingScores(texts, self.embed_audio(audio), world, self.products, self.largest)
 
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
         with without_autocast(audio.tokens):

@@ -8,7 +8,8 @@ Texts travel between ranks, audio does not: a rank scores all texts of the globa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,9 @@ class Scorer(nn.Module, ABC):
       number, which costs each loss a wait for the GPU.
     - `reads_audio_tokens` and `reads_text_tokens`: whether `scores` uses tokens and mask of that side, or `pooled`
       alone. Tokens that are not read are not projected and, for texts, not sent between ranks: they arrive empty.
-    - A dual encoder sets `is_dual_encoder`, has `embed_text` and `embed_audio`, and overrides `block` to return
-      `EmbeddingScores`; `CosineScorer` does all of this and needs a function that pools the frames.
+    - A dual encoder sets `is_dual_encoder`, has `embed_text` and `embed_audio`, and overrides `start_gather` and
+      `block_of` (or `block` alone) to return `EmbeddingScores`; `CosineScorer` does all of this and needs a function
+      that pools the frames.
 
     Parameters belong to submodules and are used in the forward method of these, where ZeRO stage 3 gathers them. Scores
     are computed in fp32 or wider even under autocast, see `without_autocast`. An entry in `SCORERS` gives the scorer
@@ -61,8 +63,15 @@ class Scorer(nn.Module, ABC):
         text, audio: this rank's sequences [b, ...]. world: by default the default process group.
         """
         world = world or World.current()
-        scores = self.scores(gather_sequence(text, world, self.reads_text_tokens), audio)
-        return StoredScores(scores, world, self.products, self.largest)
+        return self.block_of(self.start_gather(text, world)(), audio, world)
+
+    def start_gather(self, text: TokenSequence, world: World) -> Callable[[], Any]:
+        """Start to gather what `block_of` reads of the texts of all ranks; the function waits for it."""
+        return start_gather_sequence(text, world, self.reads_text_tokens)
+
+    def block_of(self, texts: Any, audio: TokenSequence, world: World) -> ScoreBlock:
+        """`block` of what `start_gather` has gathered."""
+        return StoredScores(self.scores(texts, audio), world, self.products, self.largest)
 
     def embed_text(self, text: TokenSequence) -> Tensor:
         """Embeddings [n, D] of unit length, fp32 or wider. Raises UserError for a pairwise scorer."""
@@ -83,14 +92,24 @@ def gather_sequence(own: TokenSequence, world: World, with_tokens: bool) -> Toke
 
     Sequences are padded to the longest of any rank. `pooled` is sent in fp32 or wider, tokens in their own dtype.
     """
-    pooled = world.gather(at_least_fp32(own.pooled))
-    if not with_tokens:
-        empty = own.tokens.new_zeros(len(pooled), 0, own.tokens.shape[-1])
-        return TokenSequence(empty, own.mask.new_zeros(len(pooled), 0), pooled)
-    extra = world.max_int(own.tokens.shape[1]) - own.tokens.shape[1]
-    tokens = world.gather(pad(own.tokens, (0, 0, 0, extra)))
-    mask = world.gather(pad(own.mask, (0, extra)).byte()).bool()
-    return TokenSequence(tokens, mask, pooled)
+    return start_gather_sequence(own, world, with_tokens)()
+
+
+def start_gather_sequence(own: TokenSequence, world: World, with_tokens: bool) -> Callable[[], TokenSequence]:
+    """`gather_sequence` in two halves, see `World.start_gather`."""
+    pooled = world.start_gather(at_least_fp32(own.pooled))
+    extra = world.max_int(own.tokens.shape[1]) - own.tokens.shape[1] if with_tokens else 0
+    tokens = world.start_gather(pad(own.tokens, (0, 0, 0, extra))) if with_tokens else None
+    mask = world.start_gather(pad(own.mask, (0, extra)).byte()) if with_tokens else None
+
+    def finish() -> TokenSequence:
+        all_pooled = pooled()
+        if tokens is None or mask is None:
+            empty = own.tokens.new_zeros(len(all_pooled), 0, own.tokens.shape[-1])
+            return TokenSequence(empty, own.mask.new_zeros(len(all_pooled), 0), all_pooled)
+        return TokenSequence(tokens(), mask().bool(), all_pooled)
+
+    return finish
 
 
 def without_autocast(like: Tensor) -> torch.autocast:

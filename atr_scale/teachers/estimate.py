@@ -26,6 +26,7 @@ from atr_scale.evaluation.parallel import Parallel
 from atr_scale.evaluation.score import score
 from atr_scale.files import sha256_of
 from atr_scale.model import Retriever
+from atr_scale.precision import Precision, Products
 from atr_scale.teachers.comparison import TeacherComparison, compare_teachers
 from atr_scale.teachers.cross_fit import by_fold, cross_fitted
 from atr_scale.teachers.sizes import check_sizes
@@ -35,7 +36,8 @@ from atr_scale.version import __version__
 
 logger = logging.getLogger(__name__)
 
-IDENTITY = ("config", "weights_sha256", "top_k")  # metadata that, with the shards, determines the values of a table
+# Metadata that, with the shards, determines the values of a table, with what tables of version 0.3 do not say.
+IDENTITY = {"config": "", "weights_sha256": "", "top_k": "", "precision": "fp32"}
 
 
 def write_teacher_tables(
@@ -46,6 +48,7 @@ def write_teacher_tables(
     batch_size: int | None = None,
     top_k: int | None = None,
     cross_fit: bool = False,
+    precision: Products | None = None,
     plugins: Sequence[str] = (),
     world: World,
     device: torch.device,
@@ -55,10 +58,11 @@ def write_teacher_tables(
     runs: run folders or checkpoints. shards: locations of the shard sets that each table covers. batch_size: clips
     embedded at once; default evaluation.batch_size of each run. top_k: best scores that the table of a pairwise scorer
     keeps for every caption and every clip; default, all scores. cross_fit: join the tables to one in which every query
-    has the scores of the run that left out its fold. plugins: modules that the configurations of the runs need.
-    An existing table of the same weights and shards is kept. Returns the comparison on the main rank, None elsewhere.
-    Raises UserError if a model or the shards do not exist, if two models have the same name, if the tables do not fit
-    into memory or on the disk, or if the folds of cross-fitted runs do not complement each other.
+    has the scores of the run that left out its fold. precision: of the encoders, default that of each run. plugins:
+    modules that the configurations of the runs need.
+    An existing table of the same weights, shards and precision is kept. Returns the comparison on the main rank, None
+    elsewhere. Raises UserError if a model or the shards do not exist, if two models have the same name, if the tables
+    do not fit into memory or on the disk, or if the folds of cross-fitted runs do not complement each other.
     """
     folders = _by_name(runs)
     configs = {name: read_config(folder, plugins) for name, folder in folders.items()}
@@ -72,12 +76,15 @@ def write_teacher_tables(
     spent, made = 0.0, 0
     for number, (name, folder) in enumerate(folders.items()):
         start = time.monotonic()
-        path, metadata = paths[number], _metadata(folder, top_k)
+        train = configs[name].train
+        chosen = Precision(train.precision, train.tf32).instead(precision)
+        path, metadata = paths[number], _metadata(folder, top_k, chosen.products(device))
         if world.gather_objects(world.is_main and _is_current(path, metadata, opened))[0]:
             _say(world, "%s exists and is kept", path)
             continue
         _say(world, "model %d of %d: %s", number + 1, len(folders), name)
-        model, config, _ = load_retriever(folder, plugins)
+        model, config, _ = load_retriever(folder, plugins, precision)
+        _say(world, "%s", chosen.describe(device, train.head_products))
         if batch_size is not None:
             config.evaluation.batch_size = batch_size
         table = teacher_table(name, model.to(device), opened, config, Parallel(world, device), metadata, top_k)
@@ -118,12 +125,13 @@ def _by_name(runs: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _metadata(folder: Path, top_k: int | None) -> dict[str, str]:
+def _metadata(folder: Path, top_k: int | None, products: Products) -> dict[str, str]:
     config = folder / "config.resolved.yaml"
     return {
         "config": config.read_text(encoding="utf-8"),
         "weights_sha256": sha256_of(folder / WEIGHTS),
         "top_k": str(top_k or ""),
+        "precision": products,
         "atr_scale": __version__,
     }
 
@@ -136,7 +144,7 @@ def _is_current(path: Path, metadata: dict[str, str], shards: Sequence[ShardSet]
     except UserError as error:
         logger.warning("%s is written anew: %s", path, error)
         return False
-    same = all(found.metadata.get(key, "") == metadata[key] for key in IDENTITY)
+    same = all(found.metadata.get(key, default) == metadata[key] for key, default in IDENTITY.items())
     return same and [source.sha256 for source in found.sources] == [shards_checksum(each) for each in shards]
 
 

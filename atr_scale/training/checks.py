@@ -18,6 +18,7 @@ FREE_TO_CHANGE = (
     "train.steps", "train.epochs",
     "train.micro_batch_size", "train.kept_chunks", "train.evaluate_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.log_every", "train.max_bad_steps", "train.initial_checkpoint",
+    "model.audio.attention", "model.text.attention",
 )  # fmt: skip
 
 

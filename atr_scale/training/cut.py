@@ -1,6 +1,6 @@
-"""The backward pass of a loss in three parts: of the loss, of the one encoder, of the other.
+"""The backward pass of a loss in three parts: of the loss, of the text encoder, of the audio encoder.
 
-Gradients of the encoder that goes first cross the network while the other one's are computed.
+Gradients of the text encoder cross the network while the audio encoder's are computed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Cut:
     """Cuts the graph between the encodings of a batch and their loss.
 
     Give it to `Retriever.forward`, which calls it with the text's encoding and then with the audio's. After the
-    backward pass of the loss `passes` holds what is left: for each side the encodings and their gradients.
+    backward pass of the loss `passes` is what is left of it.
     """
 
     def __init__(self) -> None:
@@ -33,10 +33,10 @@ class Cut:
 
         return encoded.map(leaf, leaf)
 
-    def passes(self, audio_first: bool) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """The backward passes of the encoders, as roots and their gradients, in this order."""
+    def passes(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """The backward passes of the encoders, as roots and their gradients."""
         found = []
-        for side in reversed(self._sides) if audio_first else self._sides:
+        for side in self._sides:
             reached = [(out, own.grad) for out, own in side if own.grad is not None]
             if reached:
                 roots, gradients = zip(*reached, strict=True)

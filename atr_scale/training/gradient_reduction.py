@@ -3,8 +3,8 @@
     a gradient is complete -> its bucket is full: one copy into a buffer, in the dtype that crosses the network
         -> an asynchronous collective on the buffer -> the sum: whole on every rank, or each slice on its owner
 
-Buckets lie in reverse order of registration, about the order in which a backward pass completes gradients, and are sent
-in this order by all ranks. The order never changes, so that sums do not depend on when a run was resumed.
+Buckets lie in the order in which the first step's backward pass completes gradients, and are sent in this order by all
+ranks. It follows from the model, so sums do not depend on when a run was resumed.
 Rajbhandari et al. 2020 (arXiv 1910.02054, section 5) send each gradient slice to its owner alone.
 """
 
@@ -119,7 +119,7 @@ class GradientReduction:
         self.parameters, self.world, self.dtype, self.sharding = list(parameters), world, dtype, sharding
         self.most_in_flight, self.bucket_bytes = most_in_flight, bucket_bytes
         self._buckets: list[_Bucket] = []
-        self._passes: dict[nn.Parameter, int] = {}  # backward passes that complete a gradient; without the unreached
+        self._passes: Counter[nn.Parameter] = Counter()  # that complete a gradient; those that come last have none
         self._bucket_of: dict[nn.Parameter, _Bucket] = {}
         self._active, self._next = False, 0
         self._in_flight: deque[_Bucket] = deque()
@@ -170,14 +170,23 @@ class GradientReduction:
         return self.world.size == 1 and not self.sharding
 
     def _plan(self, passes: Sequence[Sequence[Tensor]]) -> None:
-        """Make the buckets. What these passes do not reach on all ranks comes last and is sent at the end."""
-        reached = Counter(parameter for roots in passes for parameter in _reached(roots))
-        missing = {n for n, parameter in enumerate(self.parameters) if parameter not in reached}
-        late = missing.union(*self.world.gather_objects(missing))
-        order = [n for n in reversed(range(len(self.parameters))) if n not in late]
-        self._passes = {self.parameters[n]: reached[self.parameters[n]] for n in order}
-        for numbers in (order, sorted(late, reverse=True)):
-            for parameters in _filled([self.parameters[n] for n in numbers], self.bucket_bytes):
+        """Make the buckets, in the main rank's order. What a rank does not reach comes last and is sent at the end."""
+        numbers = range(len(self.parameters))
+        completed: dict[nn.Parameter, tuple[int, int]] = {}  # in which pass, and where in it
+        for number, roots in enumerate(passes):
+            for parameter, place in _reached(roots).items():
+                completed[parameter] = (number, place)
+                self._passes[parameter] += 1
+        order = [n for n in numbers if self.parameters[n] in completed]
+        order.sort(key=lambda n: completed[self.parameters[n]])
+        orders = self.world.gather_objects(order)
+        on_all = set(numbers).intersection(*orders)
+        early = [n for n in orders[0] if n in on_all]
+        late = [n for n in reversed(numbers) if n not in on_all]
+        for n in late:
+            self._passes.pop(self.parameters[n], None)
+        for some in (early, late):
+            for parameters in _filled([self.parameters[n] for n in some], self.bucket_bytes):
                 bucket = _Bucket(len(self._buckets), parameters, self._parts(parameters))
                 self._buckets.append(bucket)
                 self._bucket_of.update(dict.fromkeys(parameters, bucket))
@@ -284,16 +293,25 @@ def _filled(parameters: Sequence[nn.Parameter], most: int) -> Iterable[list[nn.P
         yield bucket
 
 
-def _reached(roots: Sequence[Tensor]) -> set[nn.Parameter]:
-    """The leaves to which a backward pass from `roots` adds a gradient."""
-    found, seen = set(), set()
+def _reached(roots: Sequence[Tensor]) -> dict[nn.Parameter, int]:
+    """The parameters to which a backward pass from `roots` adds a gradient, and a number that rises in their order.
+
+    A pass takes its nodes by falling sequence number. A gradient is complete after the last node that uses the
+    parameter.
+    """
+    found: dict[nn.Parameter, int] = {}
+    seen = set()
     nodes = [root.grad_fn for root in roots]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(node.variable)
-        nodes.extend(following for following, _ in node.next_functions)
+        for following, _ in node.next_functions:
+            parameter = getattr(following, "variable", None)
+            if parameter is None:
+                nodes.append(following)
+            else:
+                place = -node._sequence_nr()
+                found[parameter] = max(found.get(parameter, place), place)
     return found

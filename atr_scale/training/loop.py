@@ -21,6 +21,7 @@ import torch
 from atr_scale import checkpoint
 from atr_scale.batch import Batch
 from atr_scale.config import RunConfig
+from atr_scale.data.loader_memory import loader_memory_here
 from atr_scale.data.stream import describe, read_batches
 from atr_scale.distributed.start import distributed
 from atr_scale.distributed.world import World
@@ -29,6 +30,7 @@ from atr_scale.evaluation.results import record_training
 from atr_scale.evaluation.selection import selection_score
 from atr_scale.memory import peak_memory
 from atr_scale.model import StepContext, count_parameters
+from atr_scale.precision import Precision, encoder_products
 from atr_scale.training.checks import check_batch_size, check_length, check_run_folder, checkpoint_to_resume
 from atr_scale.training.engine import Engine
 from atr_scale.training.monitor import Monitor
@@ -84,7 +86,9 @@ class Interval:
 
 def train(config: RunConfig) -> None:
     """Train, or continue from the newest intact checkpoint in the run folder."""
-    with distributed() as (world, device):
+    precision = Precision(config.train.precision, config.train.tf32)
+    with distributed() as (world, device), encoder_products(precision.tf32):
+        logger.info(precision.describe(device, config.train.head_products))
         Training(config, world, device).run()
 
 
@@ -102,6 +106,8 @@ class Training:
         resume_from = checkpoint_to_resume(config, world)
         torch.manual_seed(config.run.seed)  # the same new weights on every rank
         self.parts = open_parts(config, world, resume_from)
+        stream, gpu = self.parts.stream, device.type == "cuda"
+        self.memory = loader_memory_here(stream.width, stream.local_batch_size, config.data, world, pinned=gpu)
         if resume_from:
             check_length(config, resume_from, self.parts.length.steps)
         with announced("starting", f"DeepSpeed (ZeRO {config.train.zero_stage}) on {world.size} ranks"):
@@ -140,6 +146,7 @@ class Training:
             config.train.zero_stage, config.train.precision, self.progress.step, parts.length.steps,
             describe(parts.stream.sources),
         )  # fmt: skip
+        logger.info("%s", self.memory.describe())
         logger.info("%s; visits: %s", *describe_length(config, parts.length))
 
     def _tell_new_length(self, resumed_from: Path) -> None:
@@ -183,7 +190,7 @@ class Training:
         """This rank's batches of all steps that are left."""
         losses, gpu = self.config.train.accum_steps, self.device.type == "cuda"
         stream = self.parts.stream.between(self.progress.step * losses, self.parts.length.steps * losses)
-        return read_batches(stream, self.config.data.workers, keep_int16=gpu, pin_memory=gpu)
+        return read_batches(stream, self.config.data.workers, keep_int16=gpu, pin_memory=gpu, memory=self.memory)
 
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step, with its record."""

@@ -36,7 +36,9 @@ class Partitions:
         return Sharding(self._slices.__getitem__, self._allocate)
 
     def _allocate(self) -> list[Tensor]:
-        """Zeros for the gradients of this rank's partitions, which DeepSpeed's next step takes."""
+        """Zeros for the gradients of this rank's partitions, which DeepSpeed's next step takes as they are."""
+        # DeepSpeed's norm waits for the device; the clipping may come from a checkpoint.
+        self.optimizer.compute_grad_norm, self.optimizer.clip_grad = False, 0.0
         groups = range(len(self.optimizer.bit16_groups))
         buffers = {number: self.optimizer._build_compact_grad_partition_buffer(number) for number in groups}
         self.optimizer.averaged_gradients.update(buffers)

@@ -96,9 +96,11 @@ def new_model(
     """
     # ZeRO 3 gathers parameters inside every forward pass: all ranks must make equally many.
     rounds = world.max_int if config.train.zero_stage == 3 else None
+    train = config.train
     options: dict[str, Any] = {
-        "precision": config.train.precision,
-        "head_products": config.train.head_products,
+        "precision": train.precision,
+        "tf32": train.tf32,
+        "head_products": train.head_products,
         "equal_rounds": rounds,
     }
     if resume_from is not None:

@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from atr_scale.batch import Batch
 from atr_scale.config_train import TrainSection
 from atr_scale.distributed.world import World
-from atr_scale.model import Retriever, StepContext, count_parameters
+from atr_scale.model import Retriever, StepContext
 from atr_scale.training.cut import Cut
 from atr_scale.training.gradient_reduction import GradientReduction
 from atr_scale.training.partitions import Partitions
@@ -66,12 +66,7 @@ class ReducedPasses(Passes):
             sharding=Partitions(engine.optimizer).sharding if train.zero_stage > 0 else None,
             most_in_flight=STAGE_2_BUCKETS if train.zero_stage == 2 else None,
         )
-        # The larger gradients cross the network while the other encoder's are computed.
-        audio, text = (
-            count_parameters(parameter for parameter in encoder.parameters() if parameter.requires_grad)
-            for encoder in (model.audio_encoder, model.text_encoder)
-        )
-        self._audio_first = audio > text
+        self._model = model
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -79,14 +74,16 @@ class ReducedPasses(Passes):
         self.owned = self._reduction.finish()
 
     def loss(self, batch: Batch, context: StepContext, factor: float | Tensor) -> dict[str, Tensor]:
-        cut = Cut()
+        # By itself autograd takes the audio encoder first, and the texts' gradients are summed over ranks beside it.
+        cut = Cut() if self._model.text_learns_more else None
         terms: dict[str, Tensor] = self.forward(batch, context, cut=cut)
-        (terms["loss"] * factor).backward()
-        passes = cut.passes(self._audio_first)
-        if self.last_loss:
-            self._reduction.begin([roots for roots, _ in passes])
-        for roots, gradients in passes:
-            torch.autograd.backward(roots, gradients)
+        self.backward(terms["loss"] * factor, last=cut is None)
+        if cut:
+            passes = cut.passes()
+            if self.last_loss:
+                self._reduction.begin([roots for roots, _ in passes])
+            for roots, gradients in passes:
+                torch.autograd.backward(roots, gradients)
         return terms
 
     def backward(self, scalar: Tensor, last: bool) -> None:

@@ -183,6 +183,7 @@ def test_saved_restored_and_gone_on_with(on_two_ranks: dict[str, Any], name: str
     assert found["resumed"] == found["gone on"]
 
 
+@pytest.mark.slow
 def test_draws_change_the_loss_and_checkpointing_does_not(folder: Path) -> None:
     """Without the first the comparison of ranks could pass with everything switched off."""
     name = next((name for name in NAMES if name.startswith("tiny_passt")), "small_cnn")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.distributed as dist
 
 from atr_scale.batch import TokenSequence
 from atr_scale.config import RunConfig
@@ -18,6 +19,7 @@ from atr_scale.data.shard_builder import build_shards
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.distributed.world import World
 from atr_scale.evaluation import ranks as ranks_module
+from atr_scale.evaluation.embed import embed
 from atr_scale.evaluation.evaluate import Evaluation, evaluate
 from atr_scale.evaluation.metrics import ranks
 from atr_scale.evaluation.parallel import Parallel
@@ -161,6 +163,29 @@ def test_the_batch_size_hardly_matters(alone: dict[str, dict[str, Any]]) -> None
     """A clip's vector does not depend on its batch mates, but for rounding."""
     for part in ("text", "audio"):
         assert np.allclose(alone["plain/False"][part], alone["one_batch/False"][part], atol=1e-5)
+
+
+def exchanged(config: RunConfig) -> list[int]:
+    """Clips in every object that a rank gives to the others while it embeds a split and its frames, in batches of 2."""
+    clips: list[int] = []
+    give = dist.all_gather_object
+
+    def counted(out: list[Any], value: Any, **options: Any) -> None:
+        clips.append(sum(len(part.clip_ids) for part in value))
+        give(out, value, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather_object", counted)
+        changed = config.model_copy(deep=True)
+        changed.evaluation.batch_size, changed.model.scorer.name = 2, "tap"
+        shards = open_shards(f"{config.run.dir}/plain/shards")
+        embed(Retriever(changed.model, changed.objective), shards, changed, Parallel(World.current()))
+    return clips
+
+
+def test_embedded_batches_travel_one_by_one(config: RunConfig) -> None:
+    """Not the whole share of a rank as one object, of which every rank would hold all at once."""
+    assert run_ranks(exchanged, 2, config) == [[2, 2, 2], [2, 2, 1]]
 
 
 def test_unreadable_samples_are_counted_and_left_out(alone: dict[str, dict[str, Any]]) -> None:

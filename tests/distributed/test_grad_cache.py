@@ -19,7 +19,7 @@ from atr_scale.encoders.spec_augment import SpecAugmentSection
 from atr_scale.losses.terms import TeacherTableSection
 from atr_scale.model import Retriever, StepContext
 from atr_scale.teachers.tables import TeacherTable
-from atr_scale.training.grad_cache import GradCache, cut
+from atr_scale.training.grad_cache import GradCache
 from atr_scale.training.parts import training_stream
 from atr_scale.training.schedule import seeds
 from tests.losses import unit
@@ -54,9 +54,14 @@ def gradients(config: RunConfig, batch: Batch, chunk_size: int | None = None, ke
         torch.manual_seed(SEED)
         model(batch, context)["loss"].mul(3.0).backward()
     else:
-        GradCache(model, lambda loss, last: loss.backward(), CPU, chunk_size, kept).accumulate(
-            batch, SEED, 3.0, context
-        )
+        lasts: list[bool] = []
+
+        def backward(loss: Tensor, last: bool) -> None:
+            lasts.append(last)
+            loss.backward()
+
+        GradCache(model, backward, CPU, chunk_size, kept, model.encoders_learn).accumulate(batch, SEED, 3.0, context)
+        assert lasts and lasts == [False] * (len(lasts) - 1) + [True]
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -94,14 +99,25 @@ def test_both_forwards_of_a_chunk_draw_alike(folder: Path) -> None:
     assert differ(gradients(config, batch), expected) > 1e-3  # draws of chunks are their own
 
 
-def test_a_chunk_is_cut_to_its_longest_rows(folder: Path) -> None:
-    batch = whole(tiny_config(folder, folder / "run"))
-    short, words = batch.lengths.argmin(), batch.attention_mask.sum(1)
-    rows = words.argsort()[:2]
-    chunk = cut(batch, rows).take(rows)
-    assert chunk.waveform.shape == (2, int(batch.lengths[rows].max()))
-    assert chunk.input_ids.shape == (2, int(words[rows].max())) and chunk.keys == [batch.keys[row] for row in rows]
-    assert cut(batch, short.reshape(1)).waveform.shape[1] < batch.waveform.shape[1]
+def test_the_head_alone_learns_in_one_backward_pass(folder: Path) -> None:
+    """No chunk is encoded twice, and the gradient is that of the whole batch."""
+    config = tiny_config(folder, folder / "run")
+    config.model.scorer.name = "tap"
+    batch = whole(config)
+
+    def found(chunk_size: int | None) -> dict[str, Tensor]:
+        with pytest.MonkeyPatch.context() as patch:
+            train = Retriever.train
+            patch.setattr(Retriever, "train", lambda self: train(frozen(self)))
+            return gradients(config, batch, chunk_size, kept=1)
+
+    assert differ(found(4), found(None)) < 1e-12
+
+
+def frozen(model: Retriever) -> Retriever:
+    for part in (model.audio_encoder, model.text_encoder, model.audio_projection, model.text_projection):
+        part.requires_grad_(False)
+    return model
 
 
 def write_teacher(config: RunConfig, folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from atr_scale.distributed.world import World
 from atr_scale.training.gradient_reduction import GradientReduction, Sharding, Slice
+from tools.bench import steps
 from tools.ranks import run_ranks
 
 WIDTH, LAYERS = 6, 4
@@ -177,3 +179,35 @@ def test_a_bucket_is_sent_as_soon_as_it_is_full() -> None:
         assert one[one.index(layers[-1]) :] == [layers[-1], f"sent {size}", f"sent {size}", f"sent {2 * WIDTH + 2}"]
         before = ["sometimes.weight", *layers]
         assert two == before + one
+
+
+def completed(folder: Path, sizes: list[dict[str, Any]]) -> list[list[tuple[str, int]]]:
+    return [completed_in_order(folder / f"{size['dim']}", size) for size in sizes]
+
+
+def completed_in_order(folder: Path, size: dict[str, Any]) -> list[tuple[str, int]]:
+    """Encoders whose gradients become complete in an update, in order, and how many buckets were sent before each."""
+    engine = steps.start(steps.configuration(folder, "small_cnn", global_batch_size=4, **size))
+    reduction = engine._passes._reduction  # type: ignore[attr-defined]
+    reduction.bucket_bytes = 1
+    batch = steps.noise(4, 1.0, engine.model.sample_rate, engine.world)
+    steps.update(engine, batch)
+    events: list[tuple[str, int]] = []
+    for side in ("text_encoder", "audio_encoder"):
+        for parameter in getattr(engine.model, side).parameters():
+            parameter.register_post_accumulate_grad_hook(
+                lambda _, side=side: events.append((side, reduction._next)) if reduction._active else None
+            )
+    steps.update(engine, batch)
+    return events
+
+
+def test_the_larger_gradients_are_sent_beside_the_other_backward_pass(tmp_path: Path) -> None:
+    """Each gradient is sent when it is complete, and the larger encoder's come first; also in GradCache's last pass."""
+    sizes: list[dict[str, Any]] = [{"dim": 256}, {"dim": 16}, {"dim": 256, "micro_batch_size": 1, "zero_stage": 1}]
+    for rank in run_ranks(completed, 2, tmp_path, sizes):
+        for size, events in zip(sizes, rank, strict=True):
+            sides = [side for side, _ in events]
+            order = ["text_encoder", "audio_encoder"] if size["dim"] == 256 else ["audio_encoder", "text_encoder"]
+            assert sides == sorted(sides, key=order.index), size
+            assert all(before < after for (_, before), (_, after) in pairwise(events)), (size, events)

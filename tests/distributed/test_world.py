@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from atr_scale.distributed import world as module
 from atr_scale.distributed.world import World
+from atr_scale.training.parts import new_model
+from tools.bench import steps
 from tools.ranks import run_ranks
 
 
@@ -60,3 +65,67 @@ def groups() -> bool:
 def test_gloo_serves_both() -> None:
     assert run_ranks(groups, 1) == [True]
     assert World().host is None and World().gather_objects(3) == [3] and list(World().gather_each([1, 2])) == [1, 2]
+
+
+def halves() -> dict[str, Any]:
+    """What a gather in two halves gives beside the whole one, and what the autograd engine does in which order."""
+    world, events = World.current(), list[str]()
+    torch.manual_seed(world.rank)
+    own = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(world.size * 3, 4, dtype=torch.float64)
+
+    def loud(name: str, collective: Any) -> Any:
+        def called(*args: Any, **named: Any) -> Any:
+            assert named["async_op"]
+            events.append(name)
+            return collective(*args, **named)
+
+        return called
+
+    (world.gather(own) * weights).sum().backward()
+    expected, own.grad = own.grad, None
+    module.all_gather_single = loud("gather", module.all_gather_single)
+    module.reduce_scatter_single = loud("sum", module.reduce_scatter_single)
+
+    text = own * 1
+    text.register_hook(lambda gradient: events.append("text encoder"))
+    finish = world.start_gather(text)
+    audio = torch.ones(2, requires_grad=True) * 2
+    events.append("audio encoder")
+    audio.register_hook(lambda gradient: events.append("audio encoder"))
+    gathered = finish()
+    ((gathered * weights).sum() + audio.sum()).backward()
+    assert own.grad is not None and expected is not None
+    return {"events": events, "equal": torch.equal(own.grad, expected), "rows": gathered.shape[0]}
+
+
+def test_a_gather_in_two_halves_runs_beside_what_is_between_them() -> None:
+    """The texts travel while the clips are encoded, their gradients while the audio encoder is in its backward pass."""
+    for found in run_ranks(halves, 2):
+        assert found["equal"] and found["rows"] == 6
+        assert found["events"] == ["gather", "audio encoder", "sum", "audio encoder", "text encoder"]
+
+
+def texts_and_clips(folder: Path) -> list[str]:
+    """What a forward pass does in which order, up to the first gather of the loss."""
+    config = steps.configuration(folder, "small_cnn", dim=16, global_batch_size=4)
+    model, events = new_model(config, World.current())[0], list[str]()
+    start, encode = World.start_gather, model.encode_audio
+
+    def starts(world: World, local: torch.Tensor) -> Any:
+        events.append("texts leave")
+        finish = start(world, local)
+        return lambda: (events.append("texts are awaited"), finish())[1]
+
+    def encodes(*args: Any) -> Any:
+        events.append("clips are encoded")
+        return encode(*args)
+
+    World.start_gather, model.encode_audio = starts, encodes  # type: ignore[method-assign]
+    model(steps.noise(4, 1.0, model.sample_rate, World.current()))
+    return events
+
+
+def test_texts_travel_while_clips_are_encoded(tmp_path: Path) -> None:
+    for events in run_ranks(texts_and_clips, 2, tmp_path):
+        assert events == ["texts leave", "clips are encoded", "texts are awaited"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from atr_scale import checkpoint
 from atr_scale.batch import Batch
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
@@ -76,3 +79,32 @@ def test_a_run_in_epochs_of_captions_is_resumed_in_its_cool_down(tmp_path: Path)
     (resumed,) = run_ranks(trained, 1, config, 100)
     exact = ("step", "loss", "grad_norm", "lr/audio", "lr/heads", "epoch", "t2a/mAP@10")
     assert [[x.get(k) for k in exact] for x in resumed] == [[x.get(k) for k in exact] for x in whole]
+
+
+def with_a_bad_step(config: RunConfig) -> None:
+    """A training whose second step has clips that are not finite."""
+    training = Training(config, World.current(), torch.device("cpu"))
+    update = training.engine.update
+
+    def poisoned(batches: Iterable[Batch], *given: Any, **named: Any) -> Any:
+        if training.progress.step == 1:
+            batches = [replace(batch, waveform=batch.waveform * torch.nan) for batch in batches]
+        return update(batches, *given, **named)
+
+    training.engine.update = poisoned  # type: ignore[method-assign]
+    training.run()
+
+
+@pytest.mark.slow
+def test_results_that_are_read_late_name_their_own_step(tmp_path: Path) -> None:
+    """A save holds the count of the step in front of it, and the record of samples has the right step."""
+    config = tiny_config(tmp_path, tmp_path / "run", steps=4, checkpoint_every=2, keep_checkpoints=9, log_every=1)
+    run_ranks(with_a_bad_step, 1, config)
+    run = tmp_path / "run"
+    (record,) = run.glob("nonfinite-step-*")
+    assert record.name == "nonfinite-step-2-rank-0.json" and len(json.loads(record.read_text())) == 12
+    for step in (2, 4):
+        assert checkpoint.read_state(run / "checkpoints" / f"step-{step}")["skipped_steps"] == 1
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [(x["step"], x["skipped_steps"], x["loss"] is None) for x in lines if x["kind"] == "train"]
+    assert found == [(1, 0, False), (2, 1, True), (3, 1, False), (4, 1, False)]

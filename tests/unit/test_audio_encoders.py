@@ -262,6 +262,25 @@ def test_options_that_an_encoder_does_not_have(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LIGHT)
+def test_16_bit_samples_are_scaled_in_the_front_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit as before it, also with random stripes, and without a float copy of the batch in the encoder."""
+    encoder = training(name, spec_augment={})
+    samples = torch.randint(-32768, 32768, (2, encoder.sample_rate), dtype=torch.int16)
+    lengths = torch.tensor([encoder.sample_rate, encoder.sample_rate // 2])
+    dtypes, encode = set(), encoder.encode
+
+    def recorded(waveform: Tensor, augment_seed: int = 0) -> TokenSequence:
+        dtypes.add(waveform.dtype)
+        return encode(waveform, augment_seed)
+
+    monkeypatch.setattr(encoder, "encode", recorded)
+    with torch.no_grad():
+        whole, scaled = encoder(samples, lengths), encoder(samples.float() / 32768, lengths)
+    assert torch.equal(whole.tokens, scaled.tokens) and torch.equal(whole.pooled, scaled.pooled)
+    assert dtypes == {torch.int16, torch.float32}
+
+
+@pytest.mark.parametrize("name", LIGHT)
 def test_what_version_0_3_says_of_attention_is_no_option(name: str) -> None:
     """Its configurations say eager for every encoder, also for those without attention."""
     assert build_audio_encoder(name, attention="eager").options.attention == "eager"

@@ -146,7 +146,13 @@ def test_the_members_differ_in_their_audio_encoder_alone() -> None:
         assert members[0] == members[1] == members[2]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def _quick_first(path: Path) -> Any:
+    """All recipes take a quarter of a minute; the quick tier starts those of the README."""
+    quick = {"quickstart", "pretrain_wavcaps.yaml", "finetune_clotho.yaml"} & set(path.parts)
+    return pytest.param(path, id=name(path), marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("path", [_quick_first(path) for path in CONFIGS])
 @pytest.mark.usefixtures("world")
 def test_a_recipe_can_be_started_as_it_stands(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every file, run and table that it names is there, in small: written by the recipe that stands before it."""

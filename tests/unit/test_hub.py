@@ -18,6 +18,7 @@ except ValueError as error:
 NO_HUB = "http://127.0.0.1:9"  # nobody listens at this port
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path) -> None:
     environment = {"PYTHONPATH": ":".join(sys.path), "HF_HOME": str(tmp_path), "HF_ENDPOINT": NO_HUB}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
@@ -28,6 +29,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path) -> None:
     assert "Retry" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_in_the_cache_needs_no_hub(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     snapshot = tmp_path / "hub" / "models--no-such--model" / "snapshots" / "abc"

@@ -23,12 +23,14 @@ from atr_scale.planner import zero_memory
 from atr_scale.planner.architecture import build_without_weights
 from atr_scale.planner.costs import BatchSplit, Costs
 from atr_scale.planner.dry_run import dry_run
-from atr_scale.planner.estimate import Cluster, estimate_step, fitting_micro_batch, largest_local_batch
+from atr_scale.planner.estimate import estimate_step, fitting_micro_batch, largest_local_batch
 from atr_scale.planner.gpus import find_gpu
 from atr_scale.planner.ops import Recorder
 from atr_scale.planner.planner import measure_costs, teacher_widths
+from atr_scale.planner.timeline import Cluster
 from atr_scale.planner.traffic import transfers
-from atr_scale.planner.zero_memory import Parameters, Transfer
+from atr_scale.planner.transfer import Transfer
+from atr_scale.planner.zero_memory import Parameters
 from tests.tiny_run import tiny_config
 from tools.bench.measure import peak_mib
 
@@ -279,7 +281,8 @@ def test_the_verb(
         cli.main()
     printed = capsys.readouterr().out
     assert left.value.code == 0
-    for word in ("memory", "network", "time", "phases", "run", "largest", "clips 0.5 s and all captions 64 tokens long"):
+    lengths = "all clips 0.5 s and all captions 64 tokens long"
+    for word in ("memory", "network", "time", "phases", "faster", "run", "largest", lengths):
         assert word in printed
     assert "captions of 64 tokens" in printed, "of captions that nothing cuts"
     written = json.loads((tmp_path / "out" / "plan.json").read_text())

@@ -136,6 +136,13 @@ def values(**model: Any) -> dict[str, Any]:
     }
 
 
+def test_16_bit_samples_reach_a_plug_in_as_floats() -> None:
+    encoder = build_audio_encoder("frames", width=10)
+    samples = torch.randint(-32768, 32768, (2, 350), dtype=torch.int16)  # cut into windows of 2 s
+    for lengths in (None, torch.tensor([350, 120])):
+        assert torch.equal(encoder(samples, lengths).tokens, encoder(samples.float() / 32768, lengths).tokens)
+
+
 def test_a_retriever_of_plug_ins() -> None:
     config = parse_config(values(), "here")
     model = Retriever(config.model, config.objective)

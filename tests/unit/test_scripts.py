@@ -60,7 +60,7 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
 def test_environment_without_a_new_enough_python(tmp_path: Path) -> None:
     """In a copy, for the real one may have its environment already."""
     (tmp_path / "launch").mkdir()
-    for file in ("pyproject.toml", "launch/environment.sh", "launch/constraints.txt"):
+    for file in ("pyproject.toml", "launch/environment.sh", "launch/constraints.txt", "launch/cuda.txt"):
         shutil.copy(ROOT / file, tmp_path / file)
     programs = tmp_path / "programs"
     programs.mkdir()

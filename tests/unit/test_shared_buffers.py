@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from atr_scale.batch import Batch
+from atr_scale.batch import Batch, to_float
+from atr_scale.data.assembly import Piece
 from atr_scale.data.shared_buffers import CACHE_LINE, Parcel, SharedBuffers, WaveformRows
 from atr_scale.data.stream import _one_ahead
 
@@ -47,11 +48,13 @@ def test_rows_widen_in_place(filled: int) -> None:
     np.testing.assert_array_equal(rows.array[:filled], samples[:filled] / np.float32(32768))
 
 
-def test_a_batch_on_the_device_is_float32() -> None:
-    """Every int16 value is scaled exactly as libsndfile does."""
+def test_16_bit_samples_are_scaled_exactly() -> None:
+    """Every int16 value, as libsndfile does; a batch on the device still holds the int16 samples."""
     ids = torch.zeros(1, dtype=torch.int64)
     samples = torch.arange(-32768, 32768).to(torch.int16)[None]
-    waveform = Batch(samples, ids, ids, ids, ids, ids, ids, ids).to(torch.device("cpu")).waveform
+    moved = Batch(samples, ids, ids, ids, ids, ids, ids, ids).to(torch.device("cpu"))
+    assert moved.waveform.dtype == torch.int16
+    waveform = to_float(moved.waveform)
     assert waveform.dtype == torch.float32 and torch.equal(waveform.double() * 32768, samples.double())
 
 
@@ -69,17 +72,14 @@ def test_a_parcel_holds_the_batch(buffer: int | None, dtype: type) -> None:
     ids = torch.arange(3)
     waveform = torch.from_numpy(memory[:12].reshape(3, 4))
     batch = Batch(waveform, ids, ids[:, None], ids[:, None], ids, ids, ids, ids, ["a", "b", "c"], Counter(bad=1))
-    opened = Parcel.pack(batch, buffer).open(buffers)
+    places, opened = Parcel.pack(Piece([1, 2, 4], batch), buffer).open(buffers)
+    assert places == [1, 2, 4]
     assert opened.waveform.dtype == waveform.dtype and torch.equal(opened.waveform, waveform)
     assert torch.equal(opened.ids, batch.ids)
     assert (opened.keys, opened.dropped) == (batch.keys, batch.dropped)
 
 
-@pytest.mark.parametrize("pinned", [False, True])
-def test_reading_ahead_keeps_order_and_errors(monkeypatch: pytest.MonkeyPatch, pinned: bool) -> None:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(Batch, "pin_memory", lambda batch: batch)
+def test_reading_ahead_keeps_order_and_errors() -> None:
     ids = torch.zeros(1, dtype=torch.int64)
     batches = [Batch(torch.full((1, 2), float(k)), ids, ids, ids, ids, ids, ids, ids) for k in range(4)]
 
@@ -87,8 +87,8 @@ def test_reading_ahead_keeps_order_and_errors(monkeypatch: pytest.MonkeyPatch, p
         yield from batches
         raise ValueError("broken")
 
-    assert [float(b.waveform[0, 0]) for b in _one_ahead(iter(batches), pinned)] == [0, 1, 2, 3]
-    found = _one_ahead(failing(), pinned)
+    assert [float(b.waveform[0, 0]) for b in _one_ahead(iter(batches))] == [0, 1, 2, 3]
+    found = _one_ahead(failing())
     assert [float(next(found).waveform[0, 0]) for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="broken"):
         next(found)

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atr_scale.batch import Batch, caption_id, stable_id
+from atr_scale.data.loader_memory import LoaderMemory
 from atr_scale.data.options import TrainingSource
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.stream import TrainingStream, _check_exclusions, _draws, describe, read_batches
@@ -61,8 +62,21 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_shards(tmp_path_factory.mktemp("corpora") / "right", range(40, 60), encoding="flac")
 
 
-def read(stream: TrainingStream, first: int, last: int, workers: int = 0, *, keep_int16: bool = False) -> list[Batch]:
-    return list(read_batches(stream.between(first, last), workers, keep_int16=keep_int16))
+def read(
+    stream: TrainingStream,
+    first: int,
+    last: int,
+    workers: int = 0,
+    *,
+    keep_int16: bool = False,
+    piece: int | None = None,
+) -> list[Batch]:
+    """piece: rows of a piece; by default all of the local batch, which is small."""
+    size, memory = stream.local_batch_size, None
+    if piece:
+        prefetch = 2 if workers else 0
+        memory = LoaderMemory(piece, -(-size // piece), prefetch, 3, 3 * workers, 4 * piece * stream.width, 0)
+    return list(read_batches(stream.between(first, last), workers, keep_int16=keep_int16, memory=memory))
 
 
 def all_rows(batches: list[Batch]) -> Rows:
@@ -90,6 +104,21 @@ def test_workers_change_nothing(left: str, right: str, workers: int) -> None:
     here = read(open_stream(left, right), 2, 9)
     there = read(open_stream(left, right), 2, 9, workers)
     assert len(here) == len(there) == 7 and all(equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("piece", [1, 5, 6])
+def test_pieces_change_nothing(left: str, right: str, tmp_path: Path, piece: int) -> None:
+    """Not with unreadable clips, from the middle of a run, in 16 bits or not, nor with more workers than pieces."""
+    folder = copy(left, tmp_path / "left")
+    for number in (3, 8, 17):
+        spoil(folder, number, "silent_audio")
+    for workers, keep_int16 in ((0, True), (3, piece == 5)):
+        world = World(piece % 2, 2) if piece == 5 else World()
+        whole, there = (
+            read(open_stream(str(folder), right, world=world), 2, 8, n, keep_int16=keep_int16, piece=rows)
+            for n, rows in ((0, None), (workers, piece))
+        )
+        assert len(there) == 6 and all(equal(a, b) for a, b in zip(whole, there, strict=True))
 
 
 @pytest.mark.parametrize("start", [1, 2, 7, 11])
@@ -201,14 +230,14 @@ def test_holes_are_filled_with_good_rows_and_counted(left: str, tmp_path: Path) 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_without_a_good_sample_is_one_line(left: str, tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "piece"), [(0, None), (2, None), (2, 5)])
+def test_a_batch_without_a_good_sample_is_one_line(left: str, tmp_path: Path, workers: int, piece: int | None) -> None:
     folder = copy(left, tmp_path / "left")
     stream = open_stream(str(folder))
     for path in folder.glob("*.tar"):
         path.write_bytes(b"")
     with pytest.raises(UserError) as caught:
-        read(stream, 0, 10, workers)
+        read(stream, 0, 10, workers, piece=piece)
     message = str(caught.value)
     assert message.startswith("all 12 samples of a batch are unreadable ({'cut_shard': 12})")
     assert "atr-scale shards check" in message and "\n" not in message and "Traceback" not in message

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atr_scale.compat import enable_gradient_checkpointing
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.encoders import TextEncoder, build_text_encoder, load_text_encoder
-from atr_scale.encoders.transformers_text import TransformersTextEncoder
+from atr_scale.encoders.transformers_text import FUSED, TransformersTextEncoder
 from atr_scale.errors import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -268,10 +269,29 @@ def test_dropout_reaches_hidden_states_and_attention(folder: Path) -> None:
 def test_fused_attention_gives_the_same(folder: Path) -> None:
     eager, fused = (build_text_encoder(folder, attention=kind) for kind in ("eager", "sdpa"))
     assert transformer_of(eager).config._attn_implementation == "eager"
-    assert transformer_of(fused).config._attn_implementation == "sdpa"
+    assert transformer_of(fused).config._attn_implementation == FUSED
     ids = tokens_of(folder)
     mask = eager(*ids).mask
     torch.testing.assert_close(eager(*ids).tokens[mask], fused(*ids).tokens[mask])
+
+
+def test_the_host_does_not_wait_for_the_mask(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers drops a mask without padding, which a GPU only knows once it has come to it."""
+    encoder, (ids, _) = build_text_encoder(folder), tokens_of(folder)
+    whole, waits = torch.ones_like(ids), []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            waits.append(func.overloadpacket is torch.ops.aten._local_scalar_dense)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        expected = encoder(ids, whole).tokens
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        with Recorded():
+            tokens = encoder(ids, whole).tokens
+    assert waits and not any(waits)
+    torch.testing.assert_close(tokens, expected)
 
 
 def test_activation_checkpointing_gives_the_same_gradients(folder: Path) -> None:

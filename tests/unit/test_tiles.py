@@ -34,6 +34,19 @@ def maxima_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
+def test_tiles_on_a_gpu_follow_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few and large ones of whole columns; with a little less free memory the same, so that no last bit changes."""
+    for free, size in ((80, 4), (70, 4), (20, 1), (18, 1)):
+        monkeypatch.setattr(tiles, "free_device_memory", lambda _, free=free: free * 2**30)
+        tiles.loss_bytes.cache_clear()
+        assert tiles.loss_bytes(torch.device("cuda")) == size * 2**30
+        shapes = [
+            t.shape for t in tiles.tiles_of(tiles.stripes_of(StoredScores(torch.empty(65_536, 65_536, device="meta"))))
+        ]
+        assert shapes == [(65_536, size * 2**30 // tiles.TILES_AT_ONCE // (4 * 65_536))] * (128 // size)
+    tiles.loss_bytes.cache_clear()
+
+
 def test_names_of_a_workspace_share_memory_only_between_sweeps() -> None:
     block = StoredScores(torch.zeros(6, 3))
     (stripe,) = tiles.stripes_of(block)

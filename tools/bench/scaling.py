@@ -18,10 +18,11 @@ from typing import Any
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.planner.costs import BatchSplit
-from atr_scale.planner.estimate import Cluster, StepEstimate, estimate_step
-from atr_scale.planner.gpus import GPU
+from atr_scale.planner.estimate import StepEstimate, estimate_step
+from atr_scale.planner.gpus import GPU, Rates
 from atr_scale.planner.ops import Recorder
 from atr_scale.planner.planner import measure_costs
+from atr_scale.planner.timeline import Cluster
 from atr_scale.planner.traffic import transfers
 from atr_scale.planner.zero_memory import BUCKET, FP32
 from tools.bench import steps
@@ -32,9 +33,10 @@ from tools.ranks import run_ranks
 
 PAIRS, SECONDS, SHORTER = 64, 10.0, 4.0
 WARM_UP, REPEATS, TURNS = 3, 5, 5
-BUCKET_MIB = FP32 * BUCKET / 2**20  # of ZeRO 1 to 3
+BUCKET_MIB = FP32 * BUCKET / 2**20  # of ZeRO 3
 # A core, roughly; only ratios of its times are used.
-CORE = GPU("core", 2**34, 80e9, 80e9, 10e9, 1e9, 1e9, 0.0)
+CORE_RATES = Rates(low=40e9, tf32=40e9, full=40e9, memory=8e9)
+CORE = GPU("core", 2**34, 80e9, 80e9, 80e9, 10e9, 1e9, 1e9, 0.0, CORE_RATES)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def efficiency(config: RunConfig) -> Iterator[Row]:
 
 
 def planned(name: str, config: RunConfig, seconds: float) -> Iterator[Row]:
-    """Bytes and memory of rank 0 of 2; DeepSpeed's bucket, which would hide all else, is left out of both sides."""
+    """Bytes and memory of rank 0 of 2; the bucket of ZeRO 3, which would hide all else, is left out of both sides."""
     found = run_ranks(measured, 2, config, seconds)[0]
     costs, _ = measure_costs(config, seconds, steps.NUM_WORDS, gpu=False)
     pairs = config.train.global_batch_size
@@ -77,7 +79,7 @@ def planned(name: str, config: RunConfig, seconds: float) -> Iterator[Row]:
         for t in transfers(costs, BatchSplit(2, pairs, pairs // 2))
     )
     yield error(f"bytes to collectives, {name}", given / 2**20, found.given / 2**20, "counted", 0.0)
-    bucket = BUCKET_MIB if config.train.zero_stage else 0.0
+    bucket = BUCKET_MIB if config.train.zero_stage == 3 else 0.0
     peak = planned_step(config, world_size=2, seconds=seconds).peak / 2**20
     yield error(f"peak memory, {name}", peak - bucket, found.peak - bucket, "measured", 0.1)
 

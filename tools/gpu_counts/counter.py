@@ -83,9 +83,10 @@ class Counts(TorchDispatchMode):
 
     def keep(self, name: str) -> None:
         """Forget all phases but one."""
-        for table in (self.phases, self.places, self.collectives):
-            for key in [key for key in table if (key if isinstance(key, str) else key[0]) != name]:
-                del table[key]
+        for phase in [phase for phase in self.phases if phase != name]:
+            del self.phases[phase]
+        self.places = Counter({key: times for key, times in self.places.items() if key[0] == name})
+        self.collectives = Counter({key: times for key, times in self.collectives.items() if key[0] == name})
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -139,7 +140,7 @@ class Counts(TorchDispatchMode):
         if func.overloadpacket is aten.all:
             out.holds = True
         if flops := flops_of(func, args, kwargs, out):
-            self.phases[self.current].flops[_precision(func._schema.name, inputs)] += flops
+            self.phases[self.current].flops[_precision(func._schema.name, inputs)] += int(flops)
         return out
 
     def _count(self, name: str, nbytes: int, launches: int = 1) -> None:
@@ -238,14 +239,13 @@ def _on_device(source: Tensor, kwargs: dict[str, Any]) -> Tensor:
 
 def _of_unknown_length(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x: Tensor = args[0]
-    whole = {"dtype": torch.int64, "device": CUDA}
     if packet is aten.nonzero:
-        return torch.empty(x.shape[0] if x.ndim else 1, x.ndim, **whole)
+        return x.new_empty(x.shape[0] if x.ndim else 1, x.ndim, dtype=torch.int64)
     if packet is aten.bincount:
-        return torch.empty(kwargs.get("minlength", args[2] if len(args) > 2 else 1), **whole)
+        return x.new_empty(kwargs.get("minlength", args[2] if len(args) > 2 else 1), dtype=torch.int64)
     if packet is aten.masked_select:
         return x.new_empty(x.numel())
-    results = (x.new_empty(x.shape), torch.empty(len(x), **whole), torch.empty(len(x), **whole))
+    results = (x.new_empty(x.shape), *(x.new_empty(len(x), dtype=torch.int64) for _ in range(2)))
     return results[:2] if packet is aten._unique else results
 
 
@@ -255,7 +255,8 @@ def _precision(name: str, inputs: list[Tensor]) -> str:
     for dtype, short in ((torch.float64, "fp64"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
         if dtype in dtypes:
             return short
-    settings: Any = torch.backends.cudnn.conv if "convolution" in name else torch.backends.cuda.matmul
+    backends: Any = torch.backends  # whose types do not have all of them
+    settings = backends.cudnn.conv if "convolution" in name else backends.cuda.matmul
     return "tf32" if settings.fp32_precision == "tf32" else "fp32"
 
 

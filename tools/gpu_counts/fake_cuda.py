@@ -53,9 +53,9 @@ def _group(ranks: int) -> Iterator[None]:
     names: dict[Any, str] = {}
     new_group = dist.new_group
 
-    def fake_group(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        group = new_group(*args, backend="fake", **kwargs)
-        names[group] = backend or "nccl"
+    def fake_group(*args: Any, **kwargs: Any) -> Any:
+        group = new_group(*args, **{**kwargs, "backend": "fake"})
+        names[group] = kwargs.get("backend") or "nccl"
         return group
 
     def same_object(gathered: list[Any], value: Any, group: Any = None) -> None:

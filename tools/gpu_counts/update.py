@@ -16,10 +16,11 @@ from atr_scale.batch import Batch, TokenSequence
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.model import AUTOCAST, Encoded, Retriever, StepContext
+from atr_scale.model import Encoded, Retriever, StepContext
 from atr_scale.planner.architecture import become_fake, build_without_weights
 from atr_scale.planner.measure import Teachers, random_teacher
 from atr_scale.planner.planner import UNCUT_TOKENS, teacher_widths
+from atr_scale.precision import AUTOCAST, encoder_products
 from atr_scale.training.engine import Engine
 from atr_scale.training.schedule import seeds
 from tools.gpu_counts.counter import CUDA, Counts
@@ -60,7 +61,7 @@ def count_update(config: RunConfig, load: Workload, part: Literal["update", "hea
     model = build_without_weights(config, augmentation=True)
     widths = teacher_widths(config, model)
     batch = _batch(load, model.sample_rate)
-    with counted(load.ranks) as (counts, mode), _phases(counts):
+    with counted(load.ranks) as (counts, mode), _phases(counts), encoder_products(config.train.tf32):
         become_fake(model, mode, "cuda")
         model.to = lambda *args, **kwargs: model  # type: ignore[method-assign]  # it is there
         context = StepContext()
@@ -167,7 +168,7 @@ def _batch(load: Workload, sample_rate: int) -> Batch:
         attention_mask=words,
         clip_ids=ids,
         caption_ids=ids,
-        caption_index=torch.zeros_like(ids),
+        caption_index=ids,
         stored_ids=ids,
     ).pin_memory()
 

@@ -90,6 +90,7 @@ UNITS = {
     **dict.fromkeys(("time_stripes_num", "freq_stripes_num"), "stripes"),
     "accum_steps": "losses",
     "batch_size": "clips",
+    "buffer_gb": "GB",
     "count": "folds",
     "crop_quantum": "s",
     "epochs": "epochs",

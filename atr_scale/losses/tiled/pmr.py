@@ -158,16 +158,14 @@ class _Sweeps:
         self.h_over_k = torch.empty(block.shape[1], dtype=dtype, device=block.device)
         positive_logits = zeros(block)
         for stripe in self.stripes:
-            s_stripe, sE = self._s(stripe), work.get("s E", stripe)
+            s, E_stripe = self._s(stripe), work.get("E", stripe)
             for tile in stripe.tiles:
-                s = s_stripe[tile.rows]
-                E = self.E_shift.both(s, tile, work.get("E", tile), self.omega)
+                E = self.E_shift.both(s[tile.rows], tile, E_stripe[tile.rows], self.omega)
                 self.r[tile.rows] += E.by_row.sum(1)
                 self.k[tile.columns] += E.by_column.sum(0)
-                torch.mul(s, E.by_column, out=sE[tile.rows])
             self.h_over_k[stripe.columns] = (self.h_x / self.k[stripe.columns]).to(dtype)
             for tile in stripe.tiles:  # k of the stripe is complete
-                x = torch.mul(sE[tile.rows], self.h_over_k[tile.columns], out=work.get("x", tile))
+                x = _revised(E_stripe[tile.rows], self.h_over_k[tile.columns], s[tile.rows], work.get("x", tile))
                 positive_logits += (self.T_t2a[self.pairs.of(tile)] * x[self.pairs.within(tile)]).sum()
                 self.X[tile.rows] += self.x_shift.by_row(x, tile, work.get("exp x", tile)).sum(1)
         self.r, self.X = block.sum(torch.stack([self.r, self.X]))
@@ -236,11 +234,11 @@ class _Sweeps:
 
     def _x(self, s: Tensor, tile: Tile) -> Tensor:
         E = self.E_shift.by_column(s, tile, self.work.get("E", tile), self.omega)
-        return torch.mul(s, E, out=self.work.get("x", tile)).mul_(self.h_over_k[tile.columns])
+        return _revised(E, self.h_over_k[tile.columns], s, self.work.get("x", tile))
 
     def _y(self, s: Tensor, tile: Tile) -> Tensor:
         E = self.E_shift.by_row(s, tile, self.work.get("E", tile), self.omega)
-        return torch.mul(s, E, out=self.work.get("y", tile)).mul_(self.h_over_r[tile.rows])
+        return _revised(E, self.h_over_r[tile.rows], s, self.work.get("y", tile))
 
     def _gx(self, x: Tensor, tile: Tile, out: Tensor) -> Tensor:
         """w_i exp(x_ij) / X_i - T_ij."""
@@ -253,3 +251,11 @@ class _Sweeps:
         gy = self.y_shift.by_column(y, tile, out).mul_(self.w_over_Y[tile.columns])
         gy[self.pairs.within(tile)] -= self.T_a2t[self.pairs.of(tile)].to(gy.dtype)
         return gy
+
+
+def _revised(E: Tensor, factor: Tensor, s: Tensor, out: Tensor) -> Tensor:
+    """Logits x or y in `out`, multiplied in the order of the backward pass.
+
+    The last bits of a large logit change its exponential by much more, which must be the one that X or Y adds up.
+    """
+    return torch.mul(E, factor, out=out).mul_(s)

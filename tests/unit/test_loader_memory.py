@@ -1,0 +1,87 @@
+"""What a loader takes of /dev/shm and of main memory: bounded by a budget, however large the global batch is."""
+
+from __future__ import annotations
+
+import pytest
+
+from atr_scale.data import loader_memory as module
+from atr_scale.data.loader_memory import PIECE, loader_memory, loader_memory_here
+from atr_scale.data.options import DataSection, TrainingSource
+from atr_scale.distributed.world import World
+from atr_scale.errors import UserError
+
+TEN_S = 320_000  # at 32 kHz
+GB = 10**9
+
+
+class Node(World):
+    """One of 8 ranks of a machine, whose ranks all measure the same."""
+
+    def ranks_here(self) -> int:
+        return 8
+
+    def gather_ints(self, value: int) -> list[int]:
+        return [value, 2 * value]
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "seconds", "workers"),
+    [(32_768, 8, 10, 2), (32_768, 8, 10, 6), (1024, 16, 30, 6), (65_536, 1, 10, 2)],
+)
+def test_large_batches_take_little_shared_memory(batch: int, ranks: int, seconds: int, workers: int) -> None:
+    """7 buffers of the whole local batch for each worker were 587 GB a machine in the first case."""
+    memory = loader_memory(seconds * 32_000, batch // ranks, workers, pinned=True)
+    assert memory.shared <= 5 * workers * PIECE and min(ranks, 8) * memory.shared < 20 * GB
+    assert memory.rows * (memory.pieces - 1) < batch // ranks <= memory.rows * memory.pieces
+    one = 4 * seconds * 32_000 * batch // ranks
+    assert 2 * one <= memory.batches < 4 * one, "two whole batches, each rounded up to a power of two"
+
+
+def test_a_small_batch_is_used_where_it_was_decoded() -> None:
+    memory = loader_memory(TEN_S, 32, 2, pinned=False)
+    assert (memory.rows, memory.pieces, memory.buffers, memory.batches) == (32, 1, 14, 0)
+    assert memory.describe() == (
+        "loader buffers: 14 of 41.0 MB a rank (32 clips each, 1 to a batch), 573.4 MB of shared memory"
+    )
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("workers", [1, 2, 6])
+@pytest.mark.parametrize("budget", [32 << 20, 64 << 20, 0.3 * GB, 2 * GB])
+def test_the_budget_holds(budget: float, workers: int, pinned: bool) -> None:
+    memory = loader_memory(TEN_S, 4096, workers, pinned=pinned, budget=budget)
+    assert memory.rows >= 1 and memory.shared <= budget and memory.each > memory.prefetch >= 1
+
+
+def test_too_little_is_one_line() -> None:
+    with pytest.raises(UserError) as caught:
+        loader_memory(TEN_S, 64, 8, pinned=True, budget=8e6)
+    line = str(caught.value)
+    assert "data.buffer_gb" in line and "data.workers = 8" in line and "20.5 MB" in line and "8.0 MB" in line
+
+
+def data(workers: int = 2, buffer_gb: float | None = None) -> DataSection:
+    source = TrainingSource(shards="somewhere", weight=None)
+    return DataSection(train=[source], workers=workers, buffer_gb=buffer_gb)
+
+
+def test_ranks_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_free_shared_memory", lambda: 8 * GB)
+    monkeypatch.setattr(module, "free_memory", lambda: 200 * GB)
+
+    def found(**keys: float) -> module.LoaderMemory:
+        return loader_memory_here(TEN_S, 4096, data(**keys), Node(), pinned=True)  # type: ignore[arg-type]
+
+    assert 0.4 * GB < found().shared <= 0.5 * GB, "half of it, for 8 ranks"
+    assert 0.2 * GB < found(buffer_gb=0.3).shared <= 0.3 * GB
+    with pytest.raises(UserError, match=r"data.buffer_gb = 3, but 1.0 GB of /dev/shm are free"):
+        found(buffer_gb=3)
+    monkeypatch.setattr(module, "free_memory", lambda: 20 * GB)
+    with pytest.raises(UserError, match=r"main memory that are free for each rank.*global_batch_size"):
+        found()
+
+
+def test_reading_in_the_training_process_takes_no_shared_memory() -> None:
+    memory = loader_memory(TEN_S, 32, 0, pinned=False)
+    assert (memory.shared, memory.pieces, memory.rows) == (0, 1, 32) and memory.total == 2 * 32 * TEN_S * 4
+    assert "no workers" in memory.describe()
