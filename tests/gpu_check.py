@@ -2,8 +2,8 @@
 
     python -m tests.gpu_check FILE
 
-Writes to FILE, as JSON, the rows, or why none can be found. Values are stand-ins, so errors say nothing; what counts is
-that every line that a GPU takes is taken.
+Writes to FILE, as JSON, the rows and where a tensor of the host meets one of the device, or why there are none. Values
+are stand-ins, so errors say nothing; what counts is that every line that a GPU takes is taken.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ def main(file: Path) -> None:
     except guard.Unavailable as reason:
         file.write_text(json.dumps({"skipped": str(reason)}))
         return
-    file.write_text(json.dumps({"rows": list(rows())}))
+    mixed: list[str] = []
+    file.write_text(json.dumps({"rows": list(rows(mixed)), "mixed": mixed}))
 
 
-def rows() -> Iterator[dict[str, object]]:
+def rows(mixed: list[str]) -> Iterator[dict[str, object]]:
     import importlib
 
     import torch
@@ -50,7 +51,7 @@ def rows() -> Iterator[dict[str, object]]:
     setting = Setting("cuda", True, {name: Row(ms=1.0, tflops=1.0, gb_per_s=1.0) for name in names})
     generator = torch.Generator
     with (
-        counted(1),
+        counted(1) as (counts, _),
         mock.patch.object(torch, "Generator", lambda device=None: generator()),  # a CPU build has none for a GPU
         mock.patch.object(measure, "launches", lambda function: (function(), 1)[1]),
         mock.patch.multiple(torch.cuda, get_sync_debug_mode=lambda: 0, set_sync_debug_mode=lambda mode: None),
@@ -60,6 +61,8 @@ def rows() -> Iterator[dict[str, object]]:
             for case in module.cases(setting, *([1] if part == "losses" else [])):
                 if any(name in case[0] for name in chosen):
                     yield run_case(part, case).as_json()
+        kinds = (f"{kind} at {place}" for _, kind, place in counts.places if kind.startswith("CPU tensor"))
+        mixed += [kind for kind in kinds if "empty_like" not in kind]  # which reads no values
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Collectives really through the network's library, on a group of this one process, in every dtype that is sent.
 
-`World` does not communicate in a world of one, so torch.distributed is called here, and World's autograd functions with
-the group given to them. One rank gets its own data back, whatever the collective.
+`World` does not communicate in a world of one, so torch.distributed is called here, and World with a size that does not
+equal 1. One rank gets its own data back, whatever the collective.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atr_scale.compat import all_gather_single, reduce_scatter_single
 from atr_scale.distributed.start import distributed
-from atr_scale.distributed.world import _Gather
+from atr_scale.distributed.world import World
 from tools.gpu_check.rows import Case, Row, compared
 from tools.gpu_check.runner import Setting
 
@@ -26,34 +26,53 @@ SCATTERED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # gra
 Collective = Callable[[Tensor], Tensor]
 
 
+class _One(int):
+    """The number 1, which no short cut of a world of one recognises."""
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
+
+
 def cases(setting: Setting) -> Iterator[Case]:
-    with distributed() as (_, device):
+    with distributed() as (current, device):
         for name, (collective, dtypes) in COLLECTIVES.items():
             for dtype in dtypes:
                 yield f"{name}, {str(dtype).removeprefix('torch.')}", partial(unchanged, collective, dtype, device)
-        yield "gather with a gradient", partial(gathered_gradient, device)
-        yield "objects", objects
+        world = World(0, _One(1), current.group, current.host)
+        yield "World.gather and its gradient", partial(with_gradient, world.gather, device)
+        yield "World.start_gather and its gradient", partial(with_gradient, lambda x: world.start_gather(x)(), device)
+        yield "World.sum and max", partial(statistics, world, device)
+        yield "numbers and objects over the host's group", partial(of_the_host, world)
 
 
 def unchanged(collective: Collective, dtype: torch.dtype, device: torch.device) -> Row:
     """What comes back must be what was sent, bit for bit; 0 or infinity is the error."""
     sent = torch.arange(-60, 60, device=device).reshape(12, 10).to(dtype)
-    return compared(0.0 if torch.equal(collective(sent.clone()), sent) else float("inf"), 0.0)
+    return _same(torch.equal(collective(sent.clone()), sent))
 
 
-def gathered_gradient(device: torch.device) -> Row:
+def with_gradient(gather: Collective, device: torch.device) -> Row:
     local = torch.randn(6, 4, device=device, requires_grad=True)
-    gathered: Tensor = _Gather.apply(local, 1, dist.group.WORLD)
+    gathered = gather(local)
     weight = torch.randn_like(gathered)
     (gradient,) = torch.autograd.grad((gathered * weight).sum(), local)
-    same = torch.equal(gathered, local) and torch.equal(gradient, weight)
-    return compared(0.0 if same else float("inf"), 0.0)
+    return _same(torch.equal(gathered, local) and torch.equal(gradient, weight))
 
 
-def objects() -> Row:
-    found: list[object] = [None]
-    dist.all_gather_object(found, {"rank": 0})
-    return compared(0.0 if found == [{"rank": 0}] else float("inf"), 0.0)
+def statistics(world: World, device: torch.device) -> Row:
+    value = torch.randn(9, device=device, dtype=torch.float64)
+    return _same(torch.equal(world.sum(value), value) and torch.equal(world.max(value), value))
+
+
+def of_the_host(world: World) -> Row:
+    world.barrier()
+    return _same(world.gather_ints(7) == [7] and world.gather_objects({"rank": 0}) == [{"rank": 0}])
+
+
+def _same(equal: bool) -> Row:
+    return compared(0.0 if equal else float("inf"), 0.0)
 
 
 def _gather(sent: Tensor) -> Tensor:

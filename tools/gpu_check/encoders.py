@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from atr_scale.encoders import AudioEncoder, build_audio_encoder
 from atr_scale.encoders.front_ends import FrontEnd, power_spectrogram
+from atr_scale.precision import autocast, encoder_products
 from tests.golden.reference import Golden, write_checkpoint
 from tools.gpu_check.losses import relative
 from tools.gpu_check.rows import Case, Row, Skip, compared
@@ -86,8 +86,8 @@ class _Once:
 
     def output(self, encoder: AudioEncoder, precision: str = "ieee") -> Tensor:
         """The pooled embedding [B, D] of the stored input."""
-        narrow = torch.autocast(self.setting.device, torch.bfloat16) if precision == "bf16" else nullcontext()
-        with torch.no_grad(), everywhere("tf32" if precision == "tf32" else "ieee"), narrow:
+        narrow = autocast(torch.device(self.setting.device), precision)
+        with torch.no_grad(), encoder_products(precision == "tf32"), narrow:
             pooled: Tensor = encoder(self.golden.waveform.to(self.setting.device)).pooled
         return pooled.float().cpu()
 
@@ -99,7 +99,7 @@ class _Once:
         """`error` is the largest one as a share of what the stored file allows."""
         found = {self.pooled: self.plain}
         if self.logits:
-            with everywhere("ieee"):
+            with encoder_products(tf32=False):
                 found[self.logits] = self.encoder.tags(self.golden.waveform.to(self.setting.device)).float().cpu()
         shares = {name: _share(self.golden, name, output) for name, output in found.items()}
         note = ", ".join(f"{name} {share:.2g}" for name, share in shares.items())
@@ -115,23 +115,6 @@ class _Once:
         if kind == "tf32" and not self.setting.cuda:
             raise Skip("needs CUDA")
         return compared(relative(self.output(self.encoder, kind), self.plain), NARROW[kind])
-
-
-class everywhere:
-    """A precision of fp32 matrix products and convolutions on CUDA inside the block."""
-
-    def __init__(self, precision: str) -> None:
-        backends: Any = torch.backends
-        self._places, self._precision = (backends.cuda.matmul, backends.cudnn.conv), precision
-
-    def __enter__(self) -> None:
-        self._before = [place.fp32_precision for place in self._places]
-        for place in self._places:
-            place.fp32_precision = self._precision
-
-    def __exit__(self, *error: object) -> None:
-        for place, before in zip(self._places, self._before, strict=True):
-            place.fp32_precision = before
 
 
 def _share(golden: Golden, name: str, output: Tensor) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from atr_scale.batch import FULL_SCALE, Batch
 from atr_scale.data import stream as streams
+from atr_scale.data.loader_memory import COPIED, FLOAT, PREFETCH, loader_memory
 from atr_scale.data.shared_buffers import Buffer, SharedBuffers
 from atr_scale.data.stream import read_batches
 from tests.coded import open_stream, write_shards
@@ -26,6 +27,7 @@ from tools.gpu_check.rows import Case, Row, compared
 from tools.gpu_check.runner import Setting
 
 CLIPS, BATCHES = 30, 24
+PIECE_ROWS = 5  # of a batch of 12
 BUSY_CYCLES = 20_000_000  # of the device, about 10 ms
 
 
@@ -43,19 +45,22 @@ def cases(setting: Setting) -> Iterator[Case]:
         shards = write_shards(Path(folder), range(CLIPS))
         for workers in (0,) if setting.quick else (0, 2):
             for int16 in (False, True):
-                name = f"{workers} workers, {'int16' if int16 else 'float32'}"
-                yield name, partial(unchanged, setting, shards, workers, int16)
+                for rows in (None, PIECE_ROWS) if workers else (None,):
+                    name = f"{workers} workers, {'int16' if int16 else 'float32'}{', pieces' if rows else ''}"
+                    yield name, partial(unchanged, setting, shards, workers, int16, rows)
 
 
-def unchanged(setting: Setting, shards: str, workers: int, int16: bool) -> Row:
-    """`error` is the share of batches that differ from those of a plain reading."""
+def unchanged(setting: Setting, shards: str, workers: int, int16: bool, rows: int | None) -> Row:
+    """`error` is the share of batches that differ from those of a plain reading. rows: of a piece of a batch."""
     expected = [_values(batch) for batch in read_batches(open_stream(shards).between(0, BATCHES), 0)]
     device = torch.device(setting.device)
     late: list[Batch] = []
     found: list[Tensor] = []
     with patch.object(streams, "SharedBuffers", PoisonedBuffers):
         stream = open_stream(shards).between(0, BATCHES)
-        for batch in read_batches(stream, workers, keep_int16=int16, pin_memory=setting.cuda):
+        budget = None if rows is None else (PREFETCH + COPIED) * workers * rows * FLOAT * stream.width
+        memory = loader_memory(stream.width, stream.local_batch_size, workers, pinned=setting.cuda, budget=budget)
+        for batch in read_batches(stream, workers, keep_int16=int16, pin_memory=setting.cuda, memory=memory):
             if setting.cuda:
                 torch.cuda._sleep(BUSY_CYCLES)
             late.append(batch.to(device))

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from atr_scale.distributed.world import World
@@ -23,6 +25,10 @@ class HostWorld(World):
 
     def gather(self, local: Tensor) -> Tensor:
         return super().gather(local.cpu()).to(local.device)
+
+    def start_gather(self, local: Tensor) -> Callable[[], Tensor]:
+        wait = super().start_gather(local.cpu())
+        return lambda: wait().to(local.device)
 
     def sum(self, value: Tensor) -> Tensor:
         return super().sum(value.cpu()).to(value.device)
@@ -36,6 +42,13 @@ class SilentWorld(World):
 
     def gather(self, local: Tensor) -> Tensor:
         return torch.cat([local] * self.size)
+
+    def start_gather(self, local: Tensor) -> Callable[[], Tensor]:
+        found = self.gather(local)
+        return lambda: found
+
+    def gather_host(self, local: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.concatenate([local] * self.size)
 
     def gather_ints(self, value: int) -> list[int]:
         return [value] * self.size
