@@ -165,7 +165,7 @@ def rows() -> Iterator[Row]:
         case = Case(config, 20.0, 1.0, BUCKET_BYTES)
         found = measure(case)
         planned = plan(case, found)
-    yield Row("step, gradients beside the backward pass", found.beside, found.at_end, "at its end", "s", 0.8)
+    yield Row("step, gradients beside the backward pass", found.beside, found.at_end, "at its end", "s")
     yield Row(
         "hidden share of the reduction", found.hidden, planned.network.hidden / planned.network.busy, "planned", ""
     )
