@@ -23,7 +23,7 @@ from atr_scale.errors import UserError
 from atr_scale.losses import LossInputs, build_objective
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.temperature import Temperature
-from atr_scale.precision import Autocast, autocast
+from atr_scale.precision import Autocast, Precision, autocast
 from atr_scale.products import HeadProducts
 from atr_scale.score_block import ScoreBlock, at_least_fp32
 from atr_scale.scorers import build_scorer
@@ -114,6 +114,7 @@ class Retriever(nn.Module):
             )
         self.scorer = build_scorer(model.scorer.name, dim=self.audio_projection.dim, **model.scorer.options)
         self.scorer.products = head_products
+        self.scorer.precision = Precision(precision, tf32)
         self.temperature = _temperature(objective.temperature)
         self.objective = build_objective(objective.terms)
         self.positives, self.positives_mean = objective.positives, objective.positives_mean

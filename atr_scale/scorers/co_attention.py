@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from atr_scale.batch import TokenSequence
+from atr_scale.precision import autocast, encoder_products
 from atr_scale.score_block import at_least_fp32
 from atr_scale.scorers.scorer import Scorer
 from atr_scale.scorers.tiles import Tensors, in_groups, real_tokens, score_tiles
@@ -104,8 +105,12 @@ class CoAttentionScorer(Scorer):
         self.audio = side(guides=self.mutual, guided=True)
 
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
+        """See `Scorer`. The blocks run in the encoders' precision; embeddings and cosines are fp32 or wider."""
         tile = max(1, math.isqrt(self.pairs_per_tile))
-        return score_tiles(self._tile, self._prepare(self.text, text), self._prepare(self.audio, audio), (tile, tile))
+        autocast_to, tf32 = self.precision
+        with encoder_products(tf32), autocast(audio.tokens.device, autocast_to):
+            text_part, audio_part = self._prepare(self.text, text), self._prepare(self.audio, audio)
+            return score_tiles(self._tile, text_part, audio_part, (tile, tile))
 
     def _prepare(self, side: Side, sequence: TokenSequence) -> Tensors:
         """The part of the computation that needs no other side: mask [B, T] and the results of Side.forward."""

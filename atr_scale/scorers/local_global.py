@@ -11,21 +11,20 @@ of similarities, and its squared norm is a quadratic form of the context's Gram 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import leaky_relu, normalize
 
 from atr_scale.batch import TokenSequence
-from atr_scale.score_block import at_least_fp32
-from atr_scale.scorers.scorer import Scorer, without_autocast
-from atr_scale.scorers.tiles import Tensors, for_device, real_tokens, score_tiles
+from atr_scale.products import product
+from atr_scale.scorers.scorer import Scorer, exact_products
+from atr_scale.scorers.tiles import Tensors, real_tokens, score_tiles, tile_numbers
 from atr_scale.sections import Positive, Section
 
-# Token pairs of a tile: as many as a processor's caches hold, or enough to keep a GPU busy.
-TILE_SIZES = {"cpu": 2**20, "cuda": 2**26}
 # Of the LeakyReLU before the norm, by `normalise`; 0 clips.
 SLOPES = {"none": None, "clipped_l2": 0.0, "clipped_l2_leaky": 0.1}
 
@@ -80,26 +79,58 @@ class LocalGlobalScorer(Scorer):
     def _attend(self, query: Tensors, context: Tensors) -> Tensor:
         """[Q, C]."""
         tokens, mask = context
-        pairs = for_device(TILE_SIZES, tokens.device) // (query[0].shape[1] * tokens.shape[1])
+        pairs = tile_numbers(tokens) // (query[0].shape[1] * tokens.shape[1])
         side = max(1, math.isqrt(pairs))
-        with without_autocast(tokens):
-            gram = tokens @ tokens.transpose(1, 2)
-        return score_tiles(self._tile, query, (tokens, mask, gram), (side, side))
+        # 0, or for padding a number that no softmax survives.
+        barrier = torch.zeros_like(tokens[..., 0]).masked_fill_(~mask, torch.finfo(tokens.dtype).min / 4)
+        with exact_products(tokens):
+            return score_tiles(self._tile, query, (tokens, barrier, product(tokens, tokens.mT)), (side, side))
 
     def _tile(self, query: Tensors, context: Tensors) -> Tensor:
-        (asking, asking_mask), (tokens, mask, gram) = query, context
-        Q, C = len(asking), len(tokens)
-        similarity = asking.flatten(0, 1) @ tokens.flatten(0, 1).T
-        similarity = at_least_fp32(similarity).unflatten(1, mask.shape).transpose(0, 1)  # [C, Q q, c]
-        with without_autocast(tokens):
-            logits = similarity if self.slope is None else _clipped(similarity, asking_mask.shape, self.slope)
-            weights = (self.lambda1 * logits).masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1)
-            product = (weights * similarity).sum(-1)
-            squared_norm = ((weights @ gram) * weights).sum(-1)
-            # If tokens cancel out, the norm consists of rounding errors.
-            cosine = product * squared_norm.clamp(min=torch.finfo(gram.dtype).eps).rsqrt()
-            cosine = cosine.view(C, Q, -1).transpose(0, 1)
-            return self.pool(self.lambda2 * cosine, asking_mask.unsqueeze(1)) / self.lambda2
+        (asking, asking_mask), (tokens, barrier, gram) = query, context
+        similarity = product(asking.flatten(0, 1), tokens.flatten(0, 1).T, self.products).view(-1, *barrier.shape)
+        logits = similarity if self.slope is None else _clipped(similarity, asking_mask.shape, self.slope)
+        logits = torch.add(barrier, logits, alpha=self.lambda1)
+        cosine: Tensor = AttendedCosine.apply(similarity, logits, gram)  # [Q q, C]
+        cosine = cosine.unflatten(0, asking_mask.shape).transpose(1, 2)
+        return self.pool(self.lambda2 * cosine, asking_mask.unsqueeze(1)) / self.lambda2
+
+
+class AttendedCosine(torch.autograd.Function):
+    """cos(query token, attended vector) [n, C] for n query tokens and C contexts of c tokens, all of unit length.
+
+    similarity, logits: [n, C, c], cosines and logits of the attention. gram: [C, c, c], products of the tokens.
+
+    With w = softmax(logits) the cosine is (w . s) / sqrt(w' G w). docs/math/text_aware_pooling.md, section 5, derives
+    the gradients for m = 1 quadratic form and no linear ones.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, similarity: Tensor, logits: Tensor, gram: Tensor) -> Tensor:
+        weight = logits.softmax(-1)
+        dot = (similarity * weight).sum(-1)
+        along = torch.empty_like(weight)
+        torch.bmm(weight.transpose(0, 1), gram, out=along.transpose(0, 1))
+        quadratic = along.mul_(weight).sum(-1)
+        # If tokens cancel out, the norm consists of rounding errors.
+        shortest = torch.finfo(gram.dtype).eps
+        ctx.save_for_backward(similarity, weight, gram, dot, quadratic)
+        ctx.shortest = shortest
+        return dot * quadratic.clamp(min=shortest).rsqrt()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensors:
+        similarity, weight, gram, dot, quadratic = ctx.saved_tensors
+        with exact_products(gram):
+            by_dot = grads[0] * quadratic.clamp(min=ctx.shortest).rsqrt()
+            rho = torch.where(quadratic > ctx.shortest, -0.5 * dot / quadratic, 0)
+            scaled = weight * rho.unsqueeze(-1)
+            by_similarity = weight * by_dot.unsqueeze(-1)
+            by_weight = similarity - torch.addcmul(dot, rho, quadratic, value=2).unsqueeze(-1)
+            by_weight.transpose(0, 1).baddbmm_(scaled.transpose(0, 1), gram, alpha=2)
+            by_gram = by_similarity.permute(1, 2, 0) @ scaled.transpose(0, 1)
+        return by_similarity, by_weight.mul_(by_similarity), by_gram
 
 
 def _unit_tokens(sequence: TokenSequence) -> Tensors:
@@ -108,10 +139,10 @@ def _unit_tokens(sequence: TokenSequence) -> Tensors:
 
 
 def _clipped(similarity: Tensor, queries: torch.Size, slope: float) -> Tensor:
-    """LeakyReLU of [C, Q q, c], divided by its norm over the q tokens of a query. Padded ones are zero."""
-    clipped = leaky_relu(similarity.unflatten(1, queries), slope)
-    squared_norm = clipped.square().sum(2, keepdim=True).clamp(min=torch.finfo(clipped.dtype).eps)
-    return (clipped * squared_norm.rsqrt()).flatten(1, 2)
+    """LeakyReLU of [Q q, C, c], divided by its norm over the q tokens of a query. Padded ones are zero."""
+    clipped = leaky_relu(similarity.unflatten(0, queries), slope)
+    squared_norm = clipped.square().sum(1, keepdim=True).clamp(min=torch.finfo(clipped.dtype).eps)
+    return (clipped * squared_norm.rsqrt()).flatten(0, 1)
 
 
 def _log_sum_exp(values: Tensor, mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
 from atr_scale.products import product
 from atr_scale.score_block import EmbeddingScores, ScoreBlock, at_least_fp32
-from atr_scale.scorers.scorer import Scorer, without_autocast
+from atr_scale.scorers.scorer import Scorer, exact_products
 from atr_scale.sections import Count, Section
 
 
@@ -97,7 +97,7 @@ class CosineScorer(Scorer):
 
     def embed_audio(self, audio: TokenSequence) -> Tensor:
         """Embeddings [b, D] of unit length, fp32 or wider even under autocast."""
-        with without_autocast(audio.tokens):
+        with exact_products(audio.tokens):
             return normalize(at_least_fp32(self.pool(audio)), dim=-1)
 
     def start_gather(self, text: TokenSequence, world: World) -> Callable[[], Tensor]:
@@ -107,7 +107,7 @@ class CosineScorer(Scorer):
         return EmbeddingScores(texts, self.embed_audio(audio), world, self.products, self.largest)
 
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
-        with without_autocast(audio.tokens):
+        with exact_products(audio.tokens):
             return product(self.embed_text(text), self.embed_audio(audio).T, self.products)
 
 

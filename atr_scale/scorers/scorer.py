@@ -8,7 +8,8 @@ Texts travel between ranks, audio does not: a rank scores all texts of the globa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,8 @@ from torch.nn.functional import pad
 from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.products import HeadProducts
+from atr_scale.precision import Precision
+from atr_scale.products import HeadProducts, fp32_products
 from atr_scale.score_block import ScoreBlock, StoredScores, at_least_fp32
 from atr_scale.sections import Section
 
@@ -42,7 +44,7 @@ class Scorer(nn.Module, ABC):
       that pools the frames.
 
     Parameters belong to submodules and are used in the forward method of these, where ZeRO stage 3 gathers them. Scores
-    are computed in fp32 or wider even under autocast, see `without_autocast`. An entry in `SCORERS` gives the scorer
+    are computed in fp32 or wider even under autocast, see `exact_products`. An entry in `SCORERS` gives the scorer
     its name.
     """
 
@@ -52,6 +54,7 @@ class Scorer(nn.Module, ABC):
     is_dual_encoder = False  # whether scores are dot products of embeddings
     largest: float | None = None  # bound of the absolute value of a score
     products: HeadProducts = "ieee"  # precision of large fp32 products, `train.head_products`; a Retriever sets it
+    precision = Precision()  # of a scorer that is a network over pairs, as of encoders; a Retriever sets it
 
     @abstractmethod
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
@@ -112,6 +115,8 @@ def start_gather_sequence(own: TokenSequence, world: World, with_tokens: bool) -
     return finish
 
 
-def without_autocast(like: Tensor) -> torch.autocast:
-    """A context without autocast on the device of `like`, so that scores are computed in the dtype of their inputs."""
-    return torch.autocast(like.device.type, enabled=False)
+@contextmanager
+def exact_products(like: Tensor) -> Iterator[None]:
+    """Inside, scores on the device of `like` are computed in the dtype of their inputs: no autocast, no TF32."""
+    with fp32_products("ieee"), torch.autocast(like.device.type, enabled=False):
+        yield

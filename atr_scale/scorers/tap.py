@@ -13,20 +13,21 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
-from torch.nn.functional import layer_norm, linear, normalize, pad
+from torch.nn.functional import layer_norm, normalize, pad
 
 from atr_scale.batch import TokenSequence
+from atr_scale.products import HeadProducts, product
 from atr_scale.score_block import at_least_fp32
-from atr_scale.scorers.gram_pooling import EPS, SHORTEST, GramScores, attention, keys_and_values, metrics_of
-from atr_scale.scorers.scorer import Scorer, without_autocast
-from atr_scale.scorers.tiles import Tensors, for_device, recomputed, split
+from atr_scale.scorers.gram_pooling import GramScores, Tables, metrics_of
+from atr_scale.scorers.pooled_cosine import EPS, SHORTEST
+from atr_scale.scorers.scorer import Scorer, exact_products
+from atr_scale.scorers.tiles import Tensors, kept_bytes, pair_tiles, recomputed, split, tile_numbers
 from atr_scale.sections import Count, Section
 
-Linear = tuple[Tensor, Tensor]  # weight and bias
-TEXTS_PER_TILE = 1024
-EXTRA = 8  # numbers that X-Pool's values have beside the attention's width
-# Numbers in the largest tensor of a tile: as many as a processor's caches hold, or enough to keep a GPU busy.
-TILE_NUMBERS = {"cpu": 2**19, "cuda": 2**24}
+# Numbers of a frame, and of its key and value, beside their width. Eight, because odd widths multiply slowly.
+EXTRA = 8
+GROUP = 4  # numbers of the frames that are projected at once, in tensors of a tile
+ONE, BARRIER = 0, 1  # places among them: 1; and 0, or if the frame is padding a number that no softmax survives
 
 
 class TextAwarePoolingOptions(Section):
@@ -50,11 +51,11 @@ class TextAwarePoolingScorer(Scorer):
     with z = a, or z = LN(a + Dropout(Linear(a))) in X-Pool, where W_Q, W_K, W_V and W_O come with biases. c_t is the
     caption's pooled embedding and c_f a frame; they share one LayerNorm, as in X-Pool. A clip without frames scores 0.
 
-    Scores are computed from Gram matrices (see gram_pooling). In two cases the pooled vector of every pair is computed
-    instead, tile by tile, which costs many times more: for clips with so many frames that Gram matrices do not pay off,
-    and in training with dropout, which draws a random number for every element of every pair's vector. Dropout is
-    therefore 0 by default. `repr` names the form in use. Products are fp32 even under autocast: with bf16 operands in
-    the projections alone, gradients change by 2e-3 to 3e-3.
+    Scores are computed from Gram matrices (docs/math/text_aware_pooling.md). In two cases the pooled vector of every
+    pair is computed instead, tile by tile, which costs many times more: for clips with so many frames that Gram
+    matrices do not pay off, and in training with dropout, which draws a random number for every element of every pair's
+    vector. Dropout is therefore 0 by default. `repr` names the form in use. Products have the precision `products`,
+    even under autocast: with bf16 operands in the projections alone, gradients change by 2e-3 to 3e-3.
     """
 
     Options = TextAwarePoolingOptions
@@ -67,13 +68,17 @@ class TextAwarePoolingScorer(Scorer):
 
     def scores(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
         dropping = self.dropout if self.training else 0.0
-        with without_autocast(audio.tokens):
+        with exact_products(audio.tokens):
+            query, key, value, behind = self.weights()
             sentence = at_least_fp32(text.pooled)
             unit = normalize(sentence, dim=-1, eps=SHORTEST)
+            normal = layer_norm(sentence, sentence.shape[-1:], eps=EPS)
+            asked = product(pad(normal, (0, 1), value=1), query, self.products)
+            asked = pad(pad(asked, (0, 1 + BARRIER), value=1), (0, EXTRA - 1 - BARRIER))
             if dropping or audio.tokens.shape[1] > self.weights.most_frames:
-                scores = self._from_vectors(sentence, unit, audio, dropping)
+                scores = self._from_vectors(asked, unit, audio, key, value, behind, dropping)
             else:
-                scores = self._from_grams(sentence, unit, audio)
+                scores = self._from_grams(asked, unit, audio, key, value, behind)
             return scores.masked_fill(~audio.mask.any(1), 0)
 
     def extra_repr(self) -> str:
@@ -82,34 +87,45 @@ class TextAwarePoolingScorer(Scorer):
             form = f"a vector for each pair because of dropout {self.dropout}"
         return f"residual={self.weights.residual}, {form}"
 
-    def _from_grams(self, sentence: Tensor, unit: Tensor, audio: TokenSequence) -> Tensor:
-        query, key, value, behind = self.weights()
-        matching, offsets, *metrics = metrics_of(*behind)
-        asked = _projected(sentence, *query)
+    def _from_grams(
+        self, asked: Tensor, unit: Tensor, audio: TokenSequence, key: Tensor, value: Tensor, behind: Tensors
+    ) -> Tensor:
+        metrics, kind, dim = metrics_of(*behind), self.products, self.weights.dim
         few = len(asked) < self.weights.attention_dim
-        if few:
-            asked, projection = asked @ key[0], value  # the keys' bias adds the same to the logits of all frames
-        else:
-            projection = _stacked(key, value)
-        tile = _tile_size(len(asked), audio.tokens.shape[1], asked.device)
-        texts = (asked, unit @ matching.T, unit @ offsets.T)
-        scores: Tensor = GramScores.apply(
-            *texts, audio.tokens, audio.mask, *projection, *metrics, self.weights.dim, tile, few
-        )
-        return scores
-
-    def _from_vectors(self, sentence: Tensor, unit: Tensor, audio: TokenSequence, dropout: float) -> Tensor:
-        query, key, value, behind = self.weights()
-        projection = _stacked(key, value)
-        texts = (_projected(sentence, *query), unit)
-        rows, columns = _tile_size(len(unit), max(audio.tokens.shape[1], self.weights.dim), unit.device)
-        tile = partial(_vector_scores, behind=behind, dropout=dropout)
-        stripes = []
-        for tokens, mask in split((audio.tokens, audio.mask), columns):
-            # Kept for the backward pass: keys and values; computed again: normalised frames, tiles.
-            audios = (*keys_and_values(recomputed(_projected, tokens, *projection), len(key[0])), mask)
-            stripes.append(torch.cat([recomputed(tile, part, audios) for part in split(texts, rows)]))
+        if few:  # then captions are mapped to the frames, and not frames to the keys
+            asked = product(asked, key.T, kind)
+        texts = (asked, product(unit, metrics.matching.T, kind), product(unit, metrics.offsets.T))
+        groups = split((audio.tokens, audio.mask), max(1, GROUP * tile_numbers(unit) // (audio.tokens.shape[1] * dim)))
+        kept, stripes = kept_bytes(unit.device) // len(groups), []
+        for tokens, mask in groups:
+            frames = _frames(tokens, mask)
+            values = product(frames, value, kind)
+            clips = (frames if few else product(frames, key, kind), values, Tables.apply(values, metrics.forms))
+            stripes.append(GramScores.apply(*texts, *clips, metrics.constants, dim, kind, kept))
         return torch.cat(stripes, 1)
+
+    def _from_vectors(
+        self,
+        asked: Tensor,
+        unit: Tensor,
+        audio: TokenSequence,
+        key: Tensor,
+        value: Tensor,
+        behind: Tensors,
+        dropout: float,
+    ) -> Tensor:
+        def key_and_value(tokens: Tensor, mask: Tensor) -> Tensors:
+            frames = _frames(tokens, mask)
+            return product(frames, key, self.products), product(frames, value, self.products)
+
+        tile = partial(_vector_scores, behind=behind, dropout=dropout, kind=self.products)
+        size = max(audio.tokens.shape[1], self.weights.dim)
+        stripes: dict[int, list[Tensor]] = {}
+        for texts, clips in pair_tiles(len(unit), len(audio.mask), size, unit):
+            if texts.start == 0:  # kept for the backward pass: keys and values; computed again: frames, tiles
+                clip = recomputed(key_and_value, audio.tokens[clips], audio.mask[clips])
+            stripes.setdefault(clips.start, []).append(recomputed(tile, asked[texts], unit[texts], *clip))
+        return torch.cat([torch.cat(parts) for parts in stripes.values()], 1)
 
 
 class _Weights(nn.Module):
@@ -140,25 +156,27 @@ class _Weights(nn.Module):
         vector = self.dim * (self.attention_dim + (self.dim if self.residual else 0))
         return math.isqrt((vector - 1) // (3 if self.residual else 2))
 
-    def forward(self) -> tuple[Linear, Linear, Linear, Tensors]:
-        """W_Q / sqrt(K), W_K and W_V, each with the LayerNorm's parameters, and the parameters behind the attention.
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensors]:
+        """Matrices for rows with EXTRA numbers behind: of queries [D + 1, K], keys [D + 8, K + 8], values [D + 8, K].
 
-        With biases the values get a number that is 1 for every frame, and so after any attention: its row of W_O, the
-        bias, is added to every pooled vector. Zeros follow it, because products of odd widths take a quarter longer.
+        They contain the LayerNorm's parameters, 1 / sqrt(K) and the biases. The fourth: parameters behind the
+        attention, see `metrics_of`. With the residual block values too have EXTRA numbers: the first is 1 for every
+        frame, and so after any attention. Its row of W_O, the bias, is added to every pooled vector.
         """
-        query, key, value = (
-            (weight * self.norm_scale, weight @ self.norm_shift) for weight in (self.query, self.key, self.value)
-        )
+        query, key, value = (weight * self.norm_scale for weight in (self.query, self.key, self.value))
+        query_bias, value_bias = self.query @ self.norm_shift, self.value @ self.norm_shift
         out, block = self.out.clone(), []
         if self.residual:
-            query = query[0], query[1] + self.query_bias
+            query_bias = query_bias + self.query_bias
             one = pad(torch.ones_like(self.value_bias[:1]), (0, EXTRA - 1))
-            value = pad(value[0], (0, 0, 0, EXTRA)), torch.cat([value[1] + self.value_bias, one])
+            value, value_bias = pad(value, (0, 0, 0, EXTRA)), torch.cat([value_bias + self.value_bias, one])
             out = torch.cat([out, pad(self.out_bias[None], (0, 0, 0, EXTRA - 1))])
             block = [self.inner_scale, self.inner_shift, self.linear_weight, self.linear_bias]
-        root = math.sqrt(self.attention_dim)
+        query = torch.cat([query, query_bias[:, None]], 1) / math.sqrt(self.attention_dim)
+        key = torch.block_diag(key, torch.eye(EXTRA, dtype=key.dtype, device=key.device))
+        value = torch.cat([value, pad(value_bias[:, None], (ONE, EXTRA - 1 - ONE))], 1)
         behind = (out, *(parameter.clone() for parameter in (self.scale, self.shift, *block)))
-        return (query[0] / root, query[1] / root), key, value, behind
+        return query.T, key.T, value.T, behind
 
 
 def with_zero_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,27 +190,31 @@ def with_zero_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**weights, **{place + name: bias for name, bias in biases.items()}}
 
 
-def _vector_scores(texts: Tensors, audios: Tensors, behind: Tensors, dropout: float) -> Tensor:
+def _vector_scores(
+    asked: Tensor,
+    unit: Tensor,
+    key: Tensor,
+    value: Tensor,
+    behind: Tensors,
+    dropout: float,
+    kind: HeadProducts,
+) -> Tensor:
     """Scores [i, j] of a tile by the formula of the paper, with the pooled vectors [j, i, D] of all pairs."""
-    (query, unit), (key, value, mask), (out, scale, shift, *block) = texts, audios, behind
-    pooled = attention(query, key, mask).mT @ value @ out
+    out, scale, shift, *block = behind
+    weight = product(asked, key.mT, kind).softmax(-1)  # [j, i, f]
+    pooled = product(product(weight, value, kind), out, kind)
     if block:
-        inner_scale, inner_shift, weight, bias = block
+        inner_scale, inner_shift, linear, bias = block
         pooled = layer_norm(pooled, scale.shape, inner_scale, inner_shift, EPS)
-        pooled = pooled + drop(linear(pooled, weight, bias), dropout)
+        pooled = pooled + drop(product(pooled, linear.T, kind) + bias, dropout)
     pooled = normalize(layer_norm(pooled, scale.shape, scale, shift, EPS), dim=-1, eps=SHORTEST)
-    return torch.einsum("jid,id->ij", pooled, unit)
+    return (pooled * unit).sum(-1).T
 
 
-def _projected(vectors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return linear(layer_norm(at_least_fp32(vectors), vectors.shape[-1:], eps=EPS), weight, bias)
-
-
-def _stacked(key: Linear, value: Linear) -> Linear:
-    return torch.cat([key[0], value[0]]), torch.cat([key[1], value[1]])
-
-
-def _tile_size(texts: int, numbers_per_pair: int, device: torch.device) -> tuple[int, int]:
-    """(texts, audios) of a tile."""
-    rows = min(texts, TEXTS_PER_TILE)
-    return rows, max(1, for_device(TILE_NUMBERS, device) // (rows * numbers_per_pair))
+def _frames(tokens: Tensor, mask: Tensor) -> Tensor:
+    """[j, f, D + 8]: frames without mean and deviation, and their EXTRA numbers."""
+    frames = layer_norm(at_least_fp32(tokens), tokens.shape[-1:], eps=EPS)
+    extra = frames.new_zeros(*mask.shape, EXTRA)
+    extra[..., ONE] = 1
+    extra[..., BARRIER].masked_fill_(~mask, torch.finfo(extra.dtype).min / 4)
+    return torch.cat([frames, extra], -1)

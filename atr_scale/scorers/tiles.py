@@ -13,14 +13,38 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from atr_scale.batch import TokenSequence
-from atr_scale.score_block import at_least_fp32
+from atr_scale.memory import free_device_memory
+from atr_scale.score_block import at_least_fp32, slices
 
 Tensors = tuple[Tensor, ...]
 
 
-def for_device(sizes: dict[str, int], device: torch.device) -> int:
-    """The entry for a device's type; a type without an entry gets that of "cuda"."""
-    return sizes[device.type if device.type in sizes else "cuda"]
+# Of a CPU: numbers in a tensor of a tile, as many as its caches hold, and bytes of tiles kept for the backward pass.
+CPU_TILE_NUMBERS, CPU_KEPT_BYTES = 2**19, 2**26
+# Of a GPU's free memory: the share of a tensor of a tile, of which about eight exist at once, and that of kept tiles.
+TILE_SHARE, KEPT_SHARE = 1 / 64, 1 / 2
+CPU_TEXTS_PER_TILE = 1024
+
+
+def tile_numbers(like: Tensor) -> int:
+    """Numbers of `like` in a tensor of a tile. On a GPU a power of two, lest every run adds up in another order."""
+    if like.device.type == "cpu":
+        return CPU_TILE_NUMBERS
+    share = int(free_device_memory(like.device) * TILE_SHARE) // like.element_size()
+    return 1 << max(0, share.bit_length() - 1)
+
+
+def kept_bytes(device: torch.device) -> int:
+    """Bytes of tiles that may be kept for the backward pass."""
+    return CPU_KEPT_BYTES if device.type == "cpu" else int(free_device_memory(device) * KEPT_SHARE)
+
+
+def pair_tiles(texts: int, clips: int, numbers_per_pair: int, like: Tensor) -> list[tuple[slice, slice]]:
+    """(texts, clips) of the tiles of [texts, clips], clips outside. A GPU's tiles have all texts, if they fit."""
+    numbers = tile_numbers(like) // numbers_per_pair
+    rows = min(texts, max(1, numbers), CPU_TEXTS_PER_TILE if like.device.type == "cpu" else texts)
+    columns = max(1, numbers // max(1, rows))
+    return [(r, c) for c in slices(0, clips, columns) for r in slices(0, texts, max(1, rows))]
 
 
 def real_tokens(sequence: TokenSequence) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,10 @@ import pytest
 
 from atr_scale import score_block
 from atr_scale.losses.tiled import tiles
-from atr_scale.scorers import tap
+from atr_scale.scorers import tiles as scorer_tiles
 from tests.tiny_run import tiny_config
 
-SIZES = ((score_block, "STRIPE_COLUMNS"), (tiles, "TILE_ROWS"), (tap, "TEXTS_PER_TILE"))
+SIZES = ((score_block, "STRIPE_COLUMNS"), (tiles, "TILE_ROWS"), (scorer_tiles, "CPU_TEXTS_PER_TILE"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,7 +15,8 @@ from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
 from atr_scale.losses import dense, tiled
 from atr_scale.losses.targets import positives_mask
-from atr_scale.scorers import build_scorer, tap
+from atr_scale.scorers import build_scorer
+from atr_scale.scorers import tiles as scorer_tiles
 from atr_scale.scorers.scorer import gather_sequence
 from tests.sequences import random_sequence
 from tools.ranks import run_ranks
@@ -74,7 +75,7 @@ def gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def loss_of_ranks(scorer: str, objective: str) -> tuple[float, list[np.ndarray]]:
-    blocks.STRIPE_COLUMNS, tap.TEXTS_PER_TILE = 3, 5
+    blocks.STRIPE_COLUMNS, scorer_tiles.CPU_TEXTS_PER_TILE = 3, 5
     world, model = World.current(), Model(*SCORERS[scorer])
     text, audio, ids = data()
     mine = rows_of(world)

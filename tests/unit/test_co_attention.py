@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, layer_norm, linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atr_scale.encoders import TokenSequence
 from atr_scale.errors import UserError
+from atr_scale.precision import Precision
 from atr_scale.scorers import build_scorer
 from atr_scale.scorers.scorer import Scorer
 from tests.sequences import kept_numbers, random_sequence
@@ -195,17 +197,37 @@ def test_nothing_real_is_finite(options: dict[str, Any]) -> None:
     assert not text.tokens.grad[0].any() and not audio.tokens.grad[1].any()  # type: ignore[index]
 
 
+class Products(TorchDispatchMode):
+    """dtypes of the factors of all matrix products, the backward pass and what it computes again included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if "mm" in name or "attention" in name:
+            self.dtypes |= {each.dtype for each in args[:3] if isinstance(each, Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("guidance", ["t2a", "both"])
-def test_bf16_autocast_gives_fp32_scores(guidance: str) -> None:
+def test_products_have_the_precision_of_the_run(guidance: str) -> None:
+    """And no other, whatever the autocast around it; scores are fp32."""
     module, (text, audio) = scorer(configuration="stacking", depth=2, guidance=guidance), inputs()
     expected = module.scores(text, audio)
     half_text, half_audio = (s.map(Tensor.bfloat16, Tensor.bfloat16) for s in (text, audio))
-    with torch.autocast("cpu", torch.bfloat16):
-        scores = module.float().scores(half_text, half_audio)
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores.double(), expected, rtol=0, atol=0.05)
-    scores.sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+    module.float()
+    for outside in (False, True):
+        for precision, dtype, slack in (("fp32", torch.float32, 0.05), ("bf16", torch.bfloat16, 0.1)):
+            module.precision = Precision(precision)  # type: ignore[arg-type]
+            with Products() as products:
+                with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+                    scores = module.scores(half_text, half_audio)
+                scores.sum().backward()
+            assert products.dtypes == {dtype} and scores.dtype == torch.float32
+            torch.testing.assert_close(scores.double(), expected, rtol=0, atol=slack)
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
 def test_nothing_a_pair_is_kept_for_the_backward_pass() -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from atr_scale.encoders import TokenSequence
 from atr_scale.errors import UserError
-from atr_scale.scorers import build_scorer, local_global
+from atr_scale.scorers import build_scorer, tiles
 from tests.sequences import kept_numbers, random_sequence
 
 DIM = 6
@@ -28,7 +28,7 @@ SUM: dict[str, Any] = {"pooling": "log_sum_exp", "normalise": "clipped_l2_leaky"
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of two by two, the last ones not full."""
-    monkeypatch.setitem(local_global.TILE_SIZES, "cpu", 4 * max(WORDS) * max(FRAMES) * 2)
+    monkeypatch.setattr(tiles, "CPU_TILE_NUMBERS", 4 * max(WORDS) * max(FRAMES) * 2)
 
 
 def one_way(query: Tensor, context: Tensor, lambda1: float, lambda2: float, normalise: str, pooling: str) -> Tensor:

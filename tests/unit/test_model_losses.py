@@ -15,6 +15,7 @@ from atr_scale.losses import LOSS_TERMS, LossTerm, TermSection, dense
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.targets import positives_mask
 from atr_scale.model import Encoded, Retriever, StepContext
+from atr_scale.precision import Precision
 from atr_scale.score_block import EmbeddingScores, ScoreBlock
 from tests.losses import unit
 from tests.tiny_run import tiny_config
@@ -136,3 +137,8 @@ def test_tokens_that_only_a_term_reads_are_projected_and_kept(config: RunConfig)
     assert text.tokens.shape[2] == audio.tokens.shape[2] == 16
     want = text.tokens[text.mask].square().mean() + audio.tokens[audio.mask].square().mean()
     assert model(data)["tokens"].item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_the_precision_of_the_encoders_reaches_the_scorer(config: RunConfig) -> None:
+    model = Retriever(config.model, config.objective, precision="bf16", tf32=True)
+    assert model.scorer.precision == Precision("bf16", True)

@@ -13,9 +13,8 @@ from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.score_block import EmbeddingScores, StoredScores
-from atr_scale.scorers import SCORERS, build_scorer, local_global, tap
+from atr_scale.scorers import SCORERS, build_scorer, tiles
 from atr_scale.scorers.scorer import Scorer, gather_sequence
-from atr_scale.scorers.tiles import for_device
 from tests.sequences import random_sequence
 
 DIM = 5
@@ -161,15 +160,18 @@ def test_words_travel_only_where_they_are_read() -> None:
     assert torch.equal(gathered.tokens, text.tokens) and torch.equal(gathered.mask, text.mask)
 
 
-@pytest.mark.parametrize(("name", "table"), [("tap", tap.TILE_NUMBERS), ("lgmm", local_global.TILE_SIZES)])
-def test_a_type_of_device_that_no_table_names_gets_the_sizes_of_a_gpu(
-    name: str, table: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert for_device(table, torch.device("meta")) == table["cuda"] != for_device(table, torch.device("cpu"))
-    scorer, text, audio = build_scorer(name, DIM), random_sequence(WORDS, DIM, 1), random_sequence(FRAMES, DIM, 2)
-    expected = scorer.double().scores(text, audio)
-    monkeypatch.delitem(table, "cpu")
-    torch.testing.assert_close(scorer.scores(text, audio), expected)
+def test_tiles_follow_the_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any device that is no CPU: a power of two numbers, all texts beside few clips, and all pairs once."""
+    like = torch.empty(0, device="meta")
+    for free, numbers in ((2**36, 2**28), (2**36 - 1, 2**27), (0, 1)):
+        monkeypatch.setattr(tiles, "free_device_memory", lambda device, free=free: free)
+        assert tiles.tile_numbers(like) == numbers and tiles.kept_bytes(like.device) == free // 2
+        for texts, clips in ((32768, 4096), (7, 3)) if free else ((7, 3),):
+            found = tiles.pair_tiles(texts, clips, 32, like)
+            assert sum((r.stop - r.start) * (c.stop - c.start) for r, c in found) == texts * clips
+            largest = max((r.stop - r.start) * (c.stop - c.start) for r, c in found)
+            assert largest * 32 <= max(numbers, 32)
+            assert numbers < 2**27 or all(r == slice(0, texts) for r, _ in found)
 
 
 def test_unknown_names_and_options() -> None:

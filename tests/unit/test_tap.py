@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from torch.nn.functional import cosine_similarity, dropout, layer_norm, normaliz
 from atr_scale.batch import TokenSequence
 from atr_scale.checkpoint import read_weights
 from atr_scale.errors import UserError
-from atr_scale.scorers import build_scorer, tap
+from atr_scale.scorers import build_scorer, gram_pooling, tap, tiles
 from atr_scale.scorers.tap import TextAwarePoolingScorer, with_zero_biases
 from tests.sequences import kept_numbers, random_sequence
+from tools.bench.measure import peak_mib
 
 DIM, ATTENTION_DIM = 24, 12
 WORDS = [1] * 5
@@ -81,8 +83,8 @@ def test_scores_and_gradients_equal_the_formula(
     residual: bool, kind: str, spread: float, words: list[int], tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parameters of 1e-3 leave variances far below LayerNorm's epsilon, which must then be in the right places."""
-    monkeypatch.setattr(tap, "TEXTS_PER_TILE", tile[0])
-    monkeypatch.setitem(tap.TILE_NUMBERS, "cpu", tile[1])
+    monkeypatch.setattr(tiles, "CPU_TEXTS_PER_TILE", tile[0])
+    monkeypatch.setattr(tiles, "CPU_TILE_NUMBERS", tile[1])
     scorer = build(residual, spread)
     text, audio = random_sequence(words, DIM, 1), random_sequence(FRAMES[kind], DIM, 2, extra=1, gradient=True)
     assert (audio.tokens.shape[1] <= scorer.weights.most_frames) == (kind == "grams")
@@ -206,10 +208,53 @@ def test_fp32_is_near_float64(residual: bool) -> None:
     torch.testing.assert_close(scorer.float().scores(*narrow).double(), expected, rtol=0, atol=1e-5)
 
 
-def test_neither_pairs_of_vectors_nor_of_frames_are_kept() -> None:
-    scorer, frames, pairs = build(True), 8, 300 * 30
-    text, audio = random_sequence([1] * 300, DIM, 1), random_sequence([frames] * 30, DIM, 2, gradient=True)
-    assert kept_numbers(lambda: scorer.scores(text, audio)) < pairs * frames < pairs * DIM
+@pytest.mark.parametrize("words", [WORDS, MANY_WORDS])
+@pytest.mark.parametrize("residual", [False, True])
+def test_kept_tiles_change_nothing_but_the_work(
+    residual: bool, words: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, made = build(residual), list[int]()
+    original = gram_pooling._Tile.of
+
+    def counted(*arguments: Any) -> Any:
+        made.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(gram_pooling._Tile, "of", counted)
+    monkeypatch.setattr(tap, "GROUP", 1000)
+    monkeypatch.setattr(tiles, "CPU_TILE_NUMBERS", 2 * len(words) * 7)
+    text, audio = random_sequence(words, DIM, 1), random_sequence(FRAMES["grams"], DIM, 2, gradient=True)
+    found, work = list[tuple[Tensor, ...]](), list[int]()
+    for budget in (0, 100 * 8 * len(words), 2**30):  # no tile, some tiles, all tiles
+        monkeypatch.setattr(tiles, "CPU_KEPT_BYTES", budget)
+        made.clear()
+        scores = scorer.scores(text, audio)
+        found.append((scores, *torch.autograd.grad(scores.sin().sum(), [audio.tokens, *scorer.parameters()])))
+        work.append(len(made))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert work[0] == 2 * work[2] and work[2] < work[1] < work[0]
+
+
+def test_a_graph_that_is_kept_gives_its_gradient_again() -> None:
+    """A tile is used up by the first backward pass, and computed again in the second."""
+    scorer = build(True)
+    text, audio = random_sequence(WORDS, DIM, 1), random_sequence(FRAMES["grams"], DIM, 2, gradient=True)
+    loss = scorer.scores(text, audio).sin().sum()
+    first, second = (torch.autograd.grad(loss, audio.tokens, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-14)
+
+
+def test_neither_pairs_of_vectors_nor_of_frames_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "CPU_KEPT_BYTES", 0)
+    monkeypatch.setattr(tiles, "CPU_TILE_NUMBERS", 2**13)
+    scorer, texts, clips, frames = build(True), 1600, 120, 8
+    text, audio = random_sequence([1] * texts, DIM, 1), random_sequence([frames] * clips, DIM, 2, gradient=True)
+    with torch.no_grad():
+        scorer.scores(text.take(torch.arange(9)), audio)  # parameters' products are made
+    alone = peak_mib(lambda: scorer.scores(text.take(torch.arange(300)), audio))
+    assert peak_mib(lambda: scorer.scores(text, audio)) - alone < texts * clips * frames * 8 / 2**20
+    assert kept_numbers(lambda: scorer.scores(text, audio)) < texts * clips * frames / 2
 
 
 def test_options_out_of_range() -> None:
