@@ -110,7 +110,8 @@ class AttendedCosine(torch.autograd.Function):
         weight = logits.softmax(-1)
         dot = (similarity * weight).sum(-1)
         along = torch.empty_like(weight)
-        torch.bmm(weight.transpose(0, 1), gram, out=along.transpose(0, 1))
+        with exact_products(gram):  # here, because a tile that is computed again is outside of `scores`
+            torch.bmm(weight.transpose(0, 1), gram, out=along.transpose(0, 1))
         quadratic = along.mul_(weight).sum(-1)
         # If tokens cancel out, the norm consists of rounding errors.
         shortest = torch.finfo(gram.dtype).eps

@@ -43,12 +43,21 @@ def mean_plus_max(audio: TokenSequence) -> Tensor:
     return mean(audio) + maximum(audio)
 
 
+class ExactLinear(nn.Linear):
+    """A linear map whose products are fp32 or wider in the backward pass too, whatever the encoders' precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        mapped = product(x, self.weight.T)
+        return mapped if self.bias is None else mapped + self.bias
+
+
 class AttentionPooling(nn.Module):
     """sum_f w_f c_f, w = softmax_f(MLP(c_f)) with one hidden layer in the MLP (AttFlat of MCAN, arXiv 1906.10770)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.weigh = nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1))
+        self.weigh = nn.Sequential(ExactLinear(dim, hidden_dim), nn.ReLU(), ExactLinear(hidden_dim, 1))
 
     def forward(self, audio: TokenSequence) -> Tensor:
         """[b, D]; zero if there are no real frames."""
@@ -68,14 +77,14 @@ class NetRVLAD(nn.Module):
 
     def __init__(self, dim: int, num_clusters: int) -> None:
         super().__init__()
-        self.assign = nn.Linear(dim, num_clusters)
-        self.project = nn.Linear(num_clusters * dim, dim, bias=False)
+        self.assign = ExactLinear(dim, num_clusters)
+        self.project = ExactLinear(num_clusters * dim, dim, bias=False)
 
     def forward(self, audio: TokenSequence) -> Tensor:
         """[b, D]; zero if there are no real frames."""
         tokens = at_least_fp32(audio.tokens)
         weight = self.assign(tokens).softmax(-1) * audio.mask.unsqueeze(-1)
-        clusters = normalize(weight.mT @ tokens, dim=-1)  # [b, C, D]
+        clusters = normalize(product(weight.mT, tokens), dim=-1)  # [b, C, D]
         pooled: Tensor = self.project(normalize(clusters.flatten(1), dim=-1))
         return pooled
 
