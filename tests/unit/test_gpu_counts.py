@@ -214,6 +214,14 @@ def test_a_torch_that_the_guard_does_not_fit_is_a_reason(tmp_path: Path, monkeyp
     with pytest.raises(guard.Unavailable, match=r"does not compile with torch .*: guard.cpp:7: error: no type"):
         guard.built(Path(torch.__file__).parent)
     assert not list((tmp_path / "cache").rglob("*.so"))
+    compiler.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(guard, "BUILD_S", 0.1)
+    with pytest.raises(guard.Unavailable, match=r"does not compile in 0\.1 s"):
+        guard.built(Path(torch.__file__).parent)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(guard.Unavailable, match=r"cannot write .*: set XDG_CACHE_HOME to another folder"):
+        guard.built(Path(torch.__file__).parent)
 
 
 @pytest.mark.parametrize(
