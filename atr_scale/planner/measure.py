@@ -86,18 +86,18 @@ class HeadCosts:
 
 
 def measure_encoders(
-    model: Retriever, seconds: float, tokens: int, gpu: bool = True, first_back: Literal["text", "audio"] = "text"
+    model: Retriever, seconds: float, tokens: int, gpu: bool = True, text_first: bool = True
 ) -> EncoderCosts:
     """Forward and backward pass of both encoders and projections. Afterwards their parameters have no values.
 
     seconds: length of the clips. tokens: length of the captions. gpu: operations and dtypes of a GPU, not of this CPU.
-    first_back: whose backward pass comes first.
+    text_first: whether the backward pass takes the text encoder before the audio encoder.
     """
     mode = FakeTensorMode()
     for part in (model.audio_encoder, model.audio_projection, model.text_encoder, model.text_projection):
         become_fake(part, mode)
     phases: tuple[Phase, ...] = ("text forward", "audio forward", "text backward", "audio backward")
-    if first_back == "audio":
+    if not text_first:
         phases = (*phases[:2], phases[3], phases[2])
     samples = round(seconds * model.sample_rate)
     runs = [_run_encoders(model, mode, rows, samples, tokens, gpu, phases) for rows in ROWS]

@@ -31,6 +31,20 @@ def costs(tmp_path_factory: pytest.TempPathFactory) -> Costs:
     return measure_costs(config, 1.0, 8, gpu=False)[0]
 
 
+@pytest.mark.parametrize(
+    ("frozen", "stage", "first"),
+    [("lr_text", 0, "audio"), ("lr_audio", 0, "text"), ("lr_audio", 3, "audio"), ("both", 0, "audio")],
+)
+def test_the_planned_order_of_the_backward_pass_is_that_of_training(
+    tmp_path: Path, frozen: str, stage: int, first: str
+) -> None:
+    rates = dict.fromkeys(("lr_text", "lr_audio") if frozen == "both" else (frozen,), 0.0)
+    config = tiny_config(tmp_path, tmp_path / "run")
+    train = config.train.model_copy(update={**rates, "zero_stage": stage})
+    costs, _ = measure_costs(config.model_copy(update={"train": train}), 1.0, 8, gpu=False)
+    assert costs.encoders.phases[2] == f"{first} backward"
+
+
 def slow_network(gbit: float = 1.0) -> GPU:
     return find_gpu("H100").with_network(gbit)
 
