@@ -29,7 +29,7 @@ from atr_scale.model import Encoded, Retriever, StepContext
 from atr_scale.planner.architecture import become_fake
 from atr_scale.planner.ops import Collective, OpTable, Recorder
 from atr_scale.planner.transfer import Phase
-from atr_scale.precision import AUTOCAST
+from atr_scale.precision import autocast
 from atr_scale.teachers.ensemble import EnsembleMember, TeacherEnsemble
 from atr_scale.teachers.tables import TeacherTable
 
@@ -120,18 +120,17 @@ def _run_encoders(
     phases: Sequence[Phase],
 ) -> tuple[OpTable, tuple[int, ...], Encoded]:
     handles: list[Any] = []
-    dtype = AUTOCAST.get(model.precision)
     # Autocast for a GPU needs one: use a CPU's, with _GPUOperations for the differences.
-    autocast = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
-    policy = _GPUOperations(dtype is not None) if gpu else nullcontext()
+    lowered = autocast(torch.device("cpu"), model.precision)
+    policy = _GPUOperations(model.precision != "fp32") if gpu else nullcontext()
     known = [x for part in model.children() for x in (*part.parameters(), *part.buffers())]
     with mode, Recorder(known) as recorder, policy:
         handles = recorder.watch_gradients(model)
-        with autocast:
+        with lowered:
             ids = torch.zeros(rows, tokens, dtype=torch.int64)
             text = model.text_projection(model.text_encoder(ids, torch.ones_like(ids)), model.reads_text_tokens)
         ends = [len(recorder.rows)]
-        with autocast:
+        with lowered:
             waveform = torch.zeros(rows, samples)  # lives as long as the batch
             audio = model.audio_projection(model.audio_encoder(waveform), model.reads_audio_tokens)
         ends.append(len(recorder.rows))
