@@ -50,7 +50,7 @@ def test_options_that_an_encoder_does_not_have(name: str) -> None:
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_16_bit_samples_are_scaled_in_the_front_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit as before it, also with random stripes, and without a float copy of the batch in the encoder."""
+    """Equal to the bit to floats, also with random stripes, and without a float copy of the batch in the encoder."""
     encoder = training(name, spec_augment={})
     samples = torch.randint(-32768, 32768, (2, encoder.sample_rate), dtype=torch.int16)
     lengths = torch.tensor([encoder.sample_rate, encoder.sample_rate // 2])
