@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
+import psutil
 import torch
 
 FAKE_GPU_MEMORY = 64 * 2**30
@@ -46,8 +47,7 @@ def free_device_memory(device: torch.device) -> int:
 
 def free_memory() -> int:
     """Bytes of main memory that new data can take on this machine, within the limit of the process's control group."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    available: int = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))

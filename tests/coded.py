@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
+import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -44,6 +47,22 @@ def write_corpus(root: Path, numbers: Iterable[int]) -> Path:
         lines.append(f"{n:02}.wav," + ",".join(f"clip {n} take {k}" for k in range(CAPTIONS)))
     (root / "captions.csv").write_text("\n".join(lines))
     return root
+
+
+def write_laion(folder: Path, shards: dict[str, list[int]], subtype: str = "PCM_16") -> str:
+    """Tars of LAION's audio-dataset layout, no manifest; every shard numbers its keys from zero."""
+    folder.mkdir(parents=True)
+    for name, numbers in shards.items():
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for key, n in enumerate(numbers):
+                audio = io.BytesIO()
+                soundfile.write(audio, waveform(n), RATE, format="FLAC", subtype=subtype)
+                text = {"text": [f"clip {n} take {k}" for k in range(CAPTIONS)], "tag": [f"class {n % 3}"]}
+                for extension, payload in (("flac", audio.getvalue()), ("json", json.dumps(text).encode())):
+                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info.size = len(payload)
+                    tar.addfile(info, io.BytesIO(payload))
+    return str(folder)
 
 
 def write_shards(root: Path, numbers: Iterable[int], *, shard_size: int = 7, encoding: str = "pcm16") -> str:

@@ -91,7 +91,7 @@ def plan_command(
     ] = 4.5,
     network: Annotated[
         float | None,
-        typer.Option(min=0, help="Gbit/s between nodes for one ring over all GPUs; by default that of the table."),
+        typer.Option(help="Gbit/s between nodes for one ring over all GPUs; by default that of the table."),
     ] = None,
     measured: Annotated[
         Path | None, typer.Option(help="Report gpu_check.json of `python -m tools.gpu_check`, whose rates are used.")

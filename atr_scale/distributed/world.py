@@ -192,10 +192,6 @@ class World:
         """Maximum over ranks."""
         return max(self.gather_ints(value))
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` holds on any rank."""
-        return bool(self.max_int(int(flag)))
-
     def barrier(self) -> None:
         """Wait for all ranks, but not for the work of their GPUs."""
         if self.size > 1:

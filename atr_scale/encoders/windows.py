@@ -138,5 +138,5 @@ def _first_pieces(windows: Windows) -> NDArray[np.int64]:
 def weighted_mean(values: Tensor, weights: list[float]) -> Tensor:
     """The mean of `values` [P, ...] over the first dimension, with weights [P]."""
     dtype = torch.promote_types(values.dtype, torch.float32)  # in bf16 the shares would not sum to 1
-    shares_P = torch.tensor(weights, dtype=dtype, device=values.device) / sum(weights)
+    shares_P = on_device(torch.tensor(weights, dtype=dtype) / sum(weights), values.device)
     return (shares_P.view(-1, *[1] * (values.ndim - 1)) * values).sum(0).to(values.dtype)

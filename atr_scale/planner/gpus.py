@@ -57,8 +57,12 @@ class GPU:
         return self if price is None else replace(self, price=price)
 
     def with_network(self, gbit: float | None) -> GPU:
-        """The same GPU with `gbit` Gbit/s between nodes."""
-        return self if gbit is None else replace(self, network=gbit * 1e9 / 8)
+        """The same GPU with `gbit` Gbit/s between nodes. Raises UserError if it is not above 0."""
+        if gbit is None:
+            return self
+        if not gbit > 0:
+            raise UserError(f"--network {gbit:g} lets no data through: give the Gbit/s between nodes, more than 0")
+        return replace(self, network=gbit * 1e9 / 8)
 
     def with_measured(self, report: Path | None) -> GPU:
         """The same GPU with the ceilings in `report`, a gpu_check.json, as rates. Raises UserError if it has none."""
@@ -126,13 +130,16 @@ def _measured_rates(assumed: Rates, report: Path) -> Rates:
     try:
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         rows = {row["name"]: row for row in found["rows"] if row["part"] == "ceilings"}
-        device = str(found["device"])
+        figures = {name: rows.get(row, {}).get(column) for name, (row, column, _) in _CEILINGS.items()}
+        rates = {name: float(value) * _CEILINGS[name][2] for name, value in figures.items() if value}
+        device, quick = str(found["device"]), found["quick"]
     except OSError as error:
         raise UserError(f"cannot read {report} ({error.strerror}): {remedy}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{report} is no report of tools.gpu_check: {remedy}") from None
-    figures = {name: rows.get(row, {}).get(column) for name, (row, column, _) in _CEILINGS.items()}
-    rates = {name: float(value) * _CEILINGS[name][2] for name, value in figures.items() if value}
+    if device == "cpu" or quick:
+        of = "of a CPU" if device == "cpu" else "of small sizes (--quick)"
+        raise UserError(f"{report} has figures {of}, which are not the rates of a card: {remedy}")
     if not rates:
         raise UserError(f"{report} has no ceilings ({', '.join(row for row, _, _ in _CEILINGS.values())}): {remedy}")
     return replace(assumed, **rates, measured_on=device, measured=tuple(rates))

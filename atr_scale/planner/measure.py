@@ -29,7 +29,7 @@ from atr_scale.model import Encoded, Retriever, StepContext
 from atr_scale.planner.architecture import become_fake
 from atr_scale.planner.ops import Collective, OpTable, Recorder
 from atr_scale.planner.transfer import Phase
-from atr_scale.precision import AUTOCAST
+from atr_scale.precision import autocast
 from atr_scale.teachers.ensemble import EnsembleMember, TeacherEnsemble
 from atr_scale.teachers.tables import TeacherTable
 
@@ -86,18 +86,18 @@ class HeadCosts:
 
 
 def measure_encoders(
-    model: Retriever, seconds: float, tokens: int, gpu: bool = True, first_back: Literal["text", "audio"] = "text"
+    model: Retriever, seconds: float, tokens: int, gpu: bool = True, text_first: bool = True
 ) -> EncoderCosts:
     """Forward and backward pass of both encoders and projections. Afterwards their parameters have no values.
 
     seconds: length of the clips. tokens: length of the captions. gpu: operations and dtypes of a GPU, not of this CPU.
-    first_back: whose backward pass comes first.
+    text_first: whether the backward pass takes the text encoder before the audio encoder.
     """
     mode = FakeTensorMode()
     for part in (model.audio_encoder, model.audio_projection, model.text_encoder, model.text_projection):
         become_fake(part, mode)
     phases: tuple[Phase, ...] = ("text forward", "audio forward", "text backward", "audio backward")
-    if first_back == "audio":
+    if not text_first:
         phases = (*phases[:2], phases[3], phases[2])
     samples = round(seconds * model.sample_rate)
     runs = [_run_encoders(model, mode, rows, samples, tokens, gpu, phases) for rows in ROWS]
@@ -120,18 +120,17 @@ def _run_encoders(
     phases: Sequence[Phase],
 ) -> tuple[OpTable, tuple[int, ...], Encoded]:
     handles: list[Any] = []
-    dtype = AUTOCAST.get(model.precision)
     # Autocast for a GPU needs one: use a CPU's, with _GPUOperations for the differences.
-    autocast = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
-    policy = _GPUOperations(dtype is not None) if gpu else nullcontext()
+    lowered = autocast(torch.device("cpu"), model.precision)
+    policy = _GPUOperations(model.precision != "fp32") if gpu else nullcontext()
     known = [x for part in model.children() for x in (*part.parameters(), *part.buffers())]
     with mode, Recorder(known) as recorder, policy:
         handles = recorder.watch_gradients(model)
-        with autocast:
+        with lowered:
             ids = torch.zeros(rows, tokens, dtype=torch.int64)
             text = model.text_projection(model.text_encoder(ids, torch.ones_like(ids)), model.reads_text_tokens)
         ends = [len(recorder.rows)]
-        with autocast:
+        with lowered:
             waveform = torch.zeros(rows, samples)  # lives as long as the batch
             audio = model.audio_projection(model.audio_encoder(waveform), model.reads_audio_tokens)
         ends.append(len(recorder.rows))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -153,7 +152,9 @@ def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = Tr
     groups = [[p.numel() for p in group["params"]] for group in optimizer_groups(model, config.train)]
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     sizes = {name: count_parameters(p for _, p in members) for name, members in model.parameter_groups().items()}
-    encoders = measure_encoders(model, seconds, tokens, gpu, _first_back(config, sizes))
+    # Under stage 3 the graph is whole, and the audio encoder ran last.
+    text_first = model.text_learns_more and config.train.zero_stage < 3
+    encoders = measure_encoders(model, seconds, tokens, gpu, text_first)
     teachers = Teachers(teacher_widths(config, model), config.objective.distillation.ensemble)
     tiled, dense = (
         measure_heads(model, build_objective(config.objective.terms, budget), encoders.outputs, teachers)
@@ -163,12 +164,6 @@ def measure_costs(config: RunConfig, seconds: float, tokens: int, gpu: bool = Tr
     tile = getattr(scorer, "pairs_per_tile", None)
     costs = Costs(config, encoders, tiled, dense, Parameters(groups, frozen), not scorer.is_dual_encoder, tile)
     return costs, {**sizes, "frozen": sum(frozen)}
-
-
-def _first_back(config: RunConfig, sizes: dict[str, int]) -> Literal["text", "audio"]:
-    """The encoder whose backward pass comes first: the larger one, whose gradients then travel beside the other's pass;
-    under stage 3 that of audio, which was encoded last."""
-    return "audio" if config.train.zero_stage == 3 or sizes["audio"] > sizes["text"] else "text"
 
 
 def teacher_widths(config: RunConfig, model: Retriever) -> list[int]:

@@ -1,4 +1,7 @@
-"""The memory that one optimizer step needs on a GPU."""
+"""The memory that one optimizer step needs on a GPU.
+
+What losses and scorers take beyond that, because it is free, is not counted.
+"""
 
 from __future__ import annotations
 

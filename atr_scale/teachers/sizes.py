@@ -6,7 +6,6 @@ Shape suffixes: C captions, N clips, d width, K best.
 from __future__ import annotations
 
 import shutil
-import socket
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,8 +91,7 @@ def check_grades_size(path: Path, world: World) -> None:
 
 def _memory_of_a_rank(world: World) -> int:
     """Bytes that every rank can take, if all take as much at once."""
-    hosts = world.gather_objects(socket.gethostname())
-    return int(min(world.gather_objects(free_memory() // hosts.count(socket.gethostname()))))
+    return min(world.gather_ints(free_memory() // world.ranks_here()))
 
 
 def _gb(size: int) -> str:

@@ -60,24 +60,34 @@ class Progress:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass
+class Taken:
+    """What this rank has read for an optimizer step: keys of samples, dropped ones, and seconds of waiting for them."""
+
+    keys: list[str] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    waited: float = 0.0
+
+
 @dataclass(frozen=True)
 class Update:
     """An optimizer step whose result has not been read yet.
 
-    step, samples_seen: of the run, up to and with this step. keys, dropped: of the samples that this rank has read.
+    step, samples_seen: of the run, up to and with this step. ended: when this rank was done with the step, or had given
+    it to its GPU.
     """
 
     step: int
     samples_seen: int
     result: StepResult
     rates: dict[str, float]
-    keys: list[str]
-    dropped: Counter[str]
+    taken: Taken
+    ended: float
 
 
 @dataclass
 class Interval:
-    """Sums between two log lines."""
+    """Sums over the steps between two log lines, of which the first begins at `start`."""
 
     start: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
@@ -195,12 +205,14 @@ class Training:
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step, with its record."""
         train, step, teacher = self.config.train, self.progress.step, self.parts.teacher
-        keys, dropped = list[str](), Counter[str]()
-        taken = self._take(batches, keys, dropped)
+        taken = Taken()
         context = StepContext(step, teacher=teacher.labels if teacher else None)
         drawn = seeds(self.config.run.seed, step, train.accum_steps, self.world.rank)
         rates = self._learning_rates(step)
-        result = self.engine.update(taken, rates, drawn, context, stop=self.stop.received is not None)
+        result = self.engine.update(
+            self._take(batches, taken), rates, drawn, context, stop=self.stop.received is not None
+        )
+        ended = time.perf_counter()
         self.progress.step += 1
         self.progress.samples_seen += train.accum_steps * train.global_batch_size
         self._read()  # of the step before: this one may still run on the device
@@ -209,8 +221,8 @@ class Training:
             self.progress.samples_seen,
             result,
             rates,
-            keys,
-            dropped,
+            taken,
+            ended,
         )
 
     def _read(self) -> None:
@@ -219,7 +231,8 @@ class Training:
             return
         update, self._unread = self._unread, None
         self._stopping = self._stopping or update.result.stop
-        self._since_log.dropped.update(update.dropped)
+        self._since_log.dropped.update(update.taken.dropped)
+        self._since_log.waited += update.taken.waited
         self._count_skipped(update)
         if update.step == self.parts.length.steps or update.step % self.config.train.log_every == 0:
             self._log(update)
@@ -227,17 +240,17 @@ class Training:
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0
 
-    def _take(self, batches: Iterator[Batch], keys: list[str], dropped: Counter[str]) -> Iterator[Batch]:
+    def _take(self, batches: Iterator[Batch], taken: Taken) -> Iterator[Batch]:
         """The batches of the next optimizer step, each taken when the one before is done with: memory holds no more.
 
-        Adds up their keys and dropped samples. The time of waiting for them counts as `data_wait`.
+        What they bring is added to `taken`.
         """
         for _ in range(self.config.train.accum_steps):
             start = time.perf_counter()
             batch = next(batches)
-            self._since_log.waited += time.perf_counter() - start
-            keys += batch.keys
-            dropped.update(batch.dropped)
+            taken.waited += time.perf_counter() - start
+            taken.keys += batch.keys
+            taken.dropped.update(batch.dropped)
             yield batch
             del batch
 
@@ -273,7 +286,7 @@ class Training:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if self.world.rank in result.bad_ranks:
             path = self.run_dir / f"nonfinite-step-{step}-rank-{self.world.rank}.json"
-            path.write_text(json.dumps(update.keys))
+            path.write_text(json.dumps(update.taken.keys))
         if self.world.is_main:
             logger.warning(
                 "step %d: non-finite loss or gradient on ranks %s; all ranks skip this step, its samples are in %s",
@@ -288,8 +301,8 @@ class Training:
     def _log(self, update: Update) -> None:
         self._count_dropped()
         result, train = update.result, self.config.train
-        interval, self._since_log = self._since_log, Interval()
-        seconds = time.perf_counter() - interval.start
+        interval, self._since_log = self._since_log, Interval(start=update.ended)
+        seconds = update.ended - interval.start
         dropped, seen = sum(self.progress.dropped.values()), update.samples_seen
         samples = (update.step - self._logged_step) * train.accum_steps * train.global_batch_size
         self._logged_step = update.step

@@ -32,7 +32,6 @@ def beside_nccl() -> dict[str, Any]:
     return {
         "ints": world.gather_ints(world.rank + 5),
         "max": world.max_int(-world.rank),
-        "any": (world.any(world.rank == 1), world.any(False)),
         "objects": world.gather_objects({"rank": world.rank}),
         "each": list(world.gather_each([f"{world.rank}{number}" for number in range(3 - world.rank)])),
         "none": list(world.gather_each([])),
@@ -47,7 +46,6 @@ def test_the_host_has_its_own_group() -> None:
         assert found == {
             "ints": [5, 6],
             "max": 0,
-            "any": (True, False),
             "objects": [{"rank": 0}, {"rank": 1}],
             "each": ["00", "10", "01", "11", "02"],
             "none": [],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,37 @@ def test_a_run_in_epochs_of_captions_is_resumed_in_its_cool_down(tmp_path: Path)
     (resumed,) = run_ranks(trained, 1, config, 100)
     exact = ("step", "loss", "grad_norm", "lr/audio", "lr/heads", "epoch", "t2a/mAP@10")
     assert [[x.get(k) for k in exact] for x in resumed] == [[x.get(k) for k in exact] for x in whole]
+
+
+def with_slow_steps(config: RunConfig) -> list[dict[str, Any]]:
+    """The training lines of a run that waits 0.2 s for each batch and computes for 0.2 s more."""
+    training = Training(config, World.current(), torch.device("cpu"))
+    update, batches = training.engine.update, training._batches
+
+    def slow_update(taken: Iterable[Batch], *given: Any, **named: Any) -> Any:
+        time.sleep(0.2)
+        return update(taken, *given, **named)
+
+    def slow_batches() -> Iterator[Batch]:
+        for batch in batches():
+            time.sleep(0.2)
+            yield batch
+
+    training.engine.update, training._batches = slow_update, slow_batches  # type: ignore[method-assign]
+    training.run()
+    lines = map(json.loads, (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "train"]
+
+
+@pytest.mark.slow
+def test_speed_is_that_of_the_logged_steps(tmp_path: Path) -> None:
+    """Also of the last step, whose result is read at once, as before a save; all others are read one step later."""
+    config = tiny_config(tmp_path, tmp_path / "run", steps=5, checkpoint_every=3, log_every=1)
+    config.data.validation = None
+    (lines,) = run_ranks(with_slow_steps, 1, config)
+    for line in lines:
+        seconds = 12 / line["samples_per_s"]
+        assert seconds > 0.4 and seconds * line["data_wait"] > 0.199, line
 
 
 def with_a_bad_step(config: RunConfig) -> None:

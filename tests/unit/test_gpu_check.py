@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tools.gpu_check import __main__ as command
 from tools.gpu_check import measure, page
 from tools.gpu_check.loader import PoisonedBuffers
 from tools.gpu_check.measure import MatrixProducts, launches, measured, median_ms, waits_for_device
@@ -149,10 +150,48 @@ def test_the_page_names_the_default_that_follows(tmp_path: Path) -> None:
     ]
     lines = tmp_path / "lines"
     lines.write_text("".join(json.dumps(row.as_json()) + "\n" for row in rows))
-    page.write_report(lines, tmp_path)
+    page.write_report(lines, tmp_path, quick=False)
     written = (tmp_path / "gpu_check.md").read_text()
     assert "is **bf16x3**" in written and "tf32 2 ms, error 1.0e-03" in written
     rows = [row for row in rows if not row.name.endswith("tf32") or row.part == "losses"]
     lines.write_text("".join(json.dumps(row.as_json()) + "\n" for row in rows))
-    page.write_report(lines, tmp_path)
+    page.write_report(lines, tmp_path, quick=False)
     assert "Not measured here" in (tmp_path / "gpu_check.md").read_text(), "without a time of each kind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--part", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--device", "cpu", "--out", "FILE"], "FILE (File exists): give another folder with --out"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "FILE").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK"):  # the command sets them
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr("sys.argv", ["gpu_check", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_part_that_is_named_runs_in_small_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that a quick run leaves out."""
+    ran: list[str] = []
+    for name in ("CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr("tools.gpu_check.__main__.run_parts", lambda parts, *_: ran.extend(p.name for p in parts) or [])
+    arguments = ["--device", "cpu", "--quick", "--part", "engine-zero-3", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["gpu_check", *arguments])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert ran == ["ceilings", "engine-zero-3"]

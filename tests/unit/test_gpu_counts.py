@@ -18,6 +18,7 @@ from atr_scale.scorers import SCORERS
 from atr_scale.sections import class_of
 from tests.commands import ROOT
 from tools.gpu_counts import budgets, guard
+from tools.gpu_counts.__main__ import parse
 
 
 def counted(cases: str, file: Path) -> dict[str, Any]:
@@ -213,3 +214,29 @@ def test_a_torch_that_the_guard_does_not_fit_is_a_reason(tmp_path: Path, monkeyp
     with pytest.raises(guard.Unavailable, match=r"does not compile with torch .*: guard.cpp:7: error: no type"):
         guard.built(Path(torch.__file__).parent)
     assert not list((tmp_path / "cache").rglob("*.so"))
+    compiler.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(guard, "BUILD_S", 0.1)
+    with pytest.raises(guard.Unavailable, match=r"does not compile in 0\.1 s"):
+        guard.built(Path(torch.__file__).parent)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(guard.Unavailable, match=r"cannot write .*: set XDG_CACHE_HOME to another folder"):
+        guard.built(Path(torch.__file__).parent)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "0"], "'0' is no number of at least 1"),
+        (["--global-batch", "-8"], "'-8' is no number of at least 1"),
+        (["a.yaml", "--cases", "small"], "give one or the other"),
+        (["--json", "/no/such/folder/counts.json"], "no folder /no/such/folder for --json: make it first"),
+    ],
+)
+def test_wrong_arguments_end_before_anything_is_counted(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -31,6 +31,20 @@ def costs(tmp_path_factory: pytest.TempPathFactory) -> Costs:
     return measure_costs(config, 1.0, 8, gpu=False)[0]
 
 
+@pytest.mark.parametrize(
+    ("frozen", "stage", "first"),
+    [("lr_text", 0, "audio"), ("lr_audio", 0, "text"), ("lr_audio", 3, "audio"), ("both", 0, "audio")],
+)
+def test_the_planned_order_of_the_backward_pass_is_that_of_training(
+    tmp_path: Path, frozen: str, stage: int, first: str
+) -> None:
+    rates = dict.fromkeys(("lr_text", "lr_audio") if frozen == "both" else (frozen,), 0.0)
+    config = tiny_config(tmp_path, tmp_path / "run")
+    train = config.train.model_copy(update={**rates, "zero_stage": stage})
+    costs, _ = measure_costs(config.model_copy(update={"train": train}), 1.0, 8, gpu=False)
+    assert costs.encoders.phases[2] == f"{first} backward"
+
+
 def slow_network(gbit: float = 1.0) -> GPU:
     return find_gpu("H100").with_network(gbit)
 
@@ -113,6 +127,12 @@ def test_the_bound_is_named(costs: Costs) -> None:
     assert estimate_step(costs, Cluster(fast, 16, 8, 1e-6, 1), 2048, 32).seconds["second forwards"] > 0
 
 
+@pytest.mark.parametrize("gbit", [0.0, -1.0, float("nan")])
+def test_a_network_lets_something_through(gbit: float) -> None:
+    with pytest.raises(UserError, match=r"--network .*: give the Gbit/s between nodes, more than 0"):
+        find_gpu("H100").with_network(gbit)
+
+
 def test_advice_names_the_largest_gain_first(costs: Costs) -> None:
     """A slow network: fewer bytes. A slow loader: workers. Each gain is that of the plan with the setting."""
     costs = with_train(costs, zero_stage=1, gradient_dtype="fp32")
@@ -130,7 +150,7 @@ def test_advice_names_the_largest_gain_first(costs: Costs) -> None:
 
 def report(folder: Path, rows: list[dict[str, Any]]) -> Path:
     path = folder / "gpu_check.json"
-    path.write_text(json.dumps({"device": "NVIDIA H100 80GB HBM3", "torch": "2.13", "rows": rows}))
+    path.write_text(json.dumps({"device": "NVIDIA H100 80GB HBM3", "torch": "2.13", "quick": False, "rows": rows}))
     return path
 
 
@@ -162,7 +182,16 @@ def test_rates_of_a_card_replace_assumed_ones(costs: Costs, tmp_path: Path) -> N
         (None, "cannot read"),
         ("{", "is no report of tools.gpu_check"),
         ('{"device": "x"}', "is no report of tools.gpu_check"),
-        ('{"device": "x", "rows": [{"part": "ceilings", "name": "copy", "gb_per_s": null}]}', "has no ceilings"),
+        (
+            '{"device": "x", "quick": false, "rows": [{"part": "ceilings", "name": "copy", "gb_per_s": null}]}',
+            "no ceilings",
+        ),
+        (
+            '{"device": "x", "quick": false, "rows": [{"part": "ceilings", "name": "copy", "gb_per_s": "a"}]}',
+            "no report",
+        ),
+        ('{"device": "cpu", "quick": false, "rows": []}', "figures of a CPU"),
+        ('{"device": "x", "quick": true, "rows": []}', "of small sizes"),
     ],
 )
 def test_a_report_that_has_no_rates(tmp_path: Path, text: str | None, message: str) -> None:

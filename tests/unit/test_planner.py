@@ -92,7 +92,8 @@ def test_live_bytes_are_those_of_the_allocator() -> None:
 
 def test_costs_are_linear_in_the_rows(config: RunConfig, costs: Costs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "ROWS", (13, 14))
-    direct = measuring.measure_encoders(build_without_weights(config), SECONDS, TOKENS, False, "audio").at(13)
+    model = build_without_weights(config)
+    direct = measuring.measure_encoders(model, SECONDS, TOKENS, gpu=False, text_first=False).at(13)
     planned = costs.encoders.at(13)
     assert planned.names == direct.names
     for column in ("flops", "nbytes", "gradients"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import multiprocessing
 import shutil
 import tarfile
@@ -13,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,7 +27,6 @@ from tests.coded import (
     CROP,
     PER_CLIP,
     QUANTUM,
-    RATE,
     clip_and_start,
     clip_id,
     duration,
@@ -38,6 +34,7 @@ from tests.coded import (
     rows_of,
     samples,
     waveform,
+    write_laion,
     write_shards,
 )
 
@@ -331,22 +328,6 @@ def test_samples_that_moved_by_one_member_never_mispair(right: str, tmp_path: Pa
         path.write_bytes(whole[json_member.offset : end] + whole)
     (batch,) = read(stream, 0, 1)
     assert batch.dropped == {"mismatched_key": 17} and len({row[1] for row in rows_of(batch)}) == 3
-
-
-def write_laion(folder: Path, shards: dict[str, list[int]], subtype: str = "PCM_16") -> str:
-    """Tars of LAION's audio-dataset layout, no manifest; every shard numbers its keys from zero."""
-    folder.mkdir(parents=True)
-    for name, numbers in shards.items():
-        with tarfile.open(folder / f"{name}.tar", "w") as tar:
-            for key, n in enumerate(numbers):
-                audio = io.BytesIO()
-                soundfile.write(audio, waveform(n), RATE, format="FLAC", subtype=subtype)
-                text = {"text": [f"clip {n} take {k}" for k in range(CAPTIONS)], "tag": [f"class {n % 3}"]}
-                for extension, payload in (("flac", audio.getvalue()), ("json", json.dumps(text).encode())):
-                    info = tarfile.TarInfo(f"{key}.{extension}")
-                    info.size = len(payload)
-                    tar.addfile(info, io.BytesIO(payload))
-    return str(folder)
 
 
 def test_laion_shards_train_as_they_are(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from atr_scale.data.decode import Crop, decode
 from atr_scale.data.options import TrainingSource
 from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_reader import HEAD_BYTES, open_shards
-from tests.coded import CROP, RATE, duration, open_stream, rows_of, write_shards
-from tests.unit.test_stream import _quick_workers, copy, equal, left, read, right, spoil, write_laion  # noqa: F401
+from tests.coded import CROP, RATE, duration, open_stream, rows_of, write_laion, write_shards
+from tests.unit.test_stream import _quick_workers, copy, equal, left, read, right, spoil  # noqa: F401
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore:This DataLoader will create")]
 

@@ -40,12 +40,16 @@ PARTS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        f"python -m {HERE}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = [part.name for part in PARTS]
     parser.add_argument("--part", action="append", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    parser.add_argument("--quick", action="store_true", help="small sizes and the fewest parts")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"))
+    parser.add_argument("--quick", action="store_true", help="small sizes; without --part, the fewest parts")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu_check"), help="folder of the report (default: runs/gpu_check)"
+    )
     given = parser.parse_args()
     if given.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks, in this process and in those of the parts
@@ -56,14 +60,18 @@ def main() -> None:
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device: install a CUDA build of torch, or give --device cpu")
     setting = Setting("cuda" if torch.cuda.is_available() else "cpu", given.quick)
-    chosen = [p for p in PARTS if p.name in (*(given.part or names), "ceilings") and (p.quick or not given.quick)]
-    given.out.mkdir(parents=True, exist_ok=True)
+    wanted = {"ceilings", *(given.part or (part.name for part in PARTS if part.quick or not given.quick))}
+    chosen = [part for part in PARTS if part.name in wanted]
     lines = given.out / "gpu_check.jsonl"
-    lines.unlink(missing_ok=True)
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+        lines.unlink(missing_ok=True)
+    except OSError as error:
+        parser.error(f"cannot write to {given.out} ({error.strerror}): give another folder with --out")
     try:
         rows = run_parts(chosen, setting, lines)
     finally:
-        write_report(lines, given.out)
+        write_report(lines, given.out, given.quick)
     sys.exit(any(row.passed is False for row in rows))
 
 

@@ -19,12 +19,13 @@ HEAD = (
 )
 
 
-def write_report(lines: Path, out: Path) -> None:
-    """From the rows of the file `lines`, all that were found so far."""
+def write_report(lines: Path, out: Path, quick: bool) -> None:
+    """From the rows of the file `lines`, all that were found so far. quick: of small sizes."""
     rows = read_lines(lines)
     report = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
+        "quick": quick,
         "rows": [row.as_json() for row in rows],
     }
     (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -39,14 +39,30 @@ def main() -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m tools.gpu_counts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="default: all shipped configurations")
-    parser.add_argument("--ranks", type=int, default=8, metavar="W", help="number of GPUs (default: 8)")
-    parser.add_argument("--global-batch", type=int, metavar="B", help="pairs of a loss; default: the configuration's")
+    parser.add_argument("--ranks", type=positive, default=8, metavar="W", help="number of GPUs (default: 8)")
+    parser.add_argument(
+        "--global-batch", type=positive, metavar="B", help="pairs of a loss; default: the configuration's"
+    )
     parser.add_argument("--cases", choices=("small", "real"), help="count cases that have budgets instead")
     parser.add_argument("--write-budgets", action="store_true", help="make the counts of all cases their budgets")
     parser.add_argument("--json", type=Path, metavar="F", help="write the counts to F")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if given.configs and (given.cases or given.write_budgets):
+        parser.error("--cases and --write-budgets count cases, no CONFIG: give one or the other")
+    if given.json and not given.json.parent.is_dir():
+        parser.error(f"no folder {given.json.parent} for --json: make it first")
+    return given
+
+
+def positive(text: str) -> int:
+    """An argument that is a number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
 
 
 def load() -> None:

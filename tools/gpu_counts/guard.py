@@ -47,18 +47,28 @@ def built(torch: Path) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise Unavailable("no C++ compiler: install g++, or name one in CXX")
-    library.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        _compile(compiler, torch, library)
+    except OSError as error:
+        raise Unavailable(f"cannot write {library} ({error.strerror}): set XDG_CACHE_HOME to another folder") from None
+    return library
+
+
+def _compile(compiler: str, torch: Path, library: Path) -> None:
     includes = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         command = [compiler, "-shared", "-fPIC", "-O1", "-std=c++20", str(SOURCE), *includes, "-o", str(made)]
         links = [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
-        done = subprocess.run([*command, *links], capture_output=True, text=True, timeout=BUILD_S)
+        try:
+            done = subprocess.run([*command, *links], capture_output=True, text=True, timeout=BUILD_S)
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"the CUDA guard does not compile in {BUILD_S} s") from None
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
             raise Unavailable(f"the CUDA guard does not compile with torch {version('torch')}: {errors[0][:300]}")
         made.replace(library)  # whole or not at all, also if two processes build it
-    return library
 
 
 def cache() -> Path:

@@ -51,7 +51,9 @@ class Workload:
         """That of a configuration. Raises UserError if the batch does not divide among the ranks."""
         size = global_batch or config.train.global_batch_size
         if size % ranks:
-            raise UserError(f"a global batch of {size} does not divide among {ranks} ranks: give --ranks")
+            raise UserError(
+                f"a global batch of {size} does not divide among {ranks} ranks: give other --ranks or --global-batch"
+            )
         words = config.data.captions.max_tokens or UNCUT_TOKENS
         return Workload(ranks, size // ranks, **{"seconds": config.data.crop_seconds, "words": words, **changes})
 
