@@ -1,4 +1,7 @@
-"""Peak memory of this process, in bytes: what torch allocated on a GPU, or the process's resident memory on a CPU."""
+"""Memory of this process and of its devices, in bytes: peaks, and what is free.
+
+The peak is what torch allocated on a GPU, or the process's resident memory on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -59,3 +62,8 @@ def free_memory() -> int:
     except (OSError, ValueError, StopIteration):  # no control group, or no limit
         return available
     return min(available, limit - used + cache)
+
+
+def as_text(count: float) -> str:
+    """A number of bytes for a message."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -15,7 +15,7 @@ from pathlib import Path
 from atr_scale.data.options import DataSection
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.memory import free_memory
+from atr_scale.memory import as_text, free_memory
 
 PIECE = 64 << 20  # bytes of a piece at most
 PREFETCH = 4  # pieces that a worker reads ahead
@@ -56,11 +56,11 @@ class LoaderMemory:
     def describe(self) -> str:
         """One line: buffers, and the batches beside them."""
         if not self.buffers:
-            return f"loader: no workers, {_size(self.batches)} for the batches of a rank"
-        beside = f", and up to {_size(self.batches)} for whole batches" if self.batches else ""
+            return f"loader: no workers, {as_text(self.batches)} for the batches of a rank"
+        beside = f", and up to {as_text(self.batches)} for whole batches" if self.batches else ""
         return (
-            f"loader buffers: {self.buffers} of {_size(self.buffer_bytes)} a rank ({self.rows} clips each, "
-            f"{self.pieces} to a batch), {_size(self.shared)} of shared memory{beside}"
+            f"loader buffers: {self.buffers} of {as_text(self.buffer_bytes)} a rank ({self.rows} clips each, "
+            f"{self.pieces} to a batch), {as_text(self.shared)} of shared memory{beside}"
         )
 
 
@@ -89,8 +89,8 @@ def loader_memory(
             batch = _page_locked(whole) if pinned else whole
             return LoaderMemory(rows, pieces, prefetch, each, each * workers, rows * row, (HELD + pinned) * batch)
     raise UserError(
-        f"reading ahead needs {_size(each * workers * row)} of shared memory a rank with data.workers = {workers}, and "
-        f"{_size(budget)} are given or free: enlarge /dev/shm (docker --shm-size) or data.buffer_gb, or lower "
+        f"reading ahead needs {as_text(each * workers * row)} of shared memory a rank with data.workers = {workers}, "
+        f"and {as_text(budget)} are given or free: enlarge /dev/shm (docker --shm-size) or data.buffer_gb, or lower "
         "data.workers"
     )
 
@@ -108,13 +108,13 @@ def loader_memory_here(
     budget = SHARE * shared if data.buffer_gb is None else 1e9 * data.buffer_gb
     if data.workers and budget > shared:
         raise UserError(
-            f"data.buffer_gb = {data.buffer_gb:g}, but {_size(shared)} of {SHARED} are free for each rank: lower it, "
+            f"data.buffer_gb = {data.buffer_gb:g}, but {as_text(shared)} of {SHARED} are free for each rank: lower it, "
             "or enlarge /dev/shm (docker --shm-size)"
         )
     memory = loader_memory(samples, local_batch, data.workers, pinned=pinned, budget=budget)
     if memory.shared + memory.batches / 2 > free:  # half: samples may be 16-bit
         raise UserError(
-            f"{memory.describe()}: more than the {_size(free)} of main memory that are free for each rank; use more "
+            f"{memory.describe()}: more than the {as_text(free)} of main memory that are free for each rank; use more "
             "ranks, or lower train.global_batch_size, data.crop_seconds or data.workers"
         )
     return memory
@@ -131,7 +131,3 @@ def _free_shared_memory() -> int:
 def _page_locked(count: int) -> int:
     """Bytes that torch takes for so many bytes of page-locked memory."""
     return 1 << (count - 1).bit_length()
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

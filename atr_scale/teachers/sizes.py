@@ -16,7 +16,7 @@ from atr_scale.data import storage
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.memory import free_memory
+from atr_scale.memory import as_text, free_memory
 from atr_scale.scorers import build_scorer
 
 UNPROJECTED = 1024  # width that is assumed for encoders without a projection
@@ -58,16 +58,20 @@ def check_sizes(
         on_disk += (1 + copies) * size.disk
         small = table_size(config, captions, clips, USUAL_K)
         if small.memory < size.memory:
-            remedy = f"give --top-k {USUAL_K}, which needs {_gb(small.memory)} of memory and {_gb(small.disk)} of disk"
+            needs = f"{as_text(small.memory)} of memory and {as_text(small.disk)} of disk"
+            remedy = f"give --top-k {USUAL_K}, which needs {needs}"
         else:
             remedy = "use machines with more memory for each rank, or fewer --shards at once"
         what = f"the teacher table of {name} for {captions} captions and {clips} clips"
         if size.memory > memory:
-            raise UserError(f"{what} needs {_gb(size.memory)} of memory on each rank, {_gb(memory)} are free: {remedy}")
+            raise UserError(
+                f"{what} needs {as_text(size.memory)} of memory on each rank, {as_text(memory)} are free: {remedy}"
+            )
         if disk is not None and on_disk > disk:
             remedy = remedy if small.disk < size.disk else "give an --out with more space"
             raise UserError(
-                f"{what} takes the tables in {out} to {_gb(on_disk)}, {_gb(disk)} of the disk are free: {remedy}"
+                f"{what} takes the tables in {out} to {as_text(on_disk)}, {as_text(disk)} of the disk are free: "
+                f"{remedy}"
             )
 
 
@@ -84,15 +88,11 @@ def check_grades_size(path: Path, world: World) -> None:
         return
     if size + size // 4 > memory:  # and a truth value for each while they are checked
         raise UserError(
-            f"the grades in {path} take {_gb(size + size // 4)} of memory on each rank while they are read, "
-            f"{_gb(memory)} are free: give a CSV file, which names the relevant clips alone"
+            f"the grades in {path} take {as_text(size + size // 4)} of memory on each rank while they are read, "
+            f"{as_text(memory)} are free: give a CSV file, which names the relevant clips alone"
         )
 
 
 def _memory_of_a_rank(world: World) -> int:
     """Bytes that every rank can take, if all take as much at once."""
     return min(world.gather_ints(free_memory() // world.ranks_here()))
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

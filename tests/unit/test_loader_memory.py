@@ -48,7 +48,7 @@ def test_a_small_batch_is_used_where_it_was_decoded() -> None:
     memory = loader_memory(TEN_S, 32, 2, pinned=False)
     assert (memory.rows, memory.pieces, memory.buffers, memory.batches) == (32, 1, 14, 0)
     assert memory.describe() == (
-        "loader buffers: 14 of 41.0 MB a rank (32 clips each, 1 to a batch), 573.4 MB of shared memory"
+        "loader buffers: 14 of 41.0 MB a rank (32 clips each, 1 to a batch), 0.6 GB of shared memory"
     )
 
 
