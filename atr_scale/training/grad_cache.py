@@ -91,7 +91,8 @@ class GradCache:
                     # The token axis of a chunk may be shorter than that of the whole batch.
                     gradient = leaf.grad[first : first + out.shape[0], : out.shape[1]]
                     sums.append((out * gradient).sum())
-        self.backward(torch.stack(sums).sum(), last)
+        if sums:  # a loss may read no encoding, such as one that reads its own parameters alone
+            self.backward(torch.stack(sums).sum(), last)
 
 
 def _as_leaves(sequence: TokenSequence) -> TokenSequence:

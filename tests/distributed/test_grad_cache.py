@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +113,21 @@ def test_the_head_alone_learns_in_one_backward_pass(folder: Path) -> None:
             return gradients(config, batch, chunk_size, kept=1)
 
     assert differ(found(4), found(None)) < 1e-12
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_loss_may_read_no_encoding(folder: Path, kept: int) -> None:
+    """A term of a plug-in may begin to read the scores later in a run."""
+    config = tiny_config(folder, folder)
+    model = Retriever(config.model, config.objective).double()
+
+    def forward(batch: Batch, context: StepContext, encoded: Any = None, encode_only: bool = False) -> Any:
+        return model.encode(batch, context) if encode_only else {"loss": model.temperature().sum()}
+
+    GradCache(forward, lambda loss, last: loss.backward(), CPU, 4, kept).accumulate(whole(config), SEED, 1.0)
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == [
+        name for name, _ in model.named_parameters() if name.startswith("temperature.")
+    ]
 
 
 def frozen(model: Retriever) -> Retriever:
