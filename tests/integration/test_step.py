@@ -96,7 +96,8 @@ def with_slow_steps(config: RunConfig) -> list[dict[str, Any]]:
             time.sleep(0.2)
             yield batch
 
-    training.engine.update, training._batches = slow_update, slow_batches  # type: ignore[method-assign]
+    training.engine.update = slow_update  # type: ignore[method-assign,assignment]
+    training._batches = slow_batches  # type: ignore[method-assign]
     training.run()
     lines = map(json.loads, (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == "train"]

@@ -15,7 +15,7 @@ from atr_scale.data.loader_memory import PIECE, loader_memory, loader_memory_her
 from atr_scale.data.options import DataSection, TrainingSource
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.training.loop import Interval, Training
+from atr_scale.training.loop import Taken, Training
 
 TEN_S = 320_000  # at 32 kHz
 GB = 10**9
@@ -94,7 +94,7 @@ def test_reading_in_the_training_process_takes_no_shared_memory() -> None:
     assert "no workers" in memory.describe()
 
 
-class Taken:
+class Numbered:
     """What the loop reads of a batch."""
 
     def __init__(self, number: int) -> None:
@@ -108,14 +108,14 @@ def test_a_step_of_several_losses_holds_one_batch_at_a_time() -> None:
     def batches() -> Iterator[Any]:
         for number in range(4):
             assert all(made() is None for made in alive)
-            batch = Taken(number)
+            batch = Numbered(number)
             alive.append(weakref.ref(batch))
             yield batch
             del batch
 
-    training: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(accum_steps=3)), _since_log=Interval())
-    keys, dropped = list[str](), Counter[str]()
-    for batch in Training._take(training, batches(), keys, dropped):
-        assert batch.keys == keys[-1:]
+    training: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(accum_steps=3)))
+    taken = Taken()
+    for batch in Training._take(training, batches(), taken):
+        assert batch.keys == taken.keys[-1:]
         del batch
-    assert keys == ["0", "1", "2"] and dropped == {"broken": 3} and len(alive) == 3
+    assert taken.keys == ["0", "1", "2"] and taken.dropped == {"broken": 3} and len(alive) == 3
