@@ -166,10 +166,10 @@ def test_a_torch_in_which_the_tensors_do_not_run_is_a_reason(small: dict[str, An
 
 def test_budgets_have_headroom_in_volume_only() -> None:
     budget = {"launches": 100, "bytes": 1000, "host_syncs": 2, "deepspeed_syncs": 0, "blocking_copies": 0}
-    budget |= {"device_mismatches": 0}
+    budget |= {"device_mismatches": 0, "flops": {"fp32": 100}}
     place = {"times": 3, "kind": "item", "place": "atr_scale/model.py:7 forward", "phase": "backward"}
 
-    def complaints(**changes: int) -> list[str]:
+    def complaints(**changes: Any) -> list[str]:
         case: dict[str, Any] = {**budget, **changes, "places": [place]}
         return budgets.complaints({"a": case}, {"a": budget})
 
@@ -182,6 +182,8 @@ def test_budgets_have_headroom_in_volume_only() -> None:
     assert waits.splitlines()[1] == "    3 x item at atr_scale/model.py:7 forward (backward)"
     (fewer,) = complaints(host_syncs=1)
     assert "lower the budget of 2" in fewer
+    rounded = "\n".join(complaints(flops={"tf32": 100}))
+    assert "100 tf32 FLOPs are more than the budget of 0" in rounded and "0 fp32 FLOPs: lower" in rounded
     assert budgets.complaints({"b": {}}, {}) == [f"b has no budget: {budgets.WRITE}"]
 
 

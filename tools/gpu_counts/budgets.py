@@ -13,7 +13,9 @@ BEFORE = FOLDER / "before.json"  # the real sizes at version 0.3, for the table
 PAGE = FOLDER.parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- counts: written by tools.gpu_counts --write-budgets -->", "<!-- counts: end -->"
 WRITE = "python -m tools.gpu_counts --write-budgets"
-HEADROOM = 0.05  # of launches and bytes, which differ a little between versions of torch; waits of the host have none
+HEADROOM = (
+    0.05  # of launches, bytes and FLOPs, which differ a little between versions of torch; waits of the host have none
+)
 VOLUMES = ("launches", "bytes")
 WAITS = ("host_syncs", "deepspeed_syncs", "blocking_copies", "device_mismatches")
 Results = dict[str, dict[str, Any]]
@@ -38,9 +40,10 @@ def complaints(found: Results, budgets: Results) -> list[str]:
         if name not in budgets:
             lines.append(f"{name} has no budget: {WRITE}")
             continue
-        for key in (*VOLUMES, *WAITS):
-            headroom = HEADROOM * budgets[name][key] if key in VOLUMES else 0
-            counted, budget = case[key], budgets[name][key]
+        counts, limits = _numbers(case), _numbers(budgets[name])
+        for key in counts | limits:
+            counted, budget = counts.get(key, 0), limits.get(key, 0)
+            headroom = 0 if key in WAITS else HEADROOM * budget
             if counted > budget + headroom:
                 lines.append(f"{name}: {counted:,} {key} are more than the budget of {budget:,}{_places(case, key)}")
             elif counted < budget - headroom:
@@ -48,8 +51,14 @@ def complaints(found: Results, budgets: Results) -> list[str]:
     return lines
 
 
+def _numbers(case: dict[str, Any]) -> dict[str, int]:
+    """All that has a budget. FLOPs are by dtype: fp32 products that turn into TF32 take no more launches or bytes."""
+    flops = {f"{dtype} FLOPs": number for dtype, number in case["flops"].items()}
+    return {**{key: case[key] for key in (*VOLUMES, *WAITS)}, **flops}
+
+
 def _places(case: dict[str, Any], key: str) -> str:
-    if key in VOLUMES:
+    if key not in WAITS:
         return ""
     return "".join(f"\n    {p['times']} x {p['kind']} at {p['place']} ({p['phase']})" for p in case["places"])
 
