@@ -165,7 +165,13 @@ def test_a_torch_in_which_the_tensors_do_not_run_is_a_reason(small: dict[str, An
 
 
 def test_budgets_have_headroom_in_volume_only() -> None:
-    budget = {"launches": 100, "bytes": 1000, "host_syncs": 2, "deepspeed_syncs": 0, "blocking_copies": 0}
+    budget: dict[str, Any] = {
+        "launches": 100,
+        "bytes": 1000,
+        "host_syncs": 2,
+        "deepspeed_syncs": 0,
+        "blocking_copies": 0,
+    }
     budget |= {"device_mismatches": 0, "flops": {"fp32": 100}}
     place = {"times": 3, "kind": "item", "place": "atr_scale/model.py:7 forward", "phase": "backward"}
 
