@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,18 @@ class GPU:
         return replace(self, network=gbit * 1e9 / 8)
 
     def with_measured(self, report: Path | None) -> GPU:
-        """The same GPU with the ceilings in `report`, a gpu_check.json, as rates. Raises UserError if it has none."""
-        return self if report is None else replace(self, rates=_measured_rates(self.rates, report))
+        """The same GPU with the ceilings in `report`, a gpu_check.json, as rates.
+
+        Raises UserError if it has none, or if they are not those of a card at full size.
+        """
+        if report is None:
+            return self
+        return self.with_ceilings(*_read_report(report))
+
+    def with_ceilings(self, rows: Iterable[Mapping[str, Any]], device: str) -> GPU:
+        """The same GPU with the ceilings among `rows` of gpu_check, measured on `device`, as rates."""
+        rates = _rates_of(rows)
+        return replace(self, rates=replace(self.rates, **rates, measured_on=device, measured=tuple(rates)))
 
 
 def _gpu(
@@ -124,15 +135,13 @@ _CEILINGS = {
 }
 
 
-def _measured_rates(assumed: Rates, report: Path) -> Rates:
-    """The ceilings of a report of `tools.gpu_check` as rates; those without a figure stay as assumed."""
+def _read_report(report: Path) -> tuple[list[dict[str, Any]], str]:
+    """Rows and device of a report of `tools.gpu_check`."""
     remedy = "write one with `python -m tools.gpu_check` on the card"
     try:
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-        rows = {row["name"]: row for row in found["rows"] if row["part"] == "ceilings"}
-        figures = {name: rows.get(row, {}).get(column) for name, (row, column, _) in _CEILINGS.items()}
-        rates = {name: float(value) * _CEILINGS[name][2] for name, value in figures.items() if value}
-        device, quick = str(found["device"]), found["quick"]
+        rows, device, quick = found["rows"], str(found["device"]), found["quick"]
+        rates = _rates_of(rows)
     except OSError as error:
         raise UserError(f"cannot read {report} ({error.strerror}): {remedy}") from None
     except (ValueError, KeyError, TypeError):
@@ -142,4 +151,11 @@ def _measured_rates(assumed: Rates, report: Path) -> Rates:
         raise UserError(f"{report} has figures {of}, which are not the rates of a card: {remedy}")
     if not rates:
         raise UserError(f"{report} has no ceilings ({', '.join(row for row, _, _ in _CEILINGS.values())}): {remedy}")
-    return replace(assumed, **rates, measured_on=device, measured=tuple(rates))
+    return rows, device
+
+
+def _rates_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The ceilings among the rows of a report, as rates; without those that have no figure."""
+    ceilings = {row["name"]: row for row in rows if row["part"] == "ceilings"}
+    figures = {name: ceilings.get(row, {}).get(column) for name, (row, column, _) in _CEILINGS.items()}
+    return {name: float(value) * _CEILINGS[name][2] for name, value in figures.items() if value}

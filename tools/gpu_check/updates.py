@@ -6,7 +6,6 @@ optimizer's phase is what a whole update takes beyond the others: reduction, nor
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -63,7 +62,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         folder = Path(place)
         configs = [run.config(folder) for run in runs]
         for run, config in zip(runs, configs, strict=True):  # the planner has a process group of its own
-            yield f"{run.audio}: {PLANNED}", partial(plan, setting, run, config, folder, planned)
+            yield f"{run.audio}: {PLANNED}", partial(plan, setting, run, config, planned)
         with distributed():
             for run, config in zip(runs, configs, strict=True):
                 update = _Update(run, config, planned.get(run.audio, {}))
@@ -73,11 +72,8 @@ def cases(setting: Setting) -> Iterator[Case]:
                     yield f"{run.audio}: {phase}", partial(update.phase, phase)
 
 
-def plan(setting: Setting, run: _Run, config: RunConfig, folder: Path, planned: dict[str, Planned]) -> Row:
-    report = folder / "ceilings.json"
-    rows = [row.as_json() for row in setting.ceilings.values()]
-    report.write_text(json.dumps({"device": setting.device, "rows": rows}))
-    gpu = GPUS["H100"].with_measured(report)
+def plan(setting: Setting, run: _Run, config: RunConfig, planned: dict[str, Planned]) -> Row:
+    gpu = GPUS["H100"].with_ceilings((row.as_json() for row in setting.ceilings.values()), setting.device)
     costs, _ = measure_costs(config, run.seconds, steps.NUM_WORDS)
     found = estimate_step(costs, Cluster(gpu, 1, 1, 0.0, 1), run.batch)
     planned[run.audio] = {"update": 1000 * found.step, **{name: 1000 * s for name, s in found.phases.items()}}
