@@ -134,10 +134,10 @@ def test_a_mistake_of_one_rank_is_told_by_it(rank: str, tiny: TinyInputs, tmp_pa
         "from atr_scale.training import engine\n"
         "errors.GRACE_S = 1.0\n"
         "update = engine.Engine.update\n"
-        "def lacking(*arguments):\n"
+        "def lacking(*given, **named):\n"
         f"    if os.environ['RANK'] == '{rank}':\n"
         "        raise errors.UserError('no table here')\n"
-        "    return update(*arguments)\n"
+        "    return update(*given, **named)\n"
         "engine.Engine.update = lacking\n"
     )
     config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run")
@@ -151,7 +151,7 @@ def test_a_failure_ends_the_report(tiny: TinyInputs, tmp_path: Path) -> None:
     """No mistake of the user: the last text is the traceback of the rank that failed first."""
     (tmp_path / "failing.py").write_text(
         "from atr_scale.training import engine\n"
-        "def fail(*_):\n"
+        "def fail(*_, **__):\n"
         "    raise RuntimeError('out of order')\n"
         "engine.Engine.update = fail\n"
     )
