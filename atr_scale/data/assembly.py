@@ -27,7 +27,7 @@ class Piece(NamedTuple):
     rows: Batch
 
 
-def assemble(pieces: Iterable[Piece], size: int, width: int, tokenizer: CaptionTokenizer, *, pin: bool) -> Batch:
+def batch_of(pieces: Iterable[Piece], size: int, width: int, tokenizer: CaptionTokenizer, *, pin: bool) -> Batch:
     """The local batch of `size` rows. No piece is kept while the next one is awaited.
 
     width: samples of the longest crop. pin: into page-locked memory. A row that no piece has gets a copy of one that is

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from atr_scale.batch import Batch
-from atr_scale.data.assembly import Piece, assemble
+from atr_scale.data.assembly import Piece, batch_of
 from atr_scale.data.collate import DecodedClip, collate
 from atr_scale.data.corpora import CORPORA
 from atr_scale.data.decode import Crop, decode
@@ -301,7 +301,7 @@ def read_batches(
     def assembled() -> Iterator[Batch]:
         pieces = (parcel.open(buffers) for parcel in loader)
         for _ in range(stream.first, stream.last):
-            yield assemble(islice(pieces, memory.pieces), size, stream.width, stream.tokenizer, pin=pin_memory)
+            yield batch_of(islice(pieces, memory.pieces), size, stream.width, stream.tokenizer, pin=pin_memory)
         next(pieces, None)  # at the end of its data the loader stops its workers
 
     batches = assembled()

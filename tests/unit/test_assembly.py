@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from atr_scale.batch import FULL_SCALE, Batch
-from atr_scale.data.assembly import Piece, assemble
+from atr_scale.data.assembly import Piece, batch_of
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.errors import UserError
 
@@ -44,7 +44,7 @@ def piece(places: list[int], dtype: torch.dtype = torch.int16, bad: int = 0) -> 
 
 
 def joined(*pieces: Piece) -> Batch:
-    return assemble(iter(pieces), SIZE, WIDTH, Tokenizer(), pin=False)
+    return batch_of(iter(pieces), SIZE, WIDTH, Tokenizer(), pin=False)
 
 
 def assert_equal(found: Batch, expected: Batch) -> None:
@@ -98,4 +98,4 @@ def test_a_piece_is_free_before_the_next_is_awaited() -> None:
             yield made
             del made
 
-    assert len(assemble(pieces(), SIZE, WIDTH, Tokenizer(), pin=False).keys) == SIZE and len(alive) == 3
+    assert len(batch_of(pieces(), SIZE, WIDTH, Tokenizer(), pin=False).keys) == SIZE and len(alive) == 3

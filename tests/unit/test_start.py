@@ -15,6 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch._C._distributed_c10d import HashStore
 
+from atr_scale.config import RunConfig
 from atr_scale.distributed import start
 from atr_scale.distributed.start import Place, distributed
 from atr_scale.distributed.world import World
@@ -22,6 +23,7 @@ from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.training.engine import Engine
 from tests.tiny_run import tiny_config
+from tools.ranks import run_ranks
 
 
 def visible(monkeypatch: pytest.MonkeyPatch, gpus: int, uuids: str = "") -> list[torch.device]:
@@ -49,18 +51,18 @@ def test_a_rank_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> N
         assert os.environ["LOCAL_RANK"] == "3", "error files and checks of a machine's first rank read it"
 
 
-def test_deepspeed_sets_the_device_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def devices_that_deepspeed_sets(config: RunConfig) -> list[int]:
     given: list[int] = []
-    monkeypatch.setattr(type(get_accelerator()), "set_device", lambda self, index: given.append(index))
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    config = tiny_config(tmp_path, tmp_path / "run")
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(get_accelerator()), "set_device", lambda self, index: given.append(index))
+        patch.setenv("LOCAL_RANK", "3")
         Engine(Retriever(config.model, config.objective), config.train, World(), torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()
+    return given
+
+
+def test_deepspeed_sets_the_device_of_the_engine(tmp_path: Path) -> None:
+    """In a process of its own: DeepSpeed keeps the process group of its first start."""
+    (given,) = run_ranks(devices_that_deepspeed_sets, 1, tiny_config(tmp_path, tmp_path / "run"))
     assert given and set(given) == {0}
 
 
