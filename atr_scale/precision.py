@@ -1,8 +1,9 @@
 """The precision in which encoders multiply.
 
 They run under autocast (train.precision). Products of fp32 that remain in them, all of them without autocast, are TF32
-on a GPU if train.tf32 says so: matrix products and convolutions alike, whose defaults in torch differ. Front ends,
-heads, losses and the ranks of an evaluation choose their own precision, see `atr_scale.products`.
+on a GPU if train.tf32 says so: matrix products and convolutions alike, whose defaults in torch differ. Co-attention, a
+network over pairs, does as they do. Front ends, other scorers, losses and the ranks of an evaluation choose their own
+precision, see `atr_scale.products`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Precision(NamedTuple):
         rest = "TF32" if self.tf32 and device.type == "cuda" else "IEEE fp32"
         first = "" if self.autocast == "fp32" else f"autocast to {self.autocast}, else "
         others = "IEEE fp32" if heads == "ieee" or (heads == "tf32" and device.type == "cpu") else heads
-        return f"encoders: {first}matmuls and convolutions in {rest}; heads and losses: {others}"
+        return f"encoders, co-attention: {first}matmuls and convolutions in {rest}; other scores and losses: {others}"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

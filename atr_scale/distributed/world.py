@@ -2,7 +2,8 @@
 
 The recipe for a loss over the global batch: every rank gathers all texts, keeps its own audio, and computes the same
 global mean loss L. The backward pass of a rank yields its part of the gradient, and the sum over ranks is the whole.
-Data-parallel training averages gradients over ranks, hence `(world.size * L).backward()`.
+Training sums gradients over ranks; if a library averages them instead (DeepSpeed at ZeRO 3), L is multiplied by
+world.size.
 
 Tensors travel over the group of the device (NCCL on GPUs). Numbers and objects of the host travel over a gloo group
 beside it, so that no rank waits for its GPU and nothing is copied to one.

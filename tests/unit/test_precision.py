@@ -55,7 +55,8 @@ def test_what_a_configuration_and_another_precision_mean() -> None:
     assert [Precision("fp32", tf32).products(GPU) for tf32 in (True, False)] == ["tf32", "fp32"]
     assert [precision.products(CPU) for precision in (run, Precision("fp32", True))] == ["bf16", "fp32"]
     line = run.describe(GPU, "ieee")
-    assert line == "encoders: autocast to bf16, else matmuls and convolutions in TF32; heads and losses: IEEE fp32"
+    encoders = "encoders, co-attention: autocast to bf16, else matmuls and convolutions in TF32"
+    assert line == f"{encoders}; other scores and losses: IEEE fp32"
     assert "TF32" not in run.describe(CPU, "ieee") and "autocast" not in Precision().describe(CPU, "ieee")
     assert run.describe(GPU, "bf16x3").endswith("losses: bf16x3") and "tf32" not in run.describe(CPU, "tf32")
     with autocast(CPU, "bf16"):
