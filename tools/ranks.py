@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from torch._C._distributed_c10d import FileStore
 
 TIMEOUT_S = 900
+GRACE_S = 20  # for the results of the others after a rank has failed: they may wait for it in a collective
 
 
 def run_ranks(
@@ -47,7 +48,8 @@ def run_ranks(
 
 
 def _collect(queue: Any, processes: list[Any]) -> dict[int, Any]:
-    """The results of all ranks. Raises TimeoutError if a rank hangs or ends without a result."""
+    """The results of all ranks, after a failure those that come soon. Raises TimeoutError if a rank hangs or ends
+    without a result."""
     found: dict[int, Any] = {}
     end = time.monotonic() + TIMEOUT_S
     while len(found) < len(processes):
@@ -55,7 +57,11 @@ def _collect(queue: Any, processes: list[Any]) -> dict[int, Any]:
         try:
             rank, result = queue.get(timeout=1)
             found[rank] = result
+            if result[1] is not None:
+                end = min(end, time.monotonic() + GRACE_S)
         except Empty:
+            if any(error is not None for _, error in found.values()) and time.monotonic() > end:
+                break
             if died or time.monotonic() > end:
                 raise TimeoutError(f"ranks {died or 'unknown'} gave no result") from None
     return found

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.training.gradient_reduction import GradientReduction, Sharding, Slice
 from tools.bench import steps
@@ -119,7 +120,7 @@ def all_sums() -> dict[str, list[float]]:
     }
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sums_are_exact_whatever_a_step_uses(size: int) -> None:
     """Also with parameters that no rank uses, or one rank alone, and in steps that use others than the first one."""
     for rank in run_ranks(all_sums, size):
@@ -181,13 +182,13 @@ def test_a_bucket_is_sent_as_soon_as_it_is_full() -> None:
         assert two == before + one
 
 
-def completed(folder: Path, sizes: list[dict[str, Any]]) -> list[list[tuple[str, int]]]:
-    return [completed_in_order(folder / f"{size['dim']}", size) for size in sizes]
+def completed(configs: list[RunConfig]) -> list[list[tuple[str, int]]]:
+    return [completed_in_order(config) for config in configs]
 
 
-def completed_in_order(folder: Path, size: dict[str, Any]) -> list[tuple[str, int]]:
+def completed_in_order(config: RunConfig) -> list[tuple[str, int]]:
     """Encoders whose gradients become complete in an update, in order, and how many buckets were sent before each."""
-    engine = steps.start(steps.configuration(folder, "small_cnn", global_batch_size=4, **size))
+    engine = steps.start(config)
     reduction = engine._passes._reduction  # type: ignore[attr-defined]
     reduction.bucket_bytes = 1
     batch = steps.noise(4, 1.0, engine.model.sample_rate, engine.world)
@@ -202,10 +203,16 @@ def completed_in_order(folder: Path, size: dict[str, Any]) -> list[tuple[str, in
     return events
 
 
+@pytest.mark.slow
 def test_the_larger_gradients_are_sent_beside_the_other_backward_pass(tmp_path: Path) -> None:
     """Each gradient is sent when it is complete, and the larger encoder's come first; also in GradCache's last pass."""
     sizes: list[dict[str, Any]] = [{"dim": 256}, {"dim": 16}, {"dim": 256, "micro_batch_size": 1, "zero_stage": 1}]
-    for rank in run_ranks(completed, 2, tmp_path, sizes):
+    # Here, because it writes a text encoder, which one rank must not read while the other one writes.
+    configs = [
+        steps.configuration(tmp_path / str(number), "small_cnn", global_batch_size=4, **size)
+        for number, size in enumerate(sizes)
+    ]
+    for rank in run_ranks(completed, 2, configs):
         for size, events in zip(sizes, rank, strict=True):
             sides = [side for side, _ in events]
             order = ["text_encoder", "audio_encoder"] if size["dim"] == 256 else ["audio_encoder", "text_encoder"]
