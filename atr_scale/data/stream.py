@@ -14,6 +14,7 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -299,10 +300,11 @@ def read_batches(
     )
 
     def assembled() -> Iterator[Batch]:
-        pieces = (parcel.open(buffers) for parcel in loader)
-        for _ in range(stream.first, stream.last):
-            yield batch_of(islice(pieces, memory.pieces), size, stream.width, stream.tokenizer, pin=pin_memory)
-        next(pieces, None)  # at the end of its data the loader stops its workers
+        # Closed also on an error: a loader that is left to the garbage collector waits 5 s for each of its workers.
+        with closing(parcel.open(buffers) for parcel in loader) as pieces:
+            for _ in range(stream.first, stream.last):
+                yield batch_of(islice(pieces, memory.pieces), size, stream.width, stream.tokenizer, pin=pin_memory)
+            next(pieces, None)  # at the end of its data the loader stops its workers
 
     batches = assembled()
     yield from _one_ahead(batches) if workers or pin_memory else batches

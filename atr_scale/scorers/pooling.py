@@ -49,7 +49,7 @@ class ExactLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         # In this order the gradient of the weight has its layout, and is not copied.
-        mapped = product(self.weight, x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+        mapped: Tensor = product(self.weight, x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
         return mapped if self.bias is None else mapped + self.bias
 
 

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -233,11 +234,14 @@ def test_a_batch_without_a_good_sample_is_one_line(left: str, tmp_path: Path, wo
     stream = open_stream(str(folder))
     for path in folder.glob("*.tar"):
         path.write_bytes(b"")
+    read(open_stream(left), 0, 1, workers)  # starts the server that forks workers
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
     with pytest.raises(UserError) as caught:
         read(stream, 0, 10, workers, piece=piece)
     message = str(caught.value)
     assert message.startswith("all 12 samples of a batch are unreadable ({'cut_shard': 12})")
     assert "atr-scale shards check" in message and "\n" not in message and "Traceback" not in message
+    assert not [child for child in psutil.Process().children(recursive=True) if child.pid not in before], "no worker"
 
 
 def test_a_shard_that_goes_missing_is_counted(left: str, tmp_path: Path) -> None:
