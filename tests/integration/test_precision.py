@@ -75,7 +75,8 @@ def test_validation_evaluation_and_search_agree(
         ("inside it", "ieee", False),
     }
     assert set(seen) == in_bf16 and gpu_products() == before
-    assert caplog.text.count("encoders: autocast to bf16, else matmuls and convolutions in IEEE fp32; heads") == 1
+    line = "encoders, co-attention: autocast to bf16, else matmuls and convolutions in IEEE fp32; other scores"
+    assert caplog.text.count(line) == 1
 
     seen.clear()
     validated, evaluated = results(run)[-1], measured(run, tmp_path / "same")
