@@ -20,6 +20,7 @@ from atr_scale.scorers.scorer import exact_products
 from atr_scale.scorers.tiles import Tensors, pair_tiles
 
 BEHIND = 4  # columns of a table behind the Gram matrices: three linear forms, and ones
+LINEAR = 8  # columns of `PoolingMetrics.forms` behind the metrics: products of a width that 8 divides are faster
 
 
 class PoolingMetrics(NamedTuple):
@@ -27,7 +28,7 @@ class PoolingMetrics(NamedTuple):
 
     matching: Tensor  # [K, D]
     offsets: Tensor  # [2, D]
-    forms: Tensor  # [K, m K + 4]: metrics M and, for linear forms, three columns and zeros
+    forms: Tensor  # [K, m K + LINEAR]: metrics M and, for linear forms, three columns and zeros
     constants: Tensor  # [4]
 
 
@@ -49,25 +50,25 @@ def metrics_of(out: Tensor, scale: Tensor, shift: Tensor, *block: Tensor) -> Poo
         u = _centred(inner_shift + (weight @ inner_shift + bias))
     scaled_a, scaled_u = a * scale, u * scale
     quadratic = [product(a, a.T), product(scaled_a, scaled_a.T), *([product(out, out.T)] if block else [])]
-    linear = [scaled_a @ shift, a @ u, scaled_a @ scaled_u, torch.zeros_like(out[:, 0])]
+    linear = torch.stack([scaled_a @ shift, a @ u, scaled_a @ scaled_u], 1)
     constants = torch.stack([u @ u, scaled_u @ scaled_u, scaled_u @ shift, shift @ shift])
-    forms = torch.cat([*quadratic, torch.stack(linear, 1)], 1)
+    forms = torch.cat([*quadratic, pad(linear, (0, LINEAR - 3))], 1)
     return PoolingMetrics(scaled_a, torch.stack([scaled_u, shift]), forms, constants)
 
 
 class Tables(torch.autograd.Function):
     """[j, f, m f + 4] of clips with values X [j, f, K]: Gram matrices X M X', three linear forms X l, and ones.
 
-    forms: [K, m K + 4], see PoolingMetrics. Products are always fp32: forms of Gram matrices may cancel.
+    forms: see PoolingMetrics. Products are always fp32: forms of Gram matrices may cancel.
     """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, forms: Tensor) -> Tensor:
         j, f, K = value.shape
-        mapped, linear = product(value, forms).split([forms.shape[1] - BEHIND, BEHIND], -1)
+        mapped, linear = product(value, forms).split([forms.shape[1] - LINEAR, LINEAR], -1)
         mapped = mapped.reshape(j, -1, K)  # [j, f m, K]
         ctx.save_for_backward(value, forms, mapped)
-        table = torch.cat([product(mapped, value.mT).view(j, f, -1), linear], -1)
+        table = torch.cat([product(mapped, value.mT).view(j, f, -1), linear[..., :BEHIND]], -1)
         table[..., -1] = 1
         return table
 
@@ -75,11 +76,11 @@ class Tables(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         value, forms, mapped = ctx.saved_tensors
-        by_grams, by_linear = grads[0][..., :-BEHIND], pad(grads[0][..., -BEHIND:-1], (0, 1))
+        by_grams, by_linear = grads[0][..., :-BEHIND], pad(grads[0][..., -BEHIND:-1], (0, LINEAR - 3))
         by_grams = by_grams.reshape(len(value), -1, value.shape[1])  # [j, f m, f]: sums of w w', hence symmetric
         by_mapped = product(by_grams, value).view(*value.shape[:2], -1)
         by_forms = product(value.flatten(0, 1).T, torch.cat([by_mapped, by_linear], -1).flatten(0, 1))
-        by_value = 2 * product(by_grams.mT, mapped) + product(by_linear, forms[:, -BEHIND:].T)
+        by_value = 2 * product(by_grams.mT, mapped) + product(by_linear, forms[:, -LINEAR:].T)
         return by_value, by_forms
 
 

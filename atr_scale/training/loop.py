@@ -7,13 +7,11 @@ The position of a run is its step: sample order, learning rate and random seeds 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,10 +23,8 @@ from atr_scale.data.loader_memory import loader_memory_here
 from atr_scale.data.stream import describe, read_batches
 from atr_scale.distributed.start import distributed
 from atr_scale.distributed.world import World
-from atr_scale.errors import UserError
 from atr_scale.evaluation.results import record_training
 from atr_scale.evaluation.selection import selection_score
-from atr_scale.memory import peak_memory
 from atr_scale.model import StepContext, count_parameters
 from atr_scale.precision import Precision, encoder_products
 from atr_scale.training.checks import check_batch_size, check_length, check_run_folder, checkpoint_to_resume
@@ -36,62 +32,14 @@ from atr_scale.training.engine import Engine
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
 from atr_scale.training.preemption import PreemptionFlag
+from atr_scale.training.record import Progress, Record, Taken, Update
 from atr_scale.training.run_info import write_environment
 from atr_scale.training.schedule import RunLength, describe_length, learning_rate, run_length, seeds
-from atr_scale.training.step_result import StepResult
 from atr_scale.training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
-DROP_GRACE = 10_000  # samples before the drop rate is judged: one bad file must not end a short run
 PREEMPTED = "preempted"
-
-
-@dataclass
-class Progress:
-    """The state of a run that is saved with every checkpoint, beside the weights and the optimizer's state."""
-
-    step: int = 0
-    samples_seen: int = 0
-    best: float = -math.inf
-    best_metric: str | None = None  # evaluation.select, of which `best` is the highest value so far
-    skipped_steps: int = 0
-    fp16_overflows: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class Taken:
-    """What this rank has read for an optimizer step: keys of samples, dropped ones, and seconds of waiting for them."""
-
-    keys: list[str] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
-    waited: float = 0.0
-
-
-@dataclass(frozen=True)
-class Update:
-    """An optimizer step whose result has not been read yet.
-
-    step, samples_seen: of the run, up to and with this step. ended: when this rank was done with the step, or had given
-    it to its GPU.
-    """
-
-    step: int
-    samples_seen: int
-    result: StepResult
-    rates: dict[str, float]
-    taken: Taken
-    ended: float
-
-
-@dataclass
-class Interval:
-    """Sums over the steps between two log lines, of which the first begins at `start`."""
-
-    start: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    dropped: Counter[str] = field(default_factory=Counter)
 
 
 def train(config: RunConfig) -> None:
@@ -130,10 +78,9 @@ class Training:
             total_steps=self.parts.length.steps,
         )
         self.validator = Validator(config, validation, self.parts.tokenizer, world, device, self.monitor)
-        self._bad_in_a_row, self._logged_step = 0, self.progress.step
+        self.record = Record(config, self.progress, self.parts.length, self.monitor, world, device)
         self._unread: Update | None = None
         self._stopping = False
-        self._since_log = Interval()
         if world.is_main:
             self._describe_run(self.parts)
             if resume_from:
@@ -177,7 +124,7 @@ class Training:
         evaluate_every = train.evaluate_every or max(1, math.ceil(length.epoch_steps))
         save_every = train.checkpoint_every or evaluate_every
         batches = self._batches()
-        self._since_log = Interval()
+        self.record.start()
         while self.progress.step < length.steps:
             self._step(batches)
             last = self.progress.step == length.steps
@@ -231,11 +178,7 @@ class Training:
             return
         update, self._unread = self._unread, None
         self._stopping = self._stopping or update.result.stop
-        self._since_log.dropped.update(update.taken.dropped)
-        self._since_log.waited += update.taken.waited
-        self._count_skipped(update)
-        if update.step == self.parts.length.steps or update.step % self.config.train.log_every == 0:
-            self._log(update)
+        self.record.add(update)
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0
@@ -272,68 +215,6 @@ class Training:
             for name, peak in peaks.items()
         }
 
-    def _count_skipped(self, update: Update) -> None:
-        """Count skipped steps. After too many in a row all ranks raise RuntimeError."""
-        result, step = update.result, update.step
-        if result.applied:
-            self._bad_in_a_row = 0
-            return
-        if result.overflow:
-            self.progress.fp16_overflows += 1
-            return
-        self.progress.skipped_steps += 1
-        self._bad_in_a_row += 1
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        if self.world.rank in result.bad_ranks:
-            path = self.run_dir / f"nonfinite-step-{step}-rank-{self.world.rank}.json"
-            path.write_text(json.dumps(update.taken.keys))
-        if self.world.is_main:
-            logger.warning(
-                "step %d: non-finite loss or gradient on ranks %s; all ranks skip this step, its samples are in %s",
-                step, list(result.bad_ranks), self.run_dir / f"nonfinite-step-{step}-rank-*.json",
-            )  # fmt: skip
-        if self._bad_in_a_row >= self.config.train.max_bad_steps:
-            raise RuntimeError(
-                f"{self._bad_in_a_row} non-finite steps in a row up to step {step}: lower train.lr, or look at the "
-                f"samples in {self.run_dir}/nonfinite-step-*.json; the last checkpoint is untouched"
-            )
-
-    def _log(self, update: Update) -> None:
-        self._count_dropped()
-        result, train = update.result, self.config.train
-        interval, self._since_log = self._since_log, Interval(start=update.ended)
-        seconds = update.ended - interval.start
-        dropped, seen = sum(self.progress.dropped.values()), update.samples_seen
-        samples = (update.step - self._logged_step) * train.accum_steps * train.global_batch_size
-        self._logged_step = update.step
-        values = {
-            "loss": result.terms["loss"],
-            **{f"loss/{name}": value for name, value in result.terms.items() if name != "loss"},
-            **{f"lr/{name}": rate for name, rate in update.rates.items()},
-            "temperature": result.temperature,
-            "grad_norm": result.gradient_norm,
-            "samples_per_s": samples / seconds,
-            "data_wait": interval.waited / seconds,
-            "memory_gb": peak_memory(self.device) / 1e9,
-            "samples_seen": float(seen),
-            "epoch": seen / self.parts.length.epoch_visits,
-            "skipped_steps": float(self.progress.skipped_steps),
-            "fp16_overflows": float(self.progress.fp16_overflows),
-            **{f"dropped/{reason}": float(n) for reason, n in self.progress.dropped.items()},
-        }
-        self.monitor.train(update.step, values)
-        if dropped > self.config.data.max_drop_rate * max(seen, DROP_GRACE):
-            raise UserError(
-                f"{dropped} of {seen} samples were unreadable ({self.progress.dropped}), more than data.max_drop_rate "
-                f"= {self.config.data.max_drop_rate}: run `atr-scale shards check` on data.train"
-            )
-
-    def _count_dropped(self) -> None:
-        """Add the samples that all ranks have dropped since the last count to the run's totals."""
-        for counts in self.world.gather_objects(self._since_log.dropped):
-            self.progress.dropped = dict(Counter(self.progress.dropped) + counts)
-        self._since_log.dropped = Counter()
-
     def _validate(self) -> bool:
         """Evaluate the validation sets, and say whether this is the best step so far."""
         if not self.validator.sets:
@@ -346,20 +227,20 @@ class Training:
         if improved:
             self.progress.best, self.progress.best_metric = score, self.config.evaluation.select
         self.validator.record(found, improved)
-        self._since_log.start += time.perf_counter() - start  # the logged speed is that of training alone
+        self.record.leave_out(time.perf_counter() - start)
         return improved
 
     def _save(self, best: bool) -> None:
         start = time.perf_counter()
         self.monitor.flush()
-        self._count_dropped()
+        self.record.count_dropped()
         state = {**asdict(self.progress), "world_size": self.world.size}
         folder = checkpoint.save(self.run_dir, self.engine, self.world, self.config.to_yaml(), state)
         if self.world.is_main:
             if best:
                 checkpoint.link(self.run_dir, "best", folder)
             checkpoint.prune(self.run_dir, self.config.train.keep_checkpoints)
-        self._since_log.start += time.perf_counter() - start
+        self.record.leave_out(time.perf_counter() - start)
 
     def _leave(self) -> None:
         if self.world.is_main:

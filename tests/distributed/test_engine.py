@@ -28,7 +28,8 @@ from tools.ranks import run_ranks
 RATES = {"audio": 1e-3, "text": 1e-3, "heads": 1e-3}
 
 
-@pytest.mark.parametrize("objective", ["nt_xent", pytest.param("pmr", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["nt_xent", "pmr"])
 def test_ranks_and_zero_stages_agree(folder: Path, objective: str) -> None:
     """One process without ZeRO against two with stages 0 to 3: gradients, losses, norms, parameters."""
     config = tiny_config(folder, folder / "run")
@@ -57,6 +58,7 @@ def test_a_run_without_a_parameter_of_this_version_does_not_go_on() -> None:
     _load_learned(saved, model)
 
 
+@pytest.mark.slow
 def test_accumulated_losses_are_averaged(folder: Path) -> None:
     """Two losses an update: the gradient is the mean of theirs."""
     config = with_train(tiny_config(folder, folder / "run"), gradient_clipping=0.0, lr=0.0)

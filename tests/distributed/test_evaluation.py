@@ -127,7 +127,8 @@ def alone(config: RunConfig) -> dict[str, dict[str, Any]]:
     return on_rank(config)
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_any_number_of_ranks_gives_the_same_bits(
     config: RunConfig, alone: dict[str, dict[str, Any]], size: int
 ) -> None:
@@ -183,6 +184,7 @@ def exchanged(config: RunConfig) -> list[int]:
     return clips
 
 
+@pytest.mark.slow
 def test_embedded_batches_travel_one_by_one(config: RunConfig) -> None:
     """Not the whole share of a rank as one object, of which every rank would hold all at once."""
     assert run_ranks(exchanged, 2, config) == [[2, 2, 2], [2, 2, 1]]
@@ -224,7 +226,7 @@ def count_ranks() -> list[np.ndarray]:
     return differences
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_counted_by_several_processes(size: int) -> None:
     for found in run_ranks(count_ranks, size):
         assert not any(difference.any() for difference in found)
@@ -250,7 +252,7 @@ def rerank_queries() -> list[np.ndarray]:
     ]
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_queries_reranked_by_several_processes(size: int) -> None:
     for found in run_ranks(rerank_queries, size):
         assert all(np.allclose(difference, 0, atol=1e-6) for difference in found)

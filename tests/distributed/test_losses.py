@@ -103,7 +103,7 @@ def on_rank() -> dict[Any, tuple[float, list[np.ndarray]]]:
     return {key: global_loss(*key) for key in all_cases()}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_gradients_equal_one_process(size: int) -> None:
     """The temperature's too, with duplicated clips and captions across ranks."""
     ranks = run_ranks(on_rank, size) if size > 1 else [on_rank()]

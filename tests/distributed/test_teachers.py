@@ -136,7 +136,8 @@ def on_rank(config: RunConfig) -> tuple[dict[str, Any], str]:
     return distilled(config), surprised()
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_ranks_equal_one_process(config: RunConfig, alone: dict[str, Any], size: int) -> None:
     """Loss and gradients; and all ranks stop where one draws an unknown caption, which that one names."""
     ranks = run_ranks(on_rank, size, config)

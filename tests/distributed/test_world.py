@@ -99,6 +99,7 @@ def halves() -> dict[str, Any]:
     return {"events": events, "equal": torch.equal(own.grad, expected), "rows": gathered.shape[0]}
 
 
+@pytest.mark.slow
 def test_a_gather_in_two_halves_runs_beside_what_is_between_them() -> None:
     """The texts travel while the clips are encoded, their gradients while the audio encoder is in its backward pass."""
     for found in run_ranks(halves, 2):

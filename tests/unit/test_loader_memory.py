@@ -15,7 +15,8 @@ from atr_scale.data.loader_memory import PIECE, loader_memory, loader_memory_her
 from atr_scale.data.options import DataSection, TrainingSource
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
-from atr_scale.training.loop import Taken, Training
+from atr_scale.training.loop import Training
+from atr_scale.training.record import Taken
 
 TEN_S = 320_000  # at 32 kHz
 GB = 10**9

@@ -60,6 +60,7 @@ def devices_that_deepspeed_sets(config: RunConfig) -> list[int]:
     return given
 
 
+@pytest.mark.slow
 def test_deepspeed_sets_the_device_of_the_engine(tmp_path: Path) -> None:
     """In a process of its own: DeepSpeed keeps the process group of its first start."""
     (given,) = run_ranks(devices_that_deepspeed_sets, 1, tiny_config(tmp_path, tmp_path / "run"))

@@ -1,0 +1,172 @@
+"""The record of optimizer steps: which steps and samples were left out, and the log lines.
+
+Every rank keeps one, because some counts are sums over ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from atr_scale.config import RunConfig
+from atr_scale.distributed.world import World
+from atr_scale.errors import UserError
+from atr_scale.memory import peak_memory
+from atr_scale.training.monitor import Monitor
+from atr_scale.training.schedule import RunLength
+from atr_scale.training.step_result import StepResult
+
+logger = logging.getLogger(__name__)
+
+DROP_GRACE = 10_000  # samples before the drop rate is judged: one bad file must not end a short run
+
+
+@dataclass
+class Progress:
+    """The state of a run that is saved with every checkpoint, beside the weights and the optimizer's state."""
+
+    step: int = 0
+    samples_seen: int = 0
+    best: float = -math.inf
+    best_metric: str | None = None  # evaluation.select, of which `best` is the highest value so far
+    skipped_steps: int = 0
+    fp16_overflows: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Taken:
+    """What this rank has read for an optimizer step: keys of samples, dropped ones, and seconds of waiting for them."""
+
+    keys: list[str] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    waited: float = 0.0
+
+
+@dataclass(frozen=True)
+class Update:
+    """An optimizer step whose result has not been read yet.
+
+    step, samples_seen: of the run, up to and with this step. ended: when this rank was done with the step, or had given
+    it to its GPU.
+    """
+
+    step: int
+    samples_seen: int
+    result: StepResult
+    rates: dict[str, float]
+    taken: Taken
+    ended: float
+
+
+@dataclass
+class Interval:
+    """Sums over the steps between two log lines, of which the first begins at `start`."""
+
+    start: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+class Record:
+    """Counts the steps of a run into its progress, and logs them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        progress: Progress,
+        length: RunLength,
+        monitor: Monitor,
+        world: World,
+        device: torch.device,
+    ) -> None:
+        self.config, self.progress, self.length, self.monitor = config, progress, length, monitor
+        self.world, self.device = world, device
+        self.run_dir = Path(config.run.dir)
+        self._bad_in_a_row, self._logged_step = 0, progress.step
+        self._interval = Interval()
+
+    def start(self) -> None:
+        """Training begins now: the time before belongs to no log line."""
+        self._interval = Interval()
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not spent on training since the last log line, whose speed is that of training alone."""
+        self._interval.start += seconds
+
+    def add(self, update: Update) -> None:
+        """Count an optimizer step, and log it if it is due. All ranks raise together if the run cannot go on."""
+        self._interval.dropped.update(update.taken.dropped)
+        self._interval.waited += update.taken.waited
+        self._count_skipped(update)
+        if update.step == self.length.steps or update.step % self.config.train.log_every == 0:
+            self._log(update)
+
+    def count_dropped(self) -> None:
+        """Add the samples that all ranks have dropped since the last count to the run's totals. All ranks call this."""
+        for counts in self.world.gather_objects(self._interval.dropped):
+            self.progress.dropped = dict(Counter(self.progress.dropped) + counts)
+        self._interval.dropped = Counter()
+
+    def _count_skipped(self, update: Update) -> None:
+        """Count skipped steps. After too many in a row all ranks raise RuntimeError."""
+        result, step = update.result, update.step
+        if result.applied:
+            self._bad_in_a_row = 0
+            return
+        if result.overflow:
+            self.progress.fp16_overflows += 1
+            return
+        self.progress.skipped_steps += 1
+        self._bad_in_a_row += 1
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self.world.rank in result.bad_ranks:
+            path = self.run_dir / f"nonfinite-step-{step}-rank-{self.world.rank}.json"
+            path.write_text(json.dumps(update.taken.keys))
+        if self.world.is_main:
+            logger.warning(
+                "step %d: non-finite loss or gradient on ranks %s; all ranks skip this step, its samples are in %s",
+                step, list(result.bad_ranks), self.run_dir / f"nonfinite-step-{step}-rank-*.json",
+            )  # fmt: skip
+        if self._bad_in_a_row >= self.config.train.max_bad_steps:
+            raise RuntimeError(
+                f"{self._bad_in_a_row} non-finite steps in a row up to step {step}: lower train.lr, or look at the "
+                f"samples in {self.run_dir}/nonfinite-step-*.json; the last checkpoint is untouched"
+            )
+
+    def _log(self, update: Update) -> None:
+        self.count_dropped()
+        result, train = update.result, self.config.train
+        interval, self._interval = self._interval, Interval(start=update.ended)
+        seconds = update.ended - interval.start
+        dropped, seen = sum(self.progress.dropped.values()), update.samples_seen
+        samples = (update.step - self._logged_step) * train.accum_steps * train.global_batch_size
+        self._logged_step = update.step
+        values = {
+            "loss": result.terms["loss"],
+            **{f"loss/{name}": value for name, value in result.terms.items() if name != "loss"},
+            **{f"lr/{name}": rate for name, rate in update.rates.items()},
+            "temperature": result.temperature,
+            "grad_norm": result.gradient_norm,
+            "samples_per_s": samples / seconds,
+            "data_wait": interval.waited / seconds,
+            "memory_gb": peak_memory(self.device) / 1e9,
+            "samples_seen": float(seen),
+            "epoch": seen / self.length.epoch_visits,
+            "skipped_steps": float(self.progress.skipped_steps),
+            "fp16_overflows": float(self.progress.fp16_overflows),
+            **{f"dropped/{reason}": float(n) for reason, n in self.progress.dropped.items()},
+        }
+        self.monitor.train(update.step, values)
+        if dropped > self.config.data.max_drop_rate * max(seen, DROP_GRACE):
+            raise UserError(
+                f"{dropped} of {seen} samples were unreadable ({self.progress.dropped}), more than data.max_drop_rate "
+                f"= {self.config.data.max_drop_rate}: run `atr-scale shards check` on data.train"
+            )
