@@ -1,0 +1,25 @@
+"""Faults that are injected into real processes. Each test is a row of docs/reliability.md.
+
+    @pytest.mark.fault("a rank is stopped (SIGSTOP)", expected="every rank ends within 60 s; the launcher restarts")
+    def test_a_stopped_rank(outcome):
+        ...
+        outcome(f"rc 1 after {seconds:.0f} s, rank 1 named")
+
+`pytest tests/faults --write-reliability` writes what was seen into the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.fixture
+def outcome(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Records what a test of a fault has seen, in a few words."""
+    marker = request.node.get_closest_marker("fault")
+    assert marker is not None, "a test in tests/faults has the marker fault(row, expected=...)"
+    record_property("fault", marker.args[0])
+    record_property("expected", marker.kwargs["expected"])
+    return lambda seen: record_property("outcome", seen)
