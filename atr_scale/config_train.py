@@ -107,7 +107,7 @@ class TrainSection(Section):
     head_products: HeadProducts = Field(
         "ieee",
         description="matrix products of scorers and losses on a GPU: fp32; TF32, with gradients 3e-4 to 2e-3 off; "
-        "or three bf16 products with fp32 sums, at most 2e-5 off",
+        "or three bf16 products with fp32 sums, about 2e-5 off, with tap 3e-5",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     gradient_dtype: Literal["fp32", "bf16"] = Field(
