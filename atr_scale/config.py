@@ -28,11 +28,11 @@ from atr_scale.losses import LOSS_TERMS, TermSection, check_loss_terms
 from atr_scale.losses.targets import PositivesMean, PositivesRule
 from atr_scale.losses.terms import CMSCSection, DistillationSection, IntraModalSection, NTXentSection, PMRSection
 from atr_scale.plugins import import_plugins
-from atr_scale.sections import Count, Positive, Section, explain
+from atr_scale.sections import Count, Location, Positive, Section, explain
 
 
 class RunSection(Section):
-    dir: str = Field(min_length=1, description="run folder: checkpoints, metrics, TensorBoard files, report")
+    dir: Location = Field(min_length=1, description="run folder: checkpoints, metrics, TensorBoard files, report")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="seed of initial weights, sample order, crops, captions, augmentation, dropout"
     )

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from atr_scale.errors import UserError, one_line
-from atr_scale.sections import dotted
+from atr_scale.sections import dotted, flat
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ Keys = tuple[str | int, ...]
 Leftovers = Mapping[tuple[str, ...], Callable[[dict[str, Any]], list[tuple[str, ...]]]]
 
 EXTENDS = "extends"
+# Plain scalars that YAML 1.1 reads as other numbers than they look like: 017 is 15, 1:30 is 90.
+_ODD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 FORMS = "key.sub=value, key+=value or ~key"
 _KEY = re.compile(r"[^.\[\]]+(\[\d+\])*(\.[^.\[\]]+(\[\d+\])*)*")
 
@@ -73,11 +75,25 @@ def read_files(path: Path) -> list[dict[str, Any]]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        odd = _odd_number(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} does not parse as YAML: {one_line(error)}") from None
+    if odd:
+        raise UserError(f"{path}, line {odd[0]}: {odd[1]}")
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no configuration: expected sections such as run, data, model and train")
     return values  # type: ignore[return-value]
+
+
+def _odd_number(text: str) -> tuple[int, str] | None:
+    """Line of the first number in YAML that is read as another one than it looks like, and a clause about it."""
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.ScalarToken) and token.plain and _ODD_NUMBER.fullmatch(token.value):
+            number = yaml.safe_load(token.value)
+            if isinstance(number, int | float):
+                cause = f"YAML reads {token.value} as {number}: write {number}, or quotes around a text"
+                return token.start_mark.line + 1, cause
+    return None
 
 
 def parse_override(text: str) -> Override:
@@ -100,6 +116,8 @@ def parse_override(text: str) -> Override:
         raise _refused(text, one_line(error)) from None
     if len(parsed) > 1:  # after a line break
         raise _refused(text, "it holds more than one value")
+    if odd := _odd_number(f"value: {value}"):
+        raise _refused(text, odd[1])
     return Override(text, keys, action, parsed["value"])
 
 
@@ -123,9 +141,12 @@ def assemble(
 def resolve(values: dict[str, Any], place: str) -> Any:
     """The values with their interpolations (`${run.dir}`) replaced. Raises UserError, naming `place`, if one fails."""
     try:
-        return OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+        resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{place} does not resolve with its overrides: {one_line(error)}") from None
+    if missing := [key for key, value in flat(resolved) if value == "???"]:
+        raise UserError(f"{place}: {', '.join(missing)} is ???, which stands for a missing value: give it")
+    return resolved
 
 
 def _merged(base: dict[str, Any], extension: dict[str, Any]) -> dict[str, Any]:

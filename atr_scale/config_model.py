@@ -20,14 +20,14 @@ from atr_scale.encoders.audio_encoders import AUDIO_ENCODERS, audio_encoder_keys
 from atr_scale.encoders.text import TextEncoderOptions
 from atr_scale.encoders.text_encoders import text_encoder_keys, text_encoder_options
 from atr_scale.scorers import SCORERS, scorer_options
-from atr_scale.sections import Count, Section
+from atr_scale.sections import Count, Location, Section
 
 
 class AudioEncoderSection(AudioEncoderOptions):
     """Options of all audio encoders; `encoder_section` adds those of the chosen one."""
 
     name: str = Field(description="an audio encoder of docs/encoders.md, or one that a plug-in adds")
-    checkpoint: str | None = Field(
+    checkpoint: Location | None = Field(
         None,
         description="original weights: a name that `atr-scale fetch-weights --list` shows, or a file; null: random",
     )
@@ -49,7 +49,7 @@ class AudioEncoderSection(AudioEncoderOptions):
 class TextEncoderSection(TextEncoderOptions):
     """Options of all text encoders; `encoder_section` adds those of the chosen one."""
 
-    name: str = Field(description="hub name or folder of a transformers model, or a text encoder of a plug-in")
+    name: Location = Field(description="hub name or folder of a transformers model, or a text encoder of a plug-in")
 
     @classmethod
     def leftovers(cls, values: dict[str, Any]) -> list[tuple[str, ...]]:

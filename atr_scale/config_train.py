@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from atr_scale.products import HeadProducts
-from atr_scale.sections import Count, NonNegative, Positive, Section, Share
+from atr_scale.sections import Count, Location, NonNegative, Positive, Section, Share
 
 ModelPart = Literal[
     "audio_encoder", "text_encoder", "audio_projection", "text_projection", "scorer", "temperature", "objective"
@@ -21,8 +21,13 @@ ModelPart = Literal[
 MODEL_PARTS: tuple[ModelPart, ...] = typing.get_args(ModelPart)
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class InitialCheckpoint(Section):
-    from_: str = Field(alias="from", min_length=1, description="run folder or checkpoint whose weights start this run")
+    from_: Location = Field(
+        alias="from", min_length=1, description="run folder or checkpoint whose weights start this run"
+    )
     parts: Annotated[list[ModelPart], Field(min_length=1)] | None = Field(
         None,
         description="parts of the model whose weights are taken, each of which must fit; "
@@ -94,7 +99,7 @@ class TrainSection(Section):
     cooldown_epochs: NonNegative | None = Field(
         None, description="length of the cool-down in epochs, instead of cooldown_steps"
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's two moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay rates of AdamW's two moments")
     eps: Positive = Field(1e-8, description="epsilon in AdamW's denominator")
     weight_decay: NonNegative = Field(0.01, description="decoupled weight decay of AdamW")
     gradient_clipping: NonNegative = Field(1.0, description="largest global gradient norm; 0: no clipping")

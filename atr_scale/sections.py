@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from atr_scale.errors import UserError
 from atr_scale.suggestions import closest
 
+
+def expanded(path: str) -> str:
+    """A path or s3:// prefix with its `~` and `$VARIABLE` replaced. Raises ValueError if a variable is not set."""
+    found = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$(\w+|\{\w+\})", found):
+        raise ValueError(f"the variable {unset[0]} is not set: export it, or write the path out")
+    return found
+
+
+Location = Annotated[str, AfterValidator(expanded)]  # path, s3:// prefix, or the name of something on a hub
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -44,10 +56,30 @@ class Section(BaseModel):
             return values
         return {key: value for key, value in values.items() if value is not None or not cls._is_container(key)}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_booleans(cls, values: Any) -> Any:
+        """`yes`, `on` and `true` are booleans of YAML, which Python takes for the number 1."""
+        for key, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(key)
+            if field is not None and _is_number(field.annotation) and _has_boolean(value):
+                raise ValueError(f"{key} is a number, but {str(value).lower()} is given: write the number")
+        return values
+
     @classmethod
     def _is_container(cls, key: str) -> bool:
         kind = cls.model_fields[key].annotation if key in cls.model_fields else None
         return typing.get_origin(kind) in (dict, list, tuple) or _is_section(kind)
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a value, or the items of a list, are numbers and no booleans."""
+    parts = typing.get_args(annotation)
+    return annotation in (int, float) or (bool not in parts and any(map(_is_number, parts)))
+
+
+def _has_boolean(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_has_boolean, value)))
 
 
 AnySection = TypeVar("AnySection", bound=Section)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from atr_scale.sections import Count, Positive, Section
+from atr_scale.sections import Count, Location, Positive, Section
 
 # Names of the other splits, and first parts of metrics' names: t2a/R@1 cannot be a metric of a set t2a.
 TAKEN = ("train", "test", "t2a", "a2t", "class", "zero_shot")
@@ -16,7 +16,7 @@ TAKEN = ("train", "test", "t2a", "a2t", "class", "zero_shot")
 class TrainingSource(Section):
     """One corpus of the training mixture."""
 
-    shards: str = Field(description="folder or s3:// prefix with the shards of one split of a corpus")
+    shards: Location = Field(description="folder or s3:// prefix with the shards of one split of a corpus")
     weight: Positive | None = Field(
         None, description="relative frequency of this corpus in the mixture; default: its number of samples"
     )
@@ -54,11 +54,11 @@ class DataSection(Section):
     """Training mixture, validation and test shards, and how clips and captions are taken from them."""
 
     train: list[TrainingSource] = Field(min_length=1, description="corpora of the training mixture")
-    validation: str | dict[str, str] | None = Field(
+    validation: Location | dict[str, Location] | None = Field(
         None, description="shards of the validation set, or of several sets by name; training is measured on them"
     )
-    test: str | None = Field(None, description="shards of the test set, for `atr-scale evaluate`")
-    crop_seconds: Positive = Field(
+    test: Location | None = Field(None, description="shards of the test set, for `atr-scale evaluate`")
+    crop_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
         10.0, description="length of training crops in seconds; longer clips are cut at a seeded random place"
     )
     crop_quantum: Positive = Field(

@@ -19,7 +19,7 @@ from atr_scale.losses import dense, tiled
 from atr_scale.losses.inputs import INPUTS, LossInputs
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.targets import PositivesMean
-from atr_scale.sections import NonNegative, Positive, Section, Share
+from atr_scale.sections import Location, NonNegative, Positive, Section, Share
 
 # The dense formula is used if one B x B matrix of fp32 takes no more bytes than this, which is up to B = 1,024. Below,
 # the tiled form saves little or no time, and a few such matrices take little memory. Forward and backward on one CPU
@@ -261,7 +261,7 @@ class IntraModal(LossTerm):
 class TeacherTableSection(Section):
     """One teacher of an ensemble."""
 
-    path: str = Field(description="file of a teacher table, as `atr-scale estimate` writes it")
+    path: Location = Field(description="file of a teacher table, as `atr-scale estimate` writes it")
     weight: Positive = Field(1.0, description="weight of the teacher; those of all teachers are scaled to sum 1")
     temperature: Positive | None = Field(
         None, description="temperature of the teacher's scores; default: that of the term"
@@ -281,7 +281,7 @@ class DistillationSection(TwoWaySection):
         description="scores that give the soft labels: of tables, grades of a relevance file, of random embeddings, "
         "or all equal",
     )
-    relevance: str | None = Field(
+    relevance: Location | None = Field(
         None, description="file of graded relevance for targets true: DCASE's CSV file, or an npz file"
     )
     missing: Literal["refuse", "skip"] = Field(

@@ -136,6 +136,9 @@ def test_what_an_override_names(write: Write, override: str, key: str, value: An
         ("~objective.pmr.weight", "objective is not set"),
         ("train.steps+=1", "train.steps is 10 and no list"),
         ("run.dir=x\nseed: 5", "it holds more than one value"),
+        ("train.steps=017", "YAML reads 017 as 15: write 15, or quotes around a text"),
+        ("train.steps=1:30", "YAML reads 1:30 as 90: write 90, or quotes around a text"),
+        ("data.train=[{shards: a, weight: 02}]", "YAML reads 02 as 2: write 2, or quotes around a text"),
     ],
 )
 def test_an_override_that_cannot_be_applied(write: Write, override: str, cause: str) -> None:
@@ -217,3 +220,38 @@ def test_an_encoder_of_a_plug_in_is_known_by_then(write: Write, monkeypatch: pyt
     assert (config.model.audio.s_patchout_t, config.model.audio.attention) == (15, "auto")
     saved = write(saved=config.to_yaml())
     assert "size" not in load_config(saved, ["model.audio.name=mn04"]).model.audio.model_dump()
+
+
+def test_numbers_of_yaml_1_1_are_named_by_their_line(write: Write) -> None:
+    path = write(base=BASE + "\nevaluation:\n  batch_size: 010\n")
+    line = path.read_text().splitlines().index("  batch_size: 010") + 1
+    assert refusal(path) == f"{path}, line {line}: YAML reads 010 as 8: write 8, or quotes around a text"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=true", "'train': steps is a number, but true is given: write the number"),
+        ("train.lr=yes", "'train': lr is a number, but true is given: write the number"),
+        ("train.betas=[off,0.9]", "'train': betas is a number, but [false, 0.9] is given: write the number"),
+        ("train.betas=[0.9,1]", "'train.betas[1]': Input should be less than 1, got 1"),
+        ("run.dir=$NOWHERE/x", "'run.dir': the variable $NOWHERE is not set: export it, or write the path out"),
+        ("run.dir=???", "run.dir is ???, which stands for a missing value: give it"),
+    ],
+)
+def test_values_that_are_refused_by_name(write: Write, override: str, message: str) -> None:
+    assert message in refusal(write(base=BASE), override)
+
+
+def test_home_and_variables_in_paths(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("CORPORA", "/corpora")
+    overrides = [
+        "run.dir=~/run",
+        "data.train=[{shards: $CORPORA/a}]",
+        "data.validation={b: '~/b', c: 's3://bucket/~c'}",
+    ]
+    config = load_config(write(base=BASE), [*overrides, "train.initial_checkpoint=~/other"])
+    assert config.run.dir == "/home/me/run" and config.data.train[0].shards == "/corpora/a"
+    assert config.data.validation_sets == {"b": "/home/me/b", "c": "s3://bucket/~c"}
+    assert config.train.initial_checkpoint is not None and config.train.initial_checkpoint.from_ == "/home/me/other"
