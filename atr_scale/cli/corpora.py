@@ -184,7 +184,7 @@ def augment_captions(
         from atr_scale.data.paraphrases.choose import Chooser
         from atr_scale.data.paraphrases.endpoint import Endpoint
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'atr-scale[augment]'") from None
+        raise UserError(f"{error.name} is not installed: pip install openai tenacity") from None
     from atr_scale.encoders.sentence import SentenceEncoder
 
     server = Endpoint(model, endpoint, count=paraphrases, requests_per_minute=requests_per_minute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import string
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from atr_scale.data.options import CaptionSection
 
+logger = logging.getLogger(__name__)
+
+# A tokenizer reads all of a caption before it cuts, 10 MB in a minute and a half. Words are shorter than this.
+CHARACTERS_PER_TOKEN = 256
 _WAVCAPS = str.maketrans(dict.fromkeys('(,.!?;:|*")', " "))
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -49,9 +54,14 @@ class CaptionTokenizer:
         self._rule = CLEANING[cleaning]
         own: int | None = getattr(tokenizer, "model_max_length", None)
         self._max_tokens = max_tokens if max_tokens is None or own is None else min(max_tokens, own)
+        limit = self._max_tokens or own or 0
+        self._longest = CHARACTERS_PER_TOKEN * limit if 0 < limit < 1e6 else None
 
     def clean(self, caption: str) -> str:
         """The caption as the text encoder reads it. One that cleaning would empty (punctuation alone) is unchanged."""
+        if self._longest and len(caption) > self._longest:
+            logger.warning("a caption of %d characters is cut: %.60r ...", len(caption), caption)
+            caption = caption[: self._longest]
         return self._rule(caption) or caption
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -48,10 +48,16 @@ class TransformersTextEncoder(TextEncoder):
     def __init__(self, transformer: Any, tokenizer: Any, options: TextEncoderOptions) -> None:
         super().__init__()
         _let_the_host_go_on(transformer)
+        if tokenizer is not None and tokenizer.pad_token is None:
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path} has no padding token: add pad_token to its "
+                "tokenizer_config.json"
+            )
         self.transformer, self.tokenizer = transformer, tokenizer
         self.dim = transformer.config.hidden_size
         self.options = options
         if tokenizer is not None:  # files of a tokenizer may state no limit, or a larger one than the model's
+            tokenizer.split_special_tokens = True  # "[SEP]" in a caption is text
             tokenizer.model_max_length = min(tokenizer.model_max_length, self._positions())
         special_ids = {getattr(tokenizer, name, None) for name in SPECIAL_TOKEN_IDS} - {None}
         self.register_buffer("special_ids", torch.tensor(sorted(special_ids)), persistent=False)
@@ -83,6 +89,7 @@ class TransformersTextEncoder(TextEncoder):
                 " and tokenizer files, or the name of a model on a hub that can be reached"
             ) from None
         _check_is_encoder(transformer.config, name)
+        _check_encodes_text(transformer, name)
         if report["missing_keys"]:
             raise UserError(
                 f"the weights in '{name}' lack '{min(report['missing_keys'])}' of a {transformer.config.model_type}"
@@ -244,6 +251,19 @@ def _settings(options: TextEncoderOptions) -> dict[str, Any]:
     # By default transformers uses fused attention for every family that supports it.
     attention = {"attn_implementation": "eager"} if options.attention == "eager" else {}
     return {"dtype": torch.float32, **attention}
+
+
+def _check_encodes_text(transformer: Any, place: str) -> None:
+    """Raises UserError for a model that needs more than tokens, such as one of audio and text, or a decoder's input."""
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    try:
+        with torch.no_grad():
+            transformer(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state  # noqa: B018
+    except Exception as error:  # each family has its own
+        raise UserError(
+            f"'{place}' is a {transformer.config.model_type} model, which does not encode text by itself "
+            f"({one_line(error, 80)}): give an encoder such as BERT or RoBERTa"
+        ) from None
 
 
 def _check_is_encoder(config: Any, place: str) -> None:

@@ -356,7 +356,7 @@ def test_mistakes_before_anything_is_asked(
     monkeypatch.delitem(sys.modules, "atr_scale.data.paraphrases.endpoint")
     monkeypatch.delattr("atr_scale.data.paraphrases.ask", raising=False)
     monkeypatch.delattr("atr_scale.data.paraphrases.endpoint")
-    assert "pip install 'atr-scale[augment]'" in call().mistake
+    assert "pip install openai tenacity" in call().mistake
     monkeypatch.undo()
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert not chat.requests and not (inputs.shards / FILE).exists()

@@ -153,6 +153,37 @@ def test_what_cannot_be_loaded_is_one_clear_line(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     refused(tmp_path, "t5 model", "BERT")
 
+    size = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    transformers.T5EncoderModel(transformers.T5Config(**size, is_encoder_decoder=False)).save_pretrained(tmp_path)
+    refused(tmp_path, "is a t5 model, which does not encode text by itself", "BERT")
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
+    audio = {"depths": [1, 1], "num_attention_heads": [1, 2], "patch_embeds_hidden_size": 4, "hidden_size": 8}
+    config = transformers.ClapConfig(
+        text_config={"vocab_size": 20, **small},
+        audio_config={**audio, "spec_size": 64, "num_mel_bins": 16, "window_size": 2},
+        projection_dim=8,
+    )
+    transformers.ClapModel(config).save_pretrained(tmp_path)
+    refused(tmp_path, "is a clap model, which does not encode text by itself")
+
+
+@pytest.mark.parametrize("folder", ["bert", "roberta"], indirect=True)
+def test_control_tokens_in_a_caption_are_text(folder: Path) -> None:
+    tokenizer = build_text_encoder(folder).tokenizer
+    for token in tokenizer.all_special_tokens:
+        if token != tokenizer.unk_token:
+            ids = tokenizer([f"a dog {token} barks"], padding=True, return_tensors="pt")["input_ids"][0].tolist()
+            assert tokenizer.convert_tokens_to_ids(token) not in ids[1:-1], token
+
+
+def test_a_tokenizer_without_a_padding_token_is_one_clear_line(folder: Path) -> None:
+    for file in folder.glob("*token*.json"):
+        settings = json.loads(file.read_text())
+        settings.pop("pad_token", None)
+        file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="has no padding token: add pad_token to its"):
+        build_text_encoder(folder)
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("max_tokens", [None, 600, 12])

@@ -41,6 +41,23 @@ def test_captions_are_cleaned_then_truncated_and_padded() -> None:
     assert input_ids[2, 1] == mark, "what cleaning leaves nothing of stays as it is"
 
 
+def test_a_caption_of_megabytes_is_cut_before_the_tokenizer_reads_it(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TEXT_ENCODER)
+    read: list[int] = []
+
+    def recorded(captions: list[str], **named: Any) -> Any:
+        read.extend(map(len, captions))
+        return tokenizer(captions, **named)
+
+    recorded.model_max_length = tokenizer.model_max_length  # type: ignore[attr-defined]
+    long = "low tone " * 200_000
+    ids, _ = CaptionTokenizer(recorded, max_tokens=8)([long, "low tone"])
+    assert read == [8 * 256, 8] and ids.shape == (2, 8)
+    whole = tokenizer([long[:5000]], truncation=True, max_length=8, return_tensors="pt")["input_ids"]
+    assert torch.equal(ids[:1], whole)
+    assert "a caption of 1800000 characters is cut: 'low tone low tone" in caplog.text
+
+
 def test_a_tokenizer_without_a_limit_is_asked_for_none() -> None:
     """One of a plug-in: its encoder takes captions of any length."""
     asked: list[int | None] = []
