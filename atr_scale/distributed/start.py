@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=30)  # reading shards and saving checkpoints may delay one rank
 JOIN_TIMEOUT = timedelta(minutes=5)
+# World sizes by launchers whose processes would each train alone: Open MPI, MPICH and Intel MPI, PMIx, LSF's jsrun.
+SIZES_OF_OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PMIX_SIZE", "JSM_NAMESPACE_SIZE")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Place:
     def find(variables: Mapping[str, str]) -> Place:
         """From environment variables. RANK has priority over SLURM_PROCID: under srun, torchrun sets both.
 
-        Raises UserError for values that are no numbers, and if the address of rank 0 is missing.
+        Raises UserError for values that are no numbers or do not fit each other, if the address of rank 0 is missing,
+        and for processes of a launcher that sets other variables.
         """
         for rank, size, local in (
             ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -61,12 +64,23 @@ class Place:
                     )
                 except ValueError as error:
                     raise UserError(f"{rank}, {size}, {local} or MASTER_PORT is no number: {error}") from None
+                if not 0 <= place.rank < place.world_size:
+                    raise UserError(
+                        f"{rank}={place.rank} is not below {size}={place.world_size}: unset both if they are left over "
+                        "from another start, or correct the launcher"
+                    )
                 if place.world_size > 1 and "MASTER_ADDR" not in variables:
                     raise UserError(
                         f"{size}={place.world_size} but MASTER_ADDR is not set: start with torchrun or accelerate "
                         "launch, or export MASTER_ADDR and MASTER_PORT as slurm/ does"
                     )
                 return place
+        for size in SIZES_OF_OTHERS:
+            if variables.get(size, "1") != "1":
+                raise UserError(
+                    f"{size}={variables[size]}: a launcher has started several processes, but set no RANK and "
+                    "WORLD_SIZE for them: use torchrun, accelerate launch, deepspeed or srun, or set these two from its variables"
+                )
         return Place(0, 1, 0, "127.0.0.1", 29500)
 
 

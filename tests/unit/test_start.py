@@ -51,6 +51,27 @@ def test_a_rank_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> N
         assert os.environ["LOCAL_RANK"] == "3", "error files and checks of a machine's first rank read it"
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2: unset both if they are left over"),
+        ({"RANK": "-1", "WORLD_SIZE": "1"}, "RANK=-1 is not below WORLD_SIZE=1"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "1"}, "SLURM_PROCID=1 is not below SLURM_NTASKS=1"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4: a launcher has started several processes"),
+        ({"PMI_SIZE": "2", "RANK": "0"}, "PMI_SIZE=2: a launcher has started several processes"),
+    ],
+)
+def test_ranks_that_do_not_fit(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Place.find({"MASTER_ADDR": "127.0.0.1", **variables})
+
+
+def test_one_process_of_mpi_is_a_world_of_one() -> None:
+    assert Place.find({"OMPI_COMM_WORLD_SIZE": "1"}).world_size == 1
+    given = {"OMPI_COMM_WORLD_SIZE": "4", "RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a"}
+    assert Place.find(given) == Place(3, 4, 0, "a", 29500)
+
+
 def devices_that_deepspeed_sets(config: RunConfig) -> list[int]:
     given: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
