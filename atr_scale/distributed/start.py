@@ -79,7 +79,8 @@ class Place:
             if variables.get(size, "1") != "1":
                 raise UserError(
                     f"{size}={variables[size]}: a launcher has started several processes, but set no RANK and "
-                    "WORLD_SIZE for them: use torchrun, accelerate launch, deepspeed or srun, or set these two from its variables"
+                    "WORLD_SIZE for them: use torchrun, accelerate launch, deepspeed or srun, or set these two from "
+                    "its variables"
                 )
         return Place(0, 1, 0, "127.0.0.1", 29500)
 

@@ -23,6 +23,7 @@ from atr_scale.teachers.targets import Constructed, true_targets
 from atr_scale.training.initial_weights import InitialWeights, start_from
 from atr_scale.training.param_groups import freeze
 from atr_scale.training.schedule import RunLength, check_schedule, objective_in_steps, run_length
+from atr_scale.training.unlikely import unlikely_values
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ def open_parts(config: RunConfig, world: World, resume_from: Path | None = None)
         model, initial = new_model(config, world, resume_from)
     if initial:
         logger.info("initial weights %s", initial)
+    for line in unlikely_values(config, sources, model.sample_rate) if world.is_main else ():
+        logger.warning("%s", line)
     freeze(model, config.train)
     tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
     stream = training_stream(config, tokenizer, model.sample_rate, world, sources)
