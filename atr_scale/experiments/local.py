@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from atr_scale.errors import UserError
 from atr_scale.experiments.sweep import Sweep, SweepRun, last_error
+from atr_scale.run_files import PREEMPTED
 from atr_scale.training.preemption import SIGNALS
 
 logger = logging.getLogger(__name__)
 
 PAUSE = 0.2  # seconds between looks at the processes
-PREEMPTED = "preempted"  # marker of a run that has saved and stopped on a signal
 
 
 @dataclass

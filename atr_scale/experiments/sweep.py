@@ -23,6 +23,7 @@ from atr_scale.evaluation.results import config_digest, read_results
 from atr_scale.experiments.grid import SEED, Axis, combinations, parse_arguments, run_names
 from atr_scale.experiments.sweep_file import SWEEP, read_sweep
 from atr_scale.files import atomic_write
+from atr_scale.run_files import METRICS, read_json_lines
 
 TEST = "test"
 PLAIN = re.compile(r"[\w./=,+-]+")
@@ -72,7 +73,7 @@ class SweepRun:
         if table is None or "training" not in table:
             return 0, 0
         done, steps = table["training"]["step"], table["training"]["steps"]
-        return max(done, _last_step(self.dir / "metrics.jsonl")) if done < steps else done, steps
+        return max(done, _last_step(self.dir / METRICS)) if done < steps else done, steps
 
 
 @dataclass
@@ -199,10 +200,6 @@ def _described(config: str, run: SweepRun) -> dict[str, Any]:
 
 
 def _last_step(path: Path) -> int:
-    """The step in the last whole line of metrics.jsonl."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL))
-            return int(json.loads(file.read().splitlines()[-1])["step"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError):  # not begun, or in the middle of a line
-        return 0
+    """The step in the last whole line of metrics.jsonl; 0 before there is one."""
+    steps = [line["step"] for line in read_json_lines(path, TAIL) if isinstance(line.get("step"), int)]
+    return steps[-1] if steps else 0

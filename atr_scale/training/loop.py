@@ -27,6 +27,7 @@ from atr_scale.evaluation.results import record_training
 from atr_scale.evaluation.selection import selection_score
 from atr_scale.model import StepContext, count_parameters
 from atr_scale.precision import Precision, encoder_products
+from atr_scale.run_files import PREEMPTED
 from atr_scale.training.checks import check_batch_size, check_length, check_run_folder, checkpoint_to_resume
 from atr_scale.training.engine import Engine
 from atr_scale.training.monitor import Monitor
@@ -38,8 +39,6 @@ from atr_scale.training.schedule import RunLength, describe_length, learning_rat
 from atr_scale.training.validation import Validator
 
 logger = logging.getLogger(__name__)
-
-PREEMPTED = "preempted"
 
 
 def train(config: RunConfig) -> None:

@@ -1,0 +1,58 @@
+"""Files of a run folder that say how training goes: their names, and reading them while they may be damaged.
+
+    RUN/status/rank-R.json   the latest sign of life of rank R; docs/operations.md explains its fields
+    RUN/attempts.jsonl       starts and ends of the processes that have trained in the folder
+    RUN/metrics.jsonl        losses, speed and counts by step
+    RUN/dropped.jsonl        samples that could not be read
+    RUN/run.lock             the process that trains in the folder now
+    RUN/preempted            there after a signal has stopped the run and it has saved
+
+They are read while another process writes them, and after it was killed or its disk was full.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+STATUS, ATTEMPTS, METRICS, DROPPED, LOCK, PREEMPTED = (
+    "status", "attempts.jsonl", "metrics.jsonl", "dropped.jsonl", "run.lock", "preempted",
+)  # fmt: skip
+
+
+def rank_file(run: Path, rank: int) -> Path:
+    """Where rank `rank` writes its sign of life."""
+    return run / STATUS / f"rank-{rank}.json"
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is none that can be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_json_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The objects in the lines of a file, without lines that cannot be read; [] if there is no such file.
+
+    last_bytes: read only the end of the file, as for the last line of a long one.
+    """
+    try:
+        with path.open("rb") as file:
+            if last_bytes is not None:
+                file.seek(max(0, path.stat().st_size - last_bytes))
+            content = file.read()
+    except OSError:
+        return []
+    found = []
+    for line in content.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:  # cut by a kill, a full disk, or the beginning of `last_bytes`
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
