@@ -169,7 +169,7 @@ def test_what_cannot_be_loaded_is_one_clear_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["bert", "roberta"], indirect=True)
 def test_control_tokens_in_a_caption_are_text(folder: Path) -> None:
-    tokenizer = build_text_encoder(folder).tokenizer
+    tokenizer: Any = build_text_encoder(folder).tokenizer
     for token in tokenizer.all_special_tokens:
         if token != tokenizer.unk_token:
             ids = tokenizer([f"a dog {token} barks"], padding=True, return_tensors="pt")["input_ids"][0].tolist()
