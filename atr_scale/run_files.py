@@ -13,12 +13,16 @@ They are read while another process writes them, and after it was killed or its 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 STATUS, ATTEMPTS, METRICS, DROPPED, LOCK, PREEMPTED = (
     "status", "attempts.jsonl", "metrics.jsonl", "dropped.jsonl", "run.lock", "preempted",
 )  # fmt: skip
+
+TAIL = 1 << 16  # bytes at the end of metrics.jsonl that hold its last lines
 
 
 def rank_file(run: Path, rank: int) -> Path:
@@ -56,3 +60,20 @@ def read_json_lines(path: Path, last_bytes: int | None = None) -> list[dict[str,
         if isinstance(value, dict):
             found.append(value)
     return found
+
+
+def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to a file, each an object. Lines that several processes add at once do not mix. Raises OSError."""
+    lines = "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values)
+    with path.open("a+b", buffering=0) as file:
+        cut = b""
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            cut = b"" if file.read(1) == b"\n" else b"\n"  # the last line was cut, by a full disk
+        file.write(cut + lines.encode("utf-8", "backslashreplace"))
+
+
+def last_logged_step(run: Path) -> int:
+    """The step in the last line of metrics.jsonl that can be read; 0 before there is one."""
+    steps = [line["step"] for line in read_json_lines(run / METRICS, TAIL) if isinstance(line.get("step"), int)]
+    return steps[-1] if steps else 0

@@ -23,7 +23,7 @@ from atr_scale.evaluation.results import config_digest, read_results
 from atr_scale.experiments.grid import SEED, Axis, combinations, parse_arguments, run_names
 from atr_scale.experiments.sweep_file import SWEEP, read_sweep
 from atr_scale.files import atomic_write
-from atr_scale.run_files import METRICS, read_json_lines
+from atr_scale.run_files import last_logged_step
 
 TEST = "test"
 PLAIN = re.compile(r"[\w./=,+-]+")
@@ -73,7 +73,7 @@ class SweepRun:
         if table is None or "training" not in table:
             return 0, 0
         done, steps = table["training"]["step"], table["training"]["steps"]
-        return max(done, _last_step(self.dir / METRICS)) if done < steps else done, steps
+        return max(done, last_logged_step(self.dir)) if done < steps else done, steps
 
 
 @dataclass
@@ -197,9 +197,3 @@ def _described(config: str, run: SweepRun) -> dict[str, Any]:
         "evaluation": evaluation,
         "commands": [shlex.join(["atr-scale", *command]) for command in commands],
     }
-
-
-def _last_step(path: Path) -> int:
-    """The step in the last whole line of metrics.jsonl; 0 before there is one."""
-    steps = [line["step"] for line in read_json_lines(path, TAIL) if isinstance(line.get("step"), int)]
-    return steps[-1] if steps else 0

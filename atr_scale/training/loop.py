@@ -28,6 +28,7 @@ from atr_scale.evaluation.selection import selection_score
 from atr_scale.model import StepContext, count_parameters
 from atr_scale.precision import Precision, encoder_products
 from atr_scale.run_files import PREEMPTED
+from atr_scale.training.attempts import attempted
 from atr_scale.training.checks import check_batch_size, check_length, check_run_folder, checkpoint_to_resume
 from atr_scale.training.engine import Engine
 from atr_scale.training.monitor import Monitor
@@ -44,9 +45,15 @@ logger = logging.getLogger(__name__)
 def train(config: RunConfig) -> None:
     """Train, or continue from the newest intact checkpoint in the run folder."""
     precision = Precision(config.train.precision, config.train.tf32)
-    with distributed() as (world, device), encoder_products(precision.tf32):
+    with (
+        distributed() as (world, device),
+        encoder_products(precision.tf32),
+        attempted(Path(config.run.dir), world) as attempt,
+    ):
         logger.info(precision.describe(device, config.train.head_products))
-        Training(config, world, device).run()
+        training = Training(config, world, device)
+        attempt.follow(training.progress, training.parts.length.steps)
+        training.run()
 
 
 class Training:

@@ -1,0 +1,101 @@
+"""RUN/attempts.jsonl: every start of training in a run folder, and how it ended.
+
+    {"event": "start", "attempt": 2, "time": ..., "world_size": 8, "host": ..., "pid": ..., "version": ..., "job": ...,
+     "reached": 120}
+    {"event": "training", "attempt": 2, "time": ..., "step": 100, "steps": 6000}
+    {"event": "end", "attempt": 2, "time": ..., "rank": 0, "reason": "done", "step": 6000, "rc": 0}
+
+An attempt without "end" was killed. Times are seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from atr_scale.distributed.world import World
+from atr_scale.errors import UserError, one_line
+from atr_scale.run_files import ATTEMPTS, append_json_lines, last_logged_step, read_json_lines
+from atr_scale.training.record import Progress
+from atr_scale.training.run_info import redact
+from atr_scale.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+class Attempt:
+    """One start of training, as seen by one rank.
+
+    The main rank writes its lines. Any rank may write the end: the first one that does so knows the cause, and the
+    failures of others follow from it.
+    """
+
+    def __init__(self, run: Path, world: World) -> None:
+        """All ranks make it together: they agree on its number."""
+        self.run, self.world = run, world
+        before = read_json_lines(run / ATTEMPTS) if world.is_main else []
+        self.number: int = world.gather_objects(1 + sum(line.get("event") == "start" for line in before))[0]
+        self._progress: Progress | None = None
+        self._steps = 0
+        if world.is_main:
+            self._write(
+                "start",
+                world_size=world.size,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                version=__version__,
+                job=os.environ.get("SLURM_JOB_ID"),
+                reached=last_logged_step(run),  # metrics.jsonl loses the steps that are trained again
+            )
+
+    def follow(self, progress: Progress, steps: int) -> None:
+        """Training begins at the step of `progress`, which will advance towards `steps`."""
+        self._progress, self._steps = progress, steps
+        if self.world.is_main:
+            self._write("training", step=progress.step, steps=steps)
+
+    def end(self, reason: str, rc: int) -> None:
+        """Write how the attempt ends, unless a rank has done so. reason: "done", "preempted" or a failure."""
+        lines = read_json_lines(self.run / ATTEMPTS)
+        if any(line.get("event") == "end" and line.get("attempt") == self.number for line in lines):
+            return
+        step = self._progress.step if self._progress else None
+        self._write("end", rank=self.world.rank, reason=redact(one_line(reason)), step=step, rc=rc)
+
+    def finish(self) -> None:
+        """Training has returned: the run is done, or has saved and stopped on a signal."""
+        if self.world.is_main:
+            done = self._progress is not None and self._progress.step >= self._steps
+            self.end("done" if done else "preempted", 0)
+
+    def _write(self, event: str, **values: Any) -> None:
+        line = {"event": event, "attempt": self.number, "time": round(time.time(), 3), **values}
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            append_json_lines(self.run / ATTEMPTS, [line])
+        except OSError as error:  # no reason to end training; a bad folder or a full disk is told by who needs it
+            logger.debug("%s: not written (%s)", self.run / ATTEMPTS, error.strerror)
+
+
+@contextmanager
+def attempted(run: Path, world: World) -> Iterator[Attempt]:
+    """Record an attempt to train in the folder `run`, and its end by whatever is raised. All ranks call this."""
+    attempt = Attempt(run, world)
+    try:
+        yield attempt
+    except UserError as error:
+        attempt.end(str(error), 2)
+        raise
+    except KeyboardInterrupt:
+        attempt.end("interrupted from the keyboard", 130)
+        raise
+    except Exception as error:
+        attempt.end(f"{type(error).__name__}: {error}", 1)
+        raise
+    attempt.finish()

@@ -1,0 +1,74 @@
+"""RUN/attempts.jsonl says how every start of training went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from atr_scale.distributed.world import World
+from atr_scale.errors import UserError
+from atr_scale.run_files import ATTEMPTS, METRICS, append_json_lines, last_logged_step, read_json_lines
+from atr_scale.training.attempts import Attempt, attempted
+from atr_scale.training.record import Progress
+
+
+def ends(run: Path) -> list[tuple[int, str, int | None, int]]:
+    lines = [line for line in read_json_lines(run / ATTEMPTS) if line["event"] == "end"]
+    return [(line["attempt"], line["reason"], line["step"], line["rc"]) for line in lines]
+
+
+def test_attempts_are_numbered_and_say_how_far_they_came(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with attempted(run, World()) as attempt:
+        progress = Progress(step=0)
+        attempt.follow(progress, 10)
+        progress.step = 4
+    append_json_lines(run / METRICS, [{"kind": "train", "step": 7}])
+    with attempted(run, World()) as attempt:
+        progress = Progress(step=4)
+        attempt.follow(progress, 10)
+        progress.step = 10
+    assert ends(run) == [(1, "preempted", 4, 0), (2, "done", 10, 0)]
+    starts = [line for line in read_json_lines(run / ATTEMPTS) if line["event"] == "start"]
+    assert [line["reached"] for line in starts] == [0, 7]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "rc"),
+    [
+        (UserError("the mistake"), "the mistake", 2),
+        (RuntimeError("it broke\nin two lines"), "RuntimeError: it broke in two lines", 1),
+        (KeyboardInterrupt(), "interrupted from the keyboard", 130),
+        (ValueError("secret_key=abcdefghijkl"), "ValueError: secret_key=[redacted]", 1),
+    ],
+)
+def test_an_error_is_the_reason_of_the_end(tmp_path: Path, error: BaseException, reason: str, rc: int) -> None:
+    with pytest.raises(type(error)), attempted(tmp_path, World()):
+        raise error
+    assert ends(tmp_path) == [(1, reason, None, rc)]
+
+
+def test_the_rank_that_fails_first_says_why(tmp_path: Path) -> None:
+    main = Attempt(tmp_path, World())
+    other = Attempt(tmp_path, World())
+    other.number = main.number
+    other.world = World(rank=3, size=4)
+    other.end("the cause", 1)
+    main.end("connection closed by peer", 1)
+    assert ends(tmp_path) == [(1, "the cause", None, 1)]
+
+
+def test_a_line_that_a_full_disk_has_cut_damages_no_other(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "st')
+    append_json_lines(path, [{"step": 2}, {"step": 3, "key": "caf\u00e9"}])
+    assert read_json_lines(path) == [{"kind": "train", "step": 1}, {"step": 2}, {"step": 3, "key": "caf\u00e9"}]
+    assert last_logged_step(tmp_path) == 3
+
+
+def test_a_folder_that_cannot_be_written_to_ends_no_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with attempted(tmp_path / "file", World()) as attempt:
+        attempt.follow(Progress(), 5)
+    assert attempt.number == 1
