@@ -1,4 +1,4 @@
-"""The one error type that a user is meant to see, and how a command ends with it on one rank or on many."""
+"""The error types that end a command with one line, and how it ends with one on one rank or on many."""
 
 from __future__ import annotations
 
@@ -15,15 +15,30 @@ from typing import NoReturn
 GRACE_S = 30.0  # on a loaded machine ranks start, load and exit up to about this long after each other
 
 
-class UserError(ValueError):
-    """A mistake that the user can correct: one line with the cause, the place and the remedy.
+class OneLineError(Exception):
+    """An error whose message says everything: the command line prints it alone and exits with `exit_code`."""
 
-    The command line prints the message alone and exits with code 2. Any other exception is a failure of this project.
-    """
-
+    exit_code = 1
     # Set by `defer_to_first_rank`: its first call, in seconds since the epoch, and whether the launcher has sent TERM.
     seen_at: float | None = None
     launcher_stops = False
+
+
+class UserError(OneLineError, ValueError):
+    """A mistake that the user can correct: one line with the cause, the place and the remedy. Exit code 2.
+
+    A job script does not start the command again: it would fail again.
+    """
+
+    exit_code = 2
+
+
+class Failure(OneLineError, RuntimeError):
+    """A failure of the surroundings, such as a store that cannot be reached: nobody's programming error. Exit code 1.
+
+    One line with the cause, the place and what to do. A later attempt may succeed. Any other exception is an error of
+    this project and ends with a traceback.
+    """
 
 
 def one_line(error: Exception | str, width: int = 300) -> str:
@@ -31,8 +46,8 @@ def one_line(error: Exception | str, width: int = 300) -> str:
     return textwrap.shorten(str(error).rstrip(". \n"), width, placeholder=" ...")
 
 
-def exit_with_mistake(error: UserError) -> NoReturn:
-    """Exit with code 2 and report the mistake. If several ranks make the same mistake, one of them reports it.
+def exit_with_line(error: OneLineError) -> NoReturn:
+    """Exit with the error's code and report it in one line. One of several ranks with the same error reports it.
 
     Below torchrun and accelerate the launcher prints a report after all output of the ranks. The line is then handed to
     the launcher, which prints it at the end of the report, instead of being printed here and lost above the report.
@@ -48,16 +63,16 @@ def exit_with_mistake(error: UserError) -> NoReturn:
             _write(Path(file), line, error.seen_at or time.time())
         except OSError:  # the launcher that named the file is gone
             print(line, file=sys.stderr)
-            sys.exit(2)
+            sys.exit(error.exit_code)
         if os.environ.get("TORCHELASTIC_RESTART_COUNT") != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
             print(line, file=sys.stderr)  # the launcher starts the ranks again and reports only the last attempt
-    sys.exit(2)
+    sys.exit(error.exit_code)
 
 
-def defer_to_first_rank(error: UserError) -> None:
+def defer_to_first_rank(error: OneLineError) -> None:
     """Wait, unless this is the first rank, until the launcher stops this process, at most GRACE_S.
 
-    A launcher stops the other ranks as soon as the first rank has exited with the same mistake. Call this before the
+    A launcher stops the other ranks as soon as the first rank has exited with the same error. Call this before the
     process group is closed: ranks that wait in a collective for this one may fail then, and hide the cause.
     """
     # torchrun and accelerate report each machine's ranks on that machine; srun and the like know one job.
@@ -78,8 +93,8 @@ def defer_to_first_rank(error: UserError) -> None:
         while not error.launcher_stops and time.monotonic() < deadline:
             time.sleep(0.05)
     except KeyboardInterrupt:
-        pass  # no more waiting: the mistake is reported
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code stays 2, whatever a launcher sends meanwhile
+        pass  # no more waiting: the error is reported
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code stays, whatever a launcher sends meanwhile
 
 
 def _of_first_rank(file: Path) -> Path:

@@ -18,7 +18,7 @@ from atr_scale.console import ConsoleHandler
 def train_rank() -> None:
     """Train as one of the ranks that a launcher has started. Arguments and exit codes are those of `atr-scale train`.
 
-    0: done, or saved and stopped on a signal; 2: the user's mistake; 1: a failure of this project.
+    0: done, or saved and stopped on a signal; 2: the user's mistake; 1: a failure, after which a job may start again.
     """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     # On a terminal, the progress bar of rank 0 may stand on the line that another rank writes to.

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from atr_scale.console import ConsoleHandler
-from atr_scale.errors import UserError, exit_with_mistake
+from atr_scale.errors import OneLineError, UserError, exit_with_line
 from atr_scale.version import __version__
 
 # Without a markup mode a paragraph of help that begins with a backspace character (\b) keeps its line breaks.
@@ -69,7 +69,8 @@ def common(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry of the console script. Exit codes: 0 done, 2 a mistake of the user (one line), 1 a failure of ours.
+    """Entry of the console script. Exit codes: 0 done, 2 a mistake of the user, 1 a failure. A mistake and
+    an `errors.Failure` are one line; any other exception is an error of ours and has a traceback.
 
     arguments: default, those of the command line.
     """
@@ -85,5 +86,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str] | None) -> None:
     try:
         app(arguments, prog_name="atr-scale")
-    except UserError as error:
-        exit_with_mistake(error)
+    except OneLineError as error:
+        exit_with_line(error)

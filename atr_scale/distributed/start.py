@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore  # torch.distributed, but typed
 
 from atr_scale.distributed.world import World
-from atr_scale.errors import UserError, defer_to_first_rank
+from atr_scale.errors import OneLineError, UserError, defer_to_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
     )
     try:
         yield World.current(), device
-    except UserError as error:
+    except OneLineError as error:
         defer_to_first_rank(error)
         raise
     finally:

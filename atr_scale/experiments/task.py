@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from atr_scale.errors import UserError, exit_with_mistake
+from atr_scale.errors import UserError, exit_with_line
 from atr_scale.experiments.sweep_file import read_sweep
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     try:
         words = task_words(verb, Path(folder), int(number))
     except UserError as error:
-        exit_with_mistake(error)
+        exit_with_line(error)
     print("\n".join(words))
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from atr_scale import errors
 from atr_scale.cli import common, main
-from atr_scale.errors import UserError, exit_with_mistake
+from atr_scale.errors import Failure, OneLineError, UserError, exit_with_line
 
 LINE = "error: no shards in nowhere"
 VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RESTART_COUNT")
@@ -31,11 +31,11 @@ def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     signal.signal(signal.SIGTERM, handler)
 
 
-def stderr_of(message: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a rank prints about its mistake; asserts exit code 2."""
+def stderr_of(message: str, capsys: pytest.CaptureFixture[str], error: type[OneLineError] = UserError) -> str:
+    """What a rank prints about its error; asserts the exit code."""
     with pytest.raises(SystemExit) as left:
-        exit_with_mistake(UserError(message))
-    assert left.value.code == 2
+        exit_with_line(error(message))
+    assert left.value.code == (2 if error is UserError else 1)
     return capsys.readouterr().err
 
 
@@ -137,7 +137,31 @@ def test_an_interrupt_while_waiting_does_not_hide_the_mistake(
     assert stderr_of("no shards in nowhere", capsys) == LINE + "\n"
 
 
-def test_a_failure_of_any_verb_is_handed_to_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_one_line_with_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job script starts again after code 1. Of several ranks the first reports it, as it does a mistake."""
+    assert stderr_of("the store is away", capsys, Failure) == "error: the store is away\n"
+    file = elastic(tmp_path, 0, monkeypatch)
+    assert stderr_of("the store is away", capsys, Failure) == "" and reported(file) == "error: the store is away"
+    elastic(tmp_path, 1, monkeypatch)
+    stop_soon(monkeypatch)
+    assert stderr_of("the store is away", capsys, Failure) == ""
+
+
+def test_a_failure_of_any_verb_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise Failure("the store is away")
+
+    monkeypatch.setattr(common, "app", fail)
+    with pytest.raises(SystemExit, match="1"):
+        main(["evaluate", "runs/one"])
+    assert capsys.readouterr().err == "error: the store is away\n"
+
+
+def test_an_unexpected_error_of_any_verb_is_handed_to_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of order")
 
