@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +27,11 @@ from atr_scale.errors import OneLineError, UserError, defer_to_first_rank
 logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=30)  # reading shards and saving checkpoints may delay one rank
-JOIN_TIMEOUT = timedelta(minutes=5)
+# Ranks of a launcher may start minutes after each other, on a cluster whose file system is slow. Without a launcher
+# RANK and WORLD_SIZE are often left over from another start.
+JOIN_TIMEOUT, JOIN_TIMEOUT_ALONE = timedelta(minutes=5), timedelta(minutes=1)
+SIGNS_OF_A_LAUNCHER = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "CROSS_RANK")  # torchrun, accelerate; srun; deepspeed
+SAY_S = 10.0  # a rank that waits longer for others says for whom
 # World sizes by launchers whose processes would each train alone: Open MPI, MPICH and Intel MPI, PMIx, LSF's jsrun.
 SIZES_OF_OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PMIX_SIZE", "JSM_NAMESPACE_SIZE")
 
@@ -93,6 +99,8 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
     """
     place = Place.find(os.environ)
     found = dict(os.environ)
+    launched = any(name in found for name in SIGNS_OF_A_LAUNCHER)
+    patience = JOIN_TIMEOUT if launched else JOIN_TIMEOUT_ALONE
     # DeepSpeed reads these variables itself, which srun and a plain process do not have.
     os.environ.update(
         RANK=str(place.rank),
@@ -109,9 +117,11 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # A restarted group must not find the addresses of the group before it in the store: it would wait for them.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") + "-" + os.environ.get("SLURM_RESTART_COUNT", "0")
-    store = PrefixStore(f"attempt-{attempt}", _store(place))
-    if place.world_size > 1 and device.type == "cuda":
-        _claim(device, place, store)
+    store = PrefixStore(f"attempt-{attempt}", _store(place, patience))
+    if place.world_size > 1:
+        _meet(place, store, patience)
+        if device.type == "cuda":
+            _claim(device, place, store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -126,9 +136,18 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
         defer_to_first_rank(error)
         raise
     finally:
-        dist.destroy_process_group()
+        _leave()
         os.environ.clear()
         os.environ.update(found)
+
+
+def _leave() -> None:
+    """Leave the process group. DeepSpeed, if it has joined, forgets its groups, so that the process may join anew."""
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -168,6 +187,35 @@ def _claim(device: torch.device, place: Place, store: Store) -> None:
         )
 
 
+def _meet(place: Place, store: Store, patience: timedelta) -> None:
+    """Announce this rank; rank 0 waits for all of them, because no collective says which one is missing."""
+    store.set(f"rank {place.rank} is here", socket.gethostname())
+    missing = list(range(1, place.world_size)) if place.rank == 0 else []
+
+    def those_missing() -> str:
+        missing[:] = [rank for rank in missing if not store.check([f"rank {rank} is here"])]
+        return f"ranks {', '.join(map(str, missing[:8]))}{' ...' if len(missing) > 8 else ''}" if missing else ""
+
+    _wait_for(those_missing, place, patience)
+
+
+def _wait_for(missing: Callable[[], str], place: Place, patience: timedelta) -> None:
+    """Wait until `missing` returns an empty text, and say for whom. Raises UserError if that takes longer."""
+    began, said = time.monotonic(), 0.0
+    while whom := missing():
+        waited = time.monotonic() - began
+        if waited > patience.total_seconds():
+            raise UserError(
+                f"rank {place.rank} of {place.world_size} has waited {waited:.0f} s at {place.address}:{place.port} "
+                f"for {whom}: start all ranks and check MASTER_ADDR and MASTER_PORT, or unset RANK and WORLD_SIZE if "
+                "they are left over from another start"
+            )
+        if waited > said + SAY_S:
+            said = waited
+            logger.warning("rank %d waits for %s, %.0f s of at most %d", place.rank, whom, waited, patience.seconds)
+        time.sleep(0.1)
+
+
 def _interface_towards(address: str) -> str | None:
     """The network interface that leads to the machine `address`, None if that is this machine's loopback.
 
@@ -184,7 +232,15 @@ def _interface_towards(address: str) -> str | None:
     return None if own.startswith("127.") else next(iter(found), None)
 
 
-def _store(place: Place) -> Store:
+def _listening(place: Place) -> bool:
+    try:
+        socket.create_connection((place.address, place.port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _store(place: Place, patience: timedelta) -> Store:
     """The store through which the ranks meet. Rank 0 listens, unless torchrun's agent does already.
 
     Raises UserError if the store cannot be reached.
@@ -192,13 +248,16 @@ def _store(place: Place) -> Store:
     if place.world_size == 1:
         return HashStore()
     agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    listens = place.rank == 0 and not agent_listens
+    if not listens:  # the store's own wait is silent, and longer than its time limit
+        _wait_for(lambda: "" if _listening(place) else "rank 0", place, patience)
     try:
         return TCPStore(
             place.address,
             place.port,
             place.world_size,
-            is_master=place.rank == 0 and not agent_listens,
-            timeout=JOIN_TIMEOUT,
+            is_master=listens,
+            timeout=patience,
             wait_for_workers=False,
         )
     except dist.DistError as error:

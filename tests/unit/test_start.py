@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,3 +141,23 @@ def test_gloo_takes_the_interface_that_leads_to_the_first_rank(
     found = {name: [SimpleNamespace(address=address)] for name, address in addresses.items()}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
     assert start._interface_towards("10.0.0.1") == expected
+
+
+@pytest.mark.parametrize(("rank", "whom"), [("0", "ranks 1, 2"), ("1", "rank 0")])
+def test_left_over_variables_are_one_line_that_names_the_missing_ranks(
+    rank: str, whom: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    left_over = {"RANK": rank, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(start, "JOIN_TIMEOUT_ALONE", timedelta(seconds=1))
+    monkeypatch.setattr(start, "SAY_S", 0.5)
+    with (
+        pytest.raises(UserError, match=rf"rank {rank} of 3 has waited 1 s at .* for {whom}: .* unset RANK"),
+        distributed(),
+    ):
+        pass
+    assert f"rank {rank} waits for {whom}" in caplog.text
