@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from atr_scale.config_train import MODEL_PARTS
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 
+SOCKET_PATH = 107  # bytes, in Linux
 # Keys that may differ when a run is resumed. Any other difference would make it another run.
 FREE_TO_CHANGE = (
     "run.dir", "data.workers", "data.buffer_gb", "data.validation", "data.test", "data.max_drop_rate", "evaluation.",
@@ -47,6 +50,17 @@ def check_batch_size(config: RunConfig, world_size: int) -> None:
 
 def _largest_divisor(number: int, limit: int) -> int:
     return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
+
+
+def check_temporary_folder(workers: int) -> None:
+    """UserError if loader workers cannot be started: the path of their socket in TMPDIR would be too long."""
+    folder = tempfile.gettempdir()
+    longest = SOCKET_PATH - len("/pymp-12345678/listener-12345678") if workers else math.inf
+    if len(os.fsencode(folder)) > longest:
+        raise UserError(
+            f"TMPDIR={folder} is longer than the {longest} bytes that the sockets of loader workers leave for it: set "
+            "TMPDIR to a shorter path, for example /tmp, or data.workers to 0"
+        )
 
 
 def check_run_folder(folder: Path) -> None:

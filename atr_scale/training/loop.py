@@ -29,7 +29,13 @@ from atr_scale.model import StepContext, count_parameters
 from atr_scale.precision import Precision, encoder_products
 from atr_scale.run_files import PREEMPTED
 from atr_scale.training.attempts import attempted
-from atr_scale.training.checks import check_batch_size, check_length, check_run_folder, checkpoint_to_resume
+from atr_scale.training.checks import (
+    check_batch_size,
+    check_length,
+    check_run_folder,
+    check_temporary_folder,
+    checkpoint_to_resume,
+)
 from atr_scale.training.engine import Engine
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
@@ -64,6 +70,7 @@ class Training:
         self.config, self.world, self.device = config, world, device
         self.run_dir = Path(config.run.dir)
         check_batch_size(config, world.size)
+        check_temporary_folder(config.data.workers)
         check_run_folder(self.run_dir)
         self.stop = PreemptionFlag()
         validation = open_validation(config)

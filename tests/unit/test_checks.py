@@ -16,7 +16,7 @@ from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.planner.dry_run import dry_run
 from atr_scale.training import loop, parts
-from atr_scale.training.checks import check_batch_size, differences
+from atr_scale.training.checks import check_batch_size, check_temporary_folder, differences
 from atr_scale.training.loop import Training
 from atr_scale.training.param_groups import freeze
 from tests.tiny_run import tiny_config
@@ -145,3 +145,16 @@ def test_a_dry_run_tells_a_metric_that_does_not_exist(folder: Path) -> None:
     config.evaluation.select = "zero_shot/accuracy"
     with pytest.raises(UserError, match=r"the clips of .* have no labels: give t2a/mAP@10"):
         dry_run(config, 1)
+
+
+@pytest.mark.parametrize("length", [75, 76])
+def test_a_temporary_folder_too_long_for_sockets_is_refused_before_workers_start(
+    length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/" + "t" * (length - 1))
+    check_temporary_folder(workers=0)
+    if length == 75:
+        check_temporary_folder(workers=2)
+        return
+    with pytest.raises(UserError, match=r"^TMPDIR=/t+ is longer than the 75 bytes"):
+        check_temporary_folder(workers=2)
