@@ -37,6 +37,7 @@ from atr_scale.training.checks import (
     checkpoint_to_resume,
 )
 from atr_scale.training.engine import Engine
+from atr_scale.training.heartbeat import Heartbeat
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
 from atr_scale.training.preemption import PreemptionFlag
@@ -55,9 +56,10 @@ def train(config: RunConfig) -> None:
         distributed() as (world, device),
         encoder_products(precision.tf32),
         attempted(Path(config.run.dir), world) as attempt,
+        Heartbeat(Path(config.run.dir), world, attempt.number) as heartbeat,
     ):
         logger.info(precision.describe(device, config.train.head_products))
-        training = Training(config, world, device)
+        training = Training(config, world, device, heartbeat)
         attempt.follow(training.progress, training.parts.length.steps)
         training.run()
 
@@ -65,9 +67,15 @@ def train(config: RunConfig) -> None:
 class Training:
     """One run: its parts, the engine that trains the model, and its progress."""
 
-    def __init__(self, config: RunConfig, world: World, device: torch.device) -> None:
-        """Checks come first, cheap ones before expensive ones. DeepSpeed starts after all inputs have been opened."""
+    def __init__(
+        self, config: RunConfig, world: World, device: torch.device, heartbeat: Heartbeat | None = None
+    ) -> None:
+        """Checks come first, cheap ones before expensive ones. DeepSpeed starts after all inputs have been opened.
+
+        heartbeat: told of progress and declared waits, by default one that nobody reads.
+        """
         self.config, self.world, self.device = config, world, device
+        self.heartbeat = heartbeat or Heartbeat()
         self.run_dir = Path(config.run.dir)
         check_batch_size(config, world.size)
         check_temporary_folder(config.data.workers)
@@ -92,6 +100,8 @@ class Training:
         )
         self.validator = Validator(config, validation, self.parts.tokenizer, world, device, self.monitor)
         self.record = Record(config, self.progress, self.parts.length, self.monitor, world, device)
+        self.heartbeat.tell(steps=self.parts.length.steps)
+        self.heartbeat.step = self.progress.step
         self._unread: Update | None = None
         self._stopping = False
         if world.is_main:
@@ -184,6 +194,7 @@ class Training:
             taken,
             ended,
         )
+        self.heartbeat.beat(self.progress.step)
 
     def _read(self) -> None:
         """Read the result of the step that has not been read yet: count, log, and learn whether to stop."""
@@ -192,6 +203,11 @@ class Training:
         update, self._unread = self._unread, None
         self._stopping = self._stopping or update.result.stop
         self.record.add(update)
+        self.heartbeat.tell(
+            samples_seen=update.samples_seen,
+            skipped_steps=self.progress.skipped_steps,
+            fp16_overflows=self.progress.fp16_overflows,
+        )
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0
@@ -203,7 +219,8 @@ class Training:
         """
         for _ in range(self.config.train.accum_steps):
             start = time.perf_counter()
-            batch = next(batches)
+            with self.heartbeat.reading():
+                batch = next(batches)
             taken.waited += time.perf_counter() - start
             taken.keys += batch.keys
             taken.dropped.update(batch.dropped)
@@ -233,7 +250,8 @@ class Training:
         if not self.validator.sets:
             return False
         start = time.perf_counter()
-        found = self.validator.evaluate(self.engine.model, self.progress.step)
+        with self.heartbeat.wait("evaluating"):
+            found = self.validator.evaluate(self.engine.model, self.progress.step)
         metrics = {name: each.metrics for name, each in found.items()}
         score = selection_score(metrics, self.config.evaluation.select)
         improved = score > self.progress.best
@@ -248,11 +266,12 @@ class Training:
         self.monitor.flush()
         self.record.count_dropped()
         state = {**asdict(self.progress), "world_size": self.world.size}
-        folder = checkpoint.save(self.run_dir, self.engine, self.world, self.config.to_yaml(), state)
-        if self.world.is_main:
-            if best:
-                checkpoint.link(self.run_dir, "best", folder)
-            checkpoint.prune(self.run_dir, self.config.train.keep_checkpoints)
+        with self.heartbeat.wait("saving"):
+            folder = checkpoint.save(self.run_dir, self.engine, self.world, self.config.to_yaml(), state)
+            if self.world.is_main:
+                if best:
+                    checkpoint.link(self.run_dir, "best", folder)
+                checkpoint.prune(self.run_dir, self.config.train.keep_checkpoints)
         self.record.leave_out(time.perf_counter() - start)
 
     def _leave(self) -> None:
