@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from atr_scale.data.outage import STORE, is_unanswered
 from atr_scale.errors import UserError
 from atr_scale.files import atomic_write
 
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 FIRST_DELAY_S = 0.2
-# No attempt starts later than this, so that a dead server costs a reader less than a minute.
-RETRY_BUDGET_S = 30.0
+# No attempt starts later than this, so that an outage is noticed within a minute even if every attempt times out.
+RETRY_BUDGET_S = 20.0
 READ_TIMEOUT_S = 15
 CONNECT_TIMEOUT_S = 5
 BLOCK_BYTES = 8 << 20
@@ -105,7 +106,9 @@ def read_range(location: str, start: int, stop: int) -> bytes:
     if stop <= start:
         return b""
     if is_remote(location):
-        return _retry(lambda: _remote_range(location, start, stop), location)
+        data = _retry(lambda: _remote_range(location, start, stop), location, lambda: _another_answers(location))
+        _remember(location)
+        return data
     return LocalFile(location).read(start, stop)
 
 
@@ -230,6 +233,28 @@ def _remote_range(location: str, start: int, stop: int) -> bytes:
     return data
 
 
+# The last two different objects that this process has read, the newest one first.
+_read_last: list[str] = []
+
+
+def _remember(location: str) -> None:
+    global _read_last
+    if _read_last[:1] != [location]:
+        _read_last = [location, *(other for other in _read_last if other != location)][:2]
+
+
+def _another_answers(location: str) -> bool:
+    """Whether an object that could be read before, another one than `location`, can be read now."""
+    other = next((each for each in _read_last if each != location), None)
+    if other is None:
+        return False
+    try:
+        _filesystem().cat_file(other, start=0, end=1)
+    except Exception:
+        return False
+    return True
+
+
 def _filesystem() -> Any:
     """The S3 file system of this process: s3fs has an event loop, which does not survive a fork."""
     return _filesystem_of(os.getpid())
@@ -252,20 +277,35 @@ def _filesystem_of(pid: int) -> Any:
     return filesystem
 
 
-def _retry(action: Callable[[], T], location: str) -> T:
-    """Run `action`, at most ATTEMPTS times with growing, jittered pauses. Raises OSError if every attempt fails."""
+def _retry(action: Callable[[], T], location: str, others: Callable[[], bool] = lambda: False) -> T:
+    """Run `action`, at most ATTEMPTS times with growing, jittered pauses, and wait if the store does not answer.
+
+    others: whether another object can be read now, which would mean that this one alone is bad. Raises OSError if every
+    attempt fails, and Failure if the store does not answer for `data.outage_seconds`.
+    """
     began = time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return action()
-        except (FileNotFoundError, PermissionError, ShortRead):
+            return _once(action, location)
+        except (FileNotFoundError, PermissionError, ShortRead, UserError):
             raise
         except Exception as error:
-            if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
-                raise UserError(f"{location}: {error}; set AWS_PROFILE or AWS_ACCESS_KEY_ID and its secret") from None
+            STORE.retries += 1
             if attempt == ATTEMPTS or time.monotonic() - began > RETRY_BUDGET_S:
+                if is_unanswered(error):
+                    return STORE.outlast(lambda: _once(action, location), location, error, others)
                 raise OSError(f"{location}: gave up after {attempt} attempts: {error!r}") from error
             pause = FIRST_DELAY_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
             logger.info("%s: %r; attempt %d of %d in %.1f s", location, error, attempt + 1, ATTEMPTS, pause)
             time.sleep(pause)
     raise AssertionError("unreachable")
+
+
+def _once(action: Callable[[], T], location: str) -> T:
+    """Run `action` once. Raises UserError if there are no credentials."""
+    try:
+        return action()
+    except Exception as error:
+        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
+            raise UserError(f"{location}: {error}; set AWS_PROFILE or AWS_ACCESS_KEY_ID and its secret") from None
+        raise

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from atr_scale.data import storage
+from atr_scale.data.outage import StoreOutage
 from atr_scale.errors import UserError
 
 
@@ -104,6 +105,8 @@ class FakeS3:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(storage, "STORE", StoreOutage(sleep=slept.append))
+    monkeypatch.setattr(storage, "_read_last", [])
     return slept
 
 
@@ -124,6 +127,31 @@ def test_a_persistent_fault_ends_after_bounded_attempts(monkeypatch: pytest.Monk
     with pytest.raises(OSError, match=r"s3://b/k: gave up after 5 attempts: OSError\('503'\)"):
         storage.read_range("s3://b/k", 0, 5)
     assert fake.calls == storage.ATTEMPTS and sum(pauses) < 10
+
+
+def test_a_store_that_is_away_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, pauses: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also if another object could be read before: that one cannot be read now."""
+    use(monkeypatch, [None])
+    storage.read_range("s3://b/other", 10, 20)
+    fake = use(monkeypatch, [*[ConnectionRefusedError()] * 12, None, None])
+    assert storage.read_range("s3://b/k", 10, 20) == bytes(range(10, 20))
+    assert fake.calls > storage.ATTEMPTS + 5 and "the store does not answer (s3://b/k: " in caplog.text
+
+
+def test_one_object_that_is_never_served_is_skipped(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
+    def served(path: str, start: int, end: int) -> bytes:
+        if path == "s3://b/k":
+            raise ConnectionResetError
+        return bytes(range(100))[start:end]
+
+    fake = use(monkeypatch, [])
+    fake.cat_file = served  # type: ignore[method-assign]
+    storage.read_range("s3://b/other", 10, 20)
+    with pytest.raises(OSError, match=r"s3://b/k: ConnectionResetError.*while another object can be read"):
+        storage.read_range("s3://b/k", 10, 20)
+    assert sum(pauses) < 20
 
 
 def test_no_retry_if_it_cannot_help(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
