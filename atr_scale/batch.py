@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -49,6 +49,19 @@ def to_float(waveform: Tensor) -> Tensor:
     return waveform.float()
 
 
+class DroppedSample(NamedTuple):
+    """A sample that could not be read: its place "corpus/shard/key", a snake_case reason to count by, and details."""
+
+    place: str
+    reason: str
+    detail: str
+
+
+def count_reasons(dropped: Iterable[DroppedSample]) -> Counter[str]:
+    """Number of dropped samples by reason."""
+    return Counter(sample.reason for sample in dropped)
+
+
 @dataclass(frozen=True)
 class Batch:
     """The local batch: the rows of a global batch that belong to one rank.
@@ -64,7 +77,7 @@ class Batch:
     stored_ids:     [b] int64, `stable_id` of the caption as the sample stores it, before cleaning and paraphrasing. It
                     names a caption of a clip; indices may repeat, because samples of two corpora may be one clip.
     keys:           source of each row, "corpus/shard/key", for audits and error reports.
-    dropped:        number of unreadable samples by reason; their rows hold copies of readable ones.
+    dropped:        unreadable samples; their rows hold copies of readable ones.
     """
 
     waveform: Tensor
@@ -76,7 +89,7 @@ class Batch:
     caption_index: Tensor
     stored_ids: Tensor
     keys: list[str] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: list[DroppedSample] = field(default_factory=list)
 
     @property
     def ids(self) -> Tensor:

@@ -5,7 +5,6 @@ Shape suffixes: b rows of the local batch, g readable ones.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atr_scale.batch import FULL_SCALE, Batch
+from atr_scale.batch import FULL_SCALE, Batch, count_reasons
 from atr_scale.data.collate import close_rows
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.errors import UserError
@@ -46,8 +45,8 @@ def batch_of(pieces: Iterable[Piece], size: int, width: int, tokenizer: CaptionT
     table = _joined(tables, tokenizer)
     if not places:
         raise UserError(
-            f"all {size} samples of a batch are unreadable ({dict(table.dropped)}): run `atr-scale shards check` on "
-            "data.train"
+            f"all {size} samples of a batch are unreadable ({dict(count_reasons(table.dropped))}): run `atr-scale "
+            "shards check` on data.train"
         )
     source = _sources(np.array(places), size)
     for row in np.setdiff1d(np.arange(size), places):
@@ -80,7 +79,7 @@ def _put(waveform: Tensor, piece: Piece, pin: bool) -> Tensor:
 
 def _joined(tables: list[Batch], tokenizer: CaptionTokenizer) -> Batch:
     """The rows of all tables, without waveforms."""
-    dropped = sum((table.dropped for table in tables), Counter[str]())
+    dropped = [sample for table in tables for sample in table.dropped]
     tables = [table for table in tables if table.keys] or tables[:1]
     length = max(table.input_ids.shape[1] for table in tables)
     padding = tokenizer.padding if any(table.input_ids.shape[1] < length for table in tables) else 0

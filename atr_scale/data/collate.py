@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from atr_scale.batch import Batch, caption_id, stable_id
+from atr_scale.batch import Batch, DroppedSample, caption_id, stable_id
 from atr_scale.data.tokenizer import CaptionTokenizer
 
 
@@ -29,7 +28,7 @@ class DecodedClip(NamedTuple):
 
 
 def collate(
-    waveform: np.ndarray, clips: Sequence[DecodedClip], tokenizer: CaptionTokenizer, dropped: Counter[str]
+    waveform: np.ndarray, clips: Sequence[DecodedClip], tokenizer: CaptionTokenizer, dropped: list[DroppedSample]
 ) -> Batch:
     """Clips as one batch. Row k of `waveform` [b, width] begins with clip k; the rows are joined in place."""
     longest = close_rows(waveform, [clip.length for clip in clips])

@@ -8,14 +8,13 @@ number instead of the samples, and the buffer is free again when the last tensor
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from atr_scale.batch import Batch
+from atr_scale.batch import Batch, DroppedSample
 from atr_scale.data.assembly import Piece
 from atr_scale.data.decode import from_int16
 
@@ -107,7 +106,7 @@ class Parcel:
     waveform: Tensor | None
     arrays: dict[str, np.ndarray]
     keys: list[str]
-    dropped: Counter[str]
+    dropped: list[DroppedSample]
     places: list[int]
 
     @staticmethod

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from atr_scale.batch import Batch
+from atr_scale.batch import Batch, DroppedSample
 from atr_scale.data.assembly import Piece, batch_of
 from atr_scale.data.collate import DecodedClip, collate
 from atr_scale.data.corpora import CORPORA
@@ -138,14 +137,13 @@ class TrainingStream(IterableDataset[Parcel]):
         waveforms = WaveformRows(memory, self.width, self.keep_int16)
         clips: list[DecodedClip] = []
         places: list[int] = []
-        dropped: Counter[str] = Counter()
+        dropped: list[DroppedSample] = []
         for place, (visit, sample) in enumerate(zip(visits, samples, strict=True), first):
             try:
                 clips.append(self._decode(visit, sample, waveforms, len(clips)))
                 places.append(place)
             except BadSample as error:
-                dropped[error.reason] += 1
-                logger.debug("dropped %s: %s", self._place(visit), error)
+                dropped.append(DroppedSample(self._place(visit), error.reason, error.detail))
         return Piece(places, collate(waveforms.array[: len(clips)], clips, self.tokenizer, dropped))
 
     def _read(self, visit: Visit) -> RawSample | BadSample:

@@ -223,7 +223,7 @@ class Training:
                 batch = next(batches)
             taken.waited += time.perf_counter() - start
             taken.keys += batch.keys
-            taken.dropped.update(batch.dropped)
+            taken.dropped += batch.dropped
             yield batch
             del batch
 

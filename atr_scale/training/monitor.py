@@ -66,7 +66,7 @@ class Monitor:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
-        _cut(path, resume_step)
+        cut_lines(path, resume_step)
         self._lines: TextIO = path.open("a", buffering=1, encoding="utf-8")
         purge_step = 0 if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=20)
@@ -192,8 +192,8 @@ def _hyperparameters(config: Mapping[str, object]) -> Iterator[tuple[str, float 
             yield key, value if type(value) in (int, float) else redact(str(value))
 
 
-def _cut(path: Path, last_step: int | None) -> None:
-    """Drop the lines of steps after last_step (all lines if None), and a line that a kill has cut short."""
+def cut_lines(path: Path, last_step: int | None) -> None:
+    """Drop lines {"step": ...} of steps after last_step (all lines if None), and a line that a kill has cut short."""
     if not path.exists():
         return
     kept = []

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 
+from atr_scale.batch import DroppedSample, count_reasons
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.memory import peak_memory
+from atr_scale.training.dropped import DroppedSamples
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.schedule import RunLength
 from atr_scale.training.step_result import StepResult
@@ -43,10 +45,10 @@ class Progress:
 
 @dataclass
 class Taken:
-    """What this rank has read for an optimizer step: keys of samples, dropped ones, and seconds of waiting for them."""
+    """What this rank has read for an optimizer step: keys of samples, dropped ones, and seconds of waiting for both."""
 
     keys: list[str] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: list[DroppedSample] = field(default_factory=list)
     waited: float = 0.0
 
 
@@ -68,11 +70,11 @@ class Update:
 
 @dataclass
 class Interval:
-    """Sums over the steps between two log lines, of which the first begins at `start`."""
+    """Sums over the steps between two log lines, of which the first begins at `start`; dropped samples with steps."""
 
     start: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: list[tuple[int, DroppedSample]] = field(default_factory=list)
 
 
 class Record:
@@ -92,6 +94,7 @@ class Record:
         self.run_dir = Path(config.run.dir)
         self._bad_in_a_row, self._logged_step = 0, progress.step
         self._interval = Interval()
+        self._dropped = DroppedSamples(self.run_dir, progress.step) if world.is_main else None
 
     def start(self) -> None:
         """Training begins now: the time before belongs to no log line."""
@@ -103,17 +106,20 @@ class Record:
 
     def add(self, update: Update) -> None:
         """Count an optimizer step, and log it if it is due. All ranks raise together if the run cannot go on."""
-        self._interval.dropped.update(update.taken.dropped)
+        self._interval.dropped += [(update.step, sample) for sample in update.taken.dropped]
         self._interval.waited += update.taken.waited
         self._count_skipped(update)
         if update.step == self.length.steps or update.step % self.config.train.log_every == 0:
             self._log(update)
 
     def count_dropped(self) -> None:
-        """Add the samples that all ranks have dropped since the last count to the run's totals. All ranks call this."""
-        for counts in self.world.gather_objects(self._interval.dropped):
-            self.progress.dropped = dict(Counter(self.progress.dropped) + counts)
-        self._interval.dropped = Counter()
+        """Count and name the samples that all ranks have dropped since the last count. All ranks call this."""
+        samples = [each for rank in self.world.gather_objects(self._interval.dropped) for each in rank]
+        counts = count_reasons(sample for _, sample in samples)
+        self.progress.dropped = dict(Counter(self.progress.dropped) + counts)
+        if self._dropped:
+            self._dropped.add(samples)
+        self._interval.dropped = []
 
     def _count_skipped(self, update: Update) -> None:
         """Count skipped steps. After too many in a row all ranks raise RuntimeError."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import pairwise
@@ -11,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from atr_scale.batch import FULL_SCALE, Batch
+from atr_scale.batch import FULL_SCALE, Batch, DroppedSample, count_reasons
 from atr_scale.data.assembly import Piece, batch_of
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.errors import UserError
@@ -40,7 +39,7 @@ def piece(places: list[int], dtype: torch.dtype = torch.int16, bad: int = 0) -> 
     waveform = values.to(torch.int16) if dtype == torch.int16 else values * FULL_SCALE
     ids = torch.where(mask, 1, PAD)
     rows = Batch(waveform, numbers + 1, ids, mask.long(), *(numbers,) * 4, [str(place) for place in places])
-    return Piece(places, replace(rows, dropped=Counter(broken=bad) if bad else Counter()))
+    return Piece(places, replace(rows, dropped=bad * [DroppedSample("corpus/shard/key", "broken", "")]))
 
 
 def joined(*pieces: Piece) -> Batch:
@@ -75,7 +74,7 @@ def test_unreadable_rows_are_copies_of_readable_ones() -> None:
     shown = [0, 2, 2, 6, 0, 5, 6]  # readable: 0, 2, 5, 6
     whole = piece(list(range(SIZE))).rows
     assert_equal(found, whole.take(torch.tensor(shown)))
-    assert found.dropped == {"broken": 3}
+    assert count_reasons(found.dropped) == {"broken": 3}
     assert_equal(joined(piece([0, 2, 5, 6], bad=3)), found)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from atr_scale.batch import DroppedSample
 from atr_scale.data import loader_memory as module
 from atr_scale.data.loader_memory import PIECE, loader_memory, loader_memory_here
 from atr_scale.data.options import DataSection, TrainingSource
@@ -99,7 +99,7 @@ class Numbered:
     """What the loop reads of a batch."""
 
     def __init__(self, number: int) -> None:
-        self.keys, self.dropped = [str(number)], Counter(broken=1)
+        self.keys, self.dropped = [str(number)], [DroppedSample(f"corpus/shard/{number}", "broken", "")]
 
 
 def test_a_step_of_several_losses_holds_one_batch_at_a_time() -> None:
@@ -119,4 +119,5 @@ def test_a_step_of_several_losses_holds_one_batch_at_a_time() -> None:
     for batch in Training._take(training, batches(), taken):
         assert batch.keys == taken.keys[-1:]
         del batch
-    assert taken.keys == ["0", "1", "2"] and taken.dropped == {"broken": 3} and len(alive) == 3
+    assert taken.keys == ["0", "1", "2"] and len(alive) == 3
+    assert [sample.place[-1] for sample in taken.dropped] == taken.keys

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from atr_scale.batch import Batch, to_float
+from atr_scale.batch import Batch, DroppedSample, to_float
 from atr_scale.data.assembly import Piece
 from atr_scale.data.shared_buffers import CACHE_LINE, Parcel, SharedBuffers, WaveformRows
 from atr_scale.data.stream import _one_ahead
@@ -71,7 +70,8 @@ def test_a_parcel_holds_the_batch(buffer: int | None, dtype: type) -> None:
     memory[:] = range(20)
     ids = torch.arange(3)
     waveform = torch.from_numpy(memory[:12].reshape(3, 4))
-    batch = Batch(waveform, ids, ids[:, None], ids[:, None], ids, ids, ids, ids, ["a", "b", "c"], Counter(bad=1))
+    dropped = DroppedSample("corpus/shard/d", "silent_audio", "no sound")
+    batch = Batch(waveform, ids, ids[:, None], ids[:, None], ids, ids, ids, ids, list("abc"), [dropped])
     places, opened = Parcel.pack(Piece([1, 2, 4], batch), buffer).open(buffers)
     assert places == [1, 2, 4]
     assert opened.waveform.dtype == waveform.dtype and torch.equal(opened.waveform, waveform)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pickle
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ def test_ids_of_captions_are_those_of_what_the_encoder_reads(cleaning: str, equa
     tokenizer = caption_tokenizer(AutoTokenizer.from_pretrained(TEXT_ENCODER), CaptionSection(cleaning=cleaning))
     captions = ["It's a low tone", "it's a low, tone.", "its a low tone"]
     clips = [DecodedClip(4, caption, caption, 0, f"clip {n}", "place") for n, caption in enumerate(captions)]
-    batch = collate(np.zeros((3, 4), np.int16), clips, tokenizer, Counter())
+    batch = collate(np.zeros((3, 4), np.int16), clips, tokenizer, [])
     assert len(set(batch.caption_ids.tolist())) == equal and len(set(batch.clip_ids.tolist())) == 3
 
 
