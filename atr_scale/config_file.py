@@ -112,11 +112,12 @@ def parse_override(text: str) -> Override:
     try:
         # Parsed as OmegaConf parses a file: 1e-4 is a number, [a, b] a list.
         parsed: Any = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
+        odd = _odd_number(f"value: {value}")
     except (yaml.YAMLError, OmegaConfBaseException, LookupError, TypeError, ValueError) as error:
         raise _refused(text, one_line(error)) from None
     if len(parsed) > 1:  # after a line break
         raise _refused(text, "it holds more than one value")
-    if odd := _odd_number(f"value: {value}"):
+    if odd:
         raise _refused(text, odd[1])
     return Override(text, keys, action, parsed["value"])
 
