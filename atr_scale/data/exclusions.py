@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from atr_scale.data.values import id_text
 from atr_scale.errors import UserError
 
 
 @dataclass(frozen=True)
 class ExclusionList:
-    """An exclusion list, with ids as strings: integers would never equal the ids of the metadata and exclude nothing.
+    """An exclusion list, with ids as strings, also if they were written as 7 or 7.0.
 
     name and sha256: of its file. entries: distinct ids (the published lists repeat some).
     """
@@ -28,7 +29,8 @@ class ExclusionList:
 
     def covers(self, meta: Mapping[str, Any]) -> bool:
         """Whether a clip with this metadata (`youtube_id`, `sound_id`) is on the list."""
-        return meta.get("youtube_id") in self.youtube_ids or meta.get("sound_id") in self.sound_ids
+        youtube, sound = (id_text(meta.get(name)) for name in ("youtube_id", "sound_id"))
+        return youtube in self.youtube_ids or sound in self.sound_ids
 
 
 class ExcludedIds(NamedTuple):
@@ -44,7 +46,9 @@ def _read_sound_ids(text: str) -> ExcludedIds | None:
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
     except csv.Error:
         return None
-    return ExcludedIds([], [row["sound_id"].strip() for row in rows]) if rows and "sound_id" in rows[0] else None
+    if not rows or "sound_id" not in rows[0]:
+        return None
+    return ExcludedIds([], list(filter(None, (id_text(row["sound_id"]) for row in rows))))
 
 
 # Description of a format -> its reader, which returns None for a text in another format. A corpus adds its own format.

@@ -25,9 +25,11 @@ from tqdm import tqdm
 from atr_scale.data import storage
 from atr_scale.data.corpora import Clip, Corpus, open_corpus
 from atr_scale.data.decode import MAX_RATE, MIN_RATE
+from atr_scale.data.dropped import DropLog, DroppedClip, write_dropped
 from atr_scale.data.exclusions import ExclusionList, read_exclusions
 from atr_scale.data.manifest import FORMAT, MANIFEST, read_manifest
 from atr_scale.data.shard_writer import ENCODINGS, RECORDS, Task, finished_shards, record_path, write_shard
+from atr_scale.data.values import valid_unicode
 from atr_scale.errors import UserError
 from atr_scale.version import __version__
 
@@ -41,14 +43,14 @@ MIN_CLIPS_PER_WORKER = 200
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """Content of a build: clips with audio in their final order, clips left out by reason, exclusion lists applied."""
+    """Content of a build: clips with audio in their final order, what is left out and why, exclusion lists applied."""
 
     corpus: str
     split: str
     licence: str
     options: dict[str, Any]
     clips: list[Clip]
-    dropped: Counter[str]
+    dropped: list[DroppedClip]
     exclusions: list[dict[str, Any]]
 
 
@@ -72,8 +74,9 @@ def build_shards(
     `workers`: processes, by default one for each core. `exclude`: exclusion lists in addition to the corpus's own.
     `options`: options of the corpus's reader.
 
-    Returns the manifest. Unusable audio is left out and counted by reason. Finished shards of an interrupted build are
-    kept. Raises UserError for every mistake that the user can mend, also if `out` has a build with other settings.
+    Returns the manifest. Rows and audio that cannot be used are left out, counted by reason and named in dropped.jsonl.
+    Finished shards of an interrupted build are kept. Raises UserError for every mistake that the user can mend, also if
+    `out` has a build with other settings.
     """
     reader = open_corpus(corpus, root, options)
     _check_settings(encoding, shard_size, sample_rate)
@@ -101,8 +104,12 @@ def build_shards(
         for n, first in enumerate(range(0, len(plan.clips), shard_size))
         if (chunk := plan.clips[first : first + shard_size])
     ]
-    records = _run(tasks, location, workers or len(os.sched_getaffinity(0)))
-    manifest = _manifest(plan, settings, records)
+    log = DropLog()
+    log.add(plan.dropped)
+    records = _run(tasks, location, workers or len(os.sched_getaffinity(0)), log)
+    dropped = [*plan.dropped, *(DroppedClip(**clip) for record in records for clip in record["dropped"])]
+    manifest = _manifest(plan, settings, records, dropped)
+    write_dropped(location, dropped)
     storage.write_bytes(storage.join(location, MANIFEST), json.dumps(manifest, ensure_ascii=False).encode())
     _clean_up(location)
     return manifest
@@ -120,8 +127,8 @@ def _check_settings(encoding: str, shard_size: int, sample_rate: int | None) -> 
 def plan_build(corpus: Corpus, split: str | None, exclude: Sequence[Path]) -> BuildPlan:
     """Read the metadata, apply the exclusion lists, find the audio. Raises UserError if no clip is left."""
     name, root, split = corpus.name, corpus.root, corpus.choose_split(split)
-    rows = corpus.read_clips(split)
-    dropped: Counter[str] = Counter()
+    rows = [_with_valid_texts(clip) for clip in corpus.read_clips(split)]
+    dropped = [DroppedClip("", place, "bad_row", detail) for place, detail in corpus.bad_rows.items()]
     lists = [*corpus.own_exclusions(), *(read_exclusions(path) for path in exclude)]
     exclusions = [_applied(entry, rows) for entry in lists]
     kept = [clip for clip in rows if not any(entry.covers(clip.meta) for entry in lists)]
@@ -135,16 +142,21 @@ def plan_build(corpus: Corpus, split: str | None, exclude: Sequence[Path]) -> Bu
     for clip, path in zip(kept, paths, strict=True):
         reason = "missing_audio" if not path else "no_caption" if not clip.captions else None
         if reason:
-            dropped[reason] += 1
+            dropped.append(DroppedClip(clip.clip_id, path, reason, ""))
         else:
             clips.append(replace(clip, path=path))
     if dropped:
-        logger.warning(
-            "%s %s: %d of %d clips left out: %s", name, split, len(kept) - len(clips), len(kept), dict(dropped)
-        )
+        counts = dict(Counter(clip.reason for clip in dropped))
+        logger.warning("%s %s: %d of %d clips left out: %s", name, split, len(kept) - len(clips), len(kept), counts)
     clips.sort(key=lambda clip: hashlib.blake2b(clip.clip_id.encode(), digest_size=8).digest())
     options = corpus.options.model_dump(mode="json", exclude_defaults=True)
     return BuildPlan(name, split, corpus.licence, options, clips, dropped, exclusions)
+
+
+def _with_valid_texts(clip: Clip) -> Clip:
+    """The clip without lone surrogates, which a JSON file may have as escapes and no shard can hold."""
+    meta: dict[str, Any] = valid_unicode(clip.meta)
+    return replace(clip, clip_id=valid_unicode(clip.clip_id), label=valid_unicode(clip.label), meta=meta)
 
 
 def _applied(entry: ExclusionList, rows: list[Clip]) -> dict[str, Any]:
@@ -189,7 +201,7 @@ def _finished(location: str, settings: dict[str, Any]) -> dict[str, Any] | None:
     return manifest
 
 
-def _run(tasks: list[Task], location: str, workers: int) -> list[dict[str, Any]]:
+def _run(tasks: list[Task], location: str, workers: int, log: DropLog) -> list[dict[str, Any]]:
     """The records of all shards in order; missing shards are built."""
     done = finished_shards(location)
     todo = [task for task in tasks if task.name not in done]
@@ -200,6 +212,7 @@ def _run(tasks: list[Task], location: str, workers: int) -> list[dict[str, Any]]
     with tqdm(desc="building shards", total=total, initial=total - left, unit=" clips", disable=None) as progress:
         for task, record in _results(todo, workers):
             done[task.name] = record
+            log.add(DroppedClip(**clip) for clip in record["dropped"])
             progress.update(len(task.clips))
             progress.set_postfix(seconds=round(sum(r["seconds"] for r in done.values())), refresh=False)
     return [done[task.name] for task in tasks]
@@ -222,10 +235,10 @@ def _results(tasks: list[Task], workers: int) -> Iterator[tuple[Task, dict[str, 
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _manifest(plan: BuildPlan, settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
-    dropped = Counter(plan.dropped)
-    for record in records:
-        dropped.update(record["dropped"])
+def _manifest(
+    plan: BuildPlan, settings: dict[str, Any], records: list[dict[str, Any]], left_out: list[DroppedClip]
+) -> dict[str, Any]:
+    dropped = Counter(clip.reason for clip in left_out)
     shards = [record["shard"] for record in records]
     num_samples = sum(shard["samples"] for shard in shards)
     if num_samples == 0:

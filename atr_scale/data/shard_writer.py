@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,10 @@ import soundfile
 from atr_scale.data import storage
 from atr_scale.data.corpora import Clip
 from atr_scale.data.decode import decode, probe
+from atr_scale.data.dropped import DroppedClip
 from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_index import scan_shard
 from atr_scale.files import sha256_of
-
-logger = logging.getLogger(__name__)
 
 ENCODINGS = ("flac", "pcm16", "keep")
 RECORDS = ".build"  # folder beside the shards of an unfinished build
@@ -41,11 +38,11 @@ class Task:
 
 
 def write_shard(task: Task) -> dict[str, Any]:
-    """Encode the clips of one shard and write it. Returns and stores its record; unusable clips are counted there."""
+    """Encode the clips of one shard and write it. Returns and stores its record; unusable clips are listed there."""
     from webdataset.writer import TarWriter
 
     path = storage.join(task.out, task.name)
-    dropped: Counter[str] = Counter()
+    dropped: list[DroppedClip] = []
     captions, seconds = 0, 0.0
     with storage.atomic_file(path) as local:
         with open(local, "wb") as stream, TarWriter(stream, encoder=False, mtime=0, user="", group="") as writer:
@@ -53,8 +50,7 @@ def write_shard(task: Task) -> dict[str, Any]:
                 try:
                     audio, extension, rate, duration = encode(clip.path, task.encoding, task.sample_rate)
                 except BadSample as error:
-                    logger.warning("%s (%s) left out: %s", clip.clip_id, clip.path, error)
-                    dropped[error.reason] += 1
+                    dropped.append(DroppedClip(clip.clip_id, clip.path, error.reason, error.detail))
                     continue
                 writer.write(
                     {"__key__": f"{number:09d}", extension: audio, "json": _sidecar(task, clip, rate, duration)}
@@ -72,7 +68,7 @@ def write_shard(task: Task) -> dict[str, Any]:
             "offsets": scan.offsets,
             "captions": scan.captions,
         }
-    record = {"shard": shard, "captions": captions, "seconds": seconds, "dropped": dict(dropped)}
+    record = {"shard": shard, "captions": captions, "seconds": seconds, "dropped": [asdict(clip) for clip in dropped]}
     storage.write_bytes(record_path(task.out, task.name), json.dumps(record).encode())
     return record
 

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atr_scale.batch import caption_id
-from atr_scale.data.corpora.files import read_table
+from atr_scale.data.corpora.files import read_table, refuse_row
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import Embedded
@@ -139,7 +139,7 @@ def pairs_of_csv(path: Path, texts: Texts) -> Iterator[tuple[int, int]]:
     rows: dict[int, list[int]] = {}
     for row, caption in enumerate(texts.captions):
         rows.setdefault(caption_id(caption), []).append(row)
-    lines = read_table(path)
+    lines = read_table(path, refuse_row)
     query, names = (next((name for name in known if name in lines[0]), None) for known in (QUERY_COLUMNS, CLIP_COLUMNS))
     if query is None or names is None:
         raise UserError(f"{path} has the columns {list(lines[0])}: it needs {QUERY_COLUMNS[0]} and {CLIP_COLUMNS[0]}")

@@ -7,10 +7,12 @@ removed from YouTube over time, so some audio is usually missing.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from atr_scale.data.corpora.corpus import Clip, Corpus
 from atr_scale.data.corpora.files import (
+    TableRow,
     audioset_clip_id,
     by_stem,
     first_file,
@@ -35,18 +37,12 @@ class AudioCaps(Corpus):
     def read_clips(self, split: str) -> list[Clip]:
         names = [f"{folder}{name}.csv" for folder in ("", "dataset/", "metadata/") for name in synonyms(split)]
         path = first_file(self.root, names, "AudioCaps CSV")
-        rows = read_table(path)
+        rows = read_table(path, self.reject)
         official = "youtube_id" in rows[0]
         need_columns(path, rows[0], *(["start_time"] if official else ["file_name"]))
-        groups = group_captions(
-            path, rows, lambda r: f"{r['youtube_id']}_{r['start_time']}" if official else r["file_name"]
-        )
-        found = [
-            ({"youtube_id": row["youtube_id"], "start_time": row["start_time"]}, captions)
-            if official
-            else ({"youtube_id": youtube_id(row["file_name"])}, captions)
-            for row, captions in groups.values()
-        ]
+        read = _official if official else _derivative
+        groups = group_captions(path, rows, lambda row: "_".join(filter(None, read(row).values())), self.reject)
+        found = [(read(row), captions) for row, captions in groups.values()]
         cuts = Counter(meta["youtube_id"] for meta, _ in found)
         return [Clip(_clip_id(meta, cuts), captions, split, meta=meta) for meta, captions in found]
 
@@ -61,6 +57,18 @@ class AudioCaps(Corpus):
             return next((files[stem] for stem in stems if stem in files), "")
 
         return [find(clip) for clip in clips]
+
+
+def _official(row: TableRow) -> dict[str, str]:
+    start = row["start_time"].strip()
+    if re.fullmatch(r"\d+\.0*", start):  # a table that went through floats
+        start = start.partition(".")[0]
+    video = row["youtube_id"].strip()
+    return {"youtube_id": video, "start_time": start if video else ""}
+
+
+def _derivative(row: TableRow) -> dict[str, str]:
+    return {"youtube_id": youtube_id(row["file_name"].strip())}
 
 
 def _clip_id(meta: dict[str, str], cuts: Counter[str]) -> str:

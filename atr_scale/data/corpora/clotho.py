@@ -38,12 +38,12 @@ class Clotho(Corpus):
 
     def read_clips(self, split: str) -> list[Clip]:
         path = _captions_file(self.root, split)
-        rows = read_table(path)
+        rows = read_table(path, self.reject)
         need_columns(path, rows[0], "file_name")
         details = _metadata(self.root, split)
         elsewhere = {other: _identities(self.root, other) for other in self.splits if other != split}
         clips = []
-        for name, (_, captions) in group_captions(path, rows, lambda row: row["file_name"]).items():
+        for name, (_, captions) in group_captions(path, rows, lambda row: row["file_name"], self.reject).items():
             known = details.get(name, {})
             meta: dict[str, object] = {k: v for k, v in known.items() if k in ("sound_id", "license") and v}
             also_in = [other for other, ids in elsewhere.items() if {name, meta.get("sound_id")} & ids]
@@ -66,11 +66,19 @@ def _captions_file(root: Path, split: str) -> Path:
     return first_file(root, [f"{folder}clotho_captions_{split}.csv" for folder in CSV_FOLDERS], "Clotho captions")
 
 
+def _warn_of_metadata(place: str, detail: str) -> None:
+    logger.warning("%s: %s; its clip has no sound_id, so that no exclusion list covers it", place, detail)
+
+
+def _ignore(place: str, detail: str) -> None:
+    """Damaged rows of another split are reported when that one is built."""
+
+
 def _metadata(root: Path, split: str) -> dict[str, dict[str, str]]:
     for folder in CSV_FOLDERS:
         path = root / folder / f"clotho_metadata_{split}.csv"
         if path.is_file():
-            rows = read_table(path, "iso-8859-1")
+            rows = read_table(path, _warn_of_metadata, "iso-8859-1")
             need_columns(path, rows[0], "file_name", "sound_id")
             return {row["file_name"]: row for row in rows}
     return {}
@@ -84,4 +92,4 @@ def _identities(root: Path, split: str) -> set[object]:
         path = _captions_file(root, split)
     except UserError:
         return known | set(details)
-    return known | set(details) | {row.get("file_name") for row in read_table(path)}
+    return known | set(details) | {row.get("file_name") for row in read_table(path, _ignore)}

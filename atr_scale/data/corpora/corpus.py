@@ -42,10 +42,17 @@ class Corpus(ABC):
     Options: ClassVar[type[Section]] = Section
     # End of the warning about shards of this corpus that were built without an exclusion list; empty: no warning.
     overlap_warning: ClassVar[str] = ""
+    # Rows of the metadata that are no clip: file and line, and what is wrong. Filled by `read_clips` with `reject`.
+    bad_rows: dict[str, str]
 
     def __init__(self, name: str, root: Path, options: Section | None = None) -> None:
         self.name, self.root = name, root
         self.options = self.Options() if options is None else options
+        self.bad_rows = {}
+
+    def reject(self, place: str, detail: str) -> None:
+        """Note that the row at `place` cannot be used; the build leaves it out, counts it and goes on."""
+        self.bad_rows[place] = detail
 
     @abstractmethod
     def read_clips(self, split: str) -> list[Clip]:

@@ -6,36 +6,95 @@ import csv
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from atr_scale.data.sample import clean_captions
+from atr_scale.data.values import caption_texts
 from atr_scale.errors import UserError
 
 # The first one is taken if a clip has several files. m4a cannot be decoded; it is listed so that it is reported.
 SOURCE_EXTENSIONS = (".flac", ".wav", ".ogg", ".mp3", ".opus", ".m4a")
 MAX_FIELD = 1 << 20
+MAX_LINES = 100  # of one row: more come from a quote that was never closed
+
+# Notes a row that cannot be used: its place, and what is wrong.
+Reject = Callable[[str, str], None]
 
 
-def read_table(path: Path, encoding: str = "utf-8-sig") -> list[dict[str, str]]:
-    """All rows of a CSV file with a header. Raises UserError with the number of a damaged line."""
-    csv.field_size_limit(MAX_FIELD)
-    rows: list[dict[str, str]] = []
+class TableRow(dict[str, str]):
+    """A row of a table by column. place: its file and line."""
+
+    place = ""
+
+
+def refuse_row(place: str, detail: str) -> None:
+    """Ends with a UserError, for tables whose every row counts."""
+    raise UserError(f"{place}: {detail}")
+
+
+def read_table(path: Path, reject: Reject, encoding: str = "utf-8-sig") -> list[TableRow]:
+    """All rows of a CSV file with a header. Rows that cannot be used go to `reject`; UserError if no row is left."""
+    rows: list[TableRow] = []
+    first_fault = ""
+    header: list[str] = []
     try:
-        with open(path, newline="", encoding=encoding) as file:
-            reader = csv.DictReader(file)
-            for row in reader:
-                if None in row or None in row.values():
-                    what = "more" if None in row else "fewer"
-                    raise UserError(f"{path}, line {reader.line_num}: {what} fields than the header; check its quotes")
-                rows.append(row)
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; is it a CSV file?") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not {encoding} (byte {error.start}): convert it to UTF-8") from None
+        for number, row in _csv_rows(path, encoding):
+            if not header and isinstance(row, list):
+                header = row
+                fault = _text_fault(header, encoding)
+                if fault:
+                    raise UserError(f"{path}, line {number}: {fault}")
+                continue
+            place = f"{path}, line {number}"
+            fault = row if isinstance(row, str) else _row_fault(row, header, encoding)
+            if fault:
+                first_fault = first_fault or f"; line {number}: {fault}"
+                reject(place, fault)
+            else:
+                rows.append(TableRow(zip(header, row, strict=True)))
+                rows[-1].place = place
+    except (UnicodeError, LookupError) as error:
+        raise UserError(f"{path} is not {encoding} ({error}): convert it to UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     if not rows:
-        raise UserError(f"{path} has no rows: download it again")
+        raise UserError(f"{path} has no rows{first_fault or ': download it again'}")
     return rows
+
+
+def _csv_rows(path: Path, encoding: str) -> Iterator[tuple[int, list[str] | str]]:
+    """(number of its first line, fields of the row or what is wrong with it) of every row that is not empty."""
+    csv.field_size_limit(MAX_FIELD)
+    with open(path, newline="", encoding=encoding, errors="surrogateescape") as file:
+        reader = csv.reader(file)
+        while True:
+            first = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield first, f"{error}; check its quotes"
+                continue
+            if reader.line_num - first >= MAX_LINES:
+                yield first, f"a row of {reader.line_num - first + 1} lines; check its quotes"
+            elif row:
+                yield first, row
+
+
+def _row_fault(row: list[str], header: list[str], encoding: str) -> str:
+    if len(row) != len(header):
+        return f"{'more' if len(row) > len(header) else 'fewer'} fields than the header; check its quotes"
+    return _text_fault(row, encoding)
+
+
+def _text_fault(row: list[str], encoding: str) -> str:
+    try:
+        "".join(row).encode()
+    except UnicodeEncodeError:
+        return f"is not {encoding}; convert the file to UTF-8"
+    return ""
 
 
 def caption_columns(path: Path, row: dict[str, str]) -> list[str]:
@@ -49,14 +108,21 @@ def caption_columns(path: Path, row: dict[str, str]) -> list[str]:
 
 
 def group_captions(
-    path: Path, rows: list[dict[str, str]], key: Callable[[dict[str, str]], str]
-) -> dict[str, tuple[dict[str, str], list[str]]]:
-    """By `key`, in order of appearance: the first row with this key, and the cleaned captions of all its rows."""
+    path: Path, rows: list[TableRow], key: Callable[[TableRow], str], reject: Reject
+) -> dict[str, tuple[TableRow, list[str]]]:
+    """By `key`, in order of appearance: the first row with this key, and the cleaned captions of all its rows.
+
+    Rows with an empty key go to `reject`.
+    """
     columns = caption_columns(path, rows[0])
-    grouped: dict[str, tuple[dict[str, str], list[str]]] = {}
+    grouped: dict[str, tuple[TableRow, list[str]]] = {}
     for row in rows:
-        _, captions = grouped.setdefault(key(row), (row, []))
-        captions += clean_captions(row[name] for name in columns)
+        name = key(row)
+        if not name.strip():
+            reject(row.place, "names no file")
+            continue
+        _, captions = grouped.setdefault(name, (row, []))
+        captions += clean_captions(text for column in columns for text in caption_texts(row[column]))
     return grouped
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from atr_scale.data.corpora.corpus import Clip, Corpus
 from atr_scale.data.corpora.files import (
+    TableRow,
     caption_columns,
     first_file,
     group_captions,
@@ -35,7 +36,7 @@ class Folder(Corpus):
         used = {"file_name", "split", "label", *caption_columns(path, rows[0])}
         rows = [row for row in rows if split in ("", ALL, row.get("split"))]
         clips = []
-        for name, (row, captions) in group_captions(path, rows, lambda row: row["file_name"]).items():
+        for name, (row, captions) in group_captions(path, rows, lambda row: row["file_name"], self.reject).items():
             meta = {k: v for k, v in row.items() if k not in used and v}
             label = row.get("label") or None
             clips.append(Clip(f"{self.name}/{name}", captions, row.get("split", split), label=label, meta=meta))
@@ -52,8 +53,8 @@ class Folder(Corpus):
         names = sorted({row["split"] for row in rows if row.get("split")})
         return [*names, ALL] if len(names) > 1 else names
 
-    def _table(self) -> tuple[Path, list[dict[str, str]]]:
+    def _table(self) -> tuple[Path, list[TableRow]]:
         path = first_file(self.root, ["captions.csv"], "table of captions")
-        rows = read_table(path)
+        rows = read_table(path, self.reject)
         need_columns(path, rows[0], "file_name")
         return path, rows

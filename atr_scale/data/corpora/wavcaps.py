@@ -18,6 +18,7 @@ from atr_scale.data.corpora.corpus import Clip, Corpus
 from atr_scale.data.corpora.files import SOURCE_EXTENSIONS, audioset_clip_id, by_stem, walk_audio, youtube_id
 from atr_scale.data.exclusions import EXCLUSION_FORMATS, ExcludedIds, ExclusionList, read_exclusions
 from atr_scale.data.sample import clean_captions
+from atr_scale.data.values import caption_texts, id_text, json_type, load_json
 from atr_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -52,12 +53,18 @@ class WavCaps(Corpus):
         for source in SOURCES:
             before = len(clips)
             for path in _json_files(self.root, source):
-                for row in _read_json(path):
-                    clip = _clip(path, source, row, split)
-                    clips.setdefault(clip.clip_id, clip)
+                for number, row in enumerate(_read_json(path)):
+                    try:
+                        clip = _clip(source, row, split)
+                    except ValueError as error:
+                        self.reject(f"{path}, data[{number}]", str(error))
+                    else:
+                        clips.setdefault(clip.clip_id, clip)
             counts[source] = len(clips) - before
         if not clips:
-            raise UserError(f"no WavCaps JSON in {self.root}: expected json_files/<Source>/*.json or <Source>/*.json")
+            faults = "".join(f"; {place}: {detail}" for place, detail in list(self.bad_rows.items())[:1])
+            expected = "expected json_files/<Source>/*.json or <Source>/*.json with entries"
+            raise UserError(f"no entry of a WavCaps JSON in {self.root}: {expected}{faults}")
         logger.info("wavcaps: %s", ", ".join(f"{source} {count}" for source, count in counts.items()))
         return list(clips.values())
 
@@ -114,43 +121,54 @@ def _audio_folders(root: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _read_json(path: Path) -> list[dict[str, Any]]:
+def _read_json(path: Path) -> list[Any]:
     payload = path.read_bytes()
     if payload.startswith(b"version https://git-lfs"):
         raise UserError(
             f"{path} is a git-LFS pointer, not the data: download the file from huggingface.co/datasets/cvssp/WavCaps"
         )
     try:
-        rows: list[dict[str, Any]] = json.loads(payload)["data"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a WavCaps JSON ({error!r}): download it again") from None
+        content = load_json(payload)
+    except ValueError as error:
+        raise UserError(f"{path} is not a WavCaps JSON ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is {json_type(content)}, not an object with a list `data`: download it again")
+    rows = content.get("data", ())
+    if not isinstance(rows, list):
+        found = json_type(rows) if "data" in content else "missing"
+        raise UserError(f"{path}: `data` is {found}, not a list of entries: download it again")
     return rows
 
 
-def _clip(path: Path, source: str, row: dict[str, Any], split: str) -> Clip:
-    try:
-        native, caption = str(row["id"]).strip(), str(row["caption"])
-    except (KeyError, TypeError):
-        raise UserError(f"{path}: an entry has no id or caption: download it again") from None
-    meta: dict[str, Any] = {"source": source, **{k: row[k] for k in ("title", "href") if row.get(k)}}
+def _clip(source: str, row: Any, split: str) -> Clip:
+    """The clip of an entry. Raises ValueError if it cannot be used."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{json_type(row)}, not an object")
+    native = id_text(row.get("id"))
+    if not native:
+        raise ValueError(f"its id is {json_type(row['id']) if row.get('id', '') != '' else 'missing'}")
+    if "caption" not in row:
+        raise ValueError("it has no caption")
+    captions = clean_captions(caption_texts(row["caption"]))
+    texts = {name: row[name] for name in ("title", "href") if row.get(name) and isinstance(row[name], str | int)}
+    meta: dict[str, Any] = {"source": source, **texts}
     clip_id = f"wavcaps/{source}/{native}"
     if source == "audioset":
         meta["youtube_id"] = youtube_id(native.removesuffix(".wav"))
         clip_id = audioset_clip_id(meta["youtube_id"])
     elif source == "freesound":
         meta["sound_id"] = native
-    return Clip(clip_id, clean_captions([caption]), split, meta=meta)
+    return Clip(clip_id, captions, split, meta=meta)
 
 
 def _read_blacklist(text: str) -> ExcludedIds | None:
     """Keys AudioSet (file names `Y<youtube id>.wav`) and FreeSound (ids)."""
     try:
         lists = json.loads(text)
-        youtube = [youtube_id(name) for name in lists.get("AudioSet", [])]
-        sound = [str(name) for name in lists.get("FreeSound", [])]
-    except (ValueError, AttributeError, TypeError):
+        names, ids = ([id_text(entry) for entry in lists.get(key, [])] for key in ("AudioSet", "FreeSound"))
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return None
-    return ExcludedIds(youtube, sound) if youtube or sound else None
+    return ExcludedIds([youtube_id(name) for name in names if name], list(filter(None, ids))) if names or ids else None
 
 
 EXCLUSION_FORMATS["a WavCaps blacklist (JSON with lists AudioSet and FreeSound)"] = _read_blacklist
