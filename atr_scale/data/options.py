@@ -82,6 +82,11 @@ class DataSection(Section):
     max_drop_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="training stops if more than this fraction of its samples is unreadable"
     )
+    outage_seconds: Annotated[float, Field(ge=0)] = Field(
+        600.0,
+        description="training waits at most this many seconds for an object store that does not answer, and then ends "
+        "with exit code 1; a single object that cannot be read is skipped",
+    )
     folds: FoldsSection | None = Field(
         None, description="train without the clips of one fold, as a member of cross-fitted teachers; null: on all"
     )

@@ -59,34 +59,52 @@ def _status(error: BaseException | None) -> int | None:
 class StoreOutage:
     """The outage that the reads of one process wait for, if there is one.
 
-    retries: attempts of this process and of its loader workers that were repeated. The remaining budget, the log lines
-    and the declared wait are those of the process, however many threads wait.
+    The budget, the log lines and the declared wait are those of the process, however many threads wait.
     """
 
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
     ) -> None:
-        self.retries = 0
+        self._own_retries, self.retries_of_workers = 0, 0
         self._clock, self._sleep = clock, sleep
         self._budget_s, self._quiet = BUDGET_S, False
         self._declare: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
+        self._retried: Callable[[], None] = lambda: None
         self._turn = threading.Lock()  # held by the thread that tries
         self._changing = threading.Lock()
         self._waiters: set[Hashable] = set()
         self._text, self._began, self._said = "", 0.0, 0.0
         self._declared = ExitStack()
 
+    @property
+    def retries(self) -> int:
+        """Requests that this process and the workers of its loader have repeated."""
+        return self._own_retries + self.retries_of_workers
+
+    def count_retry(self) -> None:
+        """A request is about to be repeated."""
+        self._own_retries += 1
+        self._retried()
+
     @contextmanager
     def waiting_with(
-        self, budget_s: float, declare: Callable[[str], AbstractContextManager[None]], *, quiet: bool = False
+        self,
+        budget_s: float,
+        declare: Callable[[str], AbstractContextManager[None]],
+        *,
+        retried: Callable[[], None] = lambda: None,
+        quiet: bool = False,
     ) -> Iterator[None]:
-        """Inside, waits end after `budget_s` seconds, and each is made inside `declare(text)`. quiet: not logged."""
-        before = self._budget_s, self._declare, self._quiet
-        self._budget_s, self._declare, self._quiet = budget_s, declare, quiet
+        """Inside, waits end after `budget_s` seconds, and each is made inside `declare(text)`.
+
+        retried: called before an attempt is repeated. quiet: waits are not logged.
+        """
+        before = self._budget_s, self._declare, self._retried, self._quiet
+        self._budget_s, self._declare, self._retried, self._quiet = budget_s, declare, retried, quiet
         try:
             yield
         finally:
-            self._budget_s, self._declare, self._quiet = before
+            self._budget_s, self._declare, self._retried, self._quiet = before
 
     def outlast(self, attempt: Callable[[], T], location: str, error: Exception, others: Callable[[], bool]) -> T:
         """The result of `attempt`, whose last call has failed with `error`, when the store answers again.
@@ -119,7 +137,7 @@ class StoreOutage:
                         if not is_unanswered(again):
                             raise (again if isinstance(again, OSError) else OSError(f"{location}: {again!r}")) from None
                         error = again
-                        self.retries += 1
+                        self.count_retry()
         finally:
             self.end(waiter)
 

@@ -290,7 +290,7 @@ def _retry(action: Callable[[], T], location: str, others: Callable[[], bool] = 
         except (FileNotFoundError, PermissionError, ShortRead, UserError):
             raise
         except Exception as error:
-            STORE.retries += 1
+            STORE.count_retry()
             if attempt == ATTEMPTS or time.monotonic() - began > RETRY_BUDGET_S:
                 if is_unanswered(error):
                     return STORE.outlast(lambda: _once(action, location), location, error, others)

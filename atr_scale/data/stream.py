@@ -30,15 +30,17 @@ from atr_scale.data.corpora import CORPORA
 from atr_scale.data.decode import Crop, decode
 from atr_scale.data.folds import without_fold
 from atr_scale.data.loader_memory import LoaderMemory, loader_memory
+from atr_scale.data.loader_watch import POLL_S, SILENCE_S, WorkerBoard, WorkerRow, watched
 from atr_scale.data.options import DataSection
 from atr_scale.data.paraphrases.stored import FILE, Paraphrases, refuse_evaluation_split
 from atr_scale.data.sample import BadSample, RawSample
 from atr_scale.data.sample_order import Rows, SampleOrder
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.shared_buffers import Parcel, SharedBuffers, WaveformRows
+from atr_scale.data.storage import join
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.distributed.world import World
-from atr_scale.errors import UserError
+from atr_scale.errors import OneLineError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class Visit(NamedTuple):
     paraphrase: float
 
 
-class TrainingStream(IterableDataset[Parcel]):
+class TrainingStream(IterableDataset[Parcel | OneLineError]):
     """This rank's rows of the global batches `first` up to `last`, over any number of epochs, in pieces.
 
     Iterated by `read_batches`, in worker processes or in this one. Raises UserError if shards are missing or empty.
@@ -102,6 +104,8 @@ class TrainingStream(IterableDataset[Parcel]):
         self.rows = slice(world.rank * self.local_batch_size, (world.rank + 1) * self.local_batch_size)
         self.width = crop_samples(data, sample_rate)
         self.buffers, self.piece, self.keep_int16 = SharedBuffers(0, 0), self.local_batch_size, False
+        self.outage_seconds, self.board = data.outage_seconds, WorkerBoard(0)
+        self._row: WorkerRow | None = None  # of the board, in a worker
         self.first, self.last = 0, 0
 
     def between(self, first: int, last: int) -> TrainingStream:
@@ -109,9 +113,19 @@ class TrainingStream(IterableDataset[Parcel]):
         self.first, self.last = first, last
         return self
 
-    def __iter__(self) -> Iterator[Parcel]:
+    def __iter__(self) -> Iterator[Parcel | OneLineError]:
+        """In a worker process: its parcels, and at the end an error if it is one that its rank is to report."""
         worker = get_worker_info()
-        start, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        assert worker is not None
+        self._row = self.board.row(worker.id)
+        try:
+            with self._row.working(self.outage_seconds):
+                yield from self.parcels(worker.id, worker.num_workers)
+        except OneLineError as error:  # raised in a worker, it would arrive as a traceback
+            yield error
+
+    def parcels(self, start: int = 0, step: int = 1) -> Iterator[Parcel]:
+        """Every `step`-th parcel, from number `start` on."""
         remote = any("://" in shards.location for shards in self.sources)
         with ThreadPoolExecutor(READ_THREADS) as pool:
             fetch = partial(pool.map, self._read) if remote else partial(_in_groups, self._open)
@@ -120,6 +134,11 @@ class TrainingStream(IterableDataset[Parcel]):
                 buffer = self.buffers.take(start)
                 piece = self._load(first, visits, fetch(visits), buffer.memory)
                 yield Parcel.pack(piece, buffer.number)
+
+    def shard_path(self, source: int, shard: int) -> str:
+        """The path of a shard by the numbers of its corpus and of the shard."""
+        shards = self.sources[source]
+        return join(shards.location, shards.names[shard])
 
     def _pieces(self, start: int, step: int) -> Iterator[tuple[int, Rows]]:
         """Every `step`-th piece from `start` on: the place of its first row in the local batch, and its samples."""
@@ -146,13 +165,19 @@ class TrainingStream(IterableDataset[Parcel]):
                 dropped.append(DroppedSample(self._place(visit), error.reason, error.detail))
         return Piece(places, collate(waveforms.array[: len(clips)], clips, self.tokenizer, dropped))
 
+    def _begin(self, visit: Visit) -> None:
+        if self._row is not None:
+            self._row.begin(visit.source, int(self.sources[visit.source].shard_of[visit.sample]))
+
     def _read(self, visit: Visit) -> RawSample | BadSample:
+        self._begin(visit)
         try:
             return self.sources[visit.source].read(visit.sample)
         except BadSample as error:
             return error
 
     def _open(self, visit: Visit) -> RawSample | BadSample:
+        self._begin(visit)
         try:
             return self.sources[visit.source].open(visit.sample)
         except BadSample as error:
@@ -166,6 +191,7 @@ class TrainingStream(IterableDataset[Parcel]):
         """Draw a caption of the sample, and write a crop of its audio to row `row`. Raises BadSample."""
         if isinstance(sample, BadSample):  # raised in a reading thread it would end the other reads
             raise sample
+        self._begin(visit)
         caption, number = self._draw_caption(visit, sample)
         length = self._write_crop(visit, sample, waveforms, row)
         return DecodedClip(length, caption, sample.captions[number], number, sample.clip_id, self._place(visit))
@@ -274,12 +300,15 @@ def read_batches(
     keep_int16: bool = False,
     pin_memory: bool = False,
     memory: LoaderMemory | None = None,
+    silence_s: float = SILENCE_S,
 ) -> Iterator[Batch]:
     """The batches of `stream` in order, read ahead by `workers` processes (0: read on demand by this one).
 
     keep_int16: waveforms that are stored as 16-bit samples at the encoder's rate stay int16, for a GPU to convert.
     pin_memory: batches lie in page-locked memory, from which a GPU copies while it computes.
     memory: how much of it the workers' buffers take, by default as much as they like.
+    silence_s: a worker that does nothing for so long, although it has not sent its part of the next batch, hangs.
+    Raises Failure if a worker hangs or is gone, or if a store does not answer for data.outage_seconds.
     """
     context = None
     if workers:
@@ -289,17 +318,22 @@ def read_batches(
     memory = memory or loader_memory(stream.width, size, workers, pinned=pin_memory)
     stream.keep_int16, stream.piece = keep_int16, memory.rows
     stream.buffers = buffers = SharedBuffers(memory.rows * stream.width, memory.each, workers)
-    loader = DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context=context,
-        prefetch_factor=memory.prefetch or None,
-    )
+    stream.board = WorkerBoard(workers)
+
+    def read_ahead() -> Iterator[Parcel]:
+        loader = DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            multiprocessing_context=context,
+            prefetch_factor=memory.prefetch,
+            timeout=POLL_S,
+        )
+        return watched(loader, stream.board, stream.shard_path, silence_s)
 
     def assembled() -> Iterator[Batch]:
         # Closed also on an error: a loader that is left to the garbage collector waits 5 s for each of its workers.
-        with closing(parcel.open(buffers) for parcel in loader) as pieces:
+        with closing(parcel.open(buffers) for parcel in (read_ahead() if workers else stream.parcels())) as pieces:
             for _ in range(stream.first, stream.last):
                 yield batch_of(islice(pieces, memory.pieces), size, stream.width, stream.tokenizer, pin=pin_memory)
             next(pieces, None)  # at the end of its data the loader stops its workers
