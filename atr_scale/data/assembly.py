@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atr_scale.batch import FULL_SCALE, Batch, count_reasons
+from atr_scale.batch import FULL_SCALE, Batch, DroppedSample, count_reasons
 from atr_scale.data.collate import close_rows
+from atr_scale.data.sample import READ_FAULTS
 from atr_scale.data.tokenizer import CaptionTokenizer
-from atr_scale.errors import UserError
+from atr_scale.errors import Failure, OneLineError, UserError, one_line
 
 
 class Piece(NamedTuple):
@@ -30,7 +31,8 @@ def batch_of(pieces: Iterable[Piece], size: int, width: int, tokenizer: CaptionT
     """The local batch of `size` rows. No piece is kept while the next one is awaited.
 
     width: samples of the longest crop. pin: into page-locked memory. A row that no piece has gets a copy of one that is
-    readable: the same clip again, so the two rows are positives of each other. Raises UserError if no row is readable.
+    readable: the same clip again, so the two rows are positives of each other. If no row is readable, raises Failure
+    if reading has failed, and UserError if all samples are damaged.
     """
     waveform, tables, places = torch.empty(0), list[Batch](), list[int]()
     for piece in pieces:
@@ -44,10 +46,7 @@ def batch_of(pieces: Iterable[Piece], size: int, width: int, tokenizer: CaptionT
         del piece  # its buffer is free for the worker
     table = _joined(tables, tokenizer)
     if not places:
-        raise UserError(
-            f"all {size} samples of a batch are unreadable ({dict(count_reasons(table.dropped))}): run `atr-scale "
-            "shards check` on data.train"
-        )
+        raise _nothing_readable(table.dropped)
     source = _sources(np.array(places), size)
     for row in np.setdiff1d(np.arange(size), places):
         waveform[row] = waveform[source[row]]
@@ -55,6 +54,19 @@ def batch_of(pieces: Iterable[Piece], size: int, width: int, tokenizer: CaptionT
     longest = close_rows(waveform.numpy(), table.lengths.tolist())
     waveform = waveform.view(-1)[: size * longest].view(size, longest)
     return replace(table.pin_memory() if pin else table, waveform=waveform)
+
+
+def _nothing_readable(dropped: list[DroppedSample]) -> OneLineError:
+    """The error of a batch of which no row is readable. It is not the user's mistake if reading itself has failed."""
+    counts = count_reasons(dropped)
+    text = f"all {len(dropped)} samples of a batch are unreadable ({dict(counts)}): "
+    unread = [sample for sample in dropped if sample.reason in READ_FAULTS]
+    if unread:
+        return Failure(
+            f"{text}{unread[0].place}: {one_line(unread[0].detail, 160)}; check the place of the shards, its "
+            "permissions and the network, and start the same command again"
+        )
+    return UserError(f"{text}run `atr-scale shards check` on data.train")
 
 
 def _sources(places: np.ndarray, size: int) -> np.ndarray:

@@ -25,7 +25,9 @@ from atr_scale.errors import Failure, OneLineError
 from atr_scale.memory import as_text
 
 POLL_S = 1.0
-SILENCE_S = 45.0  # less than the limit of a rank without progress: this line says more
+# Of the limit of a rank without progress, so that the loader's line, which says more, comes first.
+SILENCE_SHARE = 0.75
+SILENCE_S = 45.0
 START_FACTOR = 4  # a worker that has not yet begun to read imports first
 COLUMNS = PID, ACTIONS, SOURCE, SHARD, RETRIES = range(5)
 TEXT_BYTES = 240

@@ -10,6 +10,8 @@ from typing import Any
 
 from atr_scale.data import storage
 
+# Reasons of samples that may be whole: the store, the network or the permissions are at fault.
+READ_FAULTS = ("missing_shard", "no_permission", "read_error")
 AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "mp3", "opus", "pcm")
 
 
@@ -26,11 +28,13 @@ class BadSample(Exception):
 
 
 def read_fault(path: str, error: OSError) -> BadSample:
-    """The error of a read from the shard at `path` as a BadSample: cut_shard, missing_shard or read_error."""
+    """The error of a read from the shard at `path` as a BadSample: cut_shard or one of READ_FAULTS."""
     if isinstance(error, storage.ShortRead):
         return BadSample("cut_shard", str(error))
     if isinstance(error, FileNotFoundError):
         return BadSample("missing_shard", path)
+    if isinstance(error, PermissionError):
+        return BadSample("no_permission", f"{path}: {error}")
     return BadSample("read_error", str(error))
 
 

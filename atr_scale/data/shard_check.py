@@ -13,7 +13,7 @@ from atr_scale.data.decode import decode, probe
 from atr_scale.data.manifest import MANIFEST, read_manifest
 from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_index import ShardScan, scan_shard
-from atr_scale.data.shard_reader import open_shards, tars_among
+from atr_scale.data.shard_reader import check_permissions, open_shards, tars_among
 from atr_scale.data.shard_writer import RECORDS
 from atr_scale.data.tar import BrokenTar, split_key, walk
 from atr_scale.errors import UserError
@@ -25,10 +25,11 @@ def check_shards(location: str, deep: bool = False) -> list[str]:
     Compared with the manifest: missing and extra shards, bytes, sha256, sample count, keys and offsets. Checked with
     and without a manifest: broken, cut (also between two members, if the end marker is missing) and compressed
     archives, incomplete samples, duplicate and dotted keys, names that leave the archive, links and devices. `deep`
-    also decodes every sample.
+    also decodes every sample. Raises UserError if this user may not read a shard, which is not a fault of the shard.
     """
     files = storage.list_files(location)
     tars = tars_among(files)
+    check_permissions(location, [*tars, *([MANIFEST] if MANIFEST in files else [])])
     expected: dict[str, Any] = {}
     problems = []
     if MANIFEST in files:

@@ -171,15 +171,30 @@ def tars_among(files: dict[str, int]) -> dict[str, int]:
 def open_shards(location: str) -> ShardSet:
     """The shards in a folder or under an s3:// prefix, with or without a manifest.json.
 
-    Raises UserError if there are none, or if shards of the manifest are missing (it names all of them).
+    Raises UserError if there are none, if this user may not read them, or if shards of the manifest are missing (it
+    names all of them).
     """
     files = storage.list_files(location)
     tars = tars_among(files)
+    check_permissions(location, [MANIFEST] if MANIFEST in files else list(tars))
     if MANIFEST in files:
         return _from_manifest(location, read_manifest(location), tars)
     if not tars:
         raise UserError(f"no shards in {location}: neither {MANIFEST} nor *.tar{_hint(location)}")
     return _from_index(location, tars)
+
+
+def check_permissions(location: str, names: Sequence[str]) -> None:
+    """Raises UserError if this user may not read some of the files `names` of a local folder."""
+    if storage.is_remote(location):
+        return
+    paths = (os.path.join(location, name) for name in names)
+    denied = [path for path in paths if not os.access(path, os.R_OK, effective_ids=True)]
+    if denied:
+        raise UserError(
+            f"no permission to read {len(denied)} of {len(names)} files in {location}, for example {denied[0]}: make "
+            f"them readable for this user (uid {os.geteuid()}), for example with chmod a+r; they are not damaged"
+        )
 
 
 class _Shard(NamedTuple):
@@ -200,6 +215,7 @@ def _from_manifest(location: str, manifest: dict[str, Any], tars: dict[str, int]
             f"{len(missing)} of {len(shards)} shards are missing from {location}: {', '.join(missing)}; "
             "copy them again or rerun `atr-scale shards build`"
         )
+    check_permissions(location, [shard["name"] for shard in shards])
     changed = [shard["name"] for shard in shards if shard["bytes"] != tars[shard["name"]]]
     if changed:
         logger.warning(

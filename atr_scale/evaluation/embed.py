@@ -27,10 +27,10 @@ from atr_scale.batch import TokenSequence
 from atr_scale.config import RunConfig
 from atr_scale.data.collate import pad
 from atr_scale.data.decode import Crop, decode
-from atr_scale.data.sample import BadSample, RawSample
+from atr_scale.data.sample import READ_FAULTS, BadSample, RawSample
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.data.tokenizer import CaptionTokenizer, caption_tokenizer
-from atr_scale.errors import UserError
+from atr_scale.errors import Failure, UserError
 from atr_scale.evaluation.facts import clip_fields
 from atr_scale.evaluation.parallel import Parallel
 from atr_scale.model import Retriever
@@ -99,7 +99,8 @@ def embed(model: Retriever, shards: ShardSet, config: RunConfig, parallel: Paral
     """Embed all of `shards`; every process gets the whole result.
 
     config: of the model; gives the batch size, the seconds of a clip that are read, and how captions are tokenized.
-    Logs a warning about unreadable samples. Raises UserError if no clip is readable.
+    Logs a warning about unreadable samples. If no clip is readable, raises Failure if reading has failed, and UserError
+    if all are damaged.
     """
     batch_size, world = config.evaluation.batch_size, parallel.world
     tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
@@ -202,7 +203,8 @@ def _join(parts: list[_Part], shards: ShardSet) -> Embedded:
     full = [part for part in parts if part.clip_ids]
     dropped = sum((part.dropped for part in parts), Counter[str]())
     if not full:
-        raise UserError(f"no readable clip in {shards.location}: {dict(dropped)}; run `atr-scale shards check`")
+        error = Failure if any(dropped[reason] for reason in READ_FAULTS) else UserError
+        raise error(f"no readable clip in {shards.location}: {dict(dropped)}; run `atr-scale shards check`")
     groups = [group for part in full for group in part.captions]
     return Embedded(
         text=TokenSequence.cat([part.text for part in full if part.text]),

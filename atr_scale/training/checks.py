@@ -17,7 +17,8 @@ from atr_scale.errors import UserError
 SOCKET_PATH = 107  # bytes, in Linux
 # Keys that may differ when a run is resumed. Any other difference would make it another run.
 FREE_TO_CHANGE = (
-    "run.dir", "data.workers", "data.buffer_gb", "data.validation", "data.test", "data.max_drop_rate", "evaluation.",
+    "run.dir", "data.workers", "data.buffer_gb", "data.validation", "data.test", "data.max_drop_rate",
+    "data.outage_seconds", "evaluation.",
     "train.steps", "train.epochs",
     "train.micro_batch_size", "train.kept_chunks", "train.evaluate_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.log_every", "train.max_bad_steps", "train.initial_checkpoint",

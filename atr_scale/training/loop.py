@@ -20,6 +20,8 @@ from atr_scale import checkpoint
 from atr_scale.batch import Batch
 from atr_scale.config import RunConfig
 from atr_scale.data.loader_memory import loader_memory_here
+from atr_scale.data.loader_watch import SILENCE_SHARE
+from atr_scale.data.outage import STORE
 from atr_scale.data.stream import describe, read_batches
 from atr_scale.distributed.start import distributed
 from atr_scale.distributed.world import World
@@ -57,6 +59,7 @@ def train(config: RunConfig) -> None:
         encoder_products(precision.tf32),
         attempted(Path(config.run.dir), world) as attempt,
         Heartbeat(Path(config.run.dir), world, attempt.number) as heartbeat,
+        STORE.waiting_with(config.data.outage_seconds, heartbeat.wait),
     ):
         logger.info(precision.describe(device, config.train.head_products))
         training = Training(config, world, device, heartbeat)
@@ -170,7 +173,14 @@ class Training:
         """This rank's batches of all steps that are left."""
         losses, gpu = self.config.train.accum_steps, self.device.type == "cuda"
         stream = self.parts.stream.between(self.progress.step * losses, self.parts.length.steps * losses)
-        return read_batches(stream, self.config.data.workers, keep_int16=gpu, pin_memory=gpu, memory=self.memory)
+        return read_batches(
+            stream,
+            self.config.data.workers,
+            keep_int16=gpu,
+            pin_memory=gpu,
+            memory=self.memory,
+            silence_s=SILENCE_SHARE * self.heartbeat.hang_limit,
+        )
 
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step, with its record."""
@@ -207,6 +217,7 @@ class Training:
             samples_seen=update.samples_seen,
             skipped_steps=self.progress.skipped_steps,
             fp16_overflows=self.progress.fp16_overflows,
+            retries=STORE.retries,
         )
 
     def _due(self, every: int) -> bool:

@@ -17,8 +17,9 @@ import torch
 
 from atr_scale.batch import DroppedSample, count_reasons
 from atr_scale.config import RunConfig
+from atr_scale.data.sample import READ_FAULTS
 from atr_scale.distributed.world import World
-from atr_scale.errors import UserError
+from atr_scale.errors import Failure, UserError
 from atr_scale.memory import peak_memory
 from atr_scale.training.dropped import DroppedSamples
 from atr_scale.training.monitor import Monitor
@@ -171,8 +172,12 @@ class Record:
             **{f"dropped/{reason}": float(n) for reason, n in self.progress.dropped.items()},
         }
         self.monitor.train(update.step, values)
-        if dropped > self.config.data.max_drop_rate * max(seen, DROP_GRACE):
-            raise UserError(
+        allowed = self.config.data.max_drop_rate * max(seen, DROP_GRACE)
+        if dropped > allowed:
+            unread = sum(self.progress.dropped.get(reason, 0) for reason in READ_FAULTS)
+            # Without the errors of reading it would go on: then the shards are not at fault.
+            error = UserError if dropped - unread > allowed else Failure
+            raise error(
                 f"{dropped} of {seen} samples were unreadable ({self.progress.dropped}), more than data.max_drop_rate "
                 f"= {self.config.data.max_drop_rate}: run `atr-scale shards check` on data.train"
             )

@@ -12,8 +12,9 @@ import torch
 
 from atr_scale.batch import FULL_SCALE, Batch, DroppedSample, count_reasons
 from atr_scale.data.assembly import Piece, batch_of
+from atr_scale.data.sample import READ_FAULTS
 from atr_scale.data.tokenizer import CaptionTokenizer
-from atr_scale.errors import UserError
+from atr_scale.errors import Failure, UserError
 
 PAD, WIDTH, SIZE = 9, 8, 7
 
@@ -81,6 +82,15 @@ def test_unreadable_rows_are_copies_of_readable_ones() -> None:
 def test_no_readable_row_is_one_line() -> None:
     with pytest.raises(UserError, match=r"all 7 samples of a batch are unreadable \(\{'broken': 7\}\)"):
         joined(piece([], bad=3), piece([], bad=4))
+
+
+def test_errors_of_reading_are_not_the_users_mistake() -> None:
+    """Also if other samples of the batch are damaged."""
+    bad = piece([], bad=SIZE)
+    for reason in READ_FAULTS:
+        dropped = [bad.rows.dropped[0]._replace(reason=reason, detail="reset"), *bad.rows.dropped[1:]]
+        with pytest.raises(Failure, match=rf"all 7 samples of a batch are unreadable .*'{reason}': 1.*: reset; check"):
+            joined(Piece([], replace(bad.rows, dropped=dropped)))
 
 
 def test_a_piece_is_free_before_the_next_is_awaited() -> None:
