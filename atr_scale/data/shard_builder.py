@@ -136,13 +136,21 @@ def plan_build(corpus: Corpus, split: str | None, exclude: Sequence[Path]) -> Bu
         raise UserError(f"the exclusion lists leave none of the {len(rows)} clips of {name} {split}: drop --exclude")
     paths = corpus.find_audio(split, kept)
     if not any(paths):
-        wanted = kept[0].clip_id
-        raise UserError(f"no audio for any of the {len(kept)} clips in {root} (e.g. {wanted}): is it downloaded there?")
+        wanted, tried = kept[0].clip_id, corpus.missing.get(kept[0].clip_id, "")
+        example = f"e.g. {wanted}{f', {tried}' if tried else ''}"
+        raise UserError(f"no audio for any of the {len(kept)} clips in {root} ({example}): is it downloaded there?")
     clips = []
+    users: dict[str, list[str]] = {}
     for clip, path in zip(kept, paths, strict=True):
-        reason = "missing_audio" if not path else "no_caption" if not clip.captions else None
-        if reason:
-            dropped.append(DroppedClip(clip.clip_id, path, reason, ""))
+        users.setdefault(path, []).append(clip.clip_id)
+    for clip, path in zip(kept, paths, strict=True):
+        if not path:
+            dropped.append(DroppedClip(clip.clip_id, "", "missing_audio", corpus.missing.get(clip.clip_id, "")))
+        elif not clip.captions:
+            dropped.append(DroppedClip(clip.clip_id, path, "no_caption", ""))
+        elif len(users[path]) > 1:
+            others = ", ".join(name for name in users[path] if name != clip.clip_id)
+            dropped.append(DroppedClip(clip.clip_id, path, "shared_audio", f"the file is found for {others} too"))
         else:
             clips.append(replace(clip, path=path))
     if dropped:

@@ -16,7 +16,7 @@ from atr_scale.data import storage
 from atr_scale.data.corpora import Clip
 from atr_scale.data.decode import decode, probe
 from atr_scale.data.dropped import DroppedClip
-from atr_scale.data.sample import BadSample
+from atr_scale.data.sample import AUDIO_EXTENSIONS, BadSample
 from atr_scale.data.shard_index import scan_shard
 from atr_scale.files import sha256_of
 
@@ -52,9 +52,9 @@ def write_shard(task: Task) -> dict[str, Any]:
                 except BadSample as error:
                     dropped.append(DroppedClip(clip.clip_id, clip.path, error.reason, error.detail))
                     continue
-                writer.write(
-                    {"__key__": f"{number:09d}", extension: audio, "json": _sidecar(task, clip, rate, duration)}
-                )
+                # Readers know these extensions; libsndfile decides by the content.
+                stored = extension if extension in AUDIO_EXTENSIONS else "wav"
+                writer.write({"__key__": f"{number:09d}", stored: audio, "json": _sidecar(task, clip, rate, duration)})
                 captions += len(clip.captions)
                 seconds += duration
         scan = scan_shard(str(local), local.stat().st_size)

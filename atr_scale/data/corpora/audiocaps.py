@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
+from atr_scale.data.corpora.audio_files import AudioFiles, walk_audio
 from atr_scale.data.corpora.corpus import Clip, Corpus
 from atr_scale.data.corpora.files import (
     TableRow,
     audioset_clip_id,
-    by_stem,
     first_file,
     group_captions,
     need_columns,
     read_table,
-    walk_audio,
     youtube_id,
 )
 from atr_scale.data.splits import synonyms
+from atr_scale.data.values import id_text
+from atr_scale.sections import Section
+
+SECONDS = 10  # length of every clip
 
 
 class AudioCaps(Corpus):
@@ -34,6 +38,10 @@ class AudioCaps(Corpus):
     licence = "captions: MIT; audio: YouTube, research use only"
     splits = ("train", "val", "test")
 
+    def __init__(self, name: str, root: Path, options: Section | None = None) -> None:
+        super().__init__(name, root, options)
+        self._row_ids: dict[str, list[str]] = {}  # audiocap_id of the rows of a clip, by its id
+
     def read_clips(self, split: str) -> list[Clip]:
         names = [f"{folder}{name}.csv" for folder in ("", "dataset/", "metadata/") for name in synonyms(split)]
         path = first_file(self.root, names, "AudioCaps CSV")
@@ -44,19 +52,45 @@ class AudioCaps(Corpus):
         groups = group_captions(path, rows, lambda row: "_".join(filter(None, read(row).values())), self.reject)
         found = [(read(row), captions) for row, captions in groups.values()]
         cuts = Counter(meta["youtube_id"] for meta, _ in found)
-        return [Clip(_clip_id(meta, cuts), captions, split, meta=meta) for meta, captions in found]
+        clips = [Clip(_clip_id(meta, cuts), captions, split, meta=meta) for meta, captions in found]
+        self._row_ids = {}
+        for row in rows if official else ():
+            name = id_text(row.get("audiocap_id"))
+            self._row_ids.setdefault(_clip_id(read(row), cuts), []).extend([name] if name else [])
+        return clips
 
     def find_audio(self, split: str, clips: list[Clip]) -> list[str]:
-        """`<id>` or `<id>_<start>`, perhaps with a Y before it, with any audio extension, below audio/ or <split>/."""
-        files = by_stem(walk_audio(self.root / name for name in ("audio", *synonyms(split))))
+        """Files with the names that downloaders write, with any audio extension, below audio/ or <split>/.
+
+        The most exact name wins: video and time, row of the table (audiocap_id), video alone. Ids have a letter case.
+        """
+        files = AudioFiles(walk_audio(self.root / name for name in ("audio", *synonyms(split))), ignore_case=False)
 
         def find(clip: Clip) -> str:
-            video, start = clip.meta["youtube_id"], clip.meta.get("start_time", "")
-            of_the_video = (f"Y{video}", video) if clip.clip_id == audioset_clip_id(video) else ()
-            stems = (*of_the_video, f"{video}_{start}", f"Y{video}_{start}")
-            return next((files[stem] for stem in stems if stem in files), "")
+            video = clip.meta["youtube_id"]
+            of_the_video = [f"Y{video}", video]
+            names = [*_timed_names(video, clip.meta.get("start_time", "")), *self._row_ids.get(clip.clip_id, ())]
+            only_cut = clip.clip_id == audioset_clip_id(video)
+            path = files.find([*names, *of_the_video] if only_cut else names)
+            if not path:
+                shared = "" if only_cut else files.find(of_the_video)
+                several = f"; {shared} may be any of the video's cuts" if shared else ""
+                self.missing[clip.clip_id] = files.explain([*names, *of_the_video] if only_cut else names) + several
+            return path
 
         return [find(clip) for clip in clips]
+
+
+def _timed_names(video: str, start: str) -> list[str]:
+    """Names with the start of the clip, or with start and end: whole seconds, with decimals, or milliseconds."""
+    if not re.fullmatch(r"\d{1,9}(\.\d+)?", start):
+        return []
+    first = float(start)
+    times = [(start, f"{first + SECONDS:.3f}".rstrip("0").rstrip("."))]
+    times += [(f"{first:.{n}f}", f"{first + SECONDS:.{n}f}") for n in (1, 3)]
+    times += [(f"{1000 * first:.0f}", f"{1000 * (first + SECONDS):.0f}")]
+    exact = [f"{video}_{a}_{b}" for a, b in times]
+    return [f"{y}{name}" for name in (*exact, *(f"{video}_{a}" for a, _ in times[:3])) for y in ("", "Y")]
 
 
 def _official(row: TableRow) -> dict[str, str]:

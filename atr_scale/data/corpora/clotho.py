@@ -7,18 +7,15 @@ the licence of each clip.
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
+from atr_scale.data.corpora.audio_files import AudioFiles, audio_stem, walk_audio
 from atr_scale.data.corpora.corpus import Clip, Corpus
 from atr_scale.data.corpora.files import (
-    by_stem,
     first_file,
     group_captions,
     need_columns,
-    normal_name,
     read_table,
-    walk_audio,
 )
 from atr_scale.errors import UserError
 
@@ -58,8 +55,16 @@ class Clotho(Corpus):
     def find_audio(self, split: str, clips: list[Clip]) -> list[str]:
         """The file name, with any audio extension, below <split>/, clotho_audio_files/<split>/ or audio/<split>/."""
         parents = ("", "clotho_audio_files", "audio")
-        files = by_stem(walk_audio(self.root / parent / split for parent in parents))
-        return [files.get(normal_name(os.path.splitext(clip.clip_id.split("/", 1)[1])[0]), "") for clip in clips]
+        files = AudioFiles(walk_audio(self.root / parent / split for parent in parents))
+
+        def find(clip: Clip) -> str:
+            names = [audio_stem(clip.clip_id.split("/", 1)[1])]
+            path = files.find(names)
+            if not path:
+                self.missing[clip.clip_id] = files.explain(names)
+            return path
+
+        return [find(clip) for clip in clips]
 
 
 def _captions_file(root: Path, split: str) -> Path:

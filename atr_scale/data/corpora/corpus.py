@@ -44,11 +44,13 @@ class Corpus(ABC):
     overlap_warning: ClassVar[str] = ""
     # Rows of the metadata that are no clip: file and line, and what is wrong. Filled by `read_clips` with `reject`.
     bad_rows: dict[str, str]
+    # Names that were looked for, by the ids of clips without audio. Filled by `find_audio`, for the report.
+    missing: dict[str, str]
 
     def __init__(self, name: str, root: Path, options: Section | None = None) -> None:
         self.name, self.root = name, root
         self.options = self.Options() if options is None else options
-        self.bad_rows = {}
+        self.bad_rows, self.missing = {}, {}
 
     def reject(self, place: str, detail: str) -> None:
         """Note that the row at `place` cannot be used; the build leaves it out, counts it and goes on."""

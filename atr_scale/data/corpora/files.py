@@ -1,11 +1,9 @@
-"""Helpers of the corpus readers: tables of captions, and the search for audio files."""
+"""Helpers of the corpus readers: tables of captions."""
 
 from __future__ import annotations
 
 import csv
-import os
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -13,8 +11,6 @@ from atr_scale.data.sample import clean_captions
 from atr_scale.data.values import caption_texts
 from atr_scale.errors import UserError
 
-# The first one is taken if a clip has several files. m4a cannot be decoded; it is listed so that it is reported.
-SOURCE_EXTENSIONS = (".flac", ".wav", ".ogg", ".mp3", ".opus", ".m4a")
 MAX_FIELD = 1 << 20
 MAX_LINES = 100  # of one row: more come from a quote that was never closed
 
@@ -142,36 +138,6 @@ def first_file(root: Path, names: Iterable[str], what: str) -> Path:
         if (root / name).is_file():
             return root / name
     raise UserError(f"no {what} in {root}: expected one of {', '.join(names)}")
-
-
-def walk_audio(folders: Iterable[Path]) -> list[tuple[str, str]]:
-    """(path relative to its folder, full path) of every audio file below the folders that exist, in a fixed order."""
-    found = []
-    for folder in folders:
-        for parent, names, files in os.walk(folder, followlinks=True):
-            names.sort()
-            for name in sorted(files):
-                if name.lower().endswith(SOURCE_EXTENSIONS) and not name.startswith("."):
-                    path = os.path.join(parent, name)
-                    found.append((os.path.relpath(path, folder), path))
-    return found
-
-
-def by_stem(files: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Full path by normalised file stem. Of several files, the extension that SOURCE_EXTENSIONS has first is taken."""
-    best: dict[str, tuple[int, str]] = {}
-    for name, path in files:
-        stem, extension = os.path.splitext(os.path.basename(name))
-        rank = SOURCE_EXTENSIONS.index(extension.lower())
-        key = normal_name(stem)
-        if key not in best or rank < best[key][0]:
-            best[key] = (rank, path)
-    return {key: path for key, (_, path) in best.items()}
-
-
-def normal_name(name: str) -> str:
-    """A file name for comparisons: in NFC, as file systems differ in this, and without white space at its ends."""
-    return unicodedata.normalize("NFC", name).strip()
 
 
 def audioset_clip_id(video: str) -> str:

@@ -7,8 +7,10 @@ sound_id.
 
 from __future__ import annotations
 
+import posixpath
 from pathlib import Path
 
+from atr_scale.data.corpora.audio_files import AudioFiles, walk_audio, walk_files, without_extension
 from atr_scale.data.corpora.corpus import Clip, Corpus
 from atr_scale.data.corpora.files import (
     TableRow,
@@ -16,9 +18,7 @@ from atr_scale.data.corpora.files import (
     first_file,
     group_captions,
     need_columns,
-    normal_name,
     read_table,
-    walk_audio,
 )
 from atr_scale.sections import Section
 
@@ -36,16 +36,33 @@ class Folder(Corpus):
         used = {"file_name", "split", "label", *caption_columns(path, rows[0])}
         rows = [row for row in rows if split in ("", ALL, row.get("split"))]
         clips = []
-        for name, (row, captions) in group_captions(path, rows, lambda row: row["file_name"], self.reject).items():
+        for row, captions in group_captions(path, rows, lambda row: _same_file(row["file_name"]), self.reject).values():
             meta = {k: v for k, v in row.items() if k not in used and v}
             label = row.get("label") or None
-            clips.append(Clip(f"{self.name}/{name}", captions, row.get("split", split), label=label, meta=meta))
+            clips.append(
+                Clip(f"{self.name}/{row['file_name']}", captions, row.get("split", split), label=label, meta=meta)
+            )
         return clips
 
     def find_audio(self, split: str, clips: list[Clip]) -> list[str]:
-        """The file with the clip's file_name below audio/."""
-        files = {normal_name(name): path for name, path in walk_audio([self.root / "audio"])}
-        return [files.get(normal_name(clip.clip_id.split("/", 1)[1]), "") for clip in clips]
+        """The file with the clip's file_name below audio/.
+
+        The name may also begin with `./`, `audio/` or the whole path of that folder, or be in another letter case, or
+        have another extension or none, if only one file fits. Files elsewhere are never read.
+        """
+        folder = self.root / "audio"
+        files = AudioFiles(walk_files([folder]), key=str)
+        stems = AudioFiles(walk_audio([folder]), key=without_extension)
+
+        def find(clip: Clip) -> str:
+            name = clip.clip_id.split("/", 1)[1]
+            names = list(dict.fromkeys((name, _same_file(name), _inside(folder, name))))
+            path = files.find(names) or stems.find([without_extension(name) for name in names])
+            if not path:
+                self.missing[clip.clip_id] = files.explain(names)
+            return path
+
+        return [find(clip) for clip in clips]
 
     def find_splits(self) -> list[str]:
         """The values of the split column, and `all` if there are several."""
@@ -58,3 +75,16 @@ class Folder(Corpus):
         rows = read_table(path, self.reject)
         need_columns(path, rows[0], "file_name")
         return path, rows
+
+
+def _same_file(name: str) -> str:
+    """`name` without the parts that name no other file: `./`, doubled slashes, slashes of Windows."""
+    return posixpath.normpath(name.replace("\\", "/")) if name.strip() else ""
+
+
+def _inside(folder: Path, name: str) -> str:
+    """`name` relative to `folder`, if it begins with the folder's name or whole path."""
+    name = _same_file(name)
+    for prefix in (f"{folder.resolve()}/", f"{folder}/", f"{folder.name}/"):
+        name = name.removeprefix(prefix)
+    return name

@@ -14,8 +14,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from atr_scale.data.corpora.audio_files import SOURCE_EXTENSIONS, AudioFiles, walk_audio
 from atr_scale.data.corpora.corpus import Clip, Corpus
-from atr_scale.data.corpora.files import SOURCE_EXTENSIONS, audioset_clip_id, by_stem, walk_audio, youtube_id
+from atr_scale.data.corpora.files import audioset_clip_id, youtube_id
 from atr_scale.data.exclusions import EXCLUSION_FORMATS, ExcludedIds, ExclusionList, read_exclusions
 from atr_scale.data.sample import clean_captions
 from atr_scale.data.values import caption_texts, id_text, json_type, load_json
@@ -70,12 +71,18 @@ class WavCaps(Corpus):
 
     def find_audio(self, split: str, clips: list[Clip]) -> list[str]:
         """`<id>` with any audio extension, below any folder named after the clip's source."""
-        files = {source: by_stem(walk_audio(folders)) for source, folders in _audio_folders(self.root).items()}
+        files = {
+            source: AudioFiles(walk_audio(folders), ignore_case=source != "audioset")  # ids of YouTube have a case
+            for source, folders in _audio_folders(self.root).items()
+        }
 
         def find(clip: Clip) -> str:
             source, video = clip.meta["source"], clip.meta.get("youtube_id")
-            stems = (f"Y{video}", video) if video else (clip.clip_id.split("/", 2)[2],)
-            return next((files[source][stem] for stem in stems if stem in files[source]), "")
+            names = [f"Y{video}", video] if video else [clip.clip_id.split("/", 2)[2]]
+            path = files[source].find(names)
+            if not path:
+                self.missing[clip.clip_id] = files[source].explain(names)
+            return path
 
         return [find(clip) for clip in clips]
 
