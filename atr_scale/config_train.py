@@ -130,6 +130,11 @@ class TrainSection(Section):
     max_bad_steps: Count = Field(
         3, description="optimizer steps in a row with a non-finite loss or gradient after which the run stops"
     )
+    hang_seconds: Positive | None = Field(
+        None,
+        description="time without progress after which the run ends because a rank hangs; default: 10 median steps, "
+        "at least 60 s; declared waits, such as the start, a save or an evaluation, may take an hour",
+    )
 
     @field_validator("initial_checkpoint", mode="before")
     @classmethod

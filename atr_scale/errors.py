@@ -47,12 +47,18 @@ def one_line(error: Exception | str, width: int = 300) -> str:
 
 
 def exit_with_line(error: OneLineError) -> NoReturn:
-    """Exit with the error's code and report it in one line. One of several ranks with the same error reports it.
+    """Exit with the error's code and report it in one line. One of several ranks with the same error reports it."""
+    defer_to_first_rank(error)
+    report(error)
+    sys.exit(error.exit_code)
+
+
+def report(error: OneLineError) -> None:
+    """Report the error in one line, unless the launcher has stopped this rank or the first rank reports the same.
 
     Below torchrun and accelerate the launcher prints a report after all output of the ranks. The line is then handed to
     the launcher, which prints it at the end of the report, instead of being printed here and lost above the report.
     """
-    defer_to_first_rank(error)
     line = f"error: {error}"
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None:
@@ -63,10 +69,9 @@ def exit_with_line(error: OneLineError) -> NoReturn:
             _write(Path(file), line, error.seen_at or time.time())
         except OSError:  # the launcher that named the file is gone
             print(line, file=sys.stderr)
-            sys.exit(error.exit_code)
+            return
         if os.environ.get("TORCHELASTIC_RESTART_COUNT") != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
             print(line, file=sys.stderr)  # the launcher starts the ranks again and reports only the last attempt
-    sys.exit(error.exit_code)
 
 
 def defer_to_first_rank(error: OneLineError) -> None:

@@ -1,6 +1,7 @@
 """Files of a run folder that say how training goes: their names, and reading them while they may be damaged.
 
     RUN/status/rank-R.json   the latest sign of life of rank R; docs/operations.md explains its fields
+    RUN/status/stacks-ATTEMPT-rank-R.txt   what the threads of rank R did when the run hung
     RUN/attempts.jsonl       starts and ends of the processes that have trained in the folder
     RUN/metrics.jsonl        losses, speed and counts by step
     RUN/dropped.jsonl        samples that could not be read
@@ -28,6 +29,11 @@ TAIL = 1 << 16  # bytes at the end of metrics.jsonl that hold its last lines
 def rank_file(run: Path, rank: int) -> Path:
     """Where rank `rank` writes its sign of life."""
     return run / STATUS / f"rank-{rank}.json"
+
+
+def stacks_file(run: Path, attempt: int, rank: int) -> Path:
+    """Where rank `rank` writes the Python stacks of its threads if the run hangs."""
+    return run / STATUS / f"stacks-{attempt}-rank-{rank}.txt"
 
 
 def read_json_object(path: Path) -> dict[str, Any] | None:

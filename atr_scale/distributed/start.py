@@ -13,20 +13,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore  # torch.distributed, but typed
+from torch.distributed import distributed_c10d
 
 from atr_scale.distributed.world import World
 from atr_scale.errors import OneLineError, UserError, defer_to_first_rank
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = timedelta(minutes=30)  # reading shards and saving checkpoints may delay one rank
 # Ranks of a launcher may start minutes after each other, on a cluster whose file system is slow. Without a launcher
 # RANK and WORLD_SIZE are often left over from another start.
 JOIN_TIMEOUT, JOIN_TIMEOUT_ALONE = timedelta(minutes=5), timedelta(minutes=1)
@@ -92,9 +92,10 @@ class Place:
 
 
 @contextmanager
-def distributed() -> Iterator[tuple[World, torch.device]]:
+def distributed(timeout_s: float = 1800.0) -> Iterator[tuple[World, torch.device]]:
     """Joins the other ranks and leaves them on exit. Yields (world, this rank's device).
 
+    timeout_s: for which a rank waits for another one in any group: shards or a checkpoint may keep one busy.
     Raises UserError if they cannot be reached, or if two ranks have the same GPU.
     """
     place = Place.find(os.environ)
@@ -122,23 +123,41 @@ def distributed() -> Iterator[tuple[World, torch.device]]:
         _meet(place, store, patience)
         if device.type == "cuda":
             _claim(device, place, store)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
-    )
+    with _timeout_of_groups(timedelta(seconds=timeout_s)):
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            device_id=device if device.type == "cuda" else None,
+        )
+        try:
+            yield replace(World.current(), store=store), device
+        except OneLineError as error:
+            defer_to_first_rank(error)
+            raise
+        finally:
+            _leave()
+            os.environ.clear()
+            os.environ.update(found)
+
+
+@contextmanager
+def _timeout_of_groups(timeout: timedelta) -> Iterator[None]:
+    """The timeout of every group that is made meanwhile, also of those that DeepSpeed makes.
+
+    Else it is 10 minutes with NCCL, whatever the default group has, and a rank that waits for its data ends the run.
+    """
+    names = "default_pg_timeout", "default_pg_nccl_timeout"
+    found = {name: getattr(distributed_c10d, name) for name in names}
+    for name, value in found.items():
+        if value is not None:  # this build has the backend
+            setattr(distributed_c10d, name, timeout)
     try:
-        yield World.current(), device
-    except OneLineError as error:
-        defer_to_first_rank(error)
-        raise
+        yield
     finally:
-        _leave()
-        os.environ.clear()
-        os.environ.update(found)
+        for name, value in found.items():
+            setattr(distributed_c10d, name, value)
 
 
 def _leave() -> None:

@@ -103,12 +103,14 @@ class World:
     """This process in a group: its rank and the world size.
 
     group: of the tensors. host: of numbers and objects; `group` itself if that takes tensors of the host.
+    store: through which the ranks have met, None if that is not known; other threads take a clone of it.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
     host: Any = None
+    store: Any = None
 
     @staticmethod
     def current() -> World:

@@ -21,8 +21,8 @@ FREE_TO_CHANGE = (
     "data.outage_seconds", "evaluation.",
     "train.steps", "train.epochs",
     "train.micro_batch_size", "train.kept_chunks", "train.evaluate_every", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.log_every", "train.max_bad_steps", "train.initial_checkpoint",
-    "model.audio.attention", "model.text.attention",
+    "train.keep_checkpoints", "train.log_every", "train.max_bad_steps", "train.hang_seconds",
+    "train.initial_checkpoint", "model.audio.attention", "model.text.attention",
 )  # fmt: skip
 
 

@@ -20,15 +20,18 @@ from statistics import median
 from types import TracebackType
 from typing import Any
 
+from atr_scale.config import RunConfig
+from atr_scale.distributed.watchdog import Watchdog
 from atr_scale.distributed.world import World
 from atr_scale.errors import one_line
-from atr_scale.run_files import rank_file
+from atr_scale.run_files import rank_file, stacks_file
+from atr_scale.training.attempts import Attempt
 
 logger = logging.getLogger(__name__)
 
 WRITE_S, RANKS_PER_S = 3.0, 100  # between two writes of a file; more with many ranks, to spare the file system
 LEAST_HANG_S, HANG_STEPS = 60.0, 10
-WAIT_S = 3600.0
+WAIT_S, SPARE_S = 3600.0, 300.0
 STEPS_KEPT = 50  # durations of which the median is taken
 OF_PHASES = "starting", "evaluating", "saving"  # waits that are a state of their own; others are "waiting"
 
@@ -136,8 +139,10 @@ class Heartbeat:
 
     @property
     def hang_limit(self) -> float:
-        """Seconds for a step without declared waits."""
-        return self._hang_s or max(LEAST_HANG_S, HANG_STEPS * self._median)
+        """The same without declared waits. Before the median is known, imports may keep other threads from running."""
+        if self._hang_s is None or not self._durations:
+            return max(LEAST_HANG_S, HANG_STEPS * self._median)
+        return self._hang_s
 
     @property
     def _median(self) -> float:
@@ -200,3 +205,29 @@ class Heartbeat:
             "written": time.time(),
             "reason": self._reason,
         }
+
+
+def longest_wait(config: RunConfig) -> float:
+    """Limit of declared waits in seconds: longer than the store's, whose end has a message of its own."""
+    return max(WAIT_S, config.data.outage_seconds + SPARE_S)
+
+
+def longest_silence(config: RunConfig) -> float:
+    """Seconds for which a rank may wait for another one: the watchdog, which says more, ends the run before."""
+    return max(longest_wait(config), config.train.hang_seconds or 0) + SPARE_S
+
+
+@contextlib.contextmanager
+def watched_rank(config: RunConfig, world: World, attempt: Attempt) -> Iterator[Heartbeat]:
+    """The heartbeat of this rank, with a watchdog that ends it if the run hangs. All ranks enter this together."""
+    run = Path(config.run.dir)
+    hang_s, wait_s = config.train.hang_seconds, longest_wait(config)
+    heartbeat = Heartbeat(run, world, attempt.number, hang_s=hang_s, wait_s=wait_s)
+
+    def on_hang(reason: str, reports: bool) -> None:
+        heartbeat.end(reason)
+        if reports:
+            attempt.end(reason, 1)
+
+    with heartbeat, Watchdog(world, heartbeat, stacks_file(run, attempt.number, world.rank), on_hang):
+        yield heartbeat

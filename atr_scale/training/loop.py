@@ -39,7 +39,7 @@ from atr_scale.training.checks import (
     checkpoint_to_resume,
 )
 from atr_scale.training.engine import Engine
-from atr_scale.training.heartbeat import Heartbeat
+from atr_scale.training.heartbeat import Heartbeat, longest_silence, watched_rank
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
 from atr_scale.training.preemption import PreemptionFlag
@@ -55,10 +55,10 @@ def train(config: RunConfig) -> None:
     """Train, or continue from the newest intact checkpoint in the run folder."""
     precision = Precision(config.train.precision, config.train.tf32)
     with (
-        distributed() as (world, device),
+        distributed(longest_silence(config)) as (world, device),
         encoder_products(precision.tf32),
         attempted(Path(config.run.dir), world) as attempt,
-        Heartbeat(Path(config.run.dir), world, attempt.number) as heartbeat,
+        watched_rank(config, world, attempt) as heartbeat,
         STORE.waiting_with(config.data.outage_seconds, heartbeat.wait),
     ):
         logger.info(precision.describe(device, config.train.head_products))

@@ -161,3 +161,13 @@ def test_left_over_variables_are_one_line_that_names_the_missing_ranks(
     ):
         pass
     assert f"rank {rank} waits for {whom}" in caplog.text
+
+
+def test_every_group_has_the_timeout_of_the_run() -> None:
+    """A group that DeepSpeed makes would wait 10 minutes with NCCL, less than a declared wait may take."""
+    usual = dist.distributed_c10d.default_pg_timeout
+    with distributed(timeout_s=4000.0):
+        groups: list[Any] = [dist.group.WORLD, dist.new_group()]
+        found = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    assert found == [timedelta(seconds=4000)] * 2
+    assert dist.distributed_c10d.default_pg_timeout == usual
