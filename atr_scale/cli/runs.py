@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -126,3 +127,35 @@ def plan_command(
     print(describe_plan(plan))
     for path in write_plan(plan, out) if out else ():
         print(path)
+
+
+@app.command("status")
+def status_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: an object for one run, a list for several.")
+    ] = False,
+) -> None:
+    """Tell how runs go, and why they ended.
+
+    State, progress, attempts, lost time, checkpoints, dropped samples and silent ranks come from the files of the run
+    folders alone, while the runs train or after their end, on any machine that sees the folders.
+    docs/operations.md explains the states and the JSON.
+
+    \b
+    Examples:
+      atr-scale status runs/pretrain_wavcaps
+      atr-scale status runs/*
+      atr-scale status runs/pretrain_wavcaps --json
+    """
+    from atr_scale.status import is_run, read_status
+    from atr_scale.status_text import status_page, status_table
+
+    if len(runs) > 1 and any(map(is_run, runs)):
+        runs = [run for run in runs if is_run(run)]  # a pattern also meets other folders
+    found = [read_status(run) for run in runs]
+    if as_json:
+        values = [status.as_json() for status in found]
+        print(json.dumps(values[0] if len(values) == 1 else values, indent=1))
+    else:
+        print(status_page(found[0]) if len(found) == 1 else status_table(found))

@@ -1,11 +1,10 @@
 """RUN/attempts.jsonl: every start of training in a run folder, and how it ended.
 
-    {"event": "start", "attempt": 2, "time": ..., "world_size": 8, "host": ..., "pid": ..., "version": ..., "job": ...,
-     "reached": 120}
+    {"event": "start", "attempt": 2, "time": ..., "world_size": 8, "host": ..., "pid": ..., "version": ..., "job": ...}
     {"event": "training", "attempt": 2, "time": ..., "step": 100, "steps": 6000}
     {"event": "end", "attempt": 2, "time": ..., "rank": 0, "reason": "done", "step": 6000, "rc": 0}
 
-An attempt without "end" was killed. Times are seconds since the epoch.
+Times are seconds since the epoch. The end of an attempt that was killed is written by the next one.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from atr_scale.distributed.world import World
-from atr_scale.errors import UserError, one_line
+from atr_scale.errors import OneLineError, one_line
+from atr_scale.rank_signs import float_in, read_signs
 from atr_scale.run_files import ATTEMPTS, append_json_lines, last_logged_step, read_json_lines
 from atr_scale.training.record import Progress
 from atr_scale.training.run_info import redact
@@ -44,6 +44,8 @@ class Attempt:
         self._progress: Progress | None = None
         self._steps = 0
         if world.is_main:
+            if before:
+                self._write_end_of_killed(self.number - 1, before)
             self._write(
                 "start",
                 world_size=world.size,
@@ -51,7 +53,6 @@ class Attempt:
                 pid=os.getpid(),
                 version=__version__,
                 job=os.environ.get("SLURM_JOB_ID"),
-                reached=last_logged_step(run),  # metrics.jsonl loses the steps that are trained again
             )
 
     def follow(self, progress: Progress, steps: int) -> None:
@@ -74,6 +75,18 @@ class Attempt:
             done = self._progress is not None and self._progress.step >= self._steps
             self.end("done" if done else "preempted", 0)
 
+    def _write_end_of_killed(self, number: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write how far attempt `number` came, if it left no end: its other traces are overwritten from now on."""
+        own = [line for line in lines if line.get("attempt") == number]
+        if any(line.get("event") == "end" for line in own):
+            return
+        signs = read_signs(self.run, number)
+        reason = next((sign.reason for sign in signs if sign.reason), "killed")
+        times = [sign.written for sign in signs] or [t for line in own if (t := float_in(line, "time"))]
+        step = max([last_logged_step(self.run), *(sign.step for sign in signs)])
+        ended = max(times, default=time.time())
+        self._write("end", attempt=number, time=ended, rank=None, reason=reason, step=step, rc=None)
+
     def _write(self, event: str, **values: Any) -> None:
         line = {"event": event, "attempt": self.number, "time": round(time.time(), 3), **values}
         try:
@@ -89,8 +102,8 @@ def attempted(run: Path, world: World) -> Iterator[Attempt]:
     attempt = Attempt(run, world)
     try:
         yield attempt
-    except UserError as error:
-        attempt.end(str(error), 2)
+    except OneLineError as error:
+        attempt.end(str(error), error.exit_code)
         raise
     except KeyboardInterrupt:
         attempt.end("interrupted from the keyboard", 130)

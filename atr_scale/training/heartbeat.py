@@ -202,6 +202,7 @@ class Heartbeat:
             "step_seconds": self._median or None,
             "started": self._started,
             "beat": self._progressed,
+            "limit": self.limit,
             "written": time.time(),
             "reason": self._reason,
         }

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
 
 from atr_scale.distributed.world import World
-from atr_scale.errors import UserError
-from atr_scale.run_files import ATTEMPTS, METRICS, append_json_lines, last_logged_step, read_json_lines
+from atr_scale.errors import Failure, UserError
+from atr_scale.run_files import ATTEMPTS, METRICS, append_json_lines, last_logged_step, rank_file, read_json_lines
 from atr_scale.training.attempts import Attempt, attempted
 from atr_scale.training.record import Progress
 
 
-def ends(run: Path) -> list[tuple[int, str, int | None, int]]:
+def ends(run: Path) -> list[tuple[int, str, int | None, int | None]]:
     lines = [line for line in read_json_lines(run / ATTEMPTS) if line["event"] == "end"]
     return [(line["attempt"], line["reason"], line["step"], line["rc"]) for line in lines]
 
@@ -24,20 +26,30 @@ def test_attempts_are_numbered_and_say_how_far_they_came(tmp_path: Path) -> None
         progress = Progress(step=0)
         attempt.follow(progress, 10)
         progress.step = 4
-    append_json_lines(run / METRICS, [{"kind": "train", "step": 7}])
     with attempted(run, World()) as attempt:
         progress = Progress(step=4)
         attempt.follow(progress, 10)
         progress.step = 10
     assert ends(run) == [(1, "preempted", 4, 0), (2, "done", 10, 0)]
-    starts = [line for line in read_json_lines(run / ATTEMPTS) if line["event"] == "start"]
-    assert [line["reached"] for line in starts] == [0, 7]
+
+
+def test_the_next_attempt_says_how_far_a_killed_one_came(tmp_path: Path) -> None:
+    Attempt(tmp_path, World()).follow(Progress(step=2), 10)
+    append_json_lines(tmp_path / METRICS, [{"kind": "train", "step": 7}])
+    Attempt(tmp_path, World())
+    assert ends(tmp_path) == [(1, "killed", 7, None)]
+    beat = {"rank": 0, "attempt": 2, "step": 9, "written": 1e9, "reason": "the disk melted"}
+    rank_file(tmp_path, 0).parent.mkdir()
+    rank_file(tmp_path, 0).write_text(json.dumps(beat))
+    Attempt(tmp_path, World())
+    assert ends(tmp_path)[1] == (2, "the disk melted", 9, None)
 
 
 @pytest.mark.parametrize(
     ("error", "reason", "rc"),
     [
         (UserError("the mistake"), "the mistake", 2),
+        (Failure("the store could not be reached"), "the store could not be reached", 1),
         (RuntimeError("it broke\nin two lines"), "RuntimeError: it broke in two lines", 1),
         (KeyboardInterrupt(), "interrupted from the keyboard", 130),
         (ValueError("secret_key=abcdefghijkl"), "ValueError: secret_key=[redacted]", 1),
@@ -51,8 +63,7 @@ def test_an_error_is_the_reason_of_the_end(tmp_path: Path, error: BaseException,
 
 def test_the_rank_that_fails_first_says_why(tmp_path: Path) -> None:
     main = Attempt(tmp_path, World())
-    other = Attempt(tmp_path, World())
-    other.number = main.number
+    other = copy.copy(main)
     other.world = World(rank=3, size=4)
     other.end("the cause", 1)
     main.end("connection closed by peer", 1)
