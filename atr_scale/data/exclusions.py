@@ -68,4 +68,6 @@ def read_exclusions(path: Path) -> ExclusionList:
     if found is None:
         raise UserError(f"{path} is not an exclusion list: give {', or '.join(EXCLUSION_FORMATS)}")
     youtube, sound = frozenset(found.youtube), frozenset(found.sound)
+    if not youtube and not sound:
+        raise UserError(f"the exclusion list {path} has no ids: download it again")
     return ExclusionList(path.name, hashlib.sha256(payload).hexdigest(), len(youtube) + len(sound), youtube, sound)

@@ -129,7 +129,10 @@ def plan_build(corpus: Corpus, split: str | None, exclude: Sequence[Path]) -> Bu
     name, root, split = corpus.name, corpus.root, corpus.choose_split(split)
     rows = [_with_valid_texts(clip) for clip in corpus.read_clips(split)]
     dropped = [DroppedClip("", place, "bad_row", detail) for place, detail in corpus.bad_rows.items()]
-    lists = [*corpus.own_exclusions(), *(read_exclusions(path) for path in exclude)]
+    given = [read_exclusions(path) for path in exclude]
+    for entry in given:
+        _check_it_can_cover(entry, corpus, rows)
+    lists = [*corpus.own_exclusions(), *given]
     exclusions = [_applied(entry, rows) for entry in lists]
     kept = [clip for clip in rows if not any(entry.covers(clip.meta) for entry in lists)]
     if not kept:
@@ -159,6 +162,18 @@ def plan_build(corpus: Corpus, split: str | None, exclude: Sequence[Path]) -> Bu
     clips.sort(key=lambda clip: hashlib.blake2b(clip.clip_id.encode(), digest_size=8).digest())
     options = corpus.options.model_dump(mode="json", exclude_defaults=True)
     return BuildPlan(name, split, corpus.licence, options, clips, dropped, exclusions)
+
+
+def _check_it_can_cover(entry: ExclusionList, corpus: Corpus, rows: list[Clip]) -> None:
+    """UserError if no clip has ids of the list's kind; a warning if it covers none of the clips."""
+    kinds = [kind for kind, ids in (("youtube_id", entry.youtube_ids), ("sound_id", entry.sound_ids)) if ids]
+    if not any(clip.meta.get(kind) for clip in rows for kind in kinds):
+        raise UserError(
+            f"the exclusion list {entry.name} cannot exclude anything: no clip of {corpus.name} in {corpus.root} has "
+            f"a {' or '.join(kinds)}; add the metadata that has it, name its column so, or drop --exclude"
+        )
+    if not any(entry.covers(clip.meta) for clip in rows):
+        logger.warning("the exclusion list %s covers none of the %d clips of %s", entry.name, len(rows), corpus.name)
 
 
 def _with_valid_texts(clip: Clip) -> Clip:

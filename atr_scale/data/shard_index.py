@@ -38,7 +38,7 @@ class ShardScan:
     keys, starts, stops, captions: of the complete samples; sample k is the bytes [starts[k], stops[k]) of the shard and
     has captions[k] captions, 0 if its JSON is unusable.
     dropped: groups of members that are not a sample, by reason. fault: the broken header, if there is one.
-    end_marker: whether the archive ends as it should.
+    end_marker: whether the archive ends as it should; one without the marker counts as cut_shard too.
     """
 
     keys: list[str]
@@ -88,7 +88,7 @@ def scan_shard(path: str, size: int) -> ShardScan:
                     group.captions = count_captions(key, read(member.data_start, member.data_start + member.size))
     except BrokenTar as error:
         fault = str(error)
-    scan = ShardScan([], [], [], [], Counter({"cut_shard": 1} if fault else {}), fault, end_marker)
+    scan = ShardScan([], [], [], [], Counter({} if end_marker and not fault else {"cut_shard": 1}), fault, end_marker)
     seen: set[str] = set()
     for group in groups:
         reason = "duplicate_key" if group.key in seen else group_fault(group.extensions)
@@ -129,8 +129,9 @@ def _scan_all(location: str, tars: dict[str, int]) -> list[dict[str, Any]]:
     def scan(item: tuple[str, int]) -> dict[str, Any]:
         name, size = item
         found = scan_shard(storage.join(location, name), size)
-        if found.fault:
-            logger.warning("%s: %s; the rest of the shard is left out", storage.join(location, name), found.fault)
+        fault = found.fault or (None if found.end_marker else f"no end marker at byte {size}")
+        if fault:
+            logger.warning("%s is cut or damaged: %s; the rest is left out", storage.join(location, name), fault)
         lists = {"keys": found.keys, "starts": found.starts, "stops": found.stops, "captions": found.captions}
         return {"name": name, "bytes": size, **lists, "dropped": dict(found.dropped)}
 

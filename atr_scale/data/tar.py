@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BLOCK = 512
+PADDING_BYTES = 1 << 16  # read at once behind the end marker
 MAX_SPECIAL_BYTES = 1 << 20
 OLD_FILE = b"\0"  # a file before POSIX; also a folder, if its name ends in a slash
 REGULAR = (b"0", OLD_FILE)
@@ -52,7 +53,7 @@ def walk(read: Callable[[int, int], bytes], end: int) -> Iterator[Member | None]
     """Members of the archive bytes [0, end), and finally None if the archive has its end marker.
 
     `read(start, stop)` returns bytes; it is never called with a stop beyond `end`. Raises BrokenTar if a header or a
-    member is not whole.
+    member is not whole, or if something follows the end marker, as in a file of two archives.
     """
     position = first = 0
     long_name: str | None = None
@@ -64,6 +65,7 @@ def walk(read: Callable[[int, int], bytes], end: int) -> Iterator[Member | None]
         if not any(header):
             if first != position:
                 raise BrokenTar(first, "header extension without a member")
+            _refuse_more(read, position, end)
             yield None
             return
         name, kind, length = _parse_header(header, position)
@@ -98,6 +100,15 @@ def walk(read: Callable[[int, int], bytes], end: int) -> Iterator[Member | None]
         position = first = stop
     if first != position:
         raise BrokenTar(first, "header extension without a member")
+
+
+def _refuse_more(read: Callable[[int, int], bytes], start: int, end: int) -> None:
+    """Raises BrokenTar if there is anything but zeros from the end marker on: tar pads its files with them."""
+    for position in range(start, end, PADDING_BYTES):
+        rest = read(position, min(position + PADDING_BYTES, end)).lstrip(b"\0")
+        if rest:
+            offset = min(position + PADDING_BYTES, end) - len(rest)
+            raise BrokenTar(offset, "more data, perhaps a second archive, behind the end marker")
 
 
 def split_key(member: Member) -> tuple[str, str] | None:

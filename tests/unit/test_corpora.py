@@ -227,6 +227,33 @@ def test_exclusions_match_every_corpus_that_names_its_sources(tmp_path: Path) ->
         plan_build(open_corpus("folder", tmp_path), None, [blacklist])
 
 
+@pytest.mark.parametrize("ids", [["401", "402"], ["401.0", "402.0"], [401.0, 402], ["401.0", None, "402"]])
+def test_ids_match_also_if_a_table_made_them_floats(tmp_path: Path, ids: list[Any]) -> None:
+    rows = [["a.wav", "x", "401"], ["b.wav", "y", "402.0"], ["c.wav", "z", "403.0"]]
+    table(tmp_path / "captions.csv", ["file_name", "caption", "sound_id"], *rows)
+    audio(*(tmp_path / "audio" / f"{name}.wav" for name in "abc"))
+    table(tmp_path / "list.csv", ["n", "sound_id"], *([str(n), str(entry or "")] for n, entry in enumerate(ids)))
+    (tmp_path / "list.json").write_text(json.dumps({"FreeSound": ids}))
+    for name in ("list.csv", "list.json"):
+        plan = plan_build(open_corpus("folder", tmp_path), None, [tmp_path / name])
+        assert [clip.captions for clip in plan.clips] == [["z"]] and plan.exclusions[0]["entries"] == 2
+
+
+def test_a_list_that_can_exclude_nothing_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table(tmp_path / "captions.csv", ["file_name", "caption", "freesound", "youtube_id"], ["a.wav", "x", "401", "abc"])
+    audio(tmp_path / "audio" / "a.wav")
+    for content in ("sound_id\n401\n", '{"FreeSound": ["401"]}'):
+        (tmp_path / "list").write_text(content)
+        with pytest.raises(UserError, match=r"list cannot exclude anything: no clip of .* has a sound_id; add"):
+            plan_build(open_corpus("folder", tmp_path), None, [tmp_path / "list"])
+    (tmp_path / "list").write_text('{"FreeSound": ["401"], "AudioSet": ["Yzzz.wav"]}')
+    plan_build(open_corpus("folder", tmp_path), None, [tmp_path / "list"])
+    assert "list covers none of the 1 clips" in caplog.text
+    (tmp_path / "list").write_text("sound_id,x\n,1\nNone,2\n")
+    with pytest.raises(UserError, match="has no ids"):
+        read_exclusions(tmp_path / "list")
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"other": []}', '{"AudioSet": 3}'])
 def test_a_list_of_another_kind_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "list.json").write_text(content)

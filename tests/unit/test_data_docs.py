@@ -46,12 +46,13 @@ def test_fields_of_the_manifest_and_of_a_sample(page: str, tmp_path: Path) -> No
 
 
 def test_reasons_of_unusable_samples(page: str) -> None:
-    """All first arguments of BadSample, and the reasons that readers and builds count without raising it."""
+    """Those of all calls of BadSample and DroppedClip, and those that readers count without raising it."""
     reasons = {"missing_audio", "no_caption", "duplicate_key", "several_audios", "missing_json", "cut_shard"}
     for path in (ROOT / "atr_scale" / "data").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "BadSample":
-                reasons |= {str(node.args[0].value)} if isinstance(node.args[0], ast.Constant) else set()
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                place = {"BadSample": slice(0, 1), "DroppedClip": slice(2, 3)}.get(node.func.id, slice(0))
+                reasons |= {str(reason.value) for reason in node.args[place] if isinstance(reason, ast.Constant)}
     assert len(reasons) > 15
     assert reasons == first_column(section(page, "Checking shards")) - {"reason"}
 

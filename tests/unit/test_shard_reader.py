@@ -179,7 +179,7 @@ def test_empty_and_html_shards_are_left_out_and_counted(two_shards: Path) -> Non
     (two_shards / "c.tar").write_bytes(b"")
     (two_shards / "d.tar").write_bytes(b"<html>not found</html>" * 100)
     shards = open_shards(str(two_shards))
-    assert len(shards) == 2 * len(KEYS) and shards.dropped == {"cut_shard": 1}
+    assert len(shards) == 2 * len(KEYS) and shards.dropped == {"cut_shard": 2}
 
 
 def test_no_shards_names_the_folders_that_hold_some(two_shards: Path) -> None:
