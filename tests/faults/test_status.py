@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from atr_scale.status import RunStatus, read_status
+from atr_scale.status_text import status_page
 from tests.tiny_run import tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -40,12 +41,15 @@ def train(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 
 
 def until(run: Path, holds: Callable[[RunStatus], bool], seconds: float = 90) -> RunStatus:
-    deadline, found = time.monotonic() + seconds, None
+    deadline, seen = time.monotonic() + seconds, "no run"
     while time.monotonic() < deadline:
-        if run.is_dir() and holds(found := read_status(run)):
-            return found
+        if run.is_dir():
+            found = read_status(run)
+            if holds(found):
+                return found
+            seen = status_page(found)
         time.sleep(0.3)
-    raise AssertionError(f"not so after {seconds} s: {found}\n{(run.parent / 'log').read_text()[-3000:]}")
+    raise AssertionError(f"not so after {seconds} s: {seen}\n{(run.parent / 'log').read_text()[-3000:]}")
 
 
 def shown(run: Path) -> dict[str, Any]:
