@@ -20,8 +20,9 @@ from tqdm import tqdm
 from atr_scale.batch import FULL_SCALE, TokenSequence
 from atr_scale.checkpoint import load_retriever
 from atr_scale.config import RunConfig
+from atr_scale.data.audio_source import MAX_RATE, MIN_RATE, open_audio
 from atr_scale.data.collate import pad
-from atr_scale.data.decode import MAX_RATE, MIN_RATE, Crop, check_waveform, decode, probe
+from atr_scale.data.decode import Crop, check_waveform, decode_source
 from atr_scale.data.sample import BadSample
 from atr_scale.data.tokenizer import caption_tokenizer
 from atr_scale.errors import UserError, one_line
@@ -195,10 +196,10 @@ class TrainedModel:
                 return self._resample(_mono(clip, place), place, sample_rate, seconds, cut)
             place = f"{place}, {clip},"
             contents, extension = Path(clip).read_bytes(), Path(clip).suffix[1:].lower()
-            frames, rate = probe(contents, extension)
-            if frames > seconds * rate:
+            source = open_audio(contents, extension)
+            if source.frames > seconds * source.rate:
                 cut.append(place.rstrip(","))
-            return decode(contents, extension, self.sample_rate, crop=Crop(0.0, seconds))
+            return decode_source(source, self.sample_rate, crop=Crop(0.0, seconds))
         except OSError as error:
             raise UserError(f"{place} cannot be read: {error.strerror or error}") from None
         except UserError:

@@ -43,6 +43,9 @@ def shards_build(
     exclude: Annotated[
         list[str] | None, typer.Option(help="File that lists overlapping clips to leave out; repeatable.")
     ] = None,
+    keep_cut: Annotated[
+        bool, typer.Option("--keep-cut", help="Keep the rest of files that are shorter than their header says.")
+    ] = False,
     plugins: Plugins = None,
 ) -> None:
     """Build the shards of one split, with a manifest.
@@ -69,6 +72,7 @@ def shards_build(
         workers=workers,
         exclude=exclude or [],
         options=_key_values(options or []),
+        keep_cut=keep_cut,
     )
     hours, dropped = manifest["seconds"] / 3600, manifest["dropped"] or "none"
     counts = f"{manifest['num_samples']} clips, {manifest['num_captions']} captions, {hours:.2f} h"

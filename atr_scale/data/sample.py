@@ -12,7 +12,7 @@ from atr_scale.data import storage
 
 # Reasons of samples that may be whole: the store, the network or the permissions are at fault.
 READ_FAULTS = ("missing_shard", "no_permission", "read_error")
-AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "mp3", "opus", "pcm")
+AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "mp3", "opus", "pcm", "m4a")
 
 
 class BadSample(Exception):

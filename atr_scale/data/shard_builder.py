@@ -23,8 +23,8 @@ from typing import Any
 from tqdm import tqdm
 
 from atr_scale.data import storage
+from atr_scale.data.audio_source import MAX_RATE, MIN_RATE
 from atr_scale.data.corpora import Clip, Corpus, open_corpus
-from atr_scale.data.decode import MAX_RATE, MIN_RATE
 from atr_scale.data.dropped import DropLog, DroppedClip, write_dropped
 from atr_scale.data.exclusions import ExclusionList, read_exclusions
 from atr_scale.data.manifest import FORMAT, MANIFEST, read_manifest
@@ -66,13 +66,14 @@ def build_shards(
     workers: int | None = None,
     exclude: Sequence[str | Path] = (),
     options: Mapping[str, Any] | None = None,
+    keep_cut: bool = False,
 ) -> dict[str, Any]:
     """Build the shards of one split of the corpus in `root` into the folder or s3:// prefix `out`.
 
     `shard_size`: clips in a shard. `encoding`: flac (16 bit), pcm16 (headerless little-endian int16), or keep (the
     original bytes at their own rate). `sample_rate` in Hz, None for each clip's own; flac and pcm16 are mono.
     `workers`: processes, by default one for each core. `exclude`: exclusion lists in addition to the corpus's own.
-    `options`: options of the corpus's reader.
+    `options`: options of the corpus's reader. `keep_cut`: keep files that are shorter than their header says.
 
     Returns the manifest. Rows and audio that cannot be used are left out, counted by reason and named in dropped.jsonl.
     Finished shards of an interrupted build are kept. Raises UserError for every mistake that the user can mend, also if
@@ -92,6 +93,7 @@ def build_shards(
         "shard_size": shard_size,
         "exclusions": plan.exclusions,
         "options": plan.options or None,
+        "keep_cut": keep_cut or None,
         "clips_sha256": _digest(plan.clips, reader.root),
     }
     storage.make_folder(location)
@@ -100,7 +102,7 @@ def build_shards(
         logger.info("%s is complete: nothing to do", location)
         return finished
     tasks = [
-        Task(f"shard-{n:06d}.tar", location, plan.corpus, encoding, sample_rate, first, chunk)
+        Task(f"shard-{n:06d}.tar", location, plan.corpus, encoding, sample_rate, first, chunk, keep_cut)
         for n, first in enumerate(range(0, len(plan.clips), shard_size))
         if (chunk := plan.clips[first : first + shard_size])
     ]
@@ -264,6 +266,9 @@ def _manifest(
     dropped = Counter(clip.reason for clip in left_out)
     shards = [record["shard"] for record in records]
     num_samples = sum(shard["samples"] for shard in shards)
+    scaled = [clip_id for record in records for clip_id in record.get("scaled", [])]
+    if scaled:
+        logger.warning("%d clips have float samples beyond 1 and are scaled: %s", len(scaled), ", ".join(scaled[:5]))
     if num_samples == 0:
         raise UserError(f"none of the {len(plan.clips)} clips of {plan.corpus} can be used: {dict(dropped)}")
     return {
@@ -276,10 +281,12 @@ def _manifest(
         "sample_rate": settings["sample_rate"],
         "exclusions": plan.exclusions,
         **({"options": plan.options} if plan.options else {}),
+        **({"keep_cut": True} if settings["keep_cut"] else {}),
         "num_samples": num_samples,
         "num_captions": sum(record["captions"] for record in records),
         "seconds": round(sum(record["seconds"] for record in records), 3),
         "dropped": dict(sorted(dropped.items())),
+        **({"scaled": len(scaled)} if scaled else {}),
         "build": {"shard_size": settings["shard_size"], "clips_sha256": settings["clips_sha256"]},
         "shards": shards,
     }

@@ -9,7 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from atr_scale.data import storage
-from atr_scale.data.decode import decode, probe
+from atr_scale.data.audio_source import open_audio
+from atr_scale.data.decode import decode_source
 from atr_scale.data.manifest import MANIFEST, read_manifest
 from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_index import ShardScan, scan_shard
@@ -95,8 +96,8 @@ def _deep_problems(location: str) -> list[str]:
     for i in tqdm(range(len(shards)), "decoding", unit=" samples", disable=None):
         try:
             sample = shards.read(i)
-            _, rate = probe(sample.audio, sample.extension, sample.sample_rate)
-            decode(sample.audio, sample.extension, rate, pcm_rate=sample.sample_rate)
+            source = open_audio(sample.audio, sample.extension, sample.sample_rate)
+            decode_source(source, source.rate)
         except BadSample as error:
             problems.append(f"{shards.names[shards.shard_of[i]]}: sample {shards.keys[i]}: {error}")
     return problems

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atr_scale.batch import Batch, DroppedSample
 from atr_scale.data.assembly import Piece
-from atr_scale.data.decode import from_int16
+from atr_scale.data.audio_source import from_int16
 
 CACHE_LINE = 64  # bytes
 

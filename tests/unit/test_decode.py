@@ -13,7 +13,8 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atr_scale.data.decode import Crop, decode, probe
+from atr_scale.data.audio_source import open_audio
+from atr_scale.data.decode import Crop, decode
 from atr_scale.data.sample import BadSample
 
 RATE = 16_000
@@ -156,7 +157,7 @@ def test_pcm() -> None:
     np.testing.assert_array_equal(decode(audio, "pcm", RATE, pcm_rate=RATE), samples / np.float32(32768))
     crop = decode(audio, "pcm", RATE, pcm_rate=RATE, crop=Crop(1.0, 0.5))
     np.testing.assert_array_equal(crop, samples[-8000:] / np.float32(32768))
-    assert probe(audio, "pcm", RATE) == (len(samples), RATE)
+    assert open_audio(audio, "pcm", RATE).frames == len(samples)
     assert reason(audio, "pcm") == "undecodable_audio"
     assert reason(audio[:-1], "pcm", pcm_rate=RATE) == "undecodable_audio"
     assert reason(b"", "pcm", pcm_rate=RATE) == "empty_audio"
