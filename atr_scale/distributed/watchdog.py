@@ -135,15 +135,20 @@ class Judge:
         return [each for each in ranks if (each.step, each.batches_read) == last and each.age > each.limit]
 
 
-def describe_hang(hanging: list[Pulse], world_size: int) -> str:
-    """One clause about the ranks that hang."""
+def describe_hang(hanging: list[Pulse], others: list[Pulse]) -> str:
+    """One clause about the ranks that hang. others: all ranks, [] if there is only one."""
     seconds = f"no progress for {max(each.age for each in hanging):.0f} s"
-    if world_size == 1:
+    if not others:
         return f"{seconds}: {hanging[0].doing} after step {hanging[0].step}"
-    shown = ", ".join(map(str, hanging[:3])) + (f" and {len(hanging) - 3} more" if len(hanging) > 3 else "")
-    if len(hanging) == world_size:
-        return f"{seconds}, and no rank is behind the others: {shown}"
-    return f"{seconds}: {shown} hangs, and the other ranks wait"
+    if ended := [each for each in others if each.ended]:
+        return f"{seconds}: {_named(ended)} ended, and the other ranks wait"
+    if len(hanging) == len(others):
+        return f"{seconds}, and no rank is behind the others: {_named(hanging)}"
+    return f"{seconds}: {_named(hanging)} hangs, and the other ranks wait"
+
+
+def _named(ranks: list[Pulse]) -> str:
+    return ", ".join(map(str, ranks[:3])) + (f" and {len(ranks) - 3} more" if len(ranks) > 3 else "")
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,7 @@ class Watchdog:
             return f"no progress for {seconds:.0f} s: {heard.neighbour} is stopped or gone"
         if self._wants_all and (self.world.size == 1 or heard.others):
             hanging = judge.behind(heard.others, now)
-            return describe_hang(hanging, self.world.size) if hanging else None
+            return describe_hang(hanging, heard.others) if hanging else None
         return None
 
     def _talk(self) -> None:

@@ -102,12 +102,19 @@ def test_the_time_in_which_a_process_was_suspended_does_not_count() -> None:
 
 
 def test_the_line_names_the_rank_that_hangs() -> None:
-    reading = pulse(3, doing="reading a batch")
-    assert describe_hang([reading], 8) == (
+    reading, others = pulse(3, doing="reading a batch"), [pulse(rank) for rank in range(8)]
+    assert describe_hang([reading], others) == (
         "no progress for 62 s: rank 3 (pid 103 on node, last seen at step 7, reading a batch) hangs, and the other "
         "ranks wait"
     )
-    everybody = describe_hang([pulse(rank) for rank in range(8)], 8)
+    everybody = describe_hang(others, others)
     assert everybody.startswith("no progress for 62 s, and no rank is behind the others: rank 0 (")
     assert everybody.endswith(" and 5 more")
-    assert describe_hang([reading], 1) == "no progress for 62 s: reading a batch after step 7"
+    assert describe_hang([reading], []) == "no progress for 62 s: reading a batch after step 7"
+
+
+def test_the_line_names_a_rank_that_has_ended_while_the_others_wait() -> None:
+    ended = pulse(1, ended=True)
+    assert (
+        describe_hang([pulse(0)], [pulse(0), ended]) == f"no progress for 62 s: {ended} ended, and the other ranks wait"
+    )
