@@ -25,7 +25,7 @@ REUSED_S = 5.0  # a process that began so much later than the rank did has got i
 class RankSign:
     """The last sign of life of a rank. Seconds are those until now; None is unknown.
 
-    quiet: since it was written. idle: since the last progress. limit: for `idle`, after which the rank hangs.
+    quiet_s: since it was written. idle_s: since the last progress. limit_s: for `idle_s`, after which the rank hangs.
     alive: the process runs, as far as can be told from here.
     """
 
@@ -40,9 +40,9 @@ class RankSign:
     samples_seen: int | None
     step_seconds: float | None
     written: float
-    quiet: float
-    idle: float
-    limit: float
+    quiet_s: float
+    idle_s: float
+    limit_s: float
     alive: bool
     dropped: dict[str, int]
     skipped_steps: int | None
@@ -53,7 +53,7 @@ class RankSign:
     @property
     def hangs(self) -> bool:
         """Its process runs, but makes no progress or writes nothing any more."""
-        return self.alive and self.state != "ended" and (self.idle > self.limit or self.quiet > QUIET_S)
+        return self.alive and self.state != "ended" and (self.idle_s > self.limit_s or self.quiet_s > QUIET_S)
 
 
 def read_signs(run: Path, attempt: int | None = None) -> list[RankSign]:
@@ -90,9 +90,9 @@ def _sign(values: Mapping[str, Any], path: Path) -> RankSign | None:
         samples_seen=int_in(values, "samples_seen"),
         step_seconds=float_in(values, "step_seconds"),
         written=written,
-        quiet=quiet,
-        idle=quiet + max(0.0, written - (float_in(values, "beat") or written)),
-        limit=float_in(values, "limit") or math.inf,
+        quiet_s=quiet,
+        idle_s=quiet + max(0.0, written - (float_in(values, "beat") or written)),
+        limit_s=float_in(values, "limit") or math.inf,
         alive=process_lives(host, pid, float_in(values, "started") or written, quiet),
         dropped=counts_in(values.get("dropped")),
         skipped_steps=int_in(values, "skipped_steps"),

@@ -107,11 +107,11 @@ class RunStatus:
     def slowest(self) -> RankSign | None:
         """The rank that is furthest behind the others, None if there is only one."""
         ranks = [rank for rank in self.ranks if rank.state != "ended"]
-        return min(ranks, key=lambda rank: (rank.step, -rank.idle)) if len(ranks) > 1 else None
+        return min(ranks, key=lambda rank: (rank.step, -rank.idle_s)) if len(ranks) > 1 else None
 
     def as_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
-        skipped = ("limit", "dropped", "skipped_steps", "fp16_overflows", "steps", "samples_seen", "written")
+        skipped = ("limit_s", "dropped", "skipped_steps", "fp16_overflows", "steps", "samples_seen", "written")
         ranks = [{key: value for key, value in asdict(rank).items() if key not in skipped} for rank in self.ranks]
         values = {**asdict(self), "run": str(self.run), "ranks": ranks}
         slowest = self.slowest.rank if self.slowest else None
@@ -149,7 +149,7 @@ def read_status(run: Path) -> RunStatus:
         state, reason = "done", None
     saved = (checkpoint and read_json_object(checkpoint / "state.json")) or {}
     world_size = (last and last.world_size) or len(signs) or None
-    answering = {sign.rank for sign in signs if sign.alive and sign.quiet <= QUIET_S}
+    answering = {sign.rank for sign in signs if sign.alive and sign.quiet_s <= QUIET_S}
     moving = state in RUNNING and state != "hung"
     return RunStatus(
         run=run,
@@ -203,8 +203,8 @@ def _judge(run: Path, last: AttemptFacts | None, signs: list[RankSign], now: flo
         return "hung", f"{_named(gone)} gone, the others wait"
     stuck = [sign for sign in living if sign.hangs]
     if stuck:
-        first = min(stuck, key=lambda sign: (sign.quiet <= QUIET_S, sign.step, -sign.idle))
-        return "hung", f"{_named([first])} at step {first.step}, without progress for {first.idle:.0f} s"
+        first = min(stuck, key=lambda sign: (sign.quiet_s <= QUIET_S, sign.step, -sign.idle_s))
+        return "hung", f"{_named([first])} at step {first.step}, without progress for {first.idle_s:.0f} s"
     waiting = next((sign for sign in living if sign.state == "waiting"), None)
     return ("waiting", waiting.wait) if waiting else (living[0].state, None)
 
@@ -289,7 +289,7 @@ def _eta(main: RankSign | None, last: AttemptFacts | None, steps: int | None, no
     if last and last.trained_from is not None and last.first_step is not None:
         done = main.step - last.first_step
         if done >= STEPS_OF_A_PACE:
-            pace = max(0.0, now - main.quiet - last.trained_from) / done
+            pace = max(0.0, now - main.quiet_s - last.trained_from) / done
     return None if pace is None else max(0, steps - main.step) * pace
 
 

@@ -37,7 +37,7 @@ def status_page(status: RunStatus) -> str:
         *(("", _attempt(attempt)) for attempt in status.attempts[-MOST_ATTEMPTS:]),
         ("dropped", _counts(status.dropped, "samples, named in dropped.jsonl")),
         ("skipped", _counts(_skipped(status), "steps")),
-        ("retries", f"{status.retries:,} reads from the store in this attempt" if status.retries else ""),
+        ("retries", f"{_many(status.retries, 'request')} to the store in this attempt" if status.retries else ""),
         ("ranks", _ranks(status)),
     ]
     return "\n".join(lines + [f"  {head:<12}{row}" for head, row in rows if row])
@@ -64,6 +64,10 @@ def _cells(run: RunStatus) -> tuple[str, ...]:
         f"{sum(run.dropped.values()):,}",
         one_line(run.reason or "", 80),
     )
+
+
+def _many(count: int | None, of_what: str) -> str:
+    return f"{'?' if count is None else f'{count:,}'} {of_what}{'' if count == 1 else 's'}"
 
 
 def _ago(seconds: float | None) -> str:
@@ -99,13 +103,14 @@ def _checkpoint(status: RunStatus) -> str:
 def _attempts(status: RunStatus) -> str:
     if not status.attempts:
         return ""
-    lost = f"; lost {duration(status.lost_s)}, {status.repeated_steps:,} steps repeated" if status.lost_s >= 1 else ""
+    lost = f"; lost {duration(status.lost_s)}" if status.lost_s >= 1 else ""
+    lost += f", {_many(status.repeated_steps, 'step')} repeated" if status.repeated_steps else ""
     left_out = len(status.attempts) - MOST_ATTEMPTS
     return f"{len(status.attempts)}{lost}" + (f"; the last {MOST_ATTEMPTS}:" if left_out > 0 else "")
 
 
 def _attempt(attempt: AttemptFacts) -> str:
-    where = f"{attempt.world_size or '?'} ranks on {attempt.host or '?'}"
+    where = f"{_many(attempt.world_size, 'rank')} on {attempt.host or '?'}"
     where += f", job {attempt.job}" if attempt.job else ""
     steps = "no step" if attempt.first_step is None else f"steps {attempt.first_step:,} to "
     if attempt.first_step is not None:
@@ -136,5 +141,5 @@ def _ranks(status: RunStatus) -> str:
         found += f", not {names}" + (f" and {len(silent) - MOST_RANKS} more" if len(silent) > MOST_RANKS else "")
     if slowest := status.slowest:
         found += f"; last in line: rank {slowest.rank} on {slowest.host}, step {slowest.step:,}, "
-        found += f"progress {_ago(slowest.idle)}"
+        found += f"progress {_ago(slowest.idle_s)}"
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from atr_scale import cli
 from atr_scale.errors import UserError
 from atr_scale.run_files import ATTEMPTS, METRICS, PREEMPTED, append_json_lines, rank_file
-from atr_scale.status import RunStatus, read_status
+from atr_scale.status import RUNNING, RunStatus, read_status
 from atr_scale.status_text import status_page, status_table
 
 HERE = socket.gethostname()
@@ -264,3 +265,14 @@ def test_no_damage_is_a_traceback(tmp_path: Path, data: st.DataObject) -> None:
     found: RunStatus = read_status(tmp_path)
     assert (status_page(found) + status_table([found, found])).encode()
     assert json.dumps(found.as_json(), allow_nan=False)
+
+
+def test_the_page_explains_every_state_and_key(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    start(tmp_path)
+    beat(tmp_path)
+    found = read_status(tmp_path).as_json()
+    keys = {*found, *found["attempts"][0], *found["ranks"][0]}
+    named = set(re.findall(r"`(\w+)`", page))
+    assert keys - named == set()
+    assert {*RUNNING, "done", "preempted", "failed", "killed", "unknown"} - named == set()
