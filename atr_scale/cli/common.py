@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from atr_scale.console import ConsoleHandler
 from atr_scale.errors import OneLineError, UserError, exit_with_line
+from atr_scale.sections import expanded
 from atr_scale.version import __version__
 
 # Without a markup mode a paragraph of help that begins with a backspace character (\b) keeps its line breaks.
@@ -44,6 +45,14 @@ class TakesOverrides(TyperCommand):
                     f"no option --{key}: an override has no dashes before it, write {key}={value or 'VALUE'}"
                 )
         return super().parse_args(ctx, args)
+
+
+def expanded_path(path: str) -> str:
+    """A path with `~` and `$VARIABLE` replaced, which shells do not do in `--out=~/x` or between quotes."""
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _show_version(wanted: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from atr_scale.cli.common import Plugins, app
+from atr_scale.cli.common import Plugins, app, expanded_path
 from atr_scale.errors import UserError
 
 shards_app = typer.Typer(help="Build and check WebDataset shards.", no_args_is_help=True, rich_markup_mode=None)
@@ -63,14 +63,14 @@ def shards_build(
     import_plugins(plugins or [])
     manifest = build_shards(
         corpus,
-        root,
-        out,
+        expanded_path(root),
+        expanded_path(out),
         split=split,
         shard_size=shard_size,
         encoding=encoding,
         sample_rate=sample_rate or None,
         workers=workers,
-        exclude=exclude or [],
+        exclude=[expanded_path(path) for path in exclude or []],
         options=_key_values(options or []),
         keep_cut=keep_cut,
     )
@@ -103,7 +103,7 @@ def shards_check(
     """
     from atr_scale.data.shard_check import check_shards
 
-    problems = check_shards(location, deep=deep)
+    problems = check_shards(expanded_path(location), deep=deep)
     for problem in problems:
         print(problem)
     if problems:
@@ -192,6 +192,7 @@ def augment_captions(
     from atr_scale.encoders.sentence import SentenceEncoder
 
     server = Endpoint(model, endpoint, count=paraphrases, requests_per_minute=requests_per_minute)
+    shards = expanded_path(shards)
     captions, before = unasked_captions(shards, limit)
     if not captions:
         print(f"{shards}: all {before} captions were asked before, nothing to do")

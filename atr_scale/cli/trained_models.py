@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from atr_scale.cli.common import Plugins, app
+from atr_scale.cli.common import Plugins, app, expanded_path
 
 EncoderPrecision = Annotated[
     Literal["fp32", "tf32", "bf16", "fp16"] | None,
@@ -62,7 +62,7 @@ def evaluate(
     with distributed() as (world, device):
         evaluation = evaluate_run(
             run,
-            shards=shards,
+            shards=shards and expanded_path(shards),
             split=split,
             out=out,
             class_prompt=class_prompt,
@@ -130,7 +130,7 @@ def estimate_command(
     with distributed() as (world, device):
         comparison = write_teacher_tables(
             runs,
-            shards=shards,
+            shards=[expanded_path(place) for place in shards],
             out=out,
             batch_size=batch_size,
             top_k=top_k,

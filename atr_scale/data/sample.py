@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,9 @@ from atr_scale.data import storage
 # Reasons of samples that may be whole: the store, the network or the permissions are at fault.
 READ_FAULTS = ("missing_shard", "no_permission", "read_error")
 AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "mp3", "opus", "pcm", "m4a")
+
+CAPTION_FIELDS = ("captions", "text", "caption")  # of a JSON; the first one that is not empty
+INVISIBLE = "\ufffd\u2800\u3164\u115f\u1160\uffa0"  # the replacement character, and letters that show nothing
 
 
 class BadSample(Exception):
@@ -96,14 +99,19 @@ class RawSample:
 def group_fault(extensions: Sequence[str]) -> str | None:
     """The reason why members with these extensions are not a sample, or None if they are one.
 
-    A sample has exactly one JSON and one audio member; members with other extensions are ignored.
+    A sample has one audio member, and a JSON or a text file; members with other extensions are ignored.
     """
     if len(set(extensions)) < len(extensions):
         return "duplicate_key"
     audio = sum(e in AUDIO_EXTENSIONS for e in extensions)
     if audio > 1:
         return "several_audios"
-    return "missing_audio" if audio == 0 else "missing_json" if "json" not in extensions else None
+    return "missing_audio" if audio == 0 else None if has_text(extensions) else "missing_json"
+
+
+def has_text(extensions: Iterable[str]) -> bool:
+    """Whether members with these extensions have one that can hold the captions: a JSON or a text file."""
+    return not {"json", "txt"}.isdisjoint(extensions)
 
 
 def clean_caption(text: str) -> str:
@@ -115,24 +123,35 @@ def clean_caption(text: str) -> str:
 
 
 def clean_captions(texts: Iterable[str]) -> list[str]:
-    """The cleaned captions, without those that are empty or not valid Unicode."""
+    """The cleaned captions, without those that are empty, show nothing, or are not valid Unicode."""
     cleaned = [clean_caption(text) for text in texts if text.isascii() or _is_unicode(text)]
-    return [caption for caption in cleaned if caption]
+    return [caption for caption in cleaned if is_visible(caption)]
 
 
-def parse_json(key: str, payload: Bytes, set_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The JSON of a sample as (text fields of RawSample, all other fields).
+def is_visible(text: str) -> bool:
+    """Whether any character of `text` can be seen: none of zero-width ones, soft hyphens, U+FFFD for unknown ones."""
+    if text.isascii():
+        return not text.isspace() and text != ""
+    return any(unicodedata.category(c)[0] in "LNPS" and c not in INVISIBLE for c in text)
 
-    Reads this project's layout ("captions", "clip_id") and that of LAION's audio-dataset ("text", "tag"). A JSON
-    without a clip id gets `set_name/key`. Raises BadSample bad_json or no_caption.
+
+def parse_texts(key: str, parts: Mapping[str, Bytes], set_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON and the text file of a sample, members by extension, as (text fields of RawSample, all other fields).
+
+    Reads this project's layout ("captions", "clip_id") and that of LAION's audio-dataset ("text" or "caption", "tag").
+    The text file is the caption if the JSON has none. A sample without a clip id gets `set_name/key`. Raises BadSample
+    bad_json or no_caption.
     """
     try:
-        record = json.loads(str(bytes(payload), "utf-8"))
+        record = json.loads(str(bytes(parts.get("json", b"{}")), "utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadSample("bad_json", f"{key}: {error}") from None
     if not isinstance(record, dict):
         raise BadSample("bad_json", f"{key}: not an object")
-    captions = clean_captions(_strings(key, record, "captions" if "captions" in record else "text"))
+    used = next((name for name in CAPTION_FIELDS if record.get(name)), "text")
+    captions = clean_captions(_strings(key, record, used))
+    if not captions and "txt" in parts:
+        captions = clean_captions([str(bytes(parts["txt"]), "utf-8", "surrogateescape")])
     if not captions:
         raise BadSample("no_caption", key)
     tags = clean_captions(_strings(key, record, "label" if "label" in record else "tag"))
@@ -142,7 +161,7 @@ def parse_json(key: str, payload: Bytes, set_name: str) -> tuple[dict[str, Any],
         raise BadSample("bad_json", f"{key}: clip_id is not a text")
     if sample_rate is not None and (type(sample_rate) is not int or sample_rate <= 0):
         raise BadSample("bad_json", f"{key}: sample_rate is not a positive integer")
-    known = ("clip_id", "captions", "text", "label", "tag", "sample_rate")
+    known = ("clip_id", "captions", "text", used, "label", "tag", "sample_rate")
     fields = {"clip_id": clip_id, "captions": captions, "label": tags[0] if tags else None, "sample_rate": sample_rate}
     return fields, {name: value for name, value in record.items() if name not in known}
 
@@ -150,6 +169,8 @@ def parse_json(key: str, payload: Bytes, set_name: str) -> tuple[dict[str, Any],
 def _strings(key: str, record: dict[str, Any], name: str) -> list[str]:
     value = record.get(name)
     values = [] if value is None else [value] if isinstance(value, str) else value
+    if isinstance(values, list):
+        values = [text for text in values if text is not None]
     if not (isinstance(values, list) and all(isinstance(v, str) for v in values)):
         raise BadSample("bad_json", f"{key}: {name} is neither a text nor a list of texts")
     return values

@@ -14,10 +14,9 @@ from atr_scale.data.decode import decode_source
 from atr_scale.data.manifest import MANIFEST, read_manifest
 from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_index import ShardScan, scan_shard
-from atr_scale.data.shard_reader import check_permissions, open_shards, tars_among
+from atr_scale.data.shard_reader import check_permissions, no_shards, open_shards, tars_among
 from atr_scale.data.shard_writer import RECORDS
 from atr_scale.data.tar import BrokenTar, split_key, walk
-from atr_scale.errors import UserError
 
 
 def check_shards(location: str, deep: bool = False) -> list[str]:
@@ -38,7 +37,7 @@ def check_shards(location: str, deep: bool = False) -> list[str]:
         problems += [f"{name}: missing, but in the manifest" for name in expected if name not in tars]
         problems += [f"{name}: not in the manifest" for name in tars if name not in expected]
     elif not tars:
-        raise UserError(f"no shards in {location}: neither {MANIFEST} nor *.tar")
+        raise no_shards(location)
     elif storage.list_files(storage.join(location, RECORDS)):
         problems.append(f"{MANIFEST}: missing, the build is not finished; run the same `shards build` again")
     for name, size in tqdm(tars.items(), "checking shards", unit=" shards", disable=None):

@@ -12,8 +12,9 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from atr_scale.data import storage
 from atr_scale.data.manifest import FORMAT
-from atr_scale.data.sample import BadSample, group_fault, parse_json
+from atr_scale.data.sample import BadSample, group_fault, has_text, parse_texts
 from atr_scale.data.tar import BrokenTar, split_key, walk
 from atr_scale.errors import UserError
 
@@ -63,7 +64,7 @@ class _Group:
     start: int
     stop: int
     extensions: list[str]
-    captions: int = 0
+    texts: dict[str, bytes] = field(default_factory=dict)
 
 
 def scan_shard(path: str, size: int) -> ShardScan:
@@ -84,8 +85,8 @@ def scan_shard(path: str, size: int) -> ShardScan:
                     groups.append(group)
                 group.stop = member.stop
                 group.extensions.append(extension)
-                if extension == "json":
-                    group.captions = count_captions(key, read(member.data_start, member.data_start + member.size))
+                if has_text([extension]):
+                    group.texts[extension] = read(member.data_start, member.data_start + member.size)
     except BrokenTar as error:
         fault = str(error)
     scan = ShardScan([], [], [], [], Counter({} if end_marker and not fault else {"cut_shard": 1}), fault, end_marker)
@@ -99,14 +100,14 @@ def scan_shard(path: str, size: int) -> ShardScan:
             scan.keys.append(group.key)
             scan.starts.append(group.start)
             scan.stops.append(group.stop)
-            scan.captions.append(group.captions)
+            scan.captions.append(count_captions(group.key, group.texts))
     return scan
 
 
-def count_captions(key: str, payload: bytes) -> int:
-    """Number of captions in the JSON of a sample; 0 if it is unusable."""
+def count_captions(key: str, texts: Mapping[str, bytes]) -> int:
+    """Number of captions in the JSON or text file of a sample, by extension; 0 if it is unusable."""
     try:
-        return len(parse_json(key, payload, "")[0]["captions"])
+        return len(parse_texts(key, texts, "")[0]["captions"])
     except BadSample:
         return 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,12 @@ from atr_scale.data.manifest import MANIFEST, read_manifest
 from atr_scale.data.sample import (
     AUDIO_EXTENSIONS,
     BadSample,
+    Bytes,
     FileSlice,
     RawSample,
     group_fault,
-    parse_json,
+    has_text,
+    parse_texts,
     read_fault,
 )
 from atr_scale.data.shard_index import index_shards
@@ -92,15 +95,33 @@ class ShardSet:
     def read_text(self, i: int) -> tuple[str, list[str], dict[str, Any]]:
         """(clip id, captions, other fields of the JSON) of sample `i`, without reading its audio. Raises BadSample."""
         key = self.keys[i]
+        texts: dict[str, Bytes] = {}
         try:
             for member in walk(lambda start, stop: self._bytes(i, start, stop), self._size(i)):
-                if member is not None and split_key(member) == (key, "json"):
-                    payload = self._bytes(i, member.data_start, member.data_start + member.size)
-                    fields, meta = parse_json(key, payload, self._set_name(i))
-                    return fields["clip_id"], fields["captions"], meta
+                named = None if member is None else split_key(member)
+                if member is None or named is None or named[0] != key or not has_text(named[1:]):
+                    continue
+                texts[named[1]] = self._bytes(i, member.data_start, member.data_start + member.size)
+                if named[1] == "json" and (found := self._texts(i, texts)):
+                    return found
         except BrokenTar as error:
             raise BadSample("cut_shard", f"{key}: {error}") from None
-        raise BadSample("missing_json", key)
+        if not texts:
+            raise BadSample("missing_json", key)
+        found = self._texts(i, texts)
+        if found is None:
+            raise BadSample("no_caption", key)
+        return found
+
+    def _texts(self, i: int, texts: dict[str, Bytes]) -> tuple[str, list[str], dict[str, Any]] | None:
+        """What `read_text` returns, from these members by extension; None if they have no caption. Raises BadSample."""
+        try:
+            fields, meta = parse_texts(self.keys[i], texts, self._set_name(i))
+        except BadSample as error:
+            if error.reason == "no_caption":
+                return None
+            raise
+        return fields["clip_id"], fields["captions"], meta
 
     def _size(self, i: int) -> int:
         return int(self.stop[i] - self.start[i])
@@ -139,7 +160,7 @@ class ShardSet:
 
 
 def parse_sample(data: memoryview | FileSlice, key: str, set_name: str) -> RawSample:
-    """One sample from its bytes in a shard: plain files that all have the key `key`, with one JSON and one audio.
+    """One sample from its bytes in a shard: plain files that all have the key `key`, one audio and its captions.
 
     `set_name` is the first part of the clip id if the JSON has none. Raises BadSample.
     """
@@ -159,7 +180,7 @@ def parse_sample(data: memoryview | FileSlice, key: str, set_name: str) -> RawSa
     if fault:
         raise BadSample(fault, f"{key}: members {', '.join(parts)}")
     extension = next(e for e in parts if e in AUDIO_EXTENSIONS)
-    fields, meta = parse_json(key, parts["json"], set_name)
+    fields, meta = parse_texts(key, parts, set_name)
     return RawSample(key=key, audio=parts[extension], extension=extension, meta=meta, **fields)
 
 
@@ -180,7 +201,7 @@ def open_shards(location: str) -> ShardSet:
     if MANIFEST in files:
         return _from_manifest(location, read_manifest(location), tars)
     if not tars:
-        raise UserError(f"no shards in {location}: neither {MANIFEST} nor *.tar{_hint(location)}")
+        raise no_shards(location)
     return _from_index(location, tars)
 
 
@@ -269,7 +290,16 @@ def _int64(values: list[int]) -> np.ndarray:
     return np.asarray(values, np.int64)
 
 
+def no_shards(location: str) -> UserError:
+    """The error of a location without shards, with what may have been meant."""
+    return UserError(f"no shards in {location}: neither {MANIFEST} nor *.tar{_hint(location)}")
+
+
 def _hint(location: str) -> str:
+    folder, _, last = location.rstrip("/").rpartition("/")
+    if last.endswith(".tar") or re.search(r"[*?\[{]", last):
+        what = "one shard" if not re.search(r"[*?\[{]", last) else "a pattern"
+        return f"; it is {what}: give the folder {folder or '.'}, whose shards are all read"
     if storage.is_remote(location):
         return ""
     if not os.path.isdir(location):

@@ -48,6 +48,9 @@ def is_remote(location: str) -> bool:
     if scheme is None:
         return False
     if scheme[1] == "s3" and location.startswith("s3://"):
+        bucket, slash, key = location[5:].partition("/")
+        if slash and key.startswith("/"):  # S3 has such keys, but their folder cannot be listed
+            raise UserError(f"{location}: a key cannot begin with a slash; give s3://{bucket}/{key.lstrip('/')}")
         return True
     if not location.startswith(f"{scheme[1]}://") and scheme[1] != "pipe" and os.path.exists(location):
         return False

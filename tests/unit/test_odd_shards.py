@@ -10,9 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from typer.testing import CliRunner
 
+from atr_scale.cli import app
+from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_check import check_shards
 from atr_scale.data.shard_reader import open_shards
+from atr_scale.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +75,78 @@ def test_shards_cut_between_two_samples_and_empty_ones_are_said(
         f"cut.tar: no end marker at byte {end}: the tar is cut at a member boundary",
         "empty.tar: no end marker at byte 0: the tar is cut at a member boundary",
     ]
+
+
+@pytest.mark.parametrize(
+    ("members", "captions"),
+    [
+        ({"json": {"text": ["one", None, "two"]}}, ["one", "two"]),
+        ({"json": {"caption": "one"}}, ["one"]),
+        ({"json": {"captions": None, "caption": ["one"], "text": ""}}, ["one"]),
+        ({"txt": "one\n"}, ["one"]),
+        ({"txt": "one", "json": {"tag": ["dog"]}}, ["one"]),
+        ({"txt": "other", "json": {"text": "one"}}, ["one"]),
+    ],
+)
+@pytest.mark.parametrize("audio_first", [True, False])
+def test_captions_of_other_layouts(tmp_path: Path, members: dict, captions: list[str], audio_first: bool) -> None:
+    texts = [
+        (f"k.{extension}", content.encode() if isinstance(content, str) else json.dumps(content).encode())
+        for extension, content in members.items()
+    ]
+    audio = [("k.flac", flac())]
+    (tmp_path / "x.tar").write_bytes(tar_bytes(*(audio + texts if audio_first else texts + audio)))
+    shards = open_shards(str(tmp_path))
+    assert shards.read(0).captions == shards.read_text(0)[1] == captions
+    assert shards.num_captions == len(captions) and check_shards(str(tmp_path), deep=True) == []
+
+
+@pytest.mark.parametrize("text", ["\u200b\u200d", "\u00ad", "\ufffd \ufffd", "\u2800", "\ufeff", "\u0301", "\u3164"])
+def test_captions_that_show_nothing_are_no_captions(tmp_path: Path, text: str) -> None:
+    members = [*pair("a", captions=[text, "a dog \ufffd", "🐕‍🦺"]), *pair("b", captions=[text])]
+    (tmp_path / "x.tar").write_bytes(tar_bytes(*members))
+    shards = open_shards(str(tmp_path))
+    assert shards.read(0).captions == ["a dog \ufffd", "🐕‍🦺"]
+    with pytest.raises(BadSample, match="no_caption"):
+        shards.read(1)
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("set/x.tar", "it is one shard: give the folder {}/set, whose shards are all read"),
+        ("set/*.tar", "it is a pattern: give the folder {}/set"),
+        ("set/x-{000..007}.tar", "it is a pattern: give the folder {}/set"),
+        ("s*", "it is a pattern: give the folder {}, "),
+    ],
+)
+def test_one_shard_and_patterns_say_what_to_give(tmp_path: Path, location: str, message: str) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "x.tar").write_bytes(tar_bytes(*pair("a")))
+    for use in (open_shards, check_shards):
+        with pytest.raises(UserError) as caught:
+            use(f"{tmp_path}/{location}")
+        assert message.format(tmp_path) in str(caught.value)
+
+
+def test_a_folder_with_the_marks_of_a_pattern_is_read(tmp_path: Path) -> None:
+    (tmp_path / "set [1]").mkdir()
+    (tmp_path / "set [1]" / "x.tar").write_bytes(tar_bytes(*pair("a")))
+    assert open_shards(str(tmp_path / "set [1]")).keys == ["a"]
+
+
+def test_a_key_that_begins_with_a_slash_is_refused() -> None:
+    with pytest.raises(UserError, match=r"give s3://bucket/sets/x$"):
+        open_shards("s3://bucket//sets/x")
+
+
+def test_home_and_variables_in_paths_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "x.tar").write_bytes(tar_bytes(*pair("a")))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SETS", str(tmp_path))
+    for location in ("~/set", "$SETS/set"):
+        result = CliRunner().invoke(app, ["shards", "check", location])
+        assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, ["shards", "check", "$NO_SUCH/set"])
+    assert isinstance(result.exception, UserError) and "variable $NO_SUCH is not set" in str(result.exception)

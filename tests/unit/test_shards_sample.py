@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atr_scale.data.sample import BadSample, parse_json
+from atr_scale.data.sample import BadSample, parse_texts
 
 
 @pytest.mark.parametrize(
@@ -30,13 +30,13 @@ from atr_scale.data.sample import BadSample, parse_json
 )
 def test_unusable_json_is_a_bad_sample(payload: bytes, reason: str) -> None:
     with pytest.raises(BadSample) as caught:
-        parse_json("k", payload, "set")
+        parse_texts("k", {"json": payload}, "set")
     assert caught.value.reason == reason
 
 
 def test_captions_are_cleaned_and_kept_whole() -> None:
     captions = ["  A\x00 dog\nbarks ", "café", "🐕‍🦺 barks", "long " * 2000, ""]
-    fields, meta = parse_json("k", json.dumps({"captions": captions, "extra": 1}).encode(), "set")
+    fields, meta = parse_texts("k", {"json": json.dumps({"captions": captions, "extra": 1}).encode()}, "set")
     assert fields["captions"] == ["A dog barks", "café", "🐕‍🦺 barks", ("long " * 2000).strip()]
     assert fields["clip_id"] == "set/k" and meta == {"extra": 1}
 
@@ -44,7 +44,7 @@ def test_captions_are_cleaned_and_kept_whole() -> None:
 @given(st.lists(st.text(), max_size=4))
 def test_any_text_is_cleaned_or_refused(captions: list[str]) -> None:
     try:
-        fields, _ = parse_json("k", json.dumps({"captions": captions}).encode(), "set")
+        fields, _ = parse_texts("k", {"json": json.dumps({"captions": captions}).encode()}, "set")
     except BadSample as error:
         assert error.reason == "no_caption"
         return
