@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,25 @@ def process_lives(host: str, pid: int | None, started: float, quiet: float) -> b
     except (psutil.Error, ValueError, OverflowError):  # no such process, or no such process id
         pass
     return quiet < FRESH_S  # of a container on this machine, whose processes are not seen from here
+
+
+def name_ranks(ranks: Sequence[RankSign]) -> str:
+    """The subject of a sentence: "rank 1 on gpu01", "ranks 1 on gpu01, 2 on gpu01"."""
+    names = ", ".join(f"{rank.rank} on {rank.host}" for rank in ranks[:4]) + (", ..." if len(ranks) > 4 else "")
+    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"
+
+
+def cause_of(end: Mapping[str, Any], ranks: Sequence[RankSign]) -> str | None:
+    """The reason in the end line of an attempt; None if there is none.
+
+    ranks: that have ended. If the writer of the line did not know the cause, those that have left no word are named
+    first, because a rank whose peer is killed knows only of a connection that was closed.
+    """
+    reason = text_in(end, "reason")
+    silent = sorted((rank for rank in ranks if rank.state != "ended"), key=lambda rank: rank.written)
+    if not silent or end.get("known") is not False:
+        return reason
+    return f"{name_ranks(silent)} left no word: killed, out of memory, or the machine went down; then {reason}"
 
 
 def int_in(values: Mapping[str, Any], key: str) -> int | None:

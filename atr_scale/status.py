@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from atr_scale.errors import UserError
-from atr_scale.rank_signs import QUIET_S, RankSign, counts_in, float_in, int_in, process_lives, read_signs, text_in
+from atr_scale.rank_signs import (
+    QUIET_S,
+    RankSign,
+    cause_of,
+    counts_in,
+    float_in,
+    int_in,
+    name_ranks,
+    process_lives,
+    read_signs,
+    text_in,
+)
 from atr_scale.run_files import (
     ATTEMPTS,
     METRICS,
@@ -200,18 +211,13 @@ def _judge(run: Path, last: AttemptFacts | None, signs: list[RankSign], now: flo
         return ("preempted", _told(run)) if (run / PREEMPTED).exists() else ("unknown", "it has left no attempts.jsonl")
     gone = [sign for sign in signs if not sign.alive]
     if gone:
-        return "hung", f"{_named(gone)} gone, the others wait"
+        return "hung", f"{name_ranks(gone)} left no word, the others wait"
     stuck = [sign for sign in living if sign.hangs]
     if stuck:
         first = min(stuck, key=lambda sign: (sign.quiet_s <= QUIET_S, sign.step, -sign.idle_s))
-        return "hung", f"{_named([first])} at step {first.step}, without progress for {first.idle_s:.0f} s"
+        return "hung", f"{name_ranks([first])} at step {first.step}: no progress for {first.idle_s:.0f} s"
     waiting = next((sign for sign in living if sign.state == "waiting"), None)
     return ("waiting", waiting.wait) if waiting else (living[0].state, None)
-
-
-def _named(ranks: Sequence[RankSign]) -> str:
-    names = ", ".join(f"{rank.rank} on {rank.host}" for rank in ranks[:4]) + (", ..." if len(ranks) > 4 else "")
-    return f"rank {names} is" if len(ranks) == 1 else f"ranks {names} are"
 
 
 def _told(run: Path) -> str:
@@ -227,9 +233,8 @@ def _attempts(lines: Sequence[Mapping[str, Any]], signs: Sequence[RankSign]) -> 
     found: list[AttemptFacts] = []
     for number in sorted({each for line in lines if (each := int_in(line, "attempt"))}):
         own = [line for line in lines if line.get("attempt") == number]
-        start, training, end = (
-            next((line for line in own if line.get("event") == event), {}) for event in ("start", "training", "end")
-        )
+        by_event = {str(line.get("event")): line for line in own}
+        start, training, end = (by_event.get(event, {}) for event in ("start", "training", "end"))
         times = [seconds for line in own if (seconds := float_in(line, "time")) is not None]
         if not times:
             continue
@@ -251,7 +256,7 @@ def _attempts(lines: Sequence[Mapping[str, Any]], signs: Sequence[RankSign]) -> 
                 host=text_in(start, "host"),
                 pid=int_in(start, "pid"),
                 job=text_in(start, "job"),
-                reason=text_in(end, "reason"),
+                reason=cause_of(end, [sign for sign in ranks if not sign.alive]),
                 rc=int_in(end, "rc"),
             )
         )

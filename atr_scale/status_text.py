@@ -116,7 +116,7 @@ def _attempt(attempt: AttemptFacts) -> str:
     if attempt.first_step is not None:
         steps += "?" if attempt.last_step is None else f"{attempt.last_step:,}"
     took = "" if attempt.ended is None else f" in {duration(max(0.0, attempt.ended - attempt.started))}"
-    end = attempt.reason or ("" if attempt.ended is None else "killed")
+    end = one_line(attempt.reason, 100) if attempt.reason else ("" if attempt.ended is None else "killed")
     rc = f" (exit code {attempt.rc})" if attempt.rc else ""
     return f"{attempt.attempt}: {_clock(attempt.started)}, {where}, {steps}{took}" + (f": {end}{rc}" if end else "")
 

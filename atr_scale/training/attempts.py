@@ -2,9 +2,10 @@
 
     {"event": "start", "attempt": 2, "time": ..., "world_size": 8, "host": ..., "pid": ..., "version": ..., "job": ...}
     {"event": "training", "attempt": 2, "time": ..., "step": 100, "steps": 6000}
-    {"event": "end", "attempt": 2, "time": ..., "rank": 0, "reason": "done", "step": 6000, "rc": 0}
+    {"event": "end", "attempt": 2, "time": ..., "rank": 0, "reason": "done", "step": 6000, "rc": 0, "known": true}
 
-Times are seconds since the epoch. The end of an attempt that was killed is written by the next one.
+Times are seconds since the epoch. The end of an attempt that was killed is written by the next one, which may also
+write a second end, with a better reason than a rank knew: the last one counts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from atr_scale.distributed.world import World
 from atr_scale.errors import OneLineError, one_line
-from atr_scale.rank_signs import float_in, read_signs
+from atr_scale.rank_signs import cause_of, float_in, int_in, read_signs, text_in
 from atr_scale.run_files import ATTEMPTS, append_json_lines, last_logged_step, read_json_lines
 from atr_scale.training.record import Progress
 from atr_scale.training.run_info import redact
@@ -39,13 +40,16 @@ class Attempt:
     def __init__(self, run: Path, world: World) -> None:
         """All ranks make it together: they agree on its number."""
         self.run, self.world = run, world
-        before = read_json_lines(run / ATTEMPTS) if world.is_main else []
-        self.number: int = world.gather_objects(1 + sum(line.get("event") == "start" for line in before))[0]
+        self.number = 1
+        if world.is_main:
+            before = read_json_lines(run / ATTEMPTS)
+            last = max((int_in(line, "attempt") or 0 for line in before), default=0)
+            self._complete([line for line in before if line.get("attempt") == last], last)
+            self.number = last + 1
+        self.number = world.gather_objects(self.number)[0]
         self._progress: Progress | None = None
         self._steps = 0
         if world.is_main:
-            if before:
-                self._write_end_of_killed(self.number - 1, before)
             self._write(
                 "start",
                 world_size=world.size,
@@ -61,13 +65,16 @@ class Attempt:
         if self.world.is_main:
             self._write("training", step=progress.step, steps=steps)
 
-    def end(self, reason: str, rc: int) -> None:
-        """Write how the attempt ends, unless a rank has done so. reason: "done", "preempted" or a failure."""
+    def end(self, reason: str, rc: int, *, known: bool = True) -> None:
+        """Write how the attempt ends, unless a rank has done so.
+
+        reason: "done", "preempted" or a failure. known: it is the cause, and not perhaps a consequence.
+        """
         lines = read_json_lines(self.run / ATTEMPTS)
         if any(line.get("event") == "end" and line.get("attempt") == self.number for line in lines):
             return
-        step = self._progress.step if self._progress else None
-        self._write("end", rank=self.world.rank, reason=redact(one_line(reason)), step=step, rc=rc)
+        step, reason = self._progress.step if self._progress else None, redact(one_line(reason))
+        self._write("end", rank=self.world.rank, reason=reason, step=step, rc=rc, known=known)
 
     def finish(self) -> None:
         """Training has returned: the run is done, or has saved and stopped on a signal."""
@@ -75,17 +82,23 @@ class Attempt:
             done = self._progress is not None and self._progress.step >= self._steps
             self.end("done" if done else "preempted", 0)
 
-    def _write_end_of_killed(self, number: int, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write how far attempt `number` came, if it left no end: its other traces are overwritten from now on."""
-        own = [line for line in lines if line.get("attempt") == number]
-        if any(line.get("event") == "end" for line in own):
-            return
-        signs = read_signs(self.run, number)
-        reason = next((sign.reason for sign in signs if sign.reason), "killed")
-        times = [sign.written for sign in signs] or [t for line in own if (t := float_in(line, "time"))]
-        step = max([last_logged_step(self.run), *(sign.step for sign in signs)])
-        ended = max(times, default=time.time())
-        self._write("end", attempt=number, time=ended, rank=None, reason=reason, step=step, rc=None)
+    def _complete(self, lines: Sequence[Mapping[str, Any]], number: int) -> None:
+        """Write the end of the attempt before, `number`, if it was killed or did not know why it ended.
+
+        lines: its own. The ranks' files, which tell it, are overwritten from now on.
+        """
+        signs = read_signs(self.run, number) if lines else []
+        end = next((line for line in lines if line.get("event") == "end"), None)
+        if end:
+            cause = cause_of(end, signs)
+            if cause != text_in(end, "reason"):
+                self._write(**{**end, "reason": cause, "known": True})
+        elif lines:
+            reason = next((sign.reason for sign in signs if sign.reason), "killed")
+            times = [sign.written for sign in signs] or [t for line in lines if (t := float_in(line, "time"))]
+            step = max([last_logged_step(self.run), *(sign.step for sign in signs)])
+            ended = max(times, default=time.time())
+            self._write("end", attempt=number, time=ended, rank=None, reason=reason, step=step, rc=None)
 
     def _write(self, event: str, **values: Any) -> None:
         line = {"event": event, "attempt": self.number, "time": round(time.time(), 3), **values}
@@ -109,6 +122,6 @@ def attempted(run: Path, world: World) -> Iterator[Attempt]:
         attempt.end("interrupted from the keyboard", 130)
         raise
     except Exception as error:
-        attempt.end(f"{type(error).__name__}: {error}", 1)
+        attempt.end(f"{type(error).__name__}: {error}", 1, known=False)
         raise
     attempt.finish()

@@ -45,6 +45,22 @@ def test_the_next_attempt_says_how_far_a_killed_one_came(tmp_path: Path) -> None
     assert ends(tmp_path)[1] == (2, "the disk melted", 9, None)
 
 
+def test_the_next_attempt_names_the_rank_that_was_killed(tmp_path: Path) -> None:
+    """Its peer knew only of a connection that was closed, and the ranks' files of that attempt are overwritten now."""
+    with pytest.raises(RuntimeError), attempted(tmp_path, World()):
+        raise RuntimeError("connection closed")
+    rank_file(tmp_path, 0).parent.mkdir()
+    for rank, state in enumerate(["ended", "training"]):
+        beat = {"rank": rank, "host": "gpu01", "attempt": 1, "step": 9, "written": 1e9, "state": state}
+        rank_file(tmp_path, rank).write_text(json.dumps(beat))
+    Attempt(tmp_path, World())
+    first, second = ends(tmp_path)
+    assert first == (1, "RuntimeError: connection closed", None, 1)
+    assert second[1].startswith("rank 1 on gpu01 left no word") and second[1].endswith(first[1])
+    Attempt(tmp_path, World())
+    assert [number for number, *_ in ends(tmp_path)] == [1, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("error", "reason", "rc"),
     [

@@ -91,7 +91,7 @@ def test_the_rank_that_others_wait_for_is_named(tmp_path: Path, age: float) -> N
     beat(tmp_path, 0, idle=90)
     beat(tmp_path, 1, idle=1000, step=39, age=age)
     found, why = state(tmp_path)
-    assert found == "hung" and why is not None and why.startswith(f"rank 1 on {HERE} is at step 39")
+    assert found == "hung" and why is not None and why.startswith(f"rank 1 on {HERE} at step 39: no progress for 1")
     assert read_status(tmp_path).silent_ranks == ([] if age == 1 else [1])
 
 
@@ -105,7 +105,7 @@ def test_a_rank_whose_process_is_gone_is_named(tmp_path: Path, dead: int) -> Non
     start(tmp_path)
     beat(tmp_path, 0)
     beat(tmp_path, 1, pid=dead, age=6)
-    assert state(tmp_path) == ("hung", f"rank 1 on {HERE} is gone, the others wait")
+    assert state(tmp_path) == ("hung", f"rank 1 on {HERE} left no word, the others wait")
 
 
 def test_processes_that_are_gone_without_a_word_were_killed(tmp_path: Path, dead: int) -> None:
@@ -153,6 +153,17 @@ def test_a_reason_that_only_a_rank_has_left_counts(tmp_path: Path, dead: int) ->
     beat(tmp_path, 0, pid=dead, age=6)
     beat(tmp_path, 1, pid=dead, age=6, state="ended", reason="no space left")
     assert state(tmp_path) == ("failed", f"rank 1 on {HERE}: no space left")
+
+
+def test_a_rank_that_was_killed_is_named_before_what_its_peers_saw(tmp_path: Path, dead: int) -> None:
+    start(tmp_path)
+    beat(tmp_path, 0, pid=dead, age=6, state="ended", reason="connection closed")
+    beat(tmp_path, 1, pid=dead, age=6)
+    line = {"event": "end", "attempt": 1, "time": 200.0, "rank": 0, "reason": "RuntimeError: connection closed"}
+    append_json_lines(tmp_path / ATTEMPTS, [{**line, "step": 4, "rc": 1, "known": False}])
+    found, why = state(tmp_path)
+    assert found == "failed" and why is not None
+    assert why.startswith(f"rank 1 on {HERE} left no word: killed") and why.endswith("RuntimeError: connection closed")
 
 
 def test_signs_of_an_attempt_before_do_not_count(tmp_path: Path) -> None:
