@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,14 @@ from atr_scale.data.exclusions import ExclusionList, read_exclusions
 from atr_scale.data.manifest import FORMAT, MANIFEST, read_manifest
 from atr_scale.data.shard_writer import ENCODINGS, RECORDS, Task, finished_shards, record_path, write_shard
 from atr_scale.data.values import valid_unicode
+from atr_scale.distributed.lifeline import end_with
 from atr_scale.errors import UserError
+from atr_scale.locks import hold
 from atr_scale.version import __version__
 
 logger = logging.getLogger(__name__)
 
+LOCK_FILE = ".build.lock"
 SHARD_SIZE = 1000
 SAMPLE_RATE = 32_000
 # Starting a worker process takes as long as encoding about this many clips.
@@ -97,24 +101,30 @@ def build_shards(
         "clips_sha256": _digest(plan.clips, reader.root),
     }
     storage.make_folder(location)
-    finished = _finished(location, settings)
-    if finished is not None:
-        logger.info("%s is complete: nothing to do", location)
-        return finished
-    tasks = [
-        Task(f"shard-{n:06d}.tar", location, plan.corpus, encoding, sample_rate, first, chunk, keep_cut)
-        for n, first in enumerate(range(0, len(plan.clips), shard_size))
-        if (chunk := plan.clips[first : first + shard_size])
-    ]
-    log = DropLog()
-    log.add(plan.dropped)
-    records = _run(tasks, location, workers or len(os.sched_getaffinity(0)), log)
-    dropped = [*plan.dropped, *(DroppedClip(**clip) for record in records for clip in record["dropped"])]
-    manifest = _manifest(plan, settings, records, dropped)
-    write_dropped(location, dropped)
-    storage.write_bytes(storage.join(location, MANIFEST), json.dumps(manifest, ensure_ascii=False).encode())
-    _clean_up(location)
-    return manifest
+    with _only_build(location):
+        finished = _finished(location, settings)
+        if finished is not None:
+            logger.info("%s is complete: nothing to do", location)
+            return finished
+        tasks = [
+            Task(f"shard-{n:06d}.tar", location, plan.corpus, encoding, sample_rate, first, chunk, keep_cut)
+            for n, first in enumerate(range(0, len(plan.clips), shard_size))
+            if (chunk := plan.clips[first : first + shard_size])
+        ]
+        log = DropLog()
+        log.add(plan.dropped)
+        records = _run(tasks, location, workers or len(os.sched_getaffinity(0)), log)
+        dropped = [*plan.dropped, *(DroppedClip(**clip) for record in records for clip in record["dropped"])]
+        manifest = _manifest(plan, settings, records, dropped)
+        write_dropped(location, dropped)
+        storage.write_bytes(storage.join(location, MANIFEST), json.dumps(manifest, ensure_ascii=False).encode())
+        _clean_up(location)
+        return manifest
+
+
+def _only_build(location: str) -> AbstractContextManager[None]:
+    """Two builds would write the same shards. On S3 there is no lock: they write equal objects, one after the other."""
+    return nullcontext() if storage.is_remote(location) else hold(Path(location) / LOCK_FILE, f"the folder {location}")
 
 
 def _check_settings(encoding: str, shard_size: int, sample_rate: int | None) -> None:
@@ -247,7 +257,8 @@ def _results(tasks: list[Task], workers: int) -> Iterator[tuple[Task, dict[str, 
     if workers <= 1:
         yield from ((task, write_shard(task)) for task in tasks)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=end_with, initargs=(os.getpid(),)) as pool:
         futures = {pool.submit(write_shard, task): task for task in tasks}
         try:
             for future in as_completed(futures):

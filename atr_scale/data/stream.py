@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -39,6 +40,7 @@ from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.shared_buffers import Parcel, SharedBuffers, WaveformRows
 from atr_scale.data.storage import join
 from atr_scale.data.tokenizer import CaptionTokenizer
+from atr_scale.distributed.lifeline import end_with
 from atr_scale.distributed.world import World
 from atr_scale.errors import OneLineError, UserError
 
@@ -326,6 +328,7 @@ def read_batches(
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=context,
+            worker_init_fn=partial(_init_worker, os.getpid()),
             prefetch_factor=memory.prefetch,
             timeout=POLL_S,
         )
@@ -340,6 +343,10 @@ def read_batches(
 
     batches = assembled()
     yield from _one_ahead(batches) if workers or pin_memory else batches
+
+
+def _init_worker(rank_process: int, worker: int) -> None:
+    end_with(rank_process)
 
 
 def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:

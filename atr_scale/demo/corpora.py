@@ -35,6 +35,7 @@ from atr_scale.data.splits import is_held_out
 from atr_scale.demo.clips import DemoClip, Sizes, plan_clips
 from atr_scale.demo.relevance import GRADES, write_relevance
 from atr_scale.demo.scenes import Scene, render
+from atr_scale.distributed.lifeline import end_with
 from atr_scale.errors import UserError
 from atr_scale.files import atomic_write
 
@@ -134,7 +135,8 @@ def _write_audio(out: Path, clips: Sequence[DemoClip], sample_rate: int, workers
                 progress.update(_render_chunk(chunk, sample_rate))
             return
         # spawn: forking a process that runs threads (torch's, for one) can deadlock
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, initializer=end_with, initargs=(os.getpid(),)) as pool:
             for done in as_completed([pool.submit(_render_chunk, chunk, sample_rate) for chunk in chunks]):
                 progress.update(done.result())
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore  # torch.distributed, but typed
 from torch.distributed import distributed_c10d
 
+from atr_scale.distributed.lifeline import end_with_launcher
 from atr_scale.distributed.world import World
 from atr_scale.errors import OneLineError, UserError, defer_to_first_rank
 
@@ -99,6 +100,7 @@ def distributed(timeout_s: float = 1800.0) -> Iterator[tuple[World, torch.device
     Raises UserError if they cannot be reached, or if two ranks have the same GPU.
     """
     place = Place.find(os.environ)
+    end_with_launcher(os.environ)
     found = dict(os.environ)
     launched = any(name in found for name in SIGNS_OF_A_LAUNCHER)
     patience = JOIN_TIMEOUT if launched else JOIN_TIMEOUT_ALONE

@@ -45,6 +45,7 @@ from atr_scale.training.parts import RunParts, announced, open_parts, open_valid
 from atr_scale.training.preemption import PreemptionFlag
 from atr_scale.training.record import Progress, Record, Taken, Update
 from atr_scale.training.run_info import write_environment
+from atr_scale.training.run_lock import only_training
 from atr_scale.training.schedule import RunLength, describe_length, learning_rate, run_length, seeds
 from atr_scale.training.validation import Validator
 
@@ -57,6 +58,7 @@ def train(config: RunConfig) -> None:
     with (
         distributed(longest_silence(config)) as (world, device),
         encoder_products(precision.tf32),
+        only_training(Path(config.run.dir), world),
         attempted(Path(config.run.dir), world) as attempt,
         watched_rank(config, world, attempt) as heartbeat,
         STORE.waiting_with(config.data.outage_seconds, heartbeat.wait),

@@ -1,0 +1,201 @@
+"""Lock files: one process at a time works in a folder.
+
+A lock is created in one atomic step, without flock, which network file systems may not have. Its holder touches it
+regularly. The lock of a dead process is taken over: at once if it ran on this machine, else after it has not been
+touched for STALE_S. No two clocks are compared: who waits for a lock of another machine watches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from atr_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TOUCH_S = 10.0
+ALIVE_S = 3 * TOUCH_S  # a holder on another machine that is alive is recognized within this time
+STALE_S = 120.0  # without a touch; longer than network file systems usually stall
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds a lock.
+
+    machine: identity of its running kernel and process namespace, in which `pid` is unique together with `started`,
+    the start of the process. job: of SLURM, with the number of its restarts. since: local time, for people.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    started: float
+    job: str | None
+    since: str
+    token: str
+
+    @staticmethod
+    def me() -> Holder:
+        """This process, as the holder of a new lock."""
+        job = os.environ.get("SLURM_JOB_ID")
+        return Holder(
+            socket.gethostname(),
+            _machine(),
+            os.getpid(),
+            psutil.Process().create_time(),
+            f"{job}, restart {os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else None,
+            time.strftime("%Y-%m-%d %H:%M:%S"),
+            uuid.uuid4().hex,
+        )
+
+    @staticmethod
+    def of(lock: Path) -> Holder | None:
+        """The holder of a lock, None if there is no lock or it cannot be read."""
+        try:
+            return Holder(**json.loads(lock.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def __str__(self) -> str:
+        job = f" (SLURM job {self.job})" if self.job else ""
+        return f"process {self.pid} on {self.host}{job} since {self.since}"
+
+    def is_here(self) -> bool:
+        """Whether it runs, or ran, where this process can see whether it lives."""
+        return self.machine == _machine()
+
+    def lives(self) -> bool:
+        """Whether it runs; it must be here."""
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+
+@contextlib.contextmanager
+def hold(lock: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `lock` for as long as the block runs.
+
+    what: the thing that is locked, for messages: "the run folder runs/a". Waits at most STALE_S for a lock that seems
+    to be left over on another machine. Raises UserError if another process holds the lock and lives, OSError if the
+    lock cannot be written.
+    """
+    me = Holder.me()
+    while not _create(lock, me):
+        _wait_until_dead(lock, what)
+        _put_aside(lock)
+    released = threading.Event()
+    touching = threading.Thread(target=_touch, args=(lock, me, what, released), name="lock", daemon=True)
+    touching.start()
+    try:
+        yield
+    finally:
+        released.set()
+        touching.join()
+        if Holder.of(lock) == me:
+            lock.unlink(missing_ok=True)
+
+
+def _create(lock: Path, me: Holder) -> bool:
+    """Create the lock with all its content in one step. False if it exists."""
+    temporary = lock.with_name(f".{lock.name}.{me.token}.tmp")
+    temporary.write_text(json.dumps(asdict(me)), encoding="utf-8")
+    try:
+        os.link(temporary, lock)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _wait_until_dead(lock: Path, what: str) -> None:
+    """Return when the lock is gone or its holder is dead. Raises UserError if the holder lives."""
+    began, touched = time.monotonic(), _touched(lock)
+    said = False
+    while touched is not None:
+        holder = Holder.of(lock)
+        if holder and holder.is_here():
+            if not holder.lives():
+                logger.warning("%s was in use by %s, which is dead: going on", what, holder)
+                return
+            raise _in_use(what, holder)
+        waited = time.monotonic() - began
+        if _touched(lock) not in (touched, None):
+            raise _in_use(what, holder)
+        if waited > STALE_S or (holder and _restarted(holder)):
+            logger.warning("%s was in use by %s, which shows no sign of life: going on", what, holder or "a process")
+            return
+        if not said:
+            said = True
+            logger.warning(
+                "%s is in use by %s: looking for a sign of life of it, which takes %.0f s, and at most %.0f s until "
+                "the lock %s is void", what, holder or "a process", ALIVE_S, STALE_S, lock,
+            )  # fmt: skip
+        time.sleep(min(1.0, TOUCH_S / 4))
+        if _touched(lock) is None:
+            return
+
+
+def _in_use(what: str, holder: Holder | None) -> UserError:
+    return UserError(
+        f"{what} is in use by {holder or 'another process'}: wait for its end, stop it, or use another folder"
+    )
+
+
+def _restarted(holder: Holder) -> bool:
+    """Whether this process is of a later start of the SLURM job that held the lock."""
+    mine = Holder.me().job
+    return bool(mine and holder.job and mine != holder.job and mine.split(",")[0] == holder.job.split(",")[0])
+
+
+def _touched(lock: Path) -> int | None:
+    try:
+        return lock.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _put_aside(lock: Path) -> None:
+    """Remove the lock of a dead process, but not one that another process has created since."""
+    dead = Holder.of(lock)
+    aside = lock.with_name(f".{lock.name}.{uuid.uuid4().hex}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(lock, aside)
+        if Holder.of(aside) != dead:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, lock)
+        aside.unlink()
+
+
+def _touch(lock: Path, me: Holder, what: str, released: threading.Event) -> None:
+    """Touch the lock until it is released. Ends the process if another one has taken the lock."""
+    while not released.wait(TOUCH_S):
+        now = Holder.of(lock)
+        if now is not None and now.token != me.token and not released.is_set():
+            logger.critical("%s was taken over by %s, as this process gave no sign of life: it ends here", what, now)
+            os._exit(1)
+        with contextlib.suppress(OSError):  # a folder that vanished is told by whoever writes to it
+            os.utime(lock)
+
+
+def _machine() -> str:
+    """The running kernel and the namespace of process numbers."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
