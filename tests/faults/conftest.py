@@ -10,9 +10,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.faults.runs import TinyRuns, tiny_runs
 
 
 @pytest.fixture
@@ -23,3 +26,16 @@ def outcome(request: pytest.FixtureRequest, record_property: Callable[[str, obje
     record_property("fault", marker.args[0])
     record_property("expected", marker.kwargs["expected"])
     return lambda seen: record_property("outcome", seen)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards and a text encoder that no test changes."""
+    return tmp_path_factory.mktemp("inputs")
+
+
+@pytest.fixture
+def runs(tmp_path: Path, inputs: Path) -> Iterator[TinyRuns]:
+    """Trainings as processes, on inputs that all tests share."""
+    with tiny_runs(tmp_path, inputs) as started:
+        yield started
