@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 
+from atr_scale.run_files import DROPPED, read_json_lines
 from atr_scale.status import RunStatus, read_status
 from atr_scale.status_text import status_page
 from tests.tiny_run import tiny_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
@@ -40,7 +42,18 @@ def train(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         process.wait()
 
 
-def until(run: Path, holds: Callable[[RunStatus], bool], seconds: float = 90) -> RunStatus:
+def spoil_a_clip(shards: Path) -> str:
+    """Overwrite the audio of one sample; its place as the run names it."""
+    shard = min(shards.glob("*.tar"))
+    with tarfile.open(shard) as tar:
+        member = next(member for member in tar.getmembers() if not member.name.endswith(".json"))
+    with shard.open("r+b") as file:
+        file.seek(member.offset_data)
+        file.write(bytes(member.size))
+    return f"{shard.name}/{member.name.partition('.')[0]}"
+
+
+def until(run: Path, holds: Callable[[RunStatus], bool], seconds: float = 150) -> RunStatus:
     deadline, seen = time.monotonic() + seconds, "no run"
     while time.monotonic() < deadline:
         if run.is_dir():
@@ -65,13 +78,15 @@ def test_status_of_a_run_through_its_life(
     train: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, outcome: Callable[[str], None]
 ) -> None:
     run = tmp_path / "run"
+    tiny_config(tmp_path, run)
+    spoiled = spoil_a_clip(tmp_path / "train" / "shards")
     process = train(steps=100_000)
     training = until(run, lambda status: status.state == "training" and status.step > 12)
     assert training.step_seconds and training.eta_s and training.checkpoint_step and not training.silent_ranks
 
     process.kill()
     started = time.monotonic()
-    killed = until(run, lambda status: not status.running, 20)
+    killed = until(run, lambda status: not status.running, 30)
     noticed = time.monotonic() - started
     assert killed.state == "killed" and killed.step >= training.step
 
@@ -79,15 +94,19 @@ def test_status_of_a_run_through_its_life(
     resumed = until(run, lambda status: status.state == "training" and status.step > killed.step)
     assert resumed.attempts[0].reason == "killed" and resumed.lost_s > 0
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(120) == 0
     found = shown(run)
     stopped = found["step"]
     assert (found["state"], found["checkpoint_step"]) == ("preempted", stopped)
     assert found["reason"].startswith("told to stop (SIGTERM)") and found["eta_s"] is None
 
-    assert train(steps=stopped + 2).wait(90) == 0
+    assert train(steps=stopped + 2).wait(150) == 0
     found = shown(run)
     assert (found["state"], found["step"], found["steps"]) == ("done", stopped + 2, stopped + 2)
     assert [attempt["reason"] for attempt in found["attempts"]] == ["killed", "preempted", "done"]
     assert found["repeated_steps"] == found["attempts"][1]["repeated_steps"] <= 10 + 5
+    dropped = read_json_lines(run / DROPPED)
+    assert {line["sample"].partition("/")[2] for line in dropped} == {spoiled}
+    assert 0 < len(dropped) == sum(found["dropped"].values()), "each visit is counted and named once"
+    assert f"for example corpus/{spoiled}" in (tmp_path / "log").read_text()
     outcome(f"right in all four; killed is seen after {noticed:.0f} s")
