@@ -24,8 +24,9 @@ def check_shards(location: str, deep: bool = False) -> list[str]:
 
     Compared with the manifest: missing and extra shards, bytes, sha256, sample count, keys and offsets. Checked with
     and without a manifest: broken, cut (also between two members, if the end marker is missing) and compressed
-    archives, incomplete samples, duplicate and dotted keys, names that leave the archive, links and devices. `deep`
-    also decodes every sample. Raises UserError if this user may not read a shard, which is not a fault of the shard.
+    archives, incomplete samples, duplicate clip ids, duplicate and dotted keys, names that leave the archive, links and
+    devices. `deep` also decodes every sample. Raises UserError if this user may not read a shard, which is not a fault
+    of the shard.
     """
     files = storage.list_files(location)
     tars = tars_among(files)
@@ -40,12 +41,19 @@ def check_shards(location: str, deep: bool = False) -> list[str]:
         raise no_shards(location)
     elif storage.list_files(storage.join(location, RECORDS)):
         problems.append(f"{MANIFEST}: missing, the build is not finished; run the same `shards build` again")
+    ids: dict[str, str] = {}
     for name, size in tqdm(tars.items(), "checking shards", unit=" shards", disable=None):
-        problems += [f"{name}: {problem}" for problem in _shard_problems(location, name, size, expected.get(name))]
+        known = ids if name in expected or not expected else {}  # what is not in the manifest is never read
+        problems += [
+            f"{name}: {problem}" for problem in _shard_problems(location, name, size, expected.get(name), known)
+        ]
     return problems + (_deep_problems(location) if deep and not problems else [])
 
 
-def _shard_problems(location: str, name: str, size: int, expected: dict[str, Any] | None) -> Iterator[str]:
+def _shard_problems(
+    location: str, name: str, size: int, expected: dict[str, Any] | None, ids: dict[str, str]
+) -> Iterator[str]:
+    """The problems of one shard; its clip ids are added to `ids`, with their places, and compared with them."""
     path = storage.join(location, name)
     scan = scan_shard(path, size)
     if scan.fault:
@@ -55,6 +63,10 @@ def _shard_problems(location: str, name: str, size: int, expected: dict[str, Any
     for reason, count in scan.dropped.items():
         if reason != "cut_shard":
             yield f"{count} samples with {reason.replace('_', ' ')}"
+    for key, clip_id in zip(scan.keys, scan.clip_ids, strict=True):
+        place = f"sample {key} of {name}"
+        if clip_id and (first := ids.setdefault(clip_id, place)) != place:
+            yield f"sample {key}: its clip id {clip_id!r} is also that of {first}"
     yield from _odd_members(path, size)
     if expected is not None:
         yield from _differences(path, size, scan, expected)

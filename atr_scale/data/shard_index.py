@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class ShardScan:
     """Content of one shard by its headers.
 
     keys, starts, stops, captions: of the complete samples; sample k is the bytes [starts[k], stops[k]) of the shard and
-    has captions[k] captions, 0 if its JSON is unusable.
+    has captions[k] captions, 0 if its JSON is unusable,
+    and the JSON says clip_ids[k], "" if it has none.
     dropped: groups of members that are not a sample, by reason. fault: the broken header, if there is one.
     end_marker: whether the archive ends as it should; one without the marker counts as cut_shard too.
     """
@@ -49,6 +51,7 @@ class ShardScan:
     dropped: Counter[str]
     fault: str | None
     end_marker: bool
+    clip_ids: list[str]
 
     @property
     def offsets(self) -> list[int]:
@@ -89,7 +92,8 @@ def scan_shard(path: str, size: int) -> ShardScan:
                     group.texts[extension] = read(member.data_start, member.data_start + member.size)
     except BrokenTar as error:
         fault = str(error)
-    scan = ShardScan([], [], [], [], Counter({} if end_marker and not fault else {"cut_shard": 1}), fault, end_marker)
+    cut = Counter({} if end_marker and not fault else {"cut_shard": 1})
+    scan = ShardScan([], [], [], [], cut, fault, end_marker, [])
     seen: set[str] = set()
     for group in groups:
         reason = "duplicate_key" if group.key in seen else group_fault(group.extensions)
@@ -100,16 +104,19 @@ def scan_shard(path: str, size: int) -> ShardScan:
             scan.keys.append(group.key)
             scan.starts.append(group.start)
             scan.stops.append(group.stop)
-            scan.captions.append(count_captions(group.key, group.texts))
+            clip_id, captions = _id_and_captions(group.key, group.texts)
+            scan.captions.append(captions)
+            scan.clip_ids.append(clip_id)
     return scan
 
 
-def count_captions(key: str, texts: Mapping[str, bytes]) -> int:
-    """Number of captions in the JSON or text file of a sample, by extension; 0 if it is unusable."""
+def _id_and_captions(key: str, texts: Mapping[str, bytes]) -> tuple[str, int]:
+    """("" or the clip id, number of captions) in the JSON and text file of a sample; 0 if they are unusable."""
     try:
-        return len(parse_texts(key, texts, "")[0]["captions"])
+        fields = parse_texts(key, texts, "")[0]
     except BadSample:
-        return 0
+        return "", 0
+    return "" if fields["clip_id"] == f"/{key}" else fields["clip_id"], len(fields["captions"])
 
 
 def index_shards(location: str, tars: dict[str, int], need_captions: bool = False) -> list[dict[str, Any]]:
@@ -141,10 +148,9 @@ def _scan_all(location: str, tars: dict[str, int]) -> list[dict[str, Any]]:
 
 
 def _stamp(location: str, tars: dict[str, int]) -> list[list[Any]]:
-    """A value that changes if a shard does: names, sizes, and for local shards the modification times."""
-    if storage.is_remote(location):
-        return [[name, size] for name, size in tars.items()]
-    return [[name, size, os.stat(os.path.join(location, name)).st_mtime_ns] for name, size in tars.items()]
+    """A value that changes if a shard does: names, sizes, and modification times or, on S3, the ETags."""
+    versions = storage.list_versions(location)
+    return [[name, size, versions[name][1] if name in versions else None] for name, size in tars.items()]
 
 
 def _places(location: str) -> list[str]:
@@ -159,10 +165,47 @@ def _load(location: str, stamp: list[list[Any]]) -> list[dict[str, Any]] | None:
             index = json.loads(storage.read_bytes(place))
         except (OSError, ValueError):
             continue
-        if index.get("format") == FORMAT and index.get("stamp") == stamp:
-            shards: list[dict[str, Any]] = index["shards"]
-            return shards
+        if isinstance(index, dict) and index.get("format") == FORMAT and index.get("stamp") == stamp:
+            shards: list[dict[str, Any]] = index.get("shards", [])
+            if _fits(location, shards, stamp):
+                return shards
+            logger.warning("%s does not fit the shards: they are indexed again", place)
     return None
+
+
+def _fits(location: str, shards: Any, stamp: list[list[Any]]) -> bool:
+    """Whether an index describes these shards: its lists are whole, and local shards have its first and last samples.
+
+    A shard may be replaced by one of the same size and time, and an index may be damaged; the shard is right then.
+    """
+    try:
+        for (name, size, _), shard in zip(stamp, shards, strict=True):
+            keys, starts, stops = shard["keys"], shard["starts"], shard["stops"]
+            spans = [(0, 0), *zip(starts, stops, strict=True), (size, size)]
+            if shard["name"] != name or len(keys) != len(starts) or not isinstance(shard["dropped"], dict):
+                return False
+            if any(a[1] > b[0] or b[0] > b[1] for a, b in pairwise(spans)):
+                return False
+            if "captions" in shard and len(shard["captions"]) != len(keys):
+                return False
+            if not storage.is_remote(location) and not all(
+                _begins_at(storage.join(location, name), keys[k], starts[k], stops[k]) for k in (0, -1) if keys
+            ):
+                return False
+    except (KeyError, TypeError, ValueError, OSError):
+        return False
+    return True
+
+
+def _begins_at(path: str, key: str, start: int, stop: int) -> bool:
+    """Whether the bytes [start, stop) of a local shard begin with a member of the sample `key`."""
+    file = storage.LocalFile(path)
+    try:
+        member = next(walk(lambda a, b: file.read(start + a, start + b), stop - start), None)
+    except BrokenTar:
+        return False
+    named = None if member is None else split_key(member)
+    return named is not None and named[0] == key
 
 
 def _store(location: str, index: dict[str, Any]) -> None:

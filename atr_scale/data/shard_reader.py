@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,7 @@ from atr_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+READ_THREADS = 8  # that read texts at once, for shards on S3
 HEAD_BYTES = 4096  # read first of a sample in a local shard: if its audio comes last, everything before the audio
 
 
@@ -182,6 +184,29 @@ def parse_sample(data: memoryview | FileSlice, key: str, set_name: str) -> RawSa
     extension = next(e for e in parts if e in AUDIO_EXTENSIONS)
     fields, meta = parse_texts(key, parts, set_name)
     return RawSample(key=key, audio=parts[extension], extension=extension, meta=meta, **fields)
+
+
+def refuse_repeated_ids(shards: ShardSet) -> None:
+    """UserError with both places if a clip id occurs twice in a set: evaluation gives every clip one column."""
+
+    def clip_id(i: int) -> str | None:
+        try:
+            return shards.read_text(i)[0]
+        except BadSample:
+            return None  # the evaluation reports it
+
+    places: dict[str, int] = {}
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for i, found in enumerate(pool.map(clip_id, range(len(shards)))):
+            if found is None or places.setdefault(found, i) == i:
+                continue
+            first, second = (
+                f"sample {shards.keys[n]} of {shards.names[shards.shard_of[n]]}" for n in (places[found], i)
+            )
+            raise UserError(
+                f"{shards.location}: clip id {found!r} is that of {first} and of {second}; "
+                "`atr-scale shards check` lists all of them, build the shards again with distinct ids"
+            )
 
 
 def tars_among(files: dict[str, int]) -> dict[str, int]:

@@ -67,15 +67,25 @@ def list_files(location: str) -> dict[str, int]:
 
     Raises UserError if it cannot be listed, as this is usually the first contact with a location.
     """
+    return {name: size for name, (size, _) in list_versions(location).items()}
+
+
+def list_versions(location: str) -> dict[str, tuple[int, str | int]]:
+    """(bytes, version) of every file, as `list_files`. The version is the ETag on S3, the modification time on disk."""
     try:
         if is_remote(location):
             prefix = location.rstrip("/") + "/"
             entries = _retry(lambda: _filesystem().ls(prefix, detail=True), prefix)
-            found = {e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
+            found: dict[str, tuple[int, str | int]] = {
+                entry["name"].rsplit("/", 1)[-1]: (int(entry["size"]), str(entry.get("ETag", "")))
+                for entry in entries
+                if entry["type"] == "file"
+            }
             found.pop("", None)
         else:
             with os.scandir(location) as items:
-                found = {item.name: item.stat().st_size for item in items if item.is_file()}
+                stats = {item.name: item.stat() for item in items if item.is_file()}
+            found = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:

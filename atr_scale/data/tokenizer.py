@@ -51,6 +51,8 @@ class CaptionTokenizer:
 
     def __init__(self, tokenizer: Callable[..., Any], cleaning: str = "none", max_tokens: int | None = 64) -> None:
         self._tokenizer = tokenizer
+        if hasattr(tokenizer, "split_special_tokens"):
+            tokenizer.split_special_tokens = True  # a caption that says [SEP] or </s> is text, not the end of one
         self._rule = CLEANING[cleaning]
         own: int | None = getattr(tokenizer, "model_max_length", None)
         self._max_tokens = max_tokens if max_tokens is None or own is None else min(max_tokens, own)

@@ -271,6 +271,7 @@ def table_cell(text: str) -> str:
         ("`", "\\`"),
         ("*", "\\*"),
         ("_", "\\_"),
+        ("[", "\\["),
     ):
         text = text.replace(old, new)
     return text

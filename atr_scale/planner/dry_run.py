@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from atr_scale.config import RunConfig
-from atr_scale.data.shard_reader import open_shards
+from atr_scale.data.shard_reader import open_shards, refuse_repeated_ids
 from atr_scale.distributed.world import World
 from atr_scale.model import count_parameters
 from atr_scale.planner.zero_memory import Parameters
@@ -56,5 +56,6 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     for found in parts.teacher.coverage if parts.teacher else ():
         lines.append(f"teachers    {found.location}: {found.describe()}")
     for name, shards in {**validation, **({"test": open_shards(config.data.test)} if config.data.test else {})}.items():
+        refuse_repeated_ids(shards)
         lines.append(f"{name:<11} {shards.location}: {len(shards)} clips in {len(shards.names)} shards")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from atr_scale import plots
+from atr_scale.evaluation.report import table_cell
 from atr_scale.files import atomic_write
 from atr_scale.sections import flat
 from atr_scale.training.run_info import redact
@@ -117,12 +118,11 @@ class Monitor:
         for number, example in enumerate(examples):
             tag = f"{split}/retrieved-{number}"
             rows = [
-                f"| {place} | {'✓' if clip.hit else ''} | {clip.clip_id} | {clip.score:.3f} |"
+                f"| {place} | {'✓' if clip.hit else ''} | {table_cell(clip.clip_id)} | {clip.score:.3f} |"
                 for place, clip in enumerate(example.clips, start=1)
             ]
-            head = (
-                f"**{example.query}** (right clip at rank {example.rank})\n\n| rank | hit | clip | score |\n|-|-|-|-|\n"
-            )
+            head = f"**{table_cell(example.query)}** (right clip at rank {example.rank})\n\n"
+            head += "| rank | hit | clip | score |\n|-|-|-|-|\n"
             self._writer.add_text(tag, redact(head + "\n".join(rows)), step)
             for place, clip in enumerate(example.clips, start=1):
                 self._writer.add_audio(f"{tag}/rank-{place}", _playable(clip), step, sample_rate=clip.sample_rate)

@@ -152,3 +152,23 @@ def test_mistakes_are_one_line(server: str, corpus: Path, monkeypatch: pytest.Mo
         with STORE.waiting_with(0.1, lambda _: nullcontext()), away:
             open_shards("s3://shards/x")
     storage._filesystem_of.cache_clear()
+
+
+def test_a_remote_shard_replaced_by_one_of_the_same_size_is_indexed_again(server: str, tmp_path: Path) -> None:
+    import io
+    import tarfile
+
+    def archive(key: str) -> bytes:
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for name, data in ((f"{key}.flac", b"x" * 100), (f"{key}.json", b'{"text": "a dog barks"}')):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return file.getvalue()
+
+    location = f"s3://{BUCKET}/replaced"
+    for key in ("first", "other"):
+        storage.write_bytes(f"{location}/x.tar", archive(key))
+        assert open_shards(location).keys == [key]
+        assert ".index.json" in storage.list_files(location)

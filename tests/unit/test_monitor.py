@@ -131,18 +131,22 @@ def test_pictures_text_and_players(tmp_path: Path) -> None:
     loud = torch.linspace(0, 3, 10 * 8000, requires_grad=True).repeat(2)
     clips = [Player("demo/1", 0.5, True, loud, 8000), Player("demo/2", 0.25, False, np.zeros(800), 8000)]
     monitor.retrieved(5, [RetrievedClips("a dog barks", 1, clips)])
+    odd = [Player("a|b ![x](http://y)", 0.5, True, loud, 8000)]
+    monitor.retrieved(5, [RetrievedClips("**a** | <b>\n\n# [c](d)", 1, odd)], split="odd")
     monitor.text("configuration", "lr: 0.1")
     monitor.close()
     board = events(tmp_path)
     assert board.Tags()["images"] == ["validation/similarity"]
     assert board.Images("validation/similarity")[0].width > 300
     players = {"validation/retrieved-0/rank-1", "validation/retrieved-0/rank-2"}
-    assert set(board.Tags()["audio"]) == players
+    assert set(board.Tags()["audio"]) == {*players, "odd/retrieved-0/rank-1"}
     (audio,) = board.Audio("validation/retrieved-0/rank-1")
     assert audio.sample_rate == 8000 and audio.length_frames == PLAYER_SECONDS * 8000
     samples = np.frombuffer(audio.encoded_audio_string[44:], dtype="<i2")
     np.testing.assert_allclose(samples, np.linspace(0, 32767, len(samples)), atol=2)  # scaled, not cut off
     texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in board.Tags()["tensors"]}
+    assert "\\*\\*a\\*\\* \\| &lt;b> # \\[c](d)" in texts["odd/retrieved-0/text_summary"]
+    assert "| 1 | ✓ | a\\|b !\\[x](http://y) | 0.500 |" in texts["odd/retrieved-0/text_summary"]
     assert "a dog barks" in texts["validation/retrieved-0/text_summary"]
     assert "| 1 | ✓ | demo/1 | 0.500 |" in texts["validation/retrieved-0/text_summary"]
     assert texts["configuration/text_summary"] == "lr: 0.1"

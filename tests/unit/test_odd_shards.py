@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from atr_scale.cli import app
 from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_check import check_shards
-from atr_scale.data.shard_reader import open_shards
+from atr_scale.data.shard_reader import open_shards, refuse_repeated_ids
 from atr_scale.errors import UserError
 
 
@@ -150,3 +150,16 @@ def test_home_and_variables_in_paths_of_the_command_line(tmp_path: Path, monkeyp
         assert result.exit_code == 0, result.output
     result = CliRunner().invoke(app, ["shards", "check", "$NO_SUCH/set"])
     assert isinstance(result.exception, UserError) and "variable $NO_SUCH is not set" in str(result.exception)
+
+
+def test_a_clip_id_that_occurs_twice_is_named_with_both_places(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(
+        tar_bytes(*pair("a", clip_id="one", text="t"), *pair("b", clip_id="two", text="t"))
+    )
+    (tmp_path / "y.tar").write_bytes(tar_bytes(*pair("c", clip_id="one", text="t"), *pair("d", text="t")))
+    assert check_shards(str(tmp_path)) == ["y.tar: sample c: its clip id 'one' is also that of sample a of x.tar"]
+    with pytest.raises(UserError, match=r"clip id 'one' is that of sample a of x.tar and of sample c of y.tar"):
+        refuse_repeated_ids(open_shards(str(tmp_path)))
+    (tmp_path / "y.tar").write_bytes(tar_bytes(*pair("a", text="t"), *pair("b")))
+    assert check_shards(str(tmp_path)) == []
+    refuse_repeated_ids(open_shards(str(tmp_path)))

@@ -8,7 +8,7 @@ import os
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,6 +270,43 @@ def test_index_is_kept_and_renewed_when_a_shard_changes(two_shards: Path, monkey
     assert again.keys == first.keys and np.array_equal(again.start, first.start)
     write_tar(two_shards / "b.tar", members("b", KEYS[:2]))
     assert len(open_shards(str(two_shards))) == len(KEYS) + 2
+
+
+def replace_with_another(folder: Path) -> None:
+    shard = folder / "b.tar"
+    stat = shard.stat()
+    write_tar(shard, members("b", [f"9{key[1:]}" for key in KEYS]))
+    assert shard.stat().st_size == stat.st_size
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def change_index(folder: Path, change: Callable[[dict], object]) -> None:
+    index = json.loads((folder / ".index.json").read_text())
+    change(index)
+    (folder / ".index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        replace_with_another,
+        lambda folder: change_index(folder, lambda index: index["shards"].reverse()),
+        lambda folder: change_index(folder, lambda index: index["shards"][0]["starts"].pop()),
+        lambda folder: change_index(folder, lambda index: index["shards"][0]["keys"].reverse()),
+        lambda folder: change_index(folder, lambda index: index["shards"][1].update(stops=[10**9] * len(KEYS))),
+        lambda folder: change_index(folder, lambda index: index.update(shards=None)),
+        lambda folder: change_index(folder, lambda index: index["shards"][0].update(starts="x")),
+    ],
+)
+def test_an_index_that_disagrees_with_its_shards_is_made_anew(
+    two_shards: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    open_shards(str(two_shards))
+    damage(two_shards)
+    shards = open_shards(str(two_shards))
+    good, bad = read_all(shards)
+    assert len(good) == 2 * len(KEYS) and not bad and not shards.dropped
+    assert ".index.json does not fit the shards: they are indexed again" in caplog.text
 
 
 def test_index_of_a_read_only_folder_goes_to_the_cache(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,14 @@ def test_captions_are_cleaned_then_truncated_and_padded() -> None:
     assert input_ids[2, 1] == mark, "what cleaning leaves nothing of stays as it is"
 
 
+def test_control_tokens_inside_a_caption_are_text() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TEXT_ENCODER)
+    (ids,), _ = CaptionTokenizer(tokenizer)(["low [SEP] tone [PAD] low [CLS]"])
+    special = [position for position, token in enumerate(ids.tolist()) if token in tokenizer.all_special_ids]
+    assert special[0] == 0 and special[-1] == len(ids) - 1
+    assert {tokenizer.convert_ids_to_tokens(int(ids[n])) for n in special[1:-1]} <= {tokenizer.unk_token}
+
+
 def test_a_caption_of_megabytes_is_cut_before_the_tokenizer_reads_it(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TEXT_ENCODER)
     read: list[int] = []
