@@ -195,6 +195,10 @@ class World:
         """Maximum over ranks."""
         return max(self.gather_ints(value))
 
+    def any(self, holds: bool) -> bool:
+        """Whether it holds on any rank. All ranks call this."""
+        return self.max_int(int(holds)) > 0
+
     def barrier(self) -> None:
         """Wait for all ranks, but not for the work of their GPUs."""
         if self.size > 1:

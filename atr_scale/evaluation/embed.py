@@ -100,7 +100,7 @@ def embed(model: Retriever, shards: ShardSet, config: RunConfig, parallel: Paral
 
     config: of the model; gives the batch size, the seconds of a clip that are read, and how captions are tokenized.
     Logs a warning about unreadable samples. If no clip is readable, raises Failure if reading has failed, and UserError
-    if all are damaged.
+    if all are damaged. Raises Abandoned in all processes if one was asked to stop.
     """
     batch_size, world = config.evaluation.batch_size, parallel.world
     tokenizer = caption_tokenizer(model.text_encoder.tokenizer, config.data.captions)
@@ -111,11 +111,16 @@ def embed(model: Retriever, shards: ShardSet, config: RunConfig, parallel: Paral
         return _load(shards, rows, model.sample_rate, config.data.evaluation_seconds)
 
     parts: list[_Part] = []
+    numbers = own + surplus
     progress = tqdm(
-        own + surplus, desc=f"embedding {shards.corpus}", unit="batch", disable=None if world.is_main else True
+        parallel.each(numbers),
+        total=len(numbers),
+        desc=f"embedding {shards.corpus}",
+        unit="batch",
+        disable=None if world.is_main else True,
     )
     with evaluating(model):
-        for _, (clips, dropped) in zip(progress, load_ahead(load, own + surplus), strict=True):
+        for _, (clips, dropped) in zip(progress, load_ahead(load, numbers), strict=True):
             part = _embed_batch(model, tokenizer, clips, dropped, parallel)
             if len(parts) < len(own):
                 parts.append(part)

@@ -91,11 +91,13 @@ def evaluate(
 
     All processes call this. split, step: names of the results. relevance: a file as `read_relevance` describes, for
     graded metrics. first_stage: the model scores only these candidates; by default it scores all pairs. Raises
-    UserError if the first stage could read other clips than the model, or if the relevance file does not fit the split.
+    UserError if the first stage could read other clips than the model, or if the relevance file does not fit the split,
+    and Abandoned in all processes if one of them was asked to stop.
     """
     with evaluating(model):
         embedded = embed(model, shards, config, parallel)
         scores = _score_split(model, shards, embedded, config, parallel, first_stage)
+        parallel.check()
         ids = np.array([stable_id(clip) for clip in embedded.clip_ids])
         ranks = scores.ranks(ids[embedded.owner], ids, parallel.world)
         classes = _score_classes(model, embedded, config, parallel)

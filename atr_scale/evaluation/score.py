@@ -22,7 +22,7 @@ def score(scorer: Scorer, text: TokenSequence, audio: TokenSequence, *, batch_si
     """[C, N] float32 on the CPU of every process: scores of all captions with all clips, which `embed` returned.
 
     batch_size: clips scored at once. Only the split determines the batches, so any number of processes gives the same
-    scores.
+    scores. Raises Abandoned if a process was asked to stop.
     """
     if scorer.is_dual_encoder:
         with ieee_products():
@@ -32,7 +32,14 @@ def score(scorer: Scorer, text: TokenSequence, audio: TokenSequence, *, batch_si
     own, surplus = parallel.batches(len(batches))
     text = text.to(parallel.device)
     out = torch.zeros(len(text.pooled), num_clips)
-    progress = tqdm(own + surplus, desc="scoring pairs", unit="batch", disable=None if world.is_main else True)
+    numbers = own + surplus
+    progress = tqdm(
+        parallel.each(numbers),
+        total=len(numbers),
+        desc="scoring pairs",
+        unit="batch",
+        disable=None if world.is_main else True,
+    )
     for done, number in enumerate(progress):
         columns = scorer.scores(text, audio.take(batches[number]).to(parallel.device)).float().cpu()
         if done < len(own):

@@ -79,7 +79,8 @@ class Attempt:
     def finish(self) -> None:
         """Training has returned: the run is done, or has saved and stopped on a signal."""
         if self.world.is_main:
-            done = self._progress is not None and self._progress.step >= self._steps
+            progress = self._progress
+            done = progress is not None and progress.step >= self._steps and not progress.unevaluated
             self.end("done" if done else "preempted", 0)
 
     def _complete(self, lines: Sequence[Mapping[str, Any]], number: int) -> None:

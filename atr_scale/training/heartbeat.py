@@ -156,7 +156,8 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.end(None if error is None else one_line(str(error) or type(error).__name__))
+        left = error is None or isinstance(error, SystemExit)  # the latter is a signal before training
+        self.end(None if left else one_line(str(error) or type(error).__name__))
 
     def end(self, reason: str | None) -> None:
         """The last sign of life of this rank. reason: why it ended early, None at its normal end."""

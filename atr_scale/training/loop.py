@@ -25,6 +25,7 @@ from atr_scale.data.outage import STORE
 from atr_scale.data.stream import describe, read_batches
 from atr_scale.distributed.start import distributed
 from atr_scale.distributed.world import World
+from atr_scale.evaluation.parallel import Abandoned
 from atr_scale.evaluation.results import record_training
 from atr_scale.evaluation.selection import selection_score
 from atr_scale.model import StepContext, count_parameters
@@ -42,7 +43,7 @@ from atr_scale.training.engine import Engine
 from atr_scale.training.heartbeat import Heartbeat, longest_silence, watched_rank
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
-from atr_scale.training.preemption import PreemptionFlag
+from atr_scale.training.preemption import PreemptionFlag, preemptible
 from atr_scale.training.record import Progress, Record, Taken, Update
 from atr_scale.training.run_info import write_environment
 from atr_scale.training.run_lock import only_training
@@ -60,12 +61,14 @@ def train(config: RunConfig) -> None:
         encoder_products(precision.tf32),
         only_training(Path(config.run.dir), world),
         attempted(Path(config.run.dir), world) as attempt,
+        preemptible(Path(config.run.dir), world, attempt) as stop,
         watched_rank(config, world, attempt) as heartbeat,
         STORE.waiting_with(config.data.outage_seconds, heartbeat.wait),
     ):
         logger.info(precision.describe(device, config.train.head_products))
-        training = Training(config, world, device, heartbeat)
+        training = Training(config, world, device, heartbeat, stop)
         attempt.follow(training.progress, training.parts.length.steps)
+        stop.begin()
         training.run()
 
 
@@ -73,11 +76,17 @@ class Training:
     """One run: its parts, the engine that trains the model, and its progress."""
 
     def __init__(
-        self, config: RunConfig, world: World, device: torch.device, heartbeat: Heartbeat | None = None
+        self,
+        config: RunConfig,
+        world: World,
+        device: torch.device,
+        heartbeat: Heartbeat | None = None,
+        stop: PreemptionFlag | None = None,
     ) -> None:
         """Checks come first, cheap ones before expensive ones. DeepSpeed starts after all inputs have been opened.
 
-        heartbeat: told of progress and declared waits, by default one that nobody reads.
+        heartbeat: told of progress and declared waits, by default one that nobody reads. stop: a signal's flag, by
+        default one that no signal sets.
         """
         self.config, self.world, self.device = config, world, device
         self.heartbeat = heartbeat or Heartbeat()
@@ -85,7 +94,7 @@ class Training:
         check_batch_size(config, world.size)
         check_temporary_folder(config.data.workers)
         check_run_folder(self.run_dir)
-        self.stop = PreemptionFlag()
+        self.stop = stop or PreemptionFlag(world)
         validation = open_validation(config)
         resume_from = checkpoint_to_resume(config, world)
         torch.manual_seed(config.run.seed)  # the same new weights on every rank
@@ -103,7 +112,9 @@ class Training:
             resume_step=self.progress.step if resume_from else None,
             total_steps=self.parts.length.steps,
         )
-        self.validator = Validator(config, validation, self.parts.tokenizer, world, device, self.monitor)
+        self.validator = Validator(
+            config, validation, self.parts.tokenizer, world, device, self.monitor, self._is_told_to_stop
+        )
         self.record = Record(config, self.progress, self.parts.length, self.monitor, world, device)
         self.heartbeat.tell(steps=self.parts.length.steps)
         self.heartbeat.step = self.progress.step
@@ -153,7 +164,11 @@ class Training:
         save_every = train.checkpoint_every or evaluate_every
         batches = self._batches()
         self.record.start()
-        while self.progress.step < length.steps:
+        if self.progress.unevaluated:
+            improved = self._validate()
+            if not self._stopping:
+                self._save(improved)
+        while self.progress.step < length.steps and not self._stopping:
             self._step(batches)
             last = self.progress.step == length.steps
             due = self._due(evaluate_every), self._due(save_every)
@@ -162,11 +177,12 @@ class Training:
             improved = (last or (not self._stopping and due[0])) and self._validate()
             if last or self._stopping or improved or due[1]:
                 self._save(improved)
-            if self._stopping and not last:
-                self._leave()
-                break
+                self._stopping = self._stopping or self.stop.agree()  # while it was saved
+        complete = self.progress.step == length.steps and not self.progress.unevaluated
         self.monitor.close()
-        if self.world.is_main and self.progress.step == length.steps:
+        if not complete:
+            self._leave()
+        elif self.world.is_main:
             record_training(self.run_dir, self.config, length.steps, length.steps)
             run = self.run_dir
             logger.info("%s: trained to step %d; measure it with `atr-scale evaluate %s`", run, length.steps, run)
@@ -259,12 +275,17 @@ class Training:
         }
 
     def _validate(self) -> bool:
-        """Evaluate the validation sets, and say whether this is the best step so far."""
+        """Evaluate the validation sets, and say whether this is the best step so far. On a signal it is abandoned."""
+        self.progress.unevaluated = False
         if not self.validator.sets:
             return False
         start = time.perf_counter()
-        with self.heartbeat.wait("evaluating"):
-            found = self.validator.evaluate(self.engine.model, self.progress.step)
+        try:
+            with self.heartbeat.wait("evaluating"):
+                found = self.validator.evaluate(self.engine.model, self.progress.step)
+        except Abandoned:
+            self._stopping = self.progress.unevaluated = True
+            return False
         metrics = {name: each.metrics for name, each in found.items()}
         score = selection_score(metrics, self.config.evaluation.select)
         improved = score > self.progress.best
@@ -273,6 +294,11 @@ class Training:
         self.validator.record(found, improved)
         self.record.leave_out(time.perf_counter() - start)
         return improved
+
+    def _is_told_to_stop(self) -> bool:
+        """Looked at in every batch of an evaluation, which is progress."""
+        self.heartbeat.beat()
+        return self.stop.is_up()
 
     def _save(self, best: bool) -> None:
         start = time.perf_counter()
@@ -290,9 +316,10 @@ class Training:
     def _leave(self) -> None:
         if self.world.is_main:
             (self.run_dir / PREEMPTED).write_text(f"{self.stop.received or 'another rank was told'}\n")
+            evaluation = ", whose evaluation is repeated" if self.progress.unevaluated else ""
             logger.warning(
-                "told to stop: saved at step %d of %d; the same command continues from there",
-                self.progress.step, self.parts.length.steps,
+                "told to stop: saved at step %d of %d; the same command continues from there%s",
+                self.progress.step, self.parts.length.steps, evaluation,
             )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -50,9 +50,13 @@ class Validator:
     world: World
     device: torch.device
     monitor: Monitor
+    stops: Callable[[], bool]  # of `Parallel`
 
     def evaluate(self, model: Retriever, step: int) -> dict[str, Validated]:
-        """Metrics and results of every set by its name, logged as those of the model after `step` optimizer steps."""
+        """Metrics and results of every set by its name, logged as those of the model after `step` optimizer steps.
+
+        Raises Abandoned on all ranks if one was asked to stop.
+        """
         return {name: self._evaluate_set(model, step, name, shards) for name, shards in self.sets.items()}
 
     def record(self, found: Mapping[str, Validated], best: bool) -> None:
@@ -76,7 +80,7 @@ class Validator:
             self.config,
             split=name,
             step=step,
-            parallel=Parallel(self.world, self.device, lockstep=self.config.train.zero_stage == 3),
+            parallel=Parallel(self.world, self.device, lockstep=self.config.train.zero_stage == 3, stops=self.stops),
         )
         self.monitor.evaluation(step, name, evaluation.metrics)
         for result in evaluation.results:

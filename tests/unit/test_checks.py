@@ -15,7 +15,7 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.planner.dry_run import dry_run
-from atr_scale.training import loop, parts
+from atr_scale.training import parts
 from atr_scale.training.checks import check_batch_size, check_temporary_folder, differences
 from atr_scale.training.loop import Training
 from atr_scale.training.param_groups import freeze
@@ -99,7 +99,6 @@ def test_cheap_checks_come_before_the_model_is_built(
         raise AssertionError("the model is built before all cheap checks are made")
 
     monkeypatch.setattr(parts, "new_model", build)
-    monkeypatch.setattr(loop, "PreemptionFlag", lambda: None)
     config = tiny_config(folder, tmp_path / "run")
     (tmp_path / "file").touch()
     for key, value in overrides.items():
