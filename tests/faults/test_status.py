@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from atr_scale.run_files import DROPPED, read_json_lines
-from atr_scale.status import RunStatus, read_status
-from atr_scale.status_text import status_page
+from atr_scale.status import RunStatus, is_run, read_status
+from tests.faults.runs import TinyRuns, tiny_runs
 from tests.tiny_run import tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def train(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts the run as a process; none is left behind."""
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def begin(**train: Any) -> subprocess.Popen[bytes]:
-        path = tmp_path / "run.yaml"
-        path.write_text(tiny_config(tmp_path, tmp_path / "run", checkpoint_every=10, **train).to_yaml())
-        log = (tmp_path / "log").open("ab")
-        command = [sys.executable, "-m", "atr_scale.train", str(path)]
-        processes.append(subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}))
-        return processes[-1]
-
-    yield begin
-    for process in processes:
-        process.kill()
-        process.wait()
 
 
 def spoil_a_clip(shards: Path) -> str:
@@ -53,16 +33,16 @@ def spoil_a_clip(shards: Path) -> str:
     return f"{shard.name}/{member.name.partition('.')[0]}"
 
 
-def until(run: Path, holds: Callable[[RunStatus], bool], seconds: float = 150) -> RunStatus:
-    deadline, seen = time.monotonic() + seconds, "no run"
-    while time.monotonic() < deadline:
-        if run.is_dir():
-            found = read_status(run)
-            if holds(found):
-                return found
-            seen = status_page(found)
-        time.sleep(0.3)
-    raise AssertionError(f"not so after {seconds} s: {seen}\n{(run.parent / 'log').read_text()[-3000:]}")
+def until(runs: TinyRuns, holds: Callable[[RunStatus], bool], what: str, seconds: float = 150) -> RunStatus:
+    """The status when `holds` is true of it."""
+    run = runs.folder()
+
+    def found() -> RunStatus | None:
+        status = read_status(run) if run.is_dir() and is_run(run) else None
+        return status if status and holds(status) else None
+
+    status: RunStatus = runs.until(found, what, seconds)
+    return status
 
 
 def shown(run: Path) -> dict[str, Any]:
@@ -74,39 +54,41 @@ def shown(run: Path) -> dict[str, Any]:
     "who comes back asks how a run goes: training, killed with kill -9, told to stop, done",
     expected="`status` says state, step and reason from the files alone, and what the restarts have cost",
 )
-def test_status_of_a_run_through_its_life(
-    train: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, outcome: Callable[[str], None]
-) -> None:
-    run = tmp_path / "run"
-    tiny_config(tmp_path, run)
-    spoiled = spoil_a_clip(tmp_path / "train" / "shards")
-    process = train(steps=100_000)
-    training = until(run, lambda status: status.state == "training" and status.step > 12)
-    assert training.step_seconds and training.eta_s and training.checkpoint_step and not training.silent_ranks
+def test_status_of_a_run_through_its_life(tmp_path: Path, outcome: Callable[[str], None]) -> None:
+    inputs = tmp_path / "inputs"
+    with tiny_runs(tmp_path, inputs) as runs:
+        run = runs.folder()
+        tiny_config(inputs, run)
+        spoiled = spoil_a_clip(inputs / "train" / "shards")
+        process = runs.start(steps=100_000, checkpoint_every=10)
+        training = until(runs, lambda status: status.state == "training" and status.step > 12, "step 13")
+        assert training.step_seconds and training.eta_s and training.checkpoint_step and not training.silent_ranks
 
-    process.kill()
-    started = time.monotonic()
-    killed = until(run, lambda status: not status.running, 30)
-    noticed = time.monotonic() - started
-    assert killed.state == "killed" and killed.step >= training.step
+        process.kill()
+        started = time.monotonic()
+        killed = until(runs, lambda status: not status.running, "an end is seen", 30)
+        noticed = time.monotonic() - started
+        assert killed.state == "killed" and killed.step >= training.step
 
-    process = train(steps=100_000)
-    resumed = until(run, lambda status: status.state == "training" and status.step > killed.step)
-    assert resumed.attempts[0].reason == "killed" and resumed.lost_s > 0
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 0
-    found = shown(run)
-    stopped = found["step"]
-    assert (found["state"], found["checkpoint_step"]) == ("preempted", stopped)
-    assert found["reason"].startswith("told to stop (SIGTERM)") and found["eta_s"] is None
+        process = runs.start(steps=100_000, checkpoint_every=10)
+        resumed = until(
+            runs, lambda status: status.state == "training" and status.step > killed.step, "the run has gone on"
+        )
+        assert resumed.attempts[0].reason == "killed" and resumed.lost_s > 0
+        process.send_signal(signal.SIGTERM)
+        assert runs.ended(process) == 0
+        found = shown(run)
+        stopped = found["step"]
+        assert (found["state"], found["checkpoint_step"]) == ("preempted", stopped)
+        assert found["reason"].startswith("told to stop (SIGTERM)") and found["eta_s"] is None
 
-    assert train(steps=stopped + 2).wait(150) == 0
-    found = shown(run)
+        assert runs.ended(runs.start(steps=stopped + 2, checkpoint_every=10)) == 0
+        found, said = shown(run), runs.said()
     assert (found["state"], found["step"], found["steps"]) == ("done", stopped + 2, stopped + 2)
     assert [attempt["reason"] for attempt in found["attempts"]] == ["killed", "preempted", "done"]
     assert found["repeated_steps"] == found["attempts"][1]["repeated_steps"] <= 10 + 5
     dropped = read_json_lines(run / DROPPED)
     assert {line["sample"].partition("/")[2] for line in dropped} == {spoiled}
     assert 0 < len(dropped) == sum(found["dropped"].values()), "each visit is counted and named once"
-    assert f"for example corpus/{spoiled}" in (tmp_path / "log").read_text()
+    assert f"for example corpus/{spoiled}" in said
     outcome(f"right in all four; killed is seen after {noticed:.0f} s")
