@@ -133,7 +133,8 @@ class TrainSection(Section):
     hang_seconds: Positive | None = Field(
         None,
         description="time without progress after which the run ends because a rank hangs; default: 10 median steps, "
-        "at least 60 s; declared waits, such as the start, a save or an evaluation, may take an hour",
+        "at least 60 s, with a compiled encoder 600 s; declared waits, such as the start, a save or an evaluation, may "
+        "take an hour",
     )
 
     @field_validator("initial_checkpoint", mode="before")

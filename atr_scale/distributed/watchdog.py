@@ -68,6 +68,7 @@ class Pulse:
     doing: str
     age: float
     limit: float
+    hang_limit: float
     ended: bool = False
 
     def __str__(self) -> str:
@@ -102,11 +103,12 @@ class Judge:
     def own(self, now: float) -> Pulse:
         """This rank's pulse, without its number."""
         activity = self.activity
+        limit = activity.limit  # read before the signs: the end of a wait is a sign, and then lowers the limit
         if activity.signs != self._signs:
             self._signs, self._progressed = activity.signs, now
         self.newest = Pulse(
             self.rank, self._host, self._pid, 0, activity.step, activity.batches_read, activity.doing,
-            now - self._progressed, activity.limit,
+            now - self._progressed, limit, activity.hang_limit,
         )  # fmt: skip
         return self.newest
 
@@ -129,8 +131,14 @@ class Judge:
         return self.stalled(now) and silent and not neighbour.ended
 
     def behind(self, others: list[Pulse], now: float) -> list[Pulse]:
-        """The ranks that hang, if those that are furthest behind are beyond their limits; else none."""
+        """The ranks that hang: of those that are furthest behind, the ones beyond their limits.
+
+        None hangs if any has made progress lately: when a long wait of one ends, those that have waited for it seem to
+        be late, but they go on with it.
+        """
         ranks = [self.own(now), *(other for other in others if other.rank != self.rank and not other.ended)]
+        if any(each.age <= each.hang_limit for each in ranks):
+            return []
         last = min((each.step, each.batches_read) for each in ranks)
         return [each for each in ranks if (each.step, each.batches_read) == last and each.age > each.limit]
 

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 WRITE_S, RANKS_PER_S = 3.0, 100  # between two writes of a file; more with many ranks, to spare the file system
 LEAST_HANG_S, HANG_STEPS = 60.0, 10
+LEAST_COMPILED_S = 600.0  # a batch of a new shape is compiled in the middle of a run
 WAIT_S, SPARE_S = 3600.0, 300.0
 STEPS_KEPT = 50  # durations of which the median is taken
 OF_PHASES = "starting", "evaluating", "saving"  # waits that are a state of their own; others are "waiting"
@@ -51,16 +52,17 @@ class Heartbeat:
         attempt: int = 0,
         *,
         hang_s: float | None = None,
+        least_hang_s: float = LEAST_HANG_S,
         wait_s: float = WAIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """run_dir: where the file is written, None: nowhere. attempt: number of this start of the run.
 
         hang_s: seconds after which a rank without progress hangs, by default HANG_STEPS median steps, and at least
-        LEAST_HANG_S. wait_s: the same in a declared wait.
+        least_hang_s. wait_s: the same in a declared wait.
         """
         self.run_dir, self.world, self.attempt = run_dir, world or World(), attempt
-        self._hang_s, self._wait_s, self._clock = hang_s, wait_s, clock
+        self._hang_s, self._least_hang_s, self._wait_s, self._clock = hang_s, least_hang_s, wait_s, clock
         self.step, self.batches_read = 0, 0  # optimizer steps of the run; batches since the last one
         self.signs = 0  # of progress
         self._waits, self._waits_began = ["starting"], clock()
@@ -107,13 +109,13 @@ class Heartbeat:
         try:
             yield
         finally:
+            self.beat()  # before the limit is lower again
             with self._changing:
                 left = self._waits.copy()
                 left.remove(what)
                 self._waits = left
                 if left in ([], ["starting"]) and self._last_step is not None:  # the wait is no part of the next step
                     self._last_step += self._clock() - max(self._waits_began, self._last_step)
-            self.beat()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -141,7 +143,7 @@ class Heartbeat:
     def hang_limit(self) -> float:
         """The same without declared waits. Before the median is known, imports may keep other threads from running."""
         if self._hang_s is None or not self._durations:
-            return max(LEAST_HANG_S, HANG_STEPS * self._median)
+            return max(self._least_hang_s, HANG_STEPS * self._median)
         return self._hang_s
 
     @property
@@ -223,8 +225,15 @@ def longest_silence(config: RunConfig) -> float:
 def watched_rank(config: RunConfig, world: World, attempt: Attempt) -> Iterator[Heartbeat]:
     """The heartbeat of this rank, with a watchdog that ends it if the run hangs. All ranks enter this together."""
     run = Path(config.run.dir)
-    hang_s, wait_s = config.train.hang_seconds, longest_wait(config)
-    heartbeat = Heartbeat(run, world, attempt.number, hang_s=hang_s, wait_s=wait_s)
+    compiled = config.model.audio.compile or config.model.text.compile
+    heartbeat = Heartbeat(
+        run,
+        world,
+        attempt.number,
+        hang_s=config.train.hang_seconds,
+        least_hang_s=LEAST_COMPILED_S if compiled else LEAST_HANG_S,
+        wait_s=longest_wait(config),
+    )
 
     def on_hang(reason: str, reports: bool) -> None:
         heartbeat.end(reason)

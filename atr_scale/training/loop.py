@@ -40,7 +40,7 @@ from atr_scale.training.checks import (
     checkpoint_to_resume,
 )
 from atr_scale.training.engine import Engine
-from atr_scale.training.heartbeat import Heartbeat, longest_silence, watched_rank
+from atr_scale.training.heartbeat import LEAST_HANG_S, Heartbeat, longest_silence, watched_rank
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
 from atr_scale.training.preemption import PreemptionFlag, preemptible
@@ -197,7 +197,7 @@ class Training:
             keep_int16=gpu,
             pin_memory=gpu,
             memory=self.memory,
-            silence_s=SILENCE_SHARE * self.heartbeat.hang_limit,
+            silence_s=SILENCE_SHARE * (self.config.train.hang_seconds or LEAST_HANG_S),
         )
 
     def _step(self, batches: Iterator[Batch]) -> None:

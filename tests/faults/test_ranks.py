@@ -15,15 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from atr_scale.run_files import ATTEMPTS, STATUS, rank_file, read_json_lines, read_json_object, stacks_file
+from atr_scale.run_files import ATTEMPTS, rank_file, read_json_lines, read_json_object, stacks_file
+from tests.faults.runs import TinyRuns, family, free_port, tiny_runs
 from tests.tiny_run import tiny_config
 
 HANG_S = 8.0  # train.hang_seconds of the runs; a loaded machine needs some for a step
 END_S = HANG_S + 60.0
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-LONG = 10**6  # steps
+LONG_RUN: dict[str, Any] = {"steps": 10**6, "checkpoint_every": 5, "log_every": 5, "hang_seconds": HANG_S}
 
 # A rank that is blocked in what needs no other rank, while the rest waits for it.
 BLOCKED = """
@@ -56,97 +57,88 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Run:
-    """A training as real processes that write to one log."""
+@contextmanager
+def running(place: Path, inputs: Path) -> Iterator[TinyRuns]:
+    """Trainings in a new folder of `place`; its inputs are in `inputs`."""
+    place.mkdir()
+    with tiny_runs(place, inputs) as runs:
+        yield runs
 
-    def __init__(self, folder: Path, name: str, **train: Any) -> None:
-        self.dir, self._log = folder / name, folder / f"{name}.log"
-        settings = {"steps": LONG, "checkpoint_every": 5, "log_every": 5, "hang_seconds": HANG_S, **train}
-        self.config = folder / f"{name}.yaml"
-        self.config.write_text(tiny_config(folder, self.dir, **settings).to_yaml())
-        self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *launcher: str, **variables: str) -> subprocess.Popen[bytes]:
-        command = [*(launcher or [sys.executable]), "-m", "atr_scale.train", str(self.config)]
-        with self._log.open("ab") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", **variables}
-            )
-        self.processes.append(process)
-        return process
+def sign_of(runs: TinyRuns, rank: int) -> dict[str, Any]:
+    """What that rank has written last about itself."""
+    return read_json_object(rank_file(runs.folder(), rank)) or {}
 
-    @property
-    def log(self) -> str:
-        return self._log.read_text(errors="replace")
 
-    def rank(self, rank: int) -> dict[str, Any]:
-        return read_json_object(rank_file(self.dir, rank)) or {}
+def until_trained(runs: TinyRuns, ranks: int, attempt: int = 1) -> None:
+    """Wait until all ranks train in that attempt and have made five steps or more."""
 
-    def until_step(self, step: int, ranks: int, attempt: int = 1) -> None:
-        """Wait until all ranks are in that attempt and have said that they have made `step` steps."""
+    def train(sign: dict[str, Any]) -> bool:
+        return bool(sign and sign["attempt"] == attempt and sign["step"] >= 5 and sign["state"] == "training")
 
-        def reached(said: dict[str, Any]) -> bool:
-            return bool(said and said["attempt"] == attempt and said["step"] >= step and said["state"] == "training")
+    runs.until(lambda: all(train(sign_of(runs, rank)) for rank in range(ranks)), f"{ranks} ranks train")
 
-        until = time.monotonic() + 120
-        while not all(reached(self.rank(rank)) for rank in range(ranks)):
-            assert time.monotonic() < until, self.log[-3000:]
-            time.sleep(0.1)
 
-    def stacks(self, rank: int, attempt: int = 1) -> str:
-        return stacks_file(self.dir, attempt, rank).read_text()
+def stop(runs: TinyRuns, rank: int) -> int:
+    """Stop the process of that rank and return its number."""
+    pid = int(sign_of(runs, rank)["pid"])
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def stacks(run: Path, rank: int) -> str:
+    """What that rank has written about its threads in the first attempt."""
+    return stacks_file(run, 1, rank).read_text()
 
 
 def meeting_place(size: int) -> dict[str, str]:
     """The variables of a launcher that all ranks share."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-
-
-@contextmanager
-def running(run: Run) -> Iterator[Run]:
-    """Kills what is left of the run at the end."""
-    try:
-        yield run
-    finally:
-        left = [said["pid"] for path in (run.dir / STATUS).glob("rank-*.json") if (said := read_json_object(path))]
-        for pid in (process.pid for process in run.processes if process.poll() is None):
-            os.kill(pid, signal.SIGKILL)
-        for pid in left:
-            if Path(f"/proc/{pid}/cmdline").exists() and b"atr_scale" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
+    return {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 @pytest.mark.fault(
-    "a rank hangs (SIGSTOP of one of two ranks, torchrun)",
-    expected="the others write their stacks, the rank is named, all end within the limit + 60 s; the restart goes on",
+    "a rank hangs (SIGSTOP of rank 1 of two, torchrun)",
+    expected="the other writes its stacks, the rank is named, all end within the limit + 60 s; the restart goes on",
 )
-@pytest.mark.parametrize(("rank", "shutdown_s"), [(1, "30"), (0, "5")])
 def test_a_stopped_rank_is_named_and_the_launcher_starts_all_again(
-    rank: int, shutdown_s: str, folder: Path, outcome: Callable[[str], None]
+    folder: Path, outcome: Callable[[str], None]
 ) -> None:
-    with running(Run(folder, f"stopped-{rank}", keep_checkpoints=2)) as run:
-        launcher = run.start(*TORCHRUN, "--max-restarts", "1", TORCH_ELASTIC_SHUTDOWN_TIMEOUT=shutdown_s)
-        run.until_step(5, ranks=2)
-        stopped = run.rank(rank)["pid"]
-        os.kill(stopped, signal.SIGSTOP)
+    with running(folder / "restarted", folder) as runs:
+        launcher = runs.start(ranks=2, torchrun=["--max-restarts", "1"], **LONG_RUN)
+        until_trained(runs, ranks=2)
+        stopped = stop(runs, 1)
         began = time.monotonic()
-        while Path(f"/proc/{stopped}").exists():
-            assert time.monotonic() < began + END_S, run.log[-3000:]
-            time.sleep(0.1)
+        runs.until(lambda: not psutil.pid_exists(stopped), "the stopped rank is gone", END_S)
         seconds = time.monotonic() - began
-        named = f"rank {rank} (pid {stopped} on {socket.gethostname()}, last seen at step"
-        assert run.log.count(f"s: {named}") == 1, run.log[-3000:]
-        assert "training/loop.py" in run.stacks(1 - rank)
-        assert not stacks_file(run.dir, 1, rank).exists()
-        run.until_step(6, ranks=2, attempt=2)
+        named = f"s: rank 1 (pid {stopped} on {socket.gethostname()}, last seen at step"
+        assert runs.said().count(named) == 1, runs.said()
+        assert "training/loop.py" in stacks(runs.folder(), 0)
+        assert not stacks_file(runs.folder(), 1, rank=1).exists()
+        until_trained(runs, ranks=2, attempt=2)
         launcher.terminate()
-        launcher.wait(timeout=60)
-        ends = [line for line in read_json_lines(run.dir / ATTEMPTS) if line["event"] == "end"]
+        runs.ended(launcher)
+        ends = [line for line in read_json_lines(runs.folder() / ATTEMPTS) if line["event"] == "end"]
         assert [line["rc"] for line in ends] == [1, 0]
-        assert f"rank {rank} " in ends[0]["reason"] and "is stopped or gone" in ends[0]["reason"]
-        outcome(f"rank {rank} named, all ranks gone after {seconds:.0f} s, started again")
+        assert "rank 1 " in ends[0]["reason"] and "is stopped or gone" in ends[0]["reason"]
+        outcome(f"rank 1 named, all ranks gone after {seconds:.0f} s, started again and went on")
+
+
+@pytest.mark.fault(
+    "a rank hangs (SIGSTOP of rank 0 of two, torchrun without restarts)",
+    expected="the other writes its stacks; torchrun ends within the limit + 60 s, and its report ends with the rank",
+)
+def test_a_stopped_rank_0_is_named_in_the_report_of_the_launcher(folder: Path, outcome: Callable[[str], None]) -> None:
+    with running(folder / "reported", folder) as runs:
+        launcher = runs.start(ranks=2, **LONG_RUN)
+        until_trained(runs, ranks=2)
+        stopped = stop(runs, 0)
+        began = time.monotonic()
+        assert runs.ended(launcher, END_S) == 1
+        seconds = time.monotonic() - began
+        report = runs.said()[runs.said().rindex("Root Cause") :]
+        assert f"s: rank 0 (pid {stopped} on {socket.gethostname()}, last seen at step" in report
+        assert "training/loop.py" in stacks(runs.folder(), 1)
+        outcome(f"rc 1 after {seconds:.0f} s, rank 0 named in torchrun's report")
 
 
 @pytest.mark.fault(
@@ -155,16 +147,17 @@ def test_a_stopped_rank_is_named_and_the_launcher_starts_all_again(
 )
 def test_a_stopped_rank_0_with_the_store_ends_the_others(folder: Path, outcome: Callable[[str], None]) -> None:
     meeting = meeting_place(2)
-    with running(Run(folder, "store")) as run:
-        main, other = (run.start(RANK=rank, LOCAL_RANK=rank, **meeting) for rank in "01")
-        run.until_step(5, ranks=2)
-        os.kill(main.pid, signal.SIGSTOP)
+    with running(folder / "store", folder) as runs:
+        _, other = (runs.start(environment={"RANK": rank, "LOCAL_RANK": rank, **meeting}, **LONG_RUN) for rank in "01")
+        until_trained(runs, ranks=2)
+        stop(runs, 0)
         began = time.monotonic()
-        assert other.wait(timeout=END_S) == 1
+        assert runs.ended(other, END_S) == 1
         seconds = time.monotonic() - began
-        assert f"s, and the store at 127.0.0.1:{meeting['MASTER_PORT']} does not answer" in run.log
-        assert "training/loop.py" in run.stacks(1)
-        assert run.rank(1)["state"] == "ended" and "does not answer" in run.rank(1)["reason"]
+        assert f"s, and the store at 127.0.0.1:{meeting['MASTER_PORT']} does not answer" in runs.said()
+        assert "training/loop.py" in stacks(runs.folder(), 1)
+        sign = sign_of(runs, 1)
+        assert sign["state"] == "ended" and "does not answer" in sign["reason"]
         outcome(f"rc 1 after {seconds:.0f} s, the store of rank 0 named")
 
 
@@ -173,23 +166,42 @@ def test_a_stopped_rank_0_with_the_store_ends_the_others(folder: Path, outcome: 
     expected="it writes its stacks and ends with exit code 1 within the limit + 60 s",
 )
 def test_a_single_process_that_is_blocked_ends(folder: Path, tmp_path: Path, outcome: Callable[[str], None]) -> None:
-    shutil.copytree(folder / "train", tmp_path / "train")
-    shutil.copytree(folder / "validation", tmp_path / "validation")
-    with running(Run(tmp_path, "blocked")) as run:
-        process = run.start()
-        run.until_step(5, ranks=1)
-        for shard in (tmp_path / "train" / "shards").glob("*.tar"):
+    for name in ("train", "validation"):
+        shutil.copytree(folder / name, tmp_path / "inputs" / name)
+    with running(tmp_path / "blocked", tmp_path / "inputs") as runs:
+        process = runs.start(**LONG_RUN)
+        until_trained(runs, ranks=1)
+        for shard in (tmp_path / "inputs" / "train" / "shards").glob("*.tar"):
             waits = shard.with_suffix(".waits")
             os.mkfifo(waits)  # opening it waits for a writer, as a server that hangs makes one wait
             os.replace(waits, shard)
         began = time.monotonic()
-        assert process.wait(timeout=END_S) == 1, run.log[-3000:]
+        assert runs.ended(process, END_S) == 1
         seconds = time.monotonic() - began
-        assert re.search(r"^error: no progress for \d+ s: reading a batch after step \d+; stacks", run.log, re.M)
-        assert "in _take" in run.stacks(0)
-        assert "reading a batch" in run.rank(0)["reason"]
-        assert "Traceback" not in run.log
+        assert re.search(r"^error: no progress for \d+ s: reading a batch after step \d+; stacks", runs.said(), re.M)
+        assert "in _take" in stacks(runs.folder(), 0)
+        assert "reading a batch" in sign_of(runs, 0)["reason"]
+        assert "Traceback" not in runs.said()
         outcome(f"rc 1 after {seconds:.0f} s, blocked in reading a batch")
+
+
+@pytest.mark.fault(
+    "a loader worker hangs (SIGSTOP) in a training",
+    expected="the worker and its shard are named, and the run ends with exit code 1 within the limit + 60 s",
+)
+def test_a_stopped_loader_worker_ends_the_run(folder: Path, outcome: Callable[[str], None]) -> None:
+    with running(folder / "worker", folder) as runs:
+        process = runs.start(overrides=("data.workers=1",), **{**LONG_RUN, "hang_seconds": 2 * HANG_S})
+        until_trained(runs, ranks=1)
+        (worker,) = (child for child in family(process.pid) if child.ppid() != process.pid)  # the fork server's
+        worker.suspend()
+        began = time.monotonic()
+        assert runs.ended(process, 2 * HANG_S + 60) == 1
+        seconds = time.monotonic() - began
+        line = rf"^error: loader worker 0 \(pid {worker.pid}\), reading .*\.tar, is stopped"
+        assert re.search(line, runs.said(), re.M), runs.said()
+        assert not worker.is_running()
+        outcome(f"rc 1 after {seconds:.0f} s, the worker and its shard named")
 
 
 @pytest.mark.fault(
@@ -217,6 +229,5 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path, outcome: Callable[[s
         rf"rank 2 \(pid {ranks[2].pid} on .*, last seen at step 2, reading a batch\) hangs, and the other ranks wait"
     )
     assert re.search(named, said), said
-    stacks = [stacks_file(tmp_path, 1, rank).read_text() for rank in range(3)]
-    assert ["in barrier" in text for text in stacks] == [True, True, False]
+    assert ["in barrier" in stacks(tmp_path, rank) for rank in range(3)] == [True, True, False]
     outcome("rank 2 named once, three files of stacks, all rc 1")

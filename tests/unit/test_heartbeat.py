@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from atr_scale.config import RunConfig
+from atr_scale.distributed.world import World
 from atr_scale.run_files import rank_file
-from atr_scale.training.heartbeat import HANG_STEPS, LEAST_HANG_S, WAIT_S, Heartbeat
+from atr_scale.training.attempts import Attempt
+from atr_scale.training.heartbeat import HANG_STEPS, LEAST_HANG_S, WAIT_S, Heartbeat, watched_rank
+from tests.tiny_run import tiny_config
 
 
 class Clock:
@@ -44,6 +48,21 @@ def test_a_given_limit_replaces_that_of_the_steps() -> None:
     assert (heartbeat.doing, heartbeat.limit) == ("training", 5.0)
 
 
+def test_compiled_encoders_have_longer(tmp_path: Path) -> None:
+    """A batch of a new shape is compiled in the middle of a run."""
+    config = tiny_config(tmp_path / "inputs", tmp_path / "run")
+    assert limit_of(config) == LEAST_HANG_S
+    config.model.audio.compile = True
+    assert limit_of(config) == 600.0
+
+
+def limit_of(config: RunConfig) -> float:
+    with watched_rank(config, World(), Attempt(Path(config.run.dir), World())) as heartbeat:
+        for step in (1, 2):
+            heartbeat.beat(step)
+        return heartbeat.limit
+
+
 def test_declared_waits_have_their_own_limit_and_are_no_part_of_a_step() -> None:
     clock = Clock()
     heartbeat = after_steps(clock, 20.0)
@@ -58,6 +77,24 @@ def test_declared_waits_have_their_own_limit_and_are_no_part_of_a_step() -> None
     heartbeat.beat(4)
     assert heartbeat.fields()["step_seconds"] == 20.0
     assert heartbeat.limit == HANG_STEPS * 20.0
+
+
+def test_the_end_of_a_wait_is_progress_before_it_lowers_the_limit() -> None:
+    """Else the watchdog could see the long age of the wait with the short limit of a step."""
+
+    class Observed(Heartbeat):
+        def beat(self, step: int | None = None) -> None:
+            super().beat(step)
+            limits.append(self.limit)
+
+    limits: list[float] = []
+    heartbeat = Observed(hang_s=5.0)
+    heartbeat.beat(1)
+    heartbeat.beat(2)
+    with heartbeat.wait("saving"):
+        pass
+    assert limits == [WAIT_S, 5.0, WAIT_S, WAIT_S]
+    assert heartbeat.limit == 5.0
 
 
 def test_a_rank_that_is_blocked_in_reading_is_behind() -> None:

@@ -22,7 +22,15 @@ class Rank:
 
 
 def pulse(rank: int = 1, **values: object) -> Pulse:
-    mine = {"step": 7, "batches_read": 1, "doing": "training", "age": LIMIT + 2, "limit": LIMIT, **values}
+    mine = {
+        "limit": LIMIT,
+        "hang_limit": LIMIT,
+        "step": 7,
+        "batches_read": 1,
+        "doing": "training",
+        "age": LIMIT + 2,
+        **values,
+    }
     return Pulse(rank, "node", 100 + rank, 1, **mine)  # type: ignore[arg-type]
 
 
@@ -50,6 +58,13 @@ def test_a_declared_wait_of_some_ranks_does_not_hide_one_that_has_not_come_to_it
     saving = Rank(doing="saving", limit=WAIT)
     blocked = pulse(1)
     assert Judge(0, saving).behind([blocked], LIMIT + 1) == [blocked]
+
+
+def test_those_that_waited_for_a_declared_wait_are_not_late_when_it_ends() -> None:
+    """Rank 1 has read its batch after a long outage, and the step of both is under way."""
+    judge = Judge(0, Rank())
+    assert judge.behind([pulse(1, age=1.0)], 5 * LIMIT) == []
+    assert judge.behind([pulse(1, age=LIMIT + 1)], 6 * LIMIT + 1) != []
 
 
 def test_ranks_that_have_ended_are_not_behind() -> None:
