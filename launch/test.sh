@@ -3,7 +3,7 @@
 #   launch/test.sh [pytest arguments]          the quick tier
 #   launch/test.sh --all [pytest arguments]    everything, for example: launch/test.sh --all --real-data=DIR
 #   launch/test.sh -n 0 [pytest arguments]     in one process, for example with a debugger
-# Tests that need more than the environment (SLURM, chromium, shellcheck, real recordings) are skipped with a reason.
+# Tests that need more than the environment (SLURM, chromium, shellcheck, rclone, real recordings) are skipped with a reason.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"

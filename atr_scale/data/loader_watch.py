@@ -104,7 +104,7 @@ class WorkerRow:
         return bytes(self._text).split(b"\0")[0].decode(errors="replace")
 
 
-def watched(
+def watched_parcels(
     loader: DataLoader[Parcel | OneLineError],
     board: WorkerBoard,
     shard_path: Callable[[int, int], str],
@@ -126,11 +126,13 @@ def watched(
                     parcel = next(reader, None)
                     break
                 except RuntimeError as error:
-                    _tell(rows)
-                    if str(error).startswith("DataLoader worker (pid"):
-                        raise _gone(rows, reader._workers, shard_path) from None
-                    if not str(error).startswith("DataLoader timed out"):
+                    text = str(error)
+                    if not text.startswith(("DataLoader worker (pid", "DataLoader timed out")):
                         raise
+                # Raised here, a Failure does not refer to the loader's error, whose traceback would keep the loader.
+                _tell(rows)
+                if not text.startswith("DataLoader timed out"):
+                    raise _gone(rows, reader._workers, shard_path)
                 # Polls are counted, not seconds: time in which this process itself was stopped is not the worker's.
                 silent = 0.0 if row.wait or row.actions != actions else silent + POLL_S
                 actions = row.actions

@@ -56,6 +56,10 @@ def _status(error: BaseException | None) -> int | None:
     return found if isinstance(found, int) else None
 
 
+class BadObject(OSError):
+    """An object that is not served while another one is."""
+
+
 class StoreOutage:
     """The outage that the reads of one process wait for, if there is one.
 
@@ -74,6 +78,7 @@ class StoreOutage:
         self._changing = threading.Lock()
         self._waiters: set[Hashable] = set()
         self._text, self._began, self._said = "", 0.0, 0.0
+        self._failure: Failure | None = None  # after the budget, until a request is answered
         self._declared = ExitStack()
 
     @property
@@ -85,6 +90,10 @@ class StoreOutage:
         """A request is about to be repeated."""
         self._own_retries += 1
         self._retried()
+
+    def answered(self) -> None:
+        """A request was answered: the next outage has a budget of its own."""
+        self._failure = None
 
     @contextmanager
     def waiting_with(
@@ -106,11 +115,18 @@ class StoreOutage:
         finally:
             self._budget_s, self._declare, self._retried, self._quiet = before
 
-    def outlast(self, attempt: Callable[[], T], location: str, error: Exception, others: Callable[[], bool]) -> T:
+    def outlast(
+        self,
+        attempt: Callable[[], T],
+        location: str,
+        error: Exception,
+        others: Callable[[], bool],
+        trials: int = BAD_OBJECT_TRIALS,
+    ) -> T:
         """The result of `attempt`, whose last call has failed with `error`, when the store answers again.
 
-        others: whether another object can be read now. Raises OSError if that is so and attempts still fail, the error
-        of an attempt that is not `is_unanswered`, and Failure after the budget.
+        others: whether another object can be read now. Raises BadObject if that is so and `trials` attempts in a row
+        fail, the error of an attempt that is not `is_unanswered`, and Failure after the budget.
         """
         waiter, bad, pauses = object(), 0, 0
         self._join(waiter)
@@ -120,8 +136,8 @@ class StoreOutage:
                     self._check_budget()
                     if others():
                         bad += 1
-                        if bad == BAD_OBJECT_TRIALS:
-                            raise OSError(f"{location}: {error!r}, while another object can be read")
+                        if bad == trials:
+                            raise BadObject(f"{location}: {error!r}, while another object can be read")
                         self.end(waiter)
                     else:
                         bad = 0
@@ -130,7 +146,9 @@ class StoreOutage:
                         self._pause(pauses)
                         pauses += 1
                     try:
-                        return attempt()
+                        result = attempt()
+                        self.answered()
+                        return result
                     except Exception as again:
                         if isinstance(again, OneLineError):
                             raise
@@ -197,11 +215,13 @@ class StoreOutage:
 
     def _check_budget(self) -> None:
         """Raises Failure if the budget is spent."""
-        if self._waiters and self._left() <= 0:
-            raise Failure(
+        if self._failure is None and self._waiters and self._left() <= 0:
+            self._failure = Failure(
                 f"the store could not be reached for {self._clock() - self._began:.0f} s (data.outage_seconds = "
                 f"{self._budget_s:g}): {self._text}; start the same command again when it answers"
             )
+        if self._failure is not None:
+            raise self._failure
 
 
 STORE = StoreOutage()  # of this process

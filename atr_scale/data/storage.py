@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from atr_scale.data.outage import STORE, is_unanswered
+from atr_scale.data.outage import BAD_OBJECT_TRIALS, STORE, BadObject, is_unanswered
 from atr_scale.errors import UserError
 from atr_scale.files import atomic_write
 
@@ -248,6 +248,7 @@ def _remote_range(location: str, start: int, stop: int) -> bytes:
 
 # The last two different objects that this process has read, the newest one first.
 _read_last: list[str] = []
+_bad_objects: set[str] = set()
 
 
 def _remember(location: str) -> None:
@@ -297,19 +298,28 @@ def _retry(action: Callable[[], T], location: str, others: Callable[[], bool] = 
     attempt fails, and Failure if the store does not answer for `data.outage_seconds`.
     """
     began = time.monotonic()
-    for attempt in range(1, ATTEMPTS + 1):
+    # Of a bad object each sample would otherwise take seconds.
+    attempts, trials = (1, 1) if location in _bad_objects else (ATTEMPTS, BAD_OBJECT_TRIALS)
+    for attempt in range(1, attempts + 1):
         try:
-            return _once(action, location)
+            result = _once(action, location)
+            STORE.answered()
+            _bad_objects.discard(location)
+            return result
         except (FileNotFoundError, PermissionError, ShortRead, UserError):
             raise
         except Exception as error:
             STORE.count_retry()
-            if attempt == ATTEMPTS or time.monotonic() - began > RETRY_BUDGET_S:
+            if attempt == attempts or time.monotonic() - began > RETRY_BUDGET_S:
                 if is_unanswered(error):
-                    return STORE.outlast(lambda: _once(action, location), location, error, others)
+                    try:
+                        return STORE.outlast(lambda: _once(action, location), location, error, others, trials)
+                    except BadObject:
+                        _bad_objects.add(location)
+                        raise
                 raise OSError(f"{location}: gave up after {attempt} attempts: {error!r}") from error
             pause = FIRST_DELAY_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-            logger.info("%s: %r; attempt %d of %d in %.1f s", location, error, attempt + 1, ATTEMPTS, pause)
+            logger.info("%s: %r; attempt %d of %d in %.1f s", location, error, attempt + 1, attempts, pause)
             time.sleep(pause)
     raise AssertionError("unreachable")
 

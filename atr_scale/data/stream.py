@@ -31,7 +31,7 @@ from atr_scale.data.corpora import CORPORA
 from atr_scale.data.decode import Crop, decode
 from atr_scale.data.folds import without_fold
 from atr_scale.data.loader_memory import LoaderMemory, loader_memory
-from atr_scale.data.loader_watch import POLL_S, SILENCE_S, WorkerBoard, WorkerRow, watched
+from atr_scale.data.loader_watch import POLL_S, SILENCE_S, WorkerBoard, WorkerRow, watched_parcels
 from atr_scale.data.options import DataSection
 from atr_scale.data.paraphrases.stored import FILE, Paraphrases, refuse_evaluation_split
 from atr_scale.data.sample import BadSample, RawSample
@@ -332,7 +332,7 @@ def read_batches(
             prefetch_factor=memory.prefetch,
             timeout=POLL_S,
         )
-        return watched(loader, stream.board, stream.shard_path, silence_s)
+        return watched_parcels(loader, stream.board, stream.shard_path, silence_s)
 
     def assembled() -> Iterator[Batch]:
         # Closed also on an error: a loader that is left to the garbage collector waits 5 s for each of its workers.

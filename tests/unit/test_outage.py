@@ -110,6 +110,9 @@ def test_the_budget_ends_the_wait(outage: StoreOutage, clock: Clock) -> None:
     assert "the store could not be reached for 30 s (data.outage_seconds = 30): s3://b/k: ConnectionReset" in str(
         failure.value
     )
+    with pytest.raises(Failure, match="for 30 s"):  # another thread, whose attempts have failed meanwhile
+        outage.outlast(back_at(clock, 31), PLACE, AWAY, none)
+    outage.answered()
     assert outage.outlast(back_at(clock, 40), PLACE, AWAY, none) == "read", "another outage has a budget of its own"
 
 

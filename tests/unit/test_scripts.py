@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("launch", "slurm", "tools")
-SCRIPTS = sorted([*(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.sh")), ROOT / ".ci/run"])
+SCRIPTS = sorted([*(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.sh")), *(ROOT / ".ci").iterdir()])
 SOURCED = {"slurm/prologue.sh", "launch/demo.sh"}
 
 

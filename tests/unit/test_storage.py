@@ -107,6 +107,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(storage, "STORE", StoreOutage(sleep=slept.append))
     monkeypatch.setattr(storage, "_read_last", [])
+    monkeypatch.setattr(storage, "_bad_objects", set())
     return slept
 
 
@@ -152,6 +153,10 @@ def test_one_object_that_is_never_served_is_skipped(monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match=r"s3://b/k: ConnectionResetError.*while another object can be read"):
         storage.read_range("s3://b/k", 10, 20)
     assert sum(pauses) < 20
+    pauses.clear()
+    with pytest.raises(OSError, match="while another object can be read"):
+        storage.read_range("s3://b/k", 30, 40)
+    assert pauses == [], "its other samples are skipped at once"
 
 
 def test_no_retry_if_it_cannot_help(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
