@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -24,8 +25,11 @@ def shards_build(
             "plug-in."
         ),
     ],
-    root: Annotated[str, typer.Option(help="Folder of the corpus as it was downloaded.")],
     out: Annotated[str, typer.Option(help="Folder or s3://bucket/prefix for the shards of this split.")],
+    root: Annotated[
+        str | None,
+        typer.Option(help="Folder of the corpus as it was downloaded; by default that of --captions."),
+    ] = None,
     options: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="Options of the corpus reader.")
     ] = None,
@@ -46,6 +50,15 @@ def shards_build(
     keep_cut: Annotated[
         bool, typer.Option("--keep-cut", help="Keep the rest of files that are shorter than their header says.")
     ] = False,
+    captions: Annotated[
+        str | None, typer.Option(help="Table of the corpus folder: .csv, .tsv, .jsonl or .parquet.")
+    ] = None,
+    audio: Annotated[str | None, typer.Option(help="Folder with the audio files of the corpus folder.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Names of the table's columns, as file=path,caption=text.")
+    ] = None,
+    delimiter: Annotated[str | None, typer.Option(help="Delimiter of the table; tab for a tab.")] = None,
+    text_encoding: Annotated[str | None, typer.Option(help="Encoding of the table, as latin-1.")] = None,
     plugins: Plugins = None,
 ) -> None:
     """Build the shards of one split, with a manifest.
@@ -56,14 +69,19 @@ def shards_build(
     Examples:
       atr-scale shards build clotho --root clotho --split val --out shards/val
       atr-scale shards build folder --root my_sounds --out s3://bucket/my_sounds
+      atr-scale shards build folder --captions my.csv --audio wavs --out shards/my
     """
     from atr_scale.data.shard_builder import build_shards
     from atr_scale.plugins import import_plugins
 
     import_plugins(plugins or [])
+    table = {"captions": captions, "audio": audio, "columns": columns, "delimiter": delimiter}
+    given = {name: value for name, value in {**table, "encoding": text_encoding}.items() if value is not None}
+    if root is None and captions is None:
+        raise UserError("give the folder of the corpus with --root, or a table of your own with --captions")
     manifest = build_shards(
         corpus,
-        expanded_path(root),
+        expanded_path(root or os.path.dirname(captions or "") or "."),
         expanded_path(out),
         split=split,
         shard_size=shard_size,
@@ -71,7 +89,7 @@ def shards_build(
         sample_rate=sample_rate or None,
         workers=workers,
         exclude=[expanded_path(path) for path in exclude or []],
-        options=_key_values(options or []),
+        options={**_key_values(options or []), **given},
         keep_cut=keep_cut,
     )
     hours, dropped = manifest["seconds"] / 3600, manifest["dropped"] or "none"

@@ -140,7 +140,7 @@ class _File(AudioSource):
         if out is not None and (lead or not single or (out.dtype == np.int16 and file.subtype != "PCM_16")):
             out = None
         try:
-            if start or file.tell():
+            if start or (file.seekable() and file.tell()):
                 file.seek(start)
             samples: np.ndarray
             if out is not None:

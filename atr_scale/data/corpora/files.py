@@ -6,6 +6,7 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from atr_scale.data.sample import clean_captions
 from atr_scale.data.values import caption_texts
@@ -18,7 +19,7 @@ MAX_LINES = 100  # of one row: more come from a quote that was never closed
 Reject = Callable[[str, str], None]
 
 
-class TableRow(dict[str, str]):
+class TableRow(dict[str, Any]):
     """A row of a table by column. place: its file and line."""
 
     place = ""
@@ -29,13 +30,13 @@ def refuse_row(place: str, detail: str) -> None:
     raise UserError(f"{place}: {detail}")
 
 
-def read_table(path: Path, reject: Reject, encoding: str = "utf-8-sig") -> list[TableRow]:
+def read_table(path: Path, reject: Reject, encoding: str = "utf-8-sig", delimiter: str = ",") -> list[TableRow]:
     """All rows of a CSV file with a header. Rows that cannot be used go to `reject`; UserError if no row is left."""
     rows: list[TableRow] = []
     first_fault = ""
     header: list[str] = []
     try:
-        for number, row in _csv_rows(path, encoding):
+        for number, row in _csv_rows(path, encoding, delimiter):
             if not header and isinstance(row, list):
                 header = row
                 fault = _text_fault(header, encoding)
@@ -59,11 +60,11 @@ def read_table(path: Path, reject: Reject, encoding: str = "utf-8-sig") -> list[
     return rows
 
 
-def _csv_rows(path: Path, encoding: str) -> Iterator[tuple[int, list[str] | str]]:
+def _csv_rows(path: Path, encoding: str, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
     """(number of its first line, fields of the row or what is wrong with it) of every row that is not empty."""
     csv.field_size_limit(MAX_FIELD)
     with open(path, newline="", encoding=encoding, errors="surrogateescape") as file:
-        reader = csv.reader(file)
+        reader = csv.reader(file, delimiter=delimiter)
         while True:
             first = reader.line_num + 1
             try:
@@ -117,8 +118,13 @@ def group_captions(
         if not name.strip():
             reject(row.place, "names no file")
             continue
+        try:
+            texts = [text for column in columns for text in caption_texts(row.get(column))]
+        except ValueError as error:
+            reject(row.place, str(error))
+            continue
         _, captions = grouped.setdefault(name, (row, []))
-        captions += clean_captions(text for column in columns for text in caption_texts(row[column]))
+        captions += clean_captions(texts)
     return grouped
 
 
