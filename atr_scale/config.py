@@ -36,6 +36,11 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="seed of initial weights, sample order, crops, captions, augmentation, dropout"
     )
+    allow_changed_data: bool = Field(
+        False,
+        description="resume although shards, teacher tables or other inputs have changed since the checkpoint; it is "
+        "logged and recorded in changed_data.jsonl",
+    )
 
 
 class TemperatureSection(Section):

@@ -5,6 +5,7 @@
     RUN/attempts.jsonl       starts and ends of the processes that have trained in the folder
     RUN/metrics.jsonl        losses, speed and counts by step
     RUN/dropped.jsonl        samples that could not be read
+    RUN/changed_data.jsonl   inputs that have changed between a checkpoint and its resume
     RUN/run.lock             the process that trains in the folder now
     RUN/preempted            there after a signal has stopped the run and it has saved
 
@@ -19,8 +20,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-STATUS, ATTEMPTS, METRICS, DROPPED, LOCK, PREEMPTED = (
-    "status", "attempts.jsonl", "metrics.jsonl", "dropped.jsonl", "run.lock", "preempted",
+STATUS, ATTEMPTS, METRICS, DROPPED, CHANGED_DATA, LOCK, PREEMPTED = (
+    "status", "attempts.jsonl", "metrics.jsonl", "dropped.jsonl", "changed_data.jsonl", "run.lock", "preempted",
 )  # fmt: skip
 
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that hold its last lines

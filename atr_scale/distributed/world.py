@@ -14,7 +14,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atr_scale.compat import all_gather_single, reduce_scatter_single
+from atr_scale.errors import OneLineError
 
 T = TypeVar("T")
 
@@ -177,6 +178,19 @@ class World:
         for number in range(self.max_int(len(values))):
             for found in self.gather_objects(list(values[number : number + 1])):
                 yield from found
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the main rank, on all ranks, which all raise the OneLineError that it raises there."""
+        found: T | OneLineError | None = None
+        if self.is_main:
+            try:
+                found = make()
+            except OneLineError as error:
+                found = error
+        found = self.gather_objects(found)[0]
+        if isinstance(found, OneLineError):
+            raise found
+        return cast(T, found)
 
     def ranks_here(self) -> int:
         """Number of ranks on this machine. All ranks call this."""

@@ -18,7 +18,8 @@ from atr_scale.files import atomic_write
 
 SCHEMA = 1
 RESULTS = "results.json"
-NOT_OF_AN_EXPERIMENT = ("dir", "seed")  # keys of `run` in which repetitions of one experiment differ
+# Keys of `run` in which repetitions of one experiment differ.
+NOT_OF_AN_EXPERIMENT = ("dir", "seed", "allow_changed_data")
 
 
 def config_digest(config: dict[str, Any]) -> str:

@@ -13,12 +13,13 @@ from atr_scale.config import RunConfig
 from atr_scale.config_train import MODEL_PARTS
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
+from atr_scale.training.fingerprints import INPUTS, without_places
 
 SOCKET_PATH = 107  # bytes, in Linux
 # Keys that may differ when a run is resumed. Any other difference would make it another run.
 FREE_TO_CHANGE = (
-    "run.dir", "data.workers", "data.buffer_gb", "data.validation", "data.test", "data.max_drop_rate",
-    "data.outage_seconds", "evaluation.",
+    "run.dir", "run.allow_changed_data", "data.workers", "data.buffer_gb", "data.validation", "data.test",
+    "data.max_drop_rate", "data.outage_seconds", "evaluation.",
     "train.steps", "train.epochs",
     "train.micro_batch_size", "train.kept_chunks", "train.evaluate_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.log_every", "train.max_bad_steps", "train.hang_seconds",
@@ -107,13 +108,17 @@ def check_length(config: RunConfig, folder: Path, steps: int) -> None:
 
 def _check_same_run(config: RunConfig, folder: Path, world_size: int) -> None:
     saved = checkpoint.read_config(folder, config.plugins)
-    changed = differences(saved.model_dump(mode="json"), config.model_dump(mode="json"))
+    state = checkpoint.read_state(folder)
+    before, now = saved.model_dump(mode="json"), config.model_dump(mode="json")
+    if INPUTS in state:  # then not their places but their fingerprints are compared
+        before, now = without_places(before), without_places(now)
+    changed = differences(before, now)
     if changed:
         raise UserError(
             f"{config.run.dir} was trained with another configuration ({'; '.join(changed)}): "
             "restore these values, or give another run.dir"
         )
-    saved_size = checkpoint.read_state(folder)["world_size"]
+    saved_size = state["world_size"]
     if saved_size != world_size and config.train.zero_stage > 0:
         raise UserError(
             f"{folder} holds the optimizer state of ZeRO {config.train.zero_stage} on {saved_size} ranks, not on "

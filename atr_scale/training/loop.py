@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ from atr_scale.training.checks import (
     checkpoint_to_resume,
 )
 from atr_scale.training.engine import Engine
+from atr_scale.training.fingerprints import INPUTS, same_inputs
 from atr_scale.training.heartbeat import LEAST_HANG_S, Heartbeat, longest_silence, watched_rank
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
@@ -101,6 +102,7 @@ class Training:
         self.parts = open_parts(config, world, resume_from)
         stream, gpu = self.parts.stream, device.type == "cuda"
         self.memory = loader_memory_here(stream.width, stream.local_batch_size, config.data, world, pinned=gpu)
+        self.inputs = same_inputs(config, stream.sources, validation, world, resume_from)
         if resume_from:
             check_length(config, resume_from, self.parts.length.steps)
         with announced("starting", f"DeepSpeed (ZeRO {config.train.zero_stage}) on {world.size} ranks"):
@@ -304,7 +306,7 @@ class Training:
         start = time.perf_counter()
         self.monitor.flush()
         self.record.count_dropped()
-        state = {**asdict(self.progress), "world_size": self.world.size}
+        state = {**asdict(self.progress), "world_size": self.world.size, INPUTS: self.inputs}
         with self.heartbeat.wait("saving"):
             folder = checkpoint.save(self.run_dir, self.engine, self.world, self.config.to_yaml(), state)
             if self.world.is_main:
@@ -328,7 +330,7 @@ def resumed(engine: Engine, folder: Path, config: RunConfig) -> Progress:
     with announced("resuming", f"from {folder}"):
         engine.load(folder)
     state = checkpoint.read_state(folder)
-    progress = Progress(**{key: value for key, value in state.items() if key != "world_size"})
+    progress = Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
     if progress.best_metric != config.evaluation.select:
         progress.best = -math.inf  # the best value of another metric
     return progress
