@@ -15,7 +15,33 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.page import write_page
 from tests.faults.runs import TinyRuns, tiny_runs
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-reliability", action="store_true", help="write docs/reliability.md from what is seen")
+
+
+class Seen:
+    """What the tests of faults that have passed in this session have seen."""
+
+    def __init__(self) -> None:
+        self.reports: dict[str, list[tuple[str, str, float]]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        outcomes = [str(value) for name, value in report.user_properties if name == "outcome"]
+        if report.when == "call" and report.passed and outcomes:
+            test, _, case = report.nodeid.removesuffix("]").rpartition("/")[2].partition("[")
+            self.reports.setdefault(test, []).append((case, "; ".join(outcomes), report.duration))
+
+    def pytest_sessionfinish(self) -> None:
+        write_page(self.reports)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-reliability") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Seen())
 
 
 @pytest.fixture
@@ -23,8 +49,6 @@ def outcome(request: pytest.FixtureRequest, record_property: Callable[[str, obje
     """Records what a test of a fault has seen, in a few words."""
     marker = request.node.get_closest_marker("fault")
     assert marker is not None, "a test in tests/faults has the marker fault(row, expected=...)"
-    record_property("fault", marker.args[0])
-    record_property("expected", marker.kwargs["expected"])
     return lambda seen: record_property("outcome", seen)
 
 
