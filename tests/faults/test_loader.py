@@ -128,3 +128,18 @@ def test_a_slow_consumer_is_no_hang(stream: TrainingStream) -> None:
         time.sleep(2)
         next(batches)
     batches.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.fault("/dev/shm is too small for the loader", expected="one line that says data.workers, exit code 2")
+def test_a_small_shared_memory(tmp_path: Path, outcome: Outcome) -> None:
+    own_mounts = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=300k tmpfs /dev/shm && exec "$@"', "sh"]
+    if subprocess.run([*own_mounts, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small /dev/shm")
+    tiny_config(tmp_path, tmp_path / "run")
+    command = [*own_mounts, sys.executable, "-m", "atr_scale.train", str(tmp_path / "tiny.yaml"), "data.workers=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: reading ahead needs 0.3 MB of shared memory"), done.stderr
+    assert "data.workers = 2" in last and "enlarge /dev/shm" in last
+    outcome(f"rc 2: {last.removeprefix('error: ').split(',')[0]}")
