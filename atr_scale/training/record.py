@@ -154,7 +154,7 @@ class Record:
         result, train = update.result, self.config.train
         interval, self._interval = self._interval, Interval(start=update.ended)
         seconds = update.ended - interval.start
-        dropped, seen = sum(self.progress.dropped.values()), update.samples_seen
+        seen = update.samples_seen
         samples = (update.step - self._logged_step) * train.accum_steps * train.global_batch_size
         self._logged_step = update.step
         values = {
@@ -173,12 +173,18 @@ class Record:
             **{f"dropped/{reason}": float(n) for reason, n in self.progress.dropped.items()},
         }
         self.monitor.train(update.step, values)
-        allowed = self.config.data.max_drop_rate * max(seen, DROP_GRACE)
-        if dropped > allowed:
-            unread = sum(self.progress.dropped.get(reason, 0) for reason in READ_FAULTS)
-            # Without the errors of reading it would go on: then the shards are not at fault.
-            error = UserError if dropped - unread > allowed else Failure
-            raise error(
-                f"{dropped} of {seen} samples were unreadable ({self.progress.dropped}), more than data.max_drop_rate "
-                f"= {self.config.data.max_drop_rate}: run `atr-scale shards check` on data.train"
-            )
+        check_drop_rate(self.progress.dropped, seen, self.config.data.max_drop_rate)
+
+
+def check_drop_rate(dropped: dict[str, int], seen: int, rate: float) -> None:
+    """Raises UserError if more than the fraction `rate` of the `seen` samples is unreadable. dropped: by reason.
+
+    Raises Failure instead if there were not too many without errors of reading: then the shards are not at fault.
+    """
+    count, allowed = sum(dropped.values()), rate * max(seen, DROP_GRACE)
+    if count > allowed:
+        damaged = sum(number for reason, number in dropped.items() if reason not in READ_FAULTS)
+        raise (UserError if damaged > allowed else Failure)(
+            f"{count} of {seen} samples were unreadable ({dropped}), more than data.max_drop_rate = {rate}: run "
+            "`atr-scale shards check` on data.train"
+        )

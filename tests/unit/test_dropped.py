@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from atr_scale.batch import DroppedSample
+from atr_scale.data.sample import READ_FAULTS
+from atr_scale.errors import Failure, UserError
 from atr_scale.run_files import DROPPED, read_json_lines
 from atr_scale.training import dropped as module
 from atr_scale.training.dropped import DroppedSamples
+from atr_scale.training.record import check_drop_rate
 
 
 def sample(number: int) -> DroppedSample:
@@ -63,3 +66,13 @@ def test_the_log_names_a_sample_and_counts_the_rest(
     first, second = caplog.messages
     assert "dropped 1 unreadable samples (1 silent_audio), for example clotho/shard-000001.tar/clip-1" in first
     assert "dropped 2 unreadable samples (2 silent_audio), for example clotho/shard-000001.tar/clip-2" in second
+
+
+def test_a_drop_rate_above_the_limit_is_the_users_mistake_only_if_samples_are_damaged() -> None:
+    check_drop_rate({"silent_audio": 100}, 500, 0.01)  # of the first 10,000 samples
+    with pytest.raises(UserError, match=r"101 of 500 samples were unreadable \(\{'silent_audio': 101\}\)"):
+        check_drop_rate({"silent_audio": 101}, 500, 0.01)
+    check_drop_rate({"silent_audio": 101}, 20_000, 0.01)
+    for reason in READ_FAULTS:
+        with pytest.raises(Failure, match="101 of 500 samples were unreadable"):
+            check_drop_rate({"silent_audio": 100, reason: 1}, 500, 0.01)
