@@ -7,6 +7,7 @@ Formats: ISO/IEC 11172-3 and 13818-3 (frame headers), the Xing and VBRI headers,
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ BIT_RATES = {
 }
 MPEG_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}  # Hz, by version
 CUT_FRAMES = 3  # a stream that lacks more frames than this is cut; encoders count the first or the last one differently
+SYNC = re.compile(rb"\xff[\xe2-\xff][\x10-\xef]")  # what every frame begins with
 SEARCHED = 1 << 16  # bytes in which the first frame is looked for
 
 
@@ -143,12 +145,10 @@ def _promised(frame: bytes, header: _Header) -> tuple[int | None, bool]:
 
 def _next_frame(audio: bytes, start: int, end: int, like: _Header | None, needed: int) -> int | None:
     """The first byte from `start` on where `needed` frames of one kind follow each other, or fewer at the end."""
-    position = audio.find(b"\xff", start, end)
-    while position >= 0:
-        at, kind, found = position, like, 0
+    for match in SYNC.finditer(audio, start, end):
+        at, kind, found = match.start(), like, 0
         while found < needed and (header := _header(audio[at : at + 3])) and (kind is None or header[1:] == kind[1:]):
             at, kind, found = at + header.size, header, found + 1
         if found == needed or (found and at == len(audio)):
-            return position
-        position = audio.find(b"\xff", position + 1, end)
+            return match.start()
     return None
