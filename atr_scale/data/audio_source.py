@@ -7,6 +7,7 @@ used if it is installed; it decodes the whole file when it is opened.
 from __future__ import annotations
 
 import io
+import re
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -22,9 +23,9 @@ MAX_DECODED_BYTES = 4 << 30
 MIN_RATE, MAX_RATE = 1000, 768_000
 # An MP3 may end a little before the length in its header: that counts whole frames of up to 1152 samples.
 MP3_SLACK_FRAMES = 4 * 1152
-# A frame of an MP3 needs up to 511 bytes of those before it; at the lowest bit rates that is more than libsndfile reads
-# before the place that it seeks, and the crop would begin with silence.
-MP3_LEAD_FRAMES = 20 * 1152
+# A frame of an MP3 needs up to 511 bytes of those before it. libsndfile decodes four of them before a place that it
+# seeks; at the lowest bit rates that is not enough, and the crop would begin with silence.
+MP3_RESERVOIR, MP3_FRAMES_BEFORE, MP3_MOST_FRAMES = 511, 4, 20
 BLOCK = 1 << 15  # samples converted at once: they stay in the processor's cache between two passes
 MAX_LEVEL = 1e20  # float samples from here on are not sound; the squares in a spectrum would overflow
 MEDIA_SHORTFALL = 0.5  # seconds that a stream may end before the duration of its container, which other streams share
@@ -123,6 +124,7 @@ class _File(AudioSource):
             self.stored = recounted_flac(audio)
             self.file = soundfile.SoundFile(io.BytesIO(self.stored))
         self.frames, self.rate, self.channels = self.file.frames, self.file.samplerate, self.file.channels
+        self.lead = _lead(self.frames, self.rate, len(audio)) if self.file.format == "MP3" else 0
 
     def _has_last_frame(self) -> bool:
         try:
@@ -135,7 +137,7 @@ class _File(AudioSource):
 
     def read(self, start: int, count: int, out: np.ndarray | None = None) -> np.ndarray:
         file, single = self.file, self.channels == 1
-        lead = min(start, MP3_LEAD_FRAMES) if file.format == "MP3" else 0
+        lead = min(start, self.lead)
         start, count = start - lead, count + lead
         if out is not None and (lead or not single or (out.dtype == np.int16 and file.subtype != "PCM_16")):
             out = None
@@ -166,6 +168,13 @@ class _File(AudioSource):
         self.gain = 1 / peak
         mono *= np.float32(self.gain)
         return mono
+
+
+def _lead(frames: int, rate: int, size: int) -> int:
+    """Samples to decode before a place in an MP3 of `size` bytes, whose frames may be half as large as on average."""
+    samples = 1152 if rate >= 32_000 else 576
+    needed = min(2 * MP3_RESERVOIR * frames // (samples * size) + 1, MP3_MOST_FRAMES)
+    return needed * samples if needed > MP3_FRAMES_BEFORE else 0
 
 
 class _Decoded(AudioSource):
@@ -202,7 +211,8 @@ def _media(audio: bytes, extension: str, reason: str, keep_cut: bool) -> AudioSo
         samples = decoder.get_samples_played_in_range(0, MAX_SECONDS + 1)
         channels = samples.data.numpy()  # [channels, samples]
     except (RuntimeError, ValueError, IndexError) as error:
-        raise BadSample("undecodable_audio", f"torchcodec: {_reason(error)}") from None
+        text = re.sub(r"^.*\.cpp:\d+, ", "", _reason(error))  # without a place in its source
+        raise BadSample("undecodable_audio", f"torchcodec: {text}") from None
     seconds = channels.shape[1] / rate if rate else 0
     if not keep_cut and seconds < min(promised, MAX_SECONDS) - MEDIA_SHORTFALL:
         raise BadSample("short_audio", f"{seconds:.2f} of {promised:.2f} s decoded")
