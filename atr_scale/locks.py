@@ -2,7 +2,8 @@
 
 A lock is created in one atomic step, without flock, which network file systems may not have. Its holder touches it
 regularly. The lock of a dead process is taken over: at once if it ran on this machine, else after it has not been
-touched for STALE_S. No two clocks are compared: who waits for a lock of another machine watches it.
+touched for STALE_S. No two clocks are compared: who waits for a lock of another machine watches it. A clock that is set
+changes nothing.
 """
 
 from __future__ import annotations
@@ -19,15 +20,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
 from atr_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 TOUCH_S = 10.0
 ALIVE_S = 3 * TOUCH_S  # a holder on another machine that is alive is recognized within this time
-STALE_S = 120.0  # without a touch; longer than network file systems usually stall
+STALE_S = 300.0  # without a touch; longer than network file systems usually stall
+GRACE_S = 15.0  # for a holder on this machine to end: a rank needs some seconds to see that its launcher was killed
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,14 @@ class Holder:
     """A process that holds a lock.
 
     machine: identity of its running kernel and process namespace, in which `pid` is unique together with `started`,
-    the start of the process. job: of SLURM, with the number of its restarts. since: local time, for people.
+    the start of the process in clock ticks since that of the kernel. job: of SLURM, with the number of its restarts.
+    since: local time, for people.
     """
 
     host: str
     machine: str
     pid: int
-    started: float
+    started: int | None
     job: str | None
     since: str
     token: str
@@ -54,7 +55,7 @@ class Holder:
             socket.gethostname(),
             _machine(),
             os.getpid(),
-            psutil.Process().create_time(),
+            _start_of(os.getpid()),
             f"{job}, restart {os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else None,
             time.strftime("%Y-%m-%d %H:%M:%S"),
             uuid.uuid4().hex,
@@ -78,21 +79,16 @@ class Holder:
 
     def lives(self) -> bool:
         """Whether it runs; it must be here."""
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < 1
-            return same and bool(process.status() != psutil.STATUS_ZOMBIE)
-        except psutil.Error:
-            return False
+        return self.started is not None and _start_of(self.pid) == self.started
 
 
 @contextlib.contextmanager
 def hold(lock: Path, what: str) -> Iterator[None]:
     """Hold the lock file `lock` for as long as the block runs.
 
-    what: the thing that is locked, for messages: "the run folder runs/a". Waits at most STALE_S for a lock that seems
-    to be left over on another machine. Raises UserError if another process holds the lock and lives, OSError if the
-    lock cannot be written.
+    what: the thing that is locked, for messages: "the run folder runs/a". Waits at most GRACE_S for the end of a
+    process on this machine, and STALE_S for a lock that seems to be left over on another machine. Raises UserError if
+    another process holds the lock and lives, OSError if the lock cannot be written.
     """
     me = Holder.me()
     while not _create(lock, me):
@@ -129,18 +125,22 @@ def _wait_until_dead(lock: Path, what: str) -> None:
     said = False
     while touched is not None:
         holder = Holder.of(lock)
+        waited = time.monotonic() - began
         if holder and holder.is_here():
             if not holder.lives():
                 logger.warning("%s was in use by %s, which is dead: going on", what, holder)
                 return
+            if waited > GRACE_S:
+                raise _in_use(what, holder)
+            if not said:
+                said = True
+                logger.warning("%s is in use by %s: waiting %.0f s for its end", what, holder, GRACE_S)
+        elif _touched(lock) not in (touched, None):
             raise _in_use(what, holder)
-        waited = time.monotonic() - began
-        if _touched(lock) not in (touched, None):
-            raise _in_use(what, holder)
-        if waited > STALE_S or (holder and _restarted(holder)):
+        elif waited > STALE_S or (holder and _restarted(holder)):
             logger.warning("%s was in use by %s, which shows no sign of life: going on", what, holder or "a process")
             return
-        if not said:
+        elif not said:
             said = True
             logger.warning(
                 "%s is in use by %s: looking for a sign of life of it, which takes %.0f s, and at most %.0f s until "
@@ -191,6 +191,19 @@ def _touch(lock: Path, me: Holder, what: str, released: threading.Event) -> None
             os._exit(1)
         with contextlib.suppress(OSError):  # a folder that vanished is told by whoever writes to it
             os.utime(lock)
+
+
+def _start_of(process: int) -> int | None:
+    """When a process has started, in clock ticks since the kernel has; None if it has ended. Source: proc_pid_stat(5).
+
+    A time of day would move if the clock is set.
+    """
+    try:
+        text = Path(f"/proc/{process}/stat").read_bytes()
+    except OSError:
+        return None
+    state, *fields = text.rpartition(b")")[2].split()  # the name before may hold spaces
+    return None if state in (b"Z", b"X") else int(fields[18])
 
 
 def _machine() -> str:

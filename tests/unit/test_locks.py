@@ -24,6 +24,7 @@ from atr_scale.locks import Holder, hold
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(locks, "TOUCH_S", 0.05)
     monkeypatch.setattr(locks, "STALE_S", 0.5)
+    monkeypatch.setattr(locks, "GRACE_S", 0.3)
     return tmp_path / "run.lock"
 
 
@@ -57,15 +58,35 @@ def test_the_second_is_refused_and_leaves_the_first_alone(lock: Path) -> None:
         assert [path.name for path in lock.parent.iterdir()] == ["run.lock"]
 
 
+def test_a_process_that_ends_is_waited_for(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank sees after seconds that its launcher was killed; the next start must not be refused meanwhile."""
+    monkeypatch.setattr(locks, "GRACE_S", 60)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        left_by(lock, pid=process.pid, started=locks._start_of(process.pid))
+        threading.Timer(0.3, process.communicate).start()
+        with hold(lock, "x"):
+            assert process.poll() is not None
+
+
+def test_a_process_that_nobody_waits_for_has_ended() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.read()
+        while locks._start_of(process.pid) is not None:
+            time.sleep(0.01)
+        assert Path(f"/proc/{process.pid}").exists(), "a zombie"
+    assert locks._start_of(os.getpid()) is not None
+
+
 def test_a_job_is_named(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     with hold(lock, "x"), pytest.raises(UserError, match=r"\(SLURM job 17, restart 0\)"), hold(lock, "x"):
         pass
 
 
-@pytest.mark.parametrize("started", [None, 1.0], ids=["dead", "number in use by a younger process"])
+@pytest.mark.parametrize("started", [None, 1], ids=["dead", "number in use by a younger process"])
 def test_a_dead_process_of_this_machine_is_followed_at_once(
-    started: float | None, lock: Path, monkeypatch: pytest.MonkeyPatch
+    started: int | None, lock: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "STALE_S", 3600)
     left_by(lock, **({"pid": dead_process()} if started is None else {"started": started}))
