@@ -90,11 +90,12 @@ def _metadata(root: Path, split: str) -> dict[str, dict[str, str]]:
 
 
 def _identities(root: Path, split: str) -> set[object]:
-    """File names and Freesound ids of another split, as far as its tables exist."""
-    details = _metadata(root, split)
-    known: set[object] = {row["sound_id"] for row in details.values() if row["sound_id"].isdigit()}
+    """File names and Freesound ids of another split, as far as its tables exist and can be read."""
+    known: set[object] = set()
     try:
-        path = _captions_file(root, split)
-    except UserError:
-        return known | set(details)
-    return known | set(details) | {row.get("file_name") for row in read_table(path, _ignore)}
+        details = _metadata(root, split)
+        known |= {row["sound_id"] for row in details.values() if row["sound_id"].isdigit()} | details.keys()
+        known |= {row.get("file_name") for row in read_table(_captions_file(root, split), _ignore)}
+    except UserError as error:
+        logger.debug("clotho: clips that are also in %s are not all known: %s", split, error)
+    return known

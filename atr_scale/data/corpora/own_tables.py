@@ -40,6 +40,9 @@ def read_own_table(path: Path, reject: Reject, encoding: str, delimiter: str) ->
         raise UserError(f"{path}: tables of captions are .csv, .tsv, .txt, .jsonl or .parquet files")
     if not rows:
         raise UserError(f"{path} has no rows that can be used")
+    missing = dict.fromkeys(name for row in rows for name in row)
+    for row in rows:
+        row.update({name: row.get(name) for name in missing})  # objects may leave out what they do not have
     return rows
 
 
