@@ -5,6 +5,7 @@ Every file may be missing or damaged: what it would have said is then unknown.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -142,6 +143,9 @@ def read_status(run: Path) -> RunStatus:
             raise UserError(f"no run at {run}: there is no such folder; give the run.dir of a training")
         if not is_run(run):
             raise UserError(f"no run at {run}: the folder holds none of {', '.join(OF_A_RUN)}; give a run.dir")
+        for name in OF_A_RUN:
+            if (run / name).exists() and not os.access(run / name, os.R_OK):  # not the same as a missing file
+                raise UserError(f"{run / name} cannot be read (permission denied): ask its owner for access")
         checkpoint = _newest_checkpoint(run)
         best = run / "best"
         best_step = _step_of(best.resolve()) if best.exists() else None

@@ -227,6 +227,13 @@ def test_what_is_no_run_is_one_line(tmp_path: Path) -> None:
         read_status(tmp_path / "nothing")
 
 
+def test_a_file_without_permission_is_not_a_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / ATTEMPTS)  # as root all is permitted
+    with pytest.raises(UserError, match=r"attempts\.jsonl cannot be read \(permission denied\)"):
+        read_status(tmp_path)
+
+
 def test_the_verb_prints_a_page_a_table_or_json(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
