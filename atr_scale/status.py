@@ -202,7 +202,7 @@ def _judge(run: Path, last: AttemptFacts | None, signs: list[RankSign], now: flo
     """(state, reason) of a run by its last attempt and that one's ranks."""
     if last and last.reason:
         if last.reason == "preempted":
-            return "preempted", _told(run)
+            return "preempted", _told(run, "it has saved" if last.first_step is not None else "it had not yet trained")
         return ("done", None) if last.reason == "done" else ("failed", last.reason)
     living = [sign for sign in signs if sign.alive and sign.state != "ended"]
     if not living:
@@ -212,7 +212,11 @@ def _judge(run: Path, last: AttemptFacts | None, signs: list[RankSign], now: flo
             if not signs and last and process_lives(last.host or "", last.pid, last.started, now - last.started):
                 return "starting", None
             return "killed", "its processes are gone and left no word: killed, out of memory, or the machine went down"
-        return ("preempted", _told(run)) if (run / PREEMPTED).exists() else ("unknown", "it has left no attempts.jsonl")
+        return (
+            ("preempted", _told(run, "it has saved"))
+            if (run / PREEMPTED).exists()
+            else ("unknown", "it has left no attempts.jsonl")
+        )
     gone = [sign for sign in signs if not sign.alive]
     if gone:
         return "hung", f"{name_ranks(gone)} left no word, the others wait"
@@ -224,12 +228,12 @@ def _judge(run: Path, last: AttemptFacts | None, signs: list[RankSign], now: flo
     return ("waiting", waiting.wait) if waiting else (living[0].state, None)
 
 
-def _told(run: Path) -> str:
+def _told(run: Path, then: str) -> str:
     try:
         signal = (run / PREEMPTED).read_text(errors="replace")[:100].strip()
     except OSError:
         signal = ""
-    return f"told to stop ({signal or 'by a signal'}), and it has saved"
+    return f"told to stop ({signal or 'by a signal'}), and {then}"
 
 
 def _attempts(lines: Sequence[Mapping[str, Any]], signs: Sequence[RankSign]) -> list[AttemptFacts]:

@@ -75,7 +75,10 @@ def _ago(seconds: float | None) -> str:
 
 
 def _clock(seconds: float) -> str:
-    return time.strftime("%b %d %H:%M", time.localtime(seconds))
+    try:
+        return time.strftime("%b %d %H:%M", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):  # of a damaged file
+        return "?"
 
 
 def _rate(status: RunStatus) -> str:

@@ -148,6 +148,13 @@ def test_the_end_says_why(tmp_path: Path, reason: str, rc: int, expected: str, d
     assert read_status(tmp_path).step == 55
 
 
+def test_a_run_that_was_told_to_stop_before_it_trained_has_saved_nothing(tmp_path: Path) -> None:
+    start(tmp_path, step=None)
+    end(tmp_path, "preempted", 0)
+    (tmp_path / PREEMPTED).write_text("SIGTERM\n")
+    assert state(tmp_path) == ("preempted", "told to stop (SIGTERM), and it had not yet trained")
+
+
 def test_a_reason_that_only_a_rank_has_left_counts(tmp_path: Path, dead: int) -> None:
     start(tmp_path)
     beat(tmp_path, 0, pid=dead, age=6)
