@@ -134,7 +134,10 @@ def encode(path: str, encoding: str, sample_rate: int | None, keep_cut: bool = F
     if encoding == "pcm16":
         return StoredAudio(samples.tobytes(), "pcm", rate, seconds, source.gain)
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16")
+    try:
+        soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16")
+    except soundfile.SoundFileError:
+        raise BadSample("undecodable_audio", f"flac cannot hold {rate} Hz: give --sample-rate") from None
     return StoredAudio(buffer.getvalue(), "flac", rate, seconds, source.gain)
 
 

@@ -277,6 +277,12 @@ def test_floats_that_are_no_sound_are_refused(peak: float) -> None:
         decode(encode("WAV", "FLOAT", (np.sign(tone()) * peak).astype(np.float32)), "wav", RATE)
 
 
+def test_a_rate_that_flac_cannot_hold_ends_no_build(tmp_path: Path) -> None:
+    root = write_corpus(tmp_path / "odd", {"fast.wav": encode("WAV", rate=700_000), "good.wav": encode("WAV")})
+    manifest = build_shards("folder", root, tmp_path / "out", sample_rate=None, workers=1)
+    assert (manifest["num_samples"], manifest["dropped"]) == (1, {"undecodable_audio": 1})
+
+
 def write_corpus(root: Path, files: dict[str, bytes]) -> Path:
     (root / "audio").mkdir(parents=True)
     with open(root / "captions.csv", "w", newline="", encoding="utf-8") as file:
