@@ -22,10 +22,10 @@ from typing import Any
 from tqdm import tqdm
 
 from atr_scale.data import storage
-from atr_scale.data.manifest import FORMAT
+from atr_scale.data.manifest import FORMAT, all_are
 from atr_scale.data.sample import BadSample, group_fault, has_text, parse_texts
 from atr_scale.data.tar import BrokenTar, split_key, walk
-from atr_scale.errors import UserError
+from atr_scale.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def index_shards(location: str, tars: dict[str, int], need_captions: bool = Fals
     shards = _load(location, stamp)
     if shards is None or (need_captions and not all("captions" in shard for shard in shards)):
         shards = _scan_all(location, tars)
-        _store(location, {"format": FORMAT, "stamp": stamp, "shards": shards})
+        _store(location, {"format": FORMAT, "stamp": stamp, "sha256": _checksum(shards), "shards": shards})
     return shards
 
 
@@ -163,11 +163,14 @@ def _load(location: str, stamp: list[list[Any]]) -> list[dict[str, Any]] | None:
     for place in _places(location):
         try:
             index = json.loads(storage.read_bytes(place))
-        except (OSError, ValueError):
+        except OSError:
+            continue
+        except (ValueError, RecursionError) as error:
+            logger.warning("%s is damaged (%s): the shards are indexed again", place, one_line(error))
             continue
         if isinstance(index, dict) and index.get("format") == FORMAT and index.get("stamp") == stamp:
             shards: list[dict[str, Any]] = index.get("shards", [])
-            if _fits(location, shards, stamp):
+            if index.get("sha256", _checksum(shards)) == _checksum(shards) and _fits(location, shards, stamp):
                 return shards
             logger.warning("%s does not fit the shards: they are indexed again", place)
     return None
@@ -176,23 +179,27 @@ def _load(location: str, stamp: list[list[Any]]) -> list[dict[str, Any]] | None:
 def _fits(location: str, shards: Any, stamp: list[list[Any]]) -> bool:
     """Whether an index describes these shards: its lists are whole, and local shards have its first and last samples.
 
-    A shard may be replaced by one of the same size and time, and an index may be damaged; the shard is right then.
+    A shard may be replaced by one of the same size and time; the shard is right then. An index of an older version has
+    no checksum, so its lists are checked.
     """
     try:
         for (name, size, _), shard in zip(stamp, shards, strict=True):
             keys, starts, stops = shard["keys"], shard["starts"], shard["stops"]
             spans = [(0, 0), *zip(starts, stops, strict=True), (size, size)]
-            if shard["name"] != name or len(keys) != len(starts) or not isinstance(shard["dropped"], dict):
+            if shard["name"] != name or len(keys) != len(starts) or not all_are(keys, str):
+                return False
+            if not all(all_are(list(values), int) for values in (starts, stops, shard["dropped"].values())):
                 return False
             if any(a[1] > b[0] or b[0] > b[1] for a, b in pairwise(spans)):
                 return False
-            if "captions" in shard and len(shard["captions"]) != len(keys):
+            captions = shard.get("captions", [0] * len(keys))
+            if not all_are(captions, int) or len(captions) != len(keys) or not 0 <= max(captions, default=0) < 2**31:
                 return False
             if not storage.is_remote(location) and not all(
                 _begins_at(storage.join(location, name), keys[k], starts[k], stops[k]) for k in (0, -1) if keys
             ):
                 return False
-    except (KeyError, TypeError, ValueError, OSError):
+    except (KeyError, TypeError, ValueError, AttributeError, OSError):
         return False
     return True
 
@@ -206,6 +213,10 @@ def _begins_at(path: str, key: str, start: int, stop: int) -> bool:
         return False
     named = None if member is None else split_key(member)
     return named is not None and named[0] == key
+
+
+def _checksum(shards: Any) -> str:
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
 def _store(location: str, index: dict[str, Any]) -> None:
