@@ -7,7 +7,7 @@
         deepspeed/              optimizer state, one file per rank
         state.json              step and samples seen
         manifest.json           size and sha256 of every file above
-    RUN/latest, RUN/best        links to one of the checkpoints
+    RUN/latest, RUN/best        links to one of the checkpoints; `run_checkpoints` says to which
 
 A checkpoint is written to a temporary folder, synced, renamed, and only then linked. It is enough to load the model:
 the text encoder and the audio checkpoint that training started from are not needed, and no network is.
@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,16 +32,23 @@ from atr_scale.distributed.world import World
 from atr_scale.encoders.text import TextEncoder
 from atr_scale.encoders.text_encoders import build_text_encoder, load_text_encoder
 from atr_scale.errors import UserError
-from atr_scale.files import sha256_of, sync
 from atr_scale.model import Retriever
 from atr_scale.precision import Precision, Products
+from atr_scale.run_checkpoints import (
+    CONFIG,
+    STATE,
+    TEXT_ENCODER,
+    WEIGHTS,
+    best_of,
+    check_checksums,
+    link,
+    newest_first,
+    rename,
+    seal,
+)
 from atr_scale.scorers.tap import with_zero_biases
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS, CONFIG, TEXT_ENCODER, STATE, MANIFEST = (
-    "model.safetensors", "config.resolved.yaml", "text_encoder", "state.json", "manifest.json",
-)  # fmt: skip
 
 
 class Trained(Protocol):
@@ -59,7 +65,7 @@ class Trained(Protocol):
 
 def save(run: Path, trained: Trained, world: World, config_yaml: str, state: dict[str, Any]) -> Path:
     """Write checkpoint step-`state["step"]`, link it as latest, and return its folder. All ranks call this."""
-    final = run / "checkpoints" / f"step-{state['step']}"
+    final = folder_of(run, state["step"])
     temporary = final.with_name(f".{final.name}.partial")
     if world.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -75,11 +81,16 @@ def save(run: Path, trained: Trained, world: World, config_yaml: str, state: dic
         (temporary / STATE).write_text(json.dumps(state))
     world.barrier()  # every rank's files are there
     if world.is_main:
-        _seal(temporary)
-        _rename(temporary, final)
+        seal(temporary)
+        rename(temporary, final)
         link(run, "latest", final)
     world.barrier()
     return final
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """The folder of a run's checkpoint."""
+    return run / "checkpoints" / f"step-{step}"
 
 
 def build_retriever(config: RunConfig, folder: Path, **options: Any) -> Retriever:
@@ -144,7 +155,9 @@ def read_config(folder: Path, plugins: Sequence[str] = ()) -> RunConfig:
 
 
 def find_checkpoint(location: str | Path) -> Path:
-    """Find the checkpoint folder of a run (best, else latest, else newest); that of a checkpoint is the folder itself.
+    """Find the checkpoint of a run: the one with the best score, else the links best or latest, else the newest one.
+
+    The folder of a checkpoint is found as itself.
 
     Raises UserError if there is none.
     """
@@ -152,8 +165,9 @@ def find_checkpoint(location: str | Path) -> Path:
         raise UserError(f"no checkpoint at {location!r}: give the path of a run folder or of one of its checkpoints")
     location = Path(location)
     try:
-        for folder in (location, location / "best", location / "latest", *newest_first(location)):
-            if (folder / WEIGHTS).is_file():
+        found = (location, best_of(location), location / "best", location / "latest", *newest_first(location))
+        for folder in found:
+            if folder is not None and (folder / WEIGHTS).is_file():
                 return folder.resolve()
     except OSError as error:  # for example a name that is too long
         raise UserError(f"no checkpoint at {location!s:.200} ({error.strerror}): give a run folder") from None
@@ -204,101 +218,3 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"no readable {STATE} in {folder} ({error}): copy it anew, or give another checkpoint"
         ) from None
-
-
-def link(run: Path, name: str, checkpoint: Path) -> None:
-    """Make RUN/`name` a link to a checkpoint, in one atomic step."""
-    temporary = run / f".{name}.partial"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(checkpoint.relative_to(run))
-    os.replace(temporary, run / name)
-    sync(run)
-
-
-def newest_sound(run: Path) -> Path | None:
-    """The newest checkpoint of a run with correct checksums, None if the run has no checkpoint.
-
-    Raises UserError if all checkpoints are broken, because a run must not silently start over.
-    """
-    checkpoints = newest_first(run)
-    for checkpoint in checkpoints:
-        faults = verify(checkpoint)
-        if not faults:
-            return checkpoint
-        logger.warning("%s is broken (%s): trying the one before it", checkpoint, "; ".join(faults))
-    if checkpoints:
-        raise UserError(f"all {len(checkpoints)} checkpoints of {run} are broken: give another run.dir to start over")
-    return None
-
-
-def newest_first(run: Path) -> list[Path]:
-    """The checkpoints of the run, sorted by falling step."""
-    found = [(int(m[1]), p) for p in run.glob("checkpoints/step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def check_checksums(checkpoint: Path) -> None:
-    """Raise UserError if the weights or the files of the text encoder do not match the manifest.
-
-    A checkpoint without a manifest is not checked. The configuration may be edited.
-    """
-    if (checkpoint / MANIFEST).is_file():
-        faults = verify(checkpoint, (WEIGHTS, TEXT_ENCODER))
-        if faults:
-            raise UserError(f"{checkpoint} is damaged ({'; '.join(faults)}): copy it anew, or give another checkpoint")
-
-
-def verify(checkpoint: Path, only: tuple[str, ...] = ("",)) -> list[str]:
-    """Compare a checkpoint with its manifest and return one line per fault.
-
-    only: beginnings of the names of the files to check, by default all files.
-    """
-    try:
-        files = dict(json.loads((checkpoint / MANIFEST).read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"no readable {MANIFEST}: {error}"]
-    faults = []
-    for name, expected in files.items():
-        if not name.startswith(only):
-            continue
-        path = checkpoint / name
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != expected["bytes"]:
-            faults.append(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        elif sha256_of(path) != expected["sha256"]:
-            faults.append(f"{name} has another checksum")
-    return faults
-
-
-def prune(run: Path, keep: int) -> None:
-    """Remove all checkpoints except the newest `keep` and the best one, and the remains of interrupted saving."""
-    for partial in run.glob("checkpoints/.step-*.partial"):
-        shutil.rmtree(partial)
-    best = (run / "best").resolve() if (run / "best").exists() else None
-    for checkpoint in newest_first(run)[keep:]:
-        if checkpoint.resolve() != best:
-            shutil.rmtree(checkpoint)
-
-
-def _rename(finished: Path, final: Path) -> None:
-    """Rename a finished checkpoint. An older one of the same step moves aside first and is deleted last."""
-    aside = final.with_name(f".{final.name}.replaced.partial")
-    if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(final, aside)
-    os.replace(finished, final)
-    sync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _seal(folder: Path) -> None:
-    """Sync every file and write the manifest of all files."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        sync(path)
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": files}, indent=1))
-    for path in (manifest, *(p for p in folder.rglob("*") if p.is_dir()), folder):
-        sync(path)

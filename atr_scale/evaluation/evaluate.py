@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from atr_scale.batch import stable_id
-from atr_scale.checkpoint import WEIGHTS, load_retriever, read_state
+from atr_scale.checkpoint import load_retriever, read_state
 from atr_scale.config import RunConfig, parse_config
 from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.storage import make_folder
@@ -33,6 +33,7 @@ from atr_scale.evaluation.retrieval_scores import DualEncoderScores, RetrievalSc
 from atr_scale.evaluation.score import score
 from atr_scale.model import Retriever
 from atr_scale.precision import Precision, Products
+from atr_scale.run_checkpoints import WEIGHTS
 
 logger = logging.getLogger(__name__)
 

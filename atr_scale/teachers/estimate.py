@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from atr_scale.batch import TokenSequence, stable_id
-from atr_scale.checkpoint import WEIGHTS, find_checkpoint, load_retriever, read_config
+from atr_scale.checkpoint import find_checkpoint, load_retriever, read_config
 from atr_scale.config import RunConfig
 from atr_scale.data import storage
 from atr_scale.data.shard_reader import ShardSet, open_shards
@@ -27,6 +27,7 @@ from atr_scale.evaluation.score import score
 from atr_scale.files import sha256_of
 from atr_scale.model import Retriever
 from atr_scale.precision import Precision, Products
+from atr_scale.run_checkpoints import WEIGHTS
 from atr_scale.teachers.comparison import TeacherComparison, compare_teachers
 from atr_scale.teachers.cross_fit import by_fold, cross_fitted
 from atr_scale.teachers.sizes import check_sizes

@@ -22,7 +22,7 @@ from typing import Any
 from atr_scale.distributed.world import World
 from atr_scale.errors import OneLineError, one_line
 from atr_scale.rank_signs import cause_of, float_in, int_in, read_signs, text_in
-from atr_scale.run_files import ATTEMPTS, append_json_lines, last_logged_step, read_json_lines
+from atr_scale.run_files import ATTEMPTS, PREEMPTED, append_json_lines, last_logged_step, read_json_lines
 from atr_scale.training.record import Progress
 from atr_scale.training.run_info import redact
 from atr_scale.version import __version__
@@ -80,7 +80,8 @@ class Attempt:
         """Training has returned: the run is done, or has saved and stopped on a signal."""
         if self.world.is_main:
             progress = self._progress
-            done = progress is not None and progress.step >= self._steps and not progress.unevaluated
+            trained = progress is not None and progress.step >= self._steps
+            done = trained and not (self.run / PREEMPTED).exists()  # it may be told to stop in its last evaluation
             self.end("done" if done else "preempted", 0)
 
     def _complete(self, lines: Sequence[Mapping[str, Any]], number: int) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from atr_scale.checkpoint import CONFIG, TEXT_ENCODER, check_checksums, find_checkpoint, misfits, read_weights
+from atr_scale.checkpoint import find_checkpoint, misfits, read_weights
 from atr_scale.config import RunConfig
 from atr_scale.config_train import MODEL_PARTS, InitialCheckpoint
 from atr_scale.encoders.text_encoders import load_text_encoder
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
+from atr_scale.run_checkpoints import CONFIG, TEXT_ENCODER, check_checksums
 
 FILE = "initial_weights.json"
 ENCODERS = ("audio_encoder", "text_encoder")

@@ -1,6 +1,6 @@
 """The training loop: one for every launcher, any number of ranks and every ZeRO stage.
 
-    batches in sample order -> optimizer step -> log -> validation -> checkpoint -> stop if a signal has come
+    batches in sample order -> optimizer step -> log -> checkpoint -> validation -> stop if a signal has come
 
 The position of a run is its step: sample order, learning rate and random seeds follow from it.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from atr_scale import checkpoint
+from atr_scale import checkpoint, run_checkpoints
 from atr_scale.batch import Batch
 from atr_scale.config import RunConfig
 from atr_scale.data.loader_memory import loader_memory_here
@@ -122,6 +122,7 @@ class Training:
         self.heartbeat.step = self.progress.step
         self._unread: Update | None = None
         self._stopping = False
+        self._evaluation_is_due = bool(resume_from and self._was_not_evaluated(resume_from))
         if world.is_main:
             self._describe_run(self.parts)
             if resume_from:
@@ -161,33 +162,43 @@ class Training:
 
     def run(self) -> None:
         """Train from the current step to the last one, or until a signal has asked for a stop."""
-        train, length = self.config.train, self.parts.length
-        evaluate_every = train.evaluate_every or max(1, math.ceil(length.epoch_steps))
-        save_every = train.checkpoint_every or evaluate_every
-        batches = self._batches()
+        batches, length = self._batches(), self.parts.length
         self.record.start()
-        if self.progress.unevaluated:
-            improved = self._validate()
-            if not self._stopping:
-                self._save(improved)
+        if self._evaluation_is_due:
+            self._validate()
         while self.progress.step < length.steps and not self._stopping:
             self._step(batches)
             last = self.progress.step == length.steps
-            due = self._due(evaluate_every), self._due(save_every)
+            due = self._due(self._evaluate_every), self._due(self._save_every)
             if last or self._stopping or any(due):
                 self._read()
-            improved = (last or (not self._stopping and due[0])) and self._validate()
-            if last or self._stopping or improved or due[1]:
-                self._save(improved)
-                self._stopping = self._stopping or self.stop.agree()  # while it was saved
-        complete = self.progress.step == length.steps and not self.progress.unevaluated
+            self._evaluation_is_due = (last or due[0]) and bool(self.validator.sets)
+            if last or self._stopping or due[1] or self._evaluation_is_due:
+                self._save()  # first: an evaluation that fails must not cost what was trained
+            if self._evaluation_is_due and not self._stopping:
+                self._validate()
         self.monitor.close()
-        if not complete:
+        if self._evaluation_is_due or self.progress.step < length.steps:
             self._leave()
         elif self.world.is_main:
             record_training(self.run_dir, self.config, length.steps, length.steps)
             run = self.run_dir
             logger.info("%s: trained to step %d; measure it with `atr-scale evaluate %s`", run, length.steps, run)
+
+    @property
+    def _evaluate_every(self) -> int:
+        return self.config.train.evaluate_every or max(1, math.ceil(self.parts.length.epoch_steps))
+
+    @property
+    def _save_every(self) -> int:
+        return self.config.train.checkpoint_every or self._evaluate_every
+
+    def _was_not_evaluated(self, checkpoint: Path) -> bool:
+        """Whether the attempt before ended between saving the checkpoint and recording its score."""
+        due = self._due(self._evaluate_every) or self.progress.step == self.parts.length.steps
+        score = run_checkpoints.read_score(checkpoint)
+        evaluated = score is not None and score.metric == self.config.evaluation.select
+        return due and not evaluated and bool(self.validator.sets)
 
     def _batches(self) -> Iterator[Batch]:
         """This rank's batches of all steps that are left."""
@@ -276,49 +287,54 @@ class Training:
             for name, peak in peaks.items()
         }
 
-    def _validate(self) -> bool:
-        """Evaluate the validation sets, and say whether this is the best step so far. On a signal it is abandoned."""
-        self.progress.unevaluated = False
-        if not self.validator.sets:
-            return False
+    def _validate(self) -> None:
+        """Evaluate the validation sets, and record the score of the checkpoint of this step.
+
+        On a signal it is abandoned; the next start of the run evaluates first.
+        """
         start = time.perf_counter()
         try:
             with self.heartbeat.wait("evaluating"):
                 found = self.validator.evaluate(self.engine.model, self.progress.step)
         except Abandoned:
-            self._stopping = self.progress.unevaluated = True
-            return False
-        metrics = {name: each.metrics for name, each in found.items()}
-        score = selection_score(metrics, self.config.evaluation.select)
+            self._stopping = True
+            return
+        select = self.config.evaluation.select
+        score = selection_score({name: each.metrics for name, each in found.items()}, select)
         improved = score > self.progress.best
         if improved:
-            self.progress.best, self.progress.best_metric = score, self.config.evaluation.select
+            self.progress.best, self.progress.best_metric = score, select
         self.validator.record(found, improved)
+        if self.world.is_main:
+            folder = checkpoint.folder_of(self.run_dir, self.progress.step)
+            run_checkpoints.write_score(folder, run_checkpoints.Score(select, score))
+            if improved:
+                run_checkpoints.link(self.run_dir, "best", folder)
+        self._evaluation_is_due = False
         self.record.leave_out(time.perf_counter() - start)
-        return improved
 
     def _is_told_to_stop(self) -> bool:
         """Looked at in every batch of an evaluation, which is progress."""
         self.heartbeat.beat()
         return self.stop.is_up()
 
-    def _save(self, best: bool) -> None:
+    def _save(self) -> None:
+        """Save, and learn whether a signal has come meanwhile."""
         start = time.perf_counter()
         self.monitor.flush()
         self.record.count_dropped()
         state = {**asdict(self.progress), "world_size": self.world.size, INPUTS: self.inputs}
         with self.heartbeat.wait("saving"):
-            folder = checkpoint.save(self.run_dir, self.engine, self.world, self.config.to_yaml(), state)
+            checkpoint.save(self.run_dir, self.engine, self.world, self.config.to_yaml(), state)
             if self.world.is_main:
-                if best:
-                    checkpoint.link(self.run_dir, "best", folder)
-                checkpoint.prune(self.run_dir, self.config.train.keep_checkpoints)
+                run_checkpoints.prune(self.run_dir, self.config.train.keep_checkpoints)
+        self._stopping = self.stop.agree() or self._stopping
         self.record.leave_out(time.perf_counter() - start)
 
     def _leave(self) -> None:
         if self.world.is_main:
             (self.run_dir / PREEMPTED).write_text(f"{self.stop.received or 'another rank was told'}\n")
-            evaluation = ", whose evaluation is repeated" if self.progress.unevaluated else ""
+            evaluation = ", whose evaluation is repeated" if self._evaluation_is_due else ""
             logger.warning(
                 "told to stop: saved at step %d of %d; the same command continues from there%s",
                 self.progress.step, self.parts.length.steps, evaluation,
@@ -333,4 +349,8 @@ def resumed(engine: Engine, folder: Path, config: RunConfig) -> Progress:
     progress = Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
     if progress.best_metric != config.evaluation.select:
         progress.best = -math.inf  # the best value of another metric
+    best = run_checkpoints.best_scored(Path(config.run.dir), config.evaluation.select)
+    score = best and run_checkpoints.read_score(best)
+    if score and score.value > progress.best:  # a checkpoint is saved before its own score is known
+        progress.best, progress.best_metric = score.value, score.metric
     return progress

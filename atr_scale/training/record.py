@@ -42,7 +42,6 @@ class Progress:
     skipped_steps: int = 0
     fp16_overflows: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    unevaluated: bool = False  # the evaluation at this step was abandoned, and comes after the resume
 
 
 @dataclass

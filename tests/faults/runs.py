@@ -101,6 +101,11 @@ class TinyRuns:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still runs after {seconds} s\n{self.said()[-4000:]}") from None
 
+    def ends_with(self, code: int, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+        """Wait for the end of a process, which must have this exit code."""
+        found = self.ended(process, seconds)
+        assert found == code, f"exit code {found}\n{self.said()[-6000:]}"
+
     def kill_all(self) -> None:
         for process in self._started:
             for child in family(process.pid):

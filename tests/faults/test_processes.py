@@ -23,7 +23,7 @@ def test_two_trainings(runs: TinyRuns, outcome: Callable[[str], None]) -> None:
     first = runs.start(steps=100_000, log_every=1)
     runs.until_step(1)
     second = runs.start(steps=100_000, log_every=1)
-    assert runs.ended(second) == 2
+    runs.ends_with(2, second)
     assert f"error: the run folder {runs.folder()} is in use by process {first.pid} on " in runs.said()
     assert "Traceback" not in runs.said()
     runs.until_it_trains_on()
@@ -33,7 +33,7 @@ def test_two_trainings(runs: TinyRuns, outcome: Callable[[str], None]) -> None:
     runs.until_said("which is dead: going on")
     runs.until_it_trains_on()
     third.terminate()
-    assert runs.ended(third) == 0
+    runs.ends_with(0, third)
     assert not (runs.folder() / "run.lock").exists()
     outcome("the second ended with exit code 2 and named the first; after kill -9 of this the next one trained at once")
 
@@ -92,7 +92,7 @@ def test_a_killed_rank_is_restarted(runs: TinyRuns, outcome: Callable[[str], Non
     runs.until_step(3)
     before = family(process.pid)
     ranks_of(process.pid)[1].kill()
-    assert runs.ended(process, 200) == 0
+    runs.ends_with(0, process, 200)
     assert not alive(before)
     outcome(f"both ranks were started again and trained to the end; none of {len(before)} processes was left")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from atr_scale import checkpoint
+from atr_scale import checkpoint, run_checkpoints
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 
@@ -27,7 +27,7 @@ def save(run: Path, value: float) -> Path:
 
 
 def weight(folder: Path) -> float:
-    assert checkpoint.verify(folder) == []
+    assert run_checkpoints.verify(folder) == []
     return checkpoint.read_weights(folder)["weight"].item()
 
 
@@ -35,22 +35,24 @@ def write(run: Path, step: int) -> Path:
     folder = run / "checkpoints" / f"step-{step}"
     (folder / "deepspeed").mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes(range(200)))
+    for name in ("state.json", "config.resolved.yaml"):
+        (folder / name).write_text("{}")
     (folder / "deepspeed" / "rank_0.pt").write_bytes(b"moments" * step)
-    checkpoint._seal(folder)
+    run_checkpoints.seal(folder)
     return folder
 
 
 def test_the_newest_good_one_is_found(tmp_path: Path) -> None:
-    assert checkpoint.newest_sound(tmp_path) is None
+    assert run_checkpoints.newest_sound(tmp_path) is None
     for step in (3, 20, 100):  # by number, not by name
         write(tmp_path, step)
-    assert checkpoint.newest_sound(tmp_path).name == "step-100"  # type: ignore[union-attr]
+    assert run_checkpoints.newest_sound(tmp_path).name == "step-100"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "no manifest", "manifest cut"])
 def test_a_damaged_one_is_passed_over_by_name(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     good, bad = write(tmp_path, 1), write(tmp_path, 2)
-    weights, manifest = bad / "model.safetensors", bad / checkpoint.MANIFEST
+    weights, manifest = bad / "model.safetensors", bad / run_checkpoints.MANIFEST
     if damage == "flip":
         weights.write_bytes(b"\xff" + weights.read_bytes()[1:])
     elif damage == "cut":
@@ -61,17 +63,17 @@ def test_a_damaged_one_is_passed_over_by_name(tmp_path: Path, damage: str, caplo
         manifest.unlink()
     else:
         manifest.write_text(manifest.read_text()[:30])
-    assert checkpoint.newest_sound(tmp_path) == good
+    assert run_checkpoints.newest_sound(tmp_path) == good
     assert "step-2 is broken" in caplog.text
     shutil.rmtree(good)
     with pytest.raises(UserError, match=r"all 1 checkpoints .* are broken"):
-        checkpoint.newest_sound(tmp_path)
+        run_checkpoints.newest_sound(tmp_path)
 
 
 @pytest.mark.parametrize("state", [None, "", "[]", "{}", '{"step": "x"}', "3"])
 def test_a_damaged_state_is_one_line(tmp_path: Path, state: str | None) -> None:
     if state is not None:
-        (tmp_path / checkpoint.STATE).write_text(state)
+        (tmp_path / run_checkpoints.STATE).write_text(state)
     with pytest.raises(UserError, match=r"no readable state.json in .*: copy it anew"):
         checkpoint.read_state(tmp_path)
 
@@ -80,7 +82,7 @@ def test_unfinished_folders_are_not_seen(tmp_path: Path) -> None:
     write(tmp_path, 4)
     (tmp_path / "checkpoints" / ".step-8.partial").mkdir()
     (tmp_path / "checkpoints" / "step-9-copy").mkdir()
-    assert [p.name for p in checkpoint.newest_first(tmp_path)] == ["step-4"]
+    assert [p.name for p in run_checkpoints.newest_first(tmp_path)] == ["step-4"]
 
 
 def test_a_step_that_is_saved_again_replaces_the_checkpoint(tmp_path: Path) -> None:
@@ -106,15 +108,15 @@ def test_no_weights_are_lost_if_saving_a_step_again_is_interrupted(
     assert sorted(weight(place) for place in folder.parent.iterdir()) == [1.0, 2.0]
     monkeypatch.undo()
     assert weight(save(tmp_path, 3.0)) == 3.0
-    checkpoint.prune(tmp_path, keep=1)
+    run_checkpoints.prune(tmp_path, keep=1)
     assert [p.name for p in folder.parent.iterdir()] == ["step-3"]
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     folders = {step: write(tmp_path, step) for step in (1, 2, 3, 4)}
-    checkpoint.link(tmp_path, "best", folders[1])
-    checkpoint.link(tmp_path, "best", folders[2])  # a link is replaced, not followed
+    run_checkpoints.link(tmp_path, "best", folders[1])
+    run_checkpoints.link(tmp_path, "best", folders[2])  # a link is replaced, not followed
     (tmp_path / "checkpoints" / ".step-9.partial").mkdir()  # of a run that was killed while it saved
-    checkpoint.prune(tmp_path, keep=1)
+    run_checkpoints.prune(tmp_path, keep=1)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-4"]
     assert (tmp_path / "best").resolve() == folders[2].resolve()

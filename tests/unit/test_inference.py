@@ -16,7 +16,7 @@ import soundfile
 import torch
 
 import atr_scale
-from atr_scale import checkpoint
+from atr_scale import run_checkpoints
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import embed
@@ -188,7 +188,7 @@ def test_a_checkpoint_that_is_not_its_manifests_is_refused(
 ) -> None:
     """A flipped bit in weights is no error of their format: the vectors would be wrong without a word."""
     copy = shutil.copytree(run("meanmax"), tmp_path / "copy", symlinks=True)
-    checkpoint._seal(copy / "best")
+    run_checkpoints.seal(copy / "best")
     settings = copy / "best" / "config.resolved.yaml"
     settings.write_text(settings.read_text().replace("seed: 0", "seed: 1"))
     assert atr_scale.load(copy).config.run.seed == 1, "a configuration may be edited"

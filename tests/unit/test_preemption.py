@@ -66,7 +66,8 @@ def test_a_rank_sees_that_another_one_was_told() -> None:
 def test_an_attempt_that_leaves_before_its_last_evaluation_is_not_done(tmp_path: Path) -> None:
     for unevaluated, reason in ((True, "preempted"), (False, "done")):
         attempt = Attempt(tmp_path, World())
-        attempt.follow(Progress(step=6, unevaluated=unevaluated), 6)
+        attempt.follow(Progress(step=6), 6)
+        (tmp_path / PREEMPTED).write_text("SIGTERM") if unevaluated else (tmp_path / PREEMPTED).unlink()
         attempt.finish()
         assert read_json_lines(tmp_path / "attempts.jsonl")[-1]["reason"] == reason
 

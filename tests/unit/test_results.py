@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from atr_scale.checkpoint import STATE
 from atr_scale.config import RunConfig
 from atr_scale.data.sample import RawSample
 from atr_scale.distributed.world import World
@@ -23,6 +22,7 @@ from atr_scale.evaluation.report import write_report
 from atr_scale.evaluation.result import EvaluationResult, evaluate_retrieval
 from atr_scale.evaluation.results import config_digest, read_results, record_results, record_training
 from atr_scale.evaluation.retrieval_scores import ScoreMatrix
+from atr_scale.run_checkpoints import STATE
 from tests.tiny_run import save_run, tiny_config
 
 
