@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from atr_scale.checkpoint import WEIGHTS, find_checkpoint, read_state
+from atr_scale.checkpoint import find_checkpoint, read_state
 from atr_scale.config import RunConfig
 from atr_scale.data import storage
 from atr_scale.data.manifest import MANIFEST
@@ -24,6 +24,7 @@ from atr_scale.data.shard_reader import ShardSet
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.files import sha256_of
+from atr_scale.run_checkpoints import WEIGHTS
 from atr_scale.run_files import CHANGED_DATA, append_json_lines
 from atr_scale.teachers.tables import CHECKSUM
 
