@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import logging
 import math
-import os
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Concatenate, ParamSpec
 
 import numpy as np
 import torch
@@ -21,14 +23,20 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from atr_scale import plots
+from atr_scale.errors import Failure
 from atr_scale.evaluation.report import table_cell
-from atr_scale.files import atomic_write
+from atr_scale.files import atomic_write, sync
+from atr_scale.run_files import METRICS, append_json_lines
 from atr_scale.sections import flat
 from atr_scale.training.run_info import redact
 
 logger = logging.getLogger(__name__)
 
 PLAYER_SECONDS = 10.0  # event files keep PCM: longer players would outgrow the checkpoints
+NO_SPACE = errno.ENOSPC, errno.EDQUOT
+PAUSE_S = 60.0  # between two lines about a record that cannot be written
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,26 @@ class RetrievedClips:
     clips: Sequence[Player]
 
 
+def _record(write: Callable[Concatenate[Monitor, P], None]) -> Callable[Concatenate[Monitor, P], None]:
+    """A method of the main rank's monitor that writes. A failure to write is noted, and does not end training."""
+
+    @functools.wraps(write)
+    def written(self: Monitor, /, *args: P.args, **more: P.kwargs) -> None:
+        if self._writer is None:
+            return
+        try:
+            write(self, *args, **more)
+        except OSError as error:
+            self._note(error)
+
+    return written
+
+
 class Monitor:
     """Writes run_dir/metrics.jsonl and run_dir/tensorboard, and shows progress. Only the main rank does so.
+
+    On a full disk the lines are kept and written later; pictures and sounds of that time are lost. `lost`: why the
+    folder cannot be written to if the reason is another one, which does not pass: training cannot save either.
 
     resume_step: None starts a new record. N continues a run from its checkpoint of step N: lines of later steps are
     removed, so the file becomes the one of an uninterrupted run. Hence log and evaluate a step before saving it.
@@ -63,12 +89,17 @@ class Monitor:
         self, run_dir: Path, is_main: bool, *, resume_step: int | None = None, total_steps: int | None = None
     ) -> None:
         self._writer: SummaryWriter | None = None
+        self.lost: Failure | None = None
         if not is_main:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
-        cut_lines(path, resume_step)
-        self._lines: TextIO = path.open("a", buffering=1, encoding="utf-8")
+        self._path = run_dir / METRICS
+        cut_lines(self._path, resume_step)
+        self._path.touch()
+        self._unwritten: list[dict[str, object]] = []
+        self._noted: float | None = None
+        self._hook = threading.excepthook
+        threading.excepthook = _without_writers(self._hook)
         purge_step = 0 if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=20)
         self._first = resume_step or 0
@@ -78,26 +109,25 @@ class Monitor:
             total=total_steps, initial=self._first, desc="training", unit="step", dynamic_ncols=True, disable=None
         )
 
+    @_record
     def train(self, step: int, values: Mapping[str, float]) -> None:
         """One line of training: `loss`, `loss/<term>`, `lr/<group>`, `temperature`, `samples_per_s`, ... ."""
-        if self._writer is None:
-            return
-        self._write("train", step, values)
-        self._scalars("train", step, values)
         shown = {key: f"{values[key]:.4g}" for key in ("loss", "samples_per_s") if key in values}
         if self._bar.disable:
             logger.info("step %s%s%s", step, f"/{self._total}" if self._total else "", self._pace(step, shown))
         else:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
+        self._write("train", step, values)
+        self._scalars("train", step, values)
 
+    @_record
     def evaluation(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Metrics of a split, tags `<split>/t2a/R@1`."""
-        if self._writer is None:
-            return
         self._write("evaluation", step, {"split": split, **values})
         self._scalars(split, step, values)
 
+    @_record
     def heatmap(
         self,
         step: int,
@@ -106,15 +136,14 @@ class Monitor:
         split: str = "validation",
     ) -> None:
         """A picture of the similarity [texts, audios] of a few pairs, which lie on the diagonal. names: captions."""
-        if self._writer is None:
-            return
+        assert self._writer is not None
         figure = plots.heatmap(_numpy(scores), f"similarity, {split}, step {step}", names=names)
         self._writer.add_figure(f"{split}/similarity", figure, step, close=False)
 
+    @_record
     def retrieved(self, step: int, examples: Sequence[RetrievedClips], split: str = "validation") -> None:
         """A few queries with their retrieved clips: a table, and a player (the first 10 s) for every clip."""
-        if self._writer is None:
-            return
+        assert self._writer is not None
         for number, example in enumerate(examples):
             tag = f"{split}/retrieved-{number}"
             rows = [
@@ -127,42 +156,72 @@ class Monitor:
             for place, clip in enumerate(example.clips, start=1):
                 self._writer.add_audio(f"{tag}/rank-{place}", _playable(clip), step, sample_rate=clip.sample_rate)
 
+    @_record
     def text(self, tag: str, markdown: str) -> None:
         """Markdown, from which secrets are removed. Put YAML into a code fence."""
-        if self._writer is not None:
-            self._writer.add_text(tag, redact(markdown), 0)
+        assert self._writer is not None
+        self._writer.add_text(tag, redact(markdown), 0)
 
+    @_record
     def hyperparameters(self, config: Mapping[str, object]) -> None:
         """The configuration, as nested dicts, for TensorBoard's HPARAMS tab, which shows the run as a row.
 
         The tab reads the metrics of a row from the last values of the run's scalars.
         """
-        if self._writer is not None:
-            _, start, _ = hparams(dict(_hyperparameters(config)), {})
-            writer = self._writer.file_writer
-            assert writer is not None
-            writer.add_summary(start)
+        assert self._writer is not None
+        _, start, _ = hparams(dict(_hyperparameters(config)), {})
+        writer = self._writer.file_writer
+        assert writer is not None
+        writer.add_summary(start)
 
+    @_record
     def flush(self) -> None:
         """Write everything logged so far to the disk. Call this before a checkpoint becomes the latest one."""
-        if self._writer is not None:
-            self._writer.flush()
-            os.fsync(self._lines.fileno())
+        assert self._writer is not None
+        self._write_lines()
+        sync(self._path)
+        self._writer.flush()
 
     def close(self) -> None:
         """Write everything to the disk and close the files. Later calls do nothing."""
+        self.flush()
         if self._writer is not None:
             self._bar.close()
-            self._writer.close()
-            self._lines.close()
+            try:
+                self._writer.close()
+            except OSError as error:
+                self._note(error)
+            threading.excepthook = self._hook
             self._writer = None
+
+    def _note(self, error: OSError) -> None:
+        """A write has failed."""
+        assert self._writer is not None
+        self._writer.file_writer = self._writer.all_writers = (
+            None  # its thread may have ended; the next write makes one
+        )
+        reason = f"{self._path.parent} cannot be written to ({error.strerror or error})"
+        if error.errno not in NO_SPACE:
+            self.lost = Failure(
+                f"{reason}: look at that disk, and start the same command again to go on from the last checkpoint"
+            )
+        if self._noted is None or time.monotonic() - self._noted > PAUSE_S:
+            self._noted = time.monotonic()
+            logger.error("%s: the record of the run waits for it", reason)
 
     def _write(self, kind: str, step: int, values: Mapping[str, float | str]) -> None:
         line: dict[str, object] = {"kind": kind, "step": step, **values}
         wild = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
         if wild:  # JSON has no NaN, and a reader must be able to tell a non-finite metric from a missing one
             line |= dict.fromkeys(wild) | {"nonfinite": wild}
-        self._lines.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._unwritten.append(line)
+        self._write_lines()
+
+    def _write_lines(self) -> None:
+        if not self._path.exists():  # a new file would hide that the others are gone
+            raise FileNotFoundError(errno.ENOENT, "it is gone")
+        append_json_lines(self._path, self._unwritten)
+        self._unwritten.clear()
 
     def _scalars(self, prefix: str, step: int, values: Mapping[str, float]) -> None:
         assert self._writer is not None
@@ -175,6 +234,16 @@ class Monitor:
             return text
         left = (time.monotonic() - self._started) / (step - self._first) * (self._total - step)
         return f"{text}, ETA {tqdm.format_interval(left)}"
+
+
+def _without_writers(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable[[threading.ExceptHookArgs], None]:
+    """TensorBoard's writing thread ends with a traceback; the calling thread gets the same error, and tells it."""
+
+    def told(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            hook(args)
+
+    return told
 
 
 def record_evaluation(run_dir: Path, step: int, values: Mapping[str, Mapping[str, float]]) -> None:

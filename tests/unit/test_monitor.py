@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -218,3 +219,40 @@ def test_log_lines_on_a_terminal_stand_apart_from_the_bar(tmp_path: Path) -> Non
         before, line, after = screen.partition(f"LOG before step {step}\r\n")
         assert line and "training:" in before and "training:" in after
         assert before.endswith((" \r", "\n")), f"not on a cleared line: {before[-30:]!r}"
+
+
+def test_a_full_disk_delays_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lines are written when there is room again; one line in the log tells it, and training goes on."""
+    monitor = Monitor(tmp_path, True)
+    monitor.train(1, {"loss": 3.0})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("atr_scale.training.monitor.append_json_lines", full)
+        for step in (2, 3):
+            monitor.train(step, {"loss": 2.0})
+            monitor.flush()
+    assert caplog.text.count("cannot be written to (No space left on device)") == 1
+    assert monitor.lost is None
+    monitor.train(4, {"loss": 1.0})
+    monitor.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_folder_that_is_gone_is_lost(tmp_path: Path) -> None:
+    """TensorBoard's thread ends with the folder; no call raises, and the folder is not made again."""
+    run = tmp_path / "run"
+    monitor = Monitor(run, True)
+    monitor.train(1, {"loss": 3.0})
+    monitor.flush()
+    run.rename(tmp_path / "elsewhere")
+    monitor.train(2, {"loss": 3.0})
+    assert "run cannot be written to (it is gone): look at that disk" in str(monitor.lost)
+    monitor.text("some", "text")
+    monitor.heatmap(2, torch.zeros(2, 2))
+    monitor.close()
