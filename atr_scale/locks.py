@@ -103,7 +103,8 @@ def hold(lock: Path, what: str) -> Iterator[None]:
         released.set()
         touching.join()
         if Holder.of(lock) == me:
-            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder is gone, or read-only since
+                lock.unlink()
 
 
 def _create(lock: Path, me: Holder) -> bool:

@@ -105,7 +105,8 @@ class Attempt:
     def _write(self, event: str, **values: Any) -> None:
         line = {"event": event, "attempt": self.number, "time": round(time.time(), 3), **values}
         try:
-            self.run.mkdir(parents=True, exist_ok=True)
+            if event == "start":  # a run folder that has vanished since is not made again
+                self.run.mkdir(parents=True, exist_ok=True)
             append_json_lines(self.run / ATTEMPTS, [line])
         except OSError as error:  # no reason to end training; a bad folder or a full disk is told by who needs it
             logger.debug("%s: not written (%s)", self.run / ATTEMPTS, error.strerror)

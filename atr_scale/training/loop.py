@@ -220,9 +220,8 @@ class Training:
         context = StepContext(step, teacher=teacher.labels if teacher else None)
         drawn = seeds(self.config.run.seed, step, train.accum_steps, self.world.rank)
         rates = self._learning_rates(step)
-        result = self.engine.update(
-            self._take(batches, taken), rates, drawn, context, stop=self.stop.received is not None
-        )
+        stop = self.stop.received is not None or self.monitor.lost is not None
+        result = self.engine.update(self._take(batches, taken), rates, drawn, context, stop=stop)
         ended = time.perf_counter()
         self.progress.step += 1
         self.progress.samples_seen += train.accum_steps * train.global_batch_size
@@ -319,9 +318,10 @@ class Training:
         return self.stop.is_up()
 
     def _save(self) -> None:
-        """Save, and learn whether a signal has come meanwhile."""
+        """Save, and learn whether a signal has come meanwhile. Raises Failure if the run folder is lost."""
         start = time.perf_counter()
         self.monitor.flush()
+        self.world.from_main(self.monitor.check)
         self.record.count_dropped()
         state = {**asdict(self.progress), "world_size": self.world.size, INPUTS: self.inputs}
         with self.heartbeat.wait("saving"):

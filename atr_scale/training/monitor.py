@@ -182,6 +182,11 @@ class Monitor:
         sync(self._path)
         self._writer.flush()
 
+    def check(self) -> None:
+        """Raises Failure if the folder is lost."""
+        if self.lost is not None:
+            raise self.lost
+
     def close(self) -> None:
         """Write everything to the disk and close the files. Later calls do nothing."""
         self.flush()
@@ -203,7 +208,7 @@ class Monitor:
         reason = f"{self._path.parent} cannot be written to ({error.strerror or error})"
         if error.errno not in NO_SPACE:
             self.lost = Failure(
-                f"{reason}: look at that disk, and start the same command again to go on from the last checkpoint"
+                f"{reason}: mend that, and start the same command again to go on from the last checkpoint"
             )
         if self._noted is None or time.monotonic() - self._noted > PAUSE_S:
             self._noted = time.monotonic()

@@ -252,7 +252,7 @@ def test_a_folder_that_is_gone_is_lost(tmp_path: Path) -> None:
     monitor.flush()
     run.rename(tmp_path / "elsewhere")
     monitor.train(2, {"loss": 3.0})
-    assert "run cannot be written to (it is gone): look at that disk" in str(monitor.lost)
+    assert "run cannot be written to (it is gone): mend that" in str(monitor.lost)
     monitor.text("some", "text")
     monitor.heatmap(2, torch.zeros(2, 2))
     monitor.close()
