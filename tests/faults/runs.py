@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class TinyRuns:
         *,
         ranks: int = 1,
         torchrun: list[str] | None = None,
+        launcher: Sequence[str] = (),
         overrides: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
         hooks: str = "",
@@ -42,6 +43,7 @@ class TinyRuns:
     ) -> subprocess.Popen[bytes]:
         """Start to train in the folder `run`; with several ranks, or options for it, under torchrun.
 
+        launcher: the words of another launcher, with its number of ranks.
         hooks: Python code that every rank runs before it trains. train: keys of that section.
         """
         path = self.place / f"{run}.yaml"
@@ -52,8 +54,10 @@ class TinyRuns:
         )
         command = [sys.executable, str(script), str(path), *overrides]
         if ranks > 1 or torchrun is not None:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-            command = [*launcher, "--master-port", str(free_port()), *(torchrun or []), *command[1:]]
+            options = ["--nproc-per-node", str(ranks), "--master-port", str(free_port()), *(torchrun or [])]
+            launcher = [sys.executable, "-m", "torch.distributed.run", *options]
+        if launcher:
+            command = [*launcher, *command[1:]]
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 command,

@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.coded import write_corpus
-from tests.faults.runs import TinyRuns, alive, family, ranks_of
+from tests.faults.runs import TinyRuns, alive, family, free_port, ranks_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 GONE_S = 10.0
+ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file"]
+ACCELERATE.append(str(Path(__file__).parents[2] / "launch" / "accelerate" / "cpu.yaml"))
 
 
 @pytest.mark.fault("two trainings in one run folder", expected="the second one is refused in one line, exit code 2")
@@ -67,19 +71,25 @@ def test_two_builds(runs: TinyRuns, outcome: Callable[[str], None]) -> None:
     "kill -9 of a rank, or of the launcher",
     expected="loader workers, their server and the other ranks are gone within 10 s; the next start is not refused",
 )
-@pytest.mark.parametrize("killed", ["a rank alone", "torchrun"])
+@pytest.mark.parametrize("killed", ["a rank alone", "torchrun", "accelerate"])
 def test_orphans(killed: str, runs: TinyRuns, outcome: Callable[[str], None]) -> None:
-    ranks = 2 if killed == "torchrun" else 1
-    process = runs.start(ranks=ranks, steps=100_000, log_every=1, overrides=("data.workers=2",))
+    ranks = 1 if killed == "a rank alone" else 2
+    launcher = [*ACCELERATE, "--main_process_port", str(free_port())]
+    options: dict[str, Any] = {"launcher": launcher} if killed == "accelerate" else {"ranks": ranks}
+    process = runs.start(steps=100_000, log_every=1, overrides=("data.workers=2",), **options)
     runs.until_step(1)
     others = family(process.pid)
     assert len(others) >= (2 if ranks == 2 else 0) + 3 * ranks, "ranks, servers, and workers"
     process.kill()
     process.wait()
     began = time.monotonic()
+    if killed != "torchrun":
+        runs.until(lambda: not alive(others), f"all of {others} are gone", GONE_S)
+        outcome(f"all {len(others)} processes were gone after {time.monotonic() - began:.0f} s")
+        return
+    runs.start(steps=100_000, log_every=1, **options)  # at once: those of before still hold the folder
     runs.until(lambda: not alive(others), f"all of {others} are gone", GONE_S)
     seconds = time.monotonic() - began
-    runs.start(ranks=ranks, steps=100_000, log_every=1)
     runs.until_it_trains_on()
     outcome(f"all {len(others)} processes were gone after {seconds:.0f} s, and the next start trained")
 
