@@ -17,7 +17,6 @@ import psutil
 
 from tests.tiny_run import tiny_config
 
-MAIN = "if __name__ == '__main__':\n    from atr_scale.train import train_rank\n    train_rank()\n"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
