@@ -1,9 +1,11 @@
-"""Log lines on the terminal: above the progress bars, never inside them."""
+"""Log lines on the terminal: above the progress bars, never inside them, without secrets."""
 
 from __future__ import annotations
 
 import logging
 from typing import TextIO
+
+from atr_scale.redaction import redact
 
 
 class ConsoleHandler(logging.StreamHandler[TextIO]):
@@ -13,7 +15,7 @@ class ConsoleHandler(logging.StreamHandler[TextIO]):
         from tqdm import tqdm  # only if there is something to write, so that --help stays instant
 
         try:
-            tqdm.write(self.format(record), file=self.stream)
+            tqdm.write(redact(self.format(record)), file=self.stream)
             self.flush()
         except Exception:
             self.handleError(record)

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from atr_scale.redaction import redact
+
 GRACE_S = 30.0  # on a loaded machine ranks start, load and exit up to about this long after each other
 
 
@@ -59,7 +61,7 @@ def report(error: OneLineError) -> None:
     Below torchrun and accelerate the launcher prints a report after all output of the ranks. The line is then handed to
     the launcher, which prints it at the end of the report, instead of being printed here and lost above the report.
     """
-    line = f"error: {error}"
+    line = redact(f"error: {error}")
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None:
         if not error.launcher_stops:

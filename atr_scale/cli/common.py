@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +16,7 @@ from typer.core import TyperCommand
 
 from atr_scale.console import ConsoleHandler
 from atr_scale.errors import OneLineError, UserError, exit_with_line
+from atr_scale.redaction import redact
 from atr_scale.sections import expanded
 from atr_scale.version import __version__
 
@@ -89,7 +94,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from torch.distributed.elastic.multiprocessing.errors import record
 
         run = record(_run)  # the launcher's report ends with the traceback of the rank that failed first
-    run(arguments)
+    try:
+        run(arguments)
+    except Exception:
+        _show_traceback()
+        sys.exit(1)
+
+
+def _show_traceback() -> None:
+    """Print the traceback of the current exception without secrets, and remove them from what the launcher prints."""
+    print(redact(traceback.format_exc()), file=sys.stderr, end="")
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            report = Path(file)
+            report.write_text(redact(report.read_text()))
 
 
 def _run(arguments: Sequence[str] | None) -> None:

@@ -22,9 +22,9 @@ from typing import Any
 from atr_scale.distributed.world import World
 from atr_scale.errors import OneLineError, one_line
 from atr_scale.rank_signs import cause_of, float_in, int_in, read_signs, text_in
+from atr_scale.redaction import redact
 from atr_scale.run_files import ATTEMPTS, PREEMPTED, append_json_lines, last_logged_step, read_json_lines
 from atr_scale.training.record import Progress
-from atr_scale.training.run_info import redact
 from atr_scale.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -24,6 +24,7 @@ from atr_scale.config import RunConfig
 from atr_scale.distributed.watchdog import Watchdog
 from atr_scale.distributed.world import World
 from atr_scale.errors import one_line
+from atr_scale.redaction import redact
 from atr_scale.run_files import rank_file, stacks_file
 from atr_scale.training.attempts import Attempt
 
@@ -163,7 +164,7 @@ class Heartbeat:
 
     def end(self, reason: str | None) -> None:
         """The last sign of life of this rank. reason: why it ended early, None at its normal end."""
-        self._reason = reason
+        self._reason = reason and redact(reason)
         self._ended.set()
         if self._writer.is_alive():
             self._writer.join(timeout=10)  # a hanging file system does not stop the end

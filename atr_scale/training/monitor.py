@@ -26,9 +26,9 @@ from atr_scale import plots
 from atr_scale.errors import Failure
 from atr_scale.evaluation.report import table_cell
 from atr_scale.files import atomic_write, sync
+from atr_scale.redaction import redact
 from atr_scale.run_files import METRICS, append_json_lines
 from atr_scale.sections import flat
-from atr_scale.training.run_info import redact
 
 logger = logging.getLogger(__name__)
 

@@ -159,15 +159,19 @@ def test_a_failure_of_any_verb_is_one_line(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == "error: the store is away\n"
 
 
-def test_an_unexpected_error_of_any_verb_is_handed_to_the_launcher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_unexpected_error_of_any_verb_is_a_traceback_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The launcher's report ends with it."""
+
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("out of order")
+        raise RuntimeError("out of order at canary-5f81")
 
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-5f81")
     monkeypatch.setattr(common, "app", fail)
-    with pytest.raises(RuntimeError, match="out of order"):
+    with pytest.raises(SystemExit, match="1"):
         main(["evaluate", "runs/one"])
-    assert "RuntimeError: out of order" in file.read_text()
+    for said in (file.read_text(), capsys.readouterr().err):
+        assert "Traceback" in said and "RuntimeError: out of order at [redacted]" in said and "canary" not in said

@@ -12,8 +12,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from atr_scale.redaction import REDACTED, is_secret_name, redact
 from atr_scale.training import run_info
-from atr_scale.training.run_info import REDACTED, describe_environment, is_secret_name, redact, write_environment
+from atr_scale.training.run_info import describe_environment, write_environment
 
 CANARY = "canary/9Kd+72hQ=x"
 
