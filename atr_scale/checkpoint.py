@@ -19,7 +19,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +32,8 @@ from atr_scale.config import RunConfig, load_config
 from atr_scale.distributed.world import World
 from atr_scale.encoders.text import TextEncoder
 from atr_scale.encoders.text_encoders import build_text_encoder, load_text_encoder
-from atr_scale.errors import UserError
+from atr_scale.errors import Failure, UserError, one_line
+from atr_scale.files import is_full
 from atr_scale.model import Retriever
 from atr_scale.precision import Precision, Products
 from atr_scale.run_checkpoints import (
@@ -43,6 +45,7 @@ from atr_scale.run_checkpoints import (
     check_checksums,
     link,
     newest_first,
+    remove_partial,
     rename,
     seal,
 )
@@ -63,29 +66,55 @@ class Trained(Protocol):
         """The weights on the main rank, {} on the others."""
 
 
+class DiskFull(Failure):
+    """There is no space for a checkpoint."""
+
+
 def save(run: Path, trained: Trained, world: World, config_yaml: str, state: dict[str, Any]) -> Path:
-    """Write checkpoint step-`state["step"]`, link it as latest, and return its folder. All ranks call this."""
+    """Write checkpoint step-`state["step"]`, link it as latest, and return its folder. All ranks call this.
+
+    If a rank cannot write, nothing of the checkpoint is left, and all ranks raise DiskFull, or Failure for another
+    reason.
+    """
     final = folder_of(run, state["step"])
     temporary = final.with_name(f".{final.name}.partial")
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    world.barrier()
-    trained.save(temporary, state)
-    weights = trained.full_weights()
-    if world.is_main:
-        save_file(weights, temporary / WEIGHTS)
-        (temporary / CONFIG).write_text(config_yaml)
-        (temporary / TEXT_ENCODER).mkdir()
-        trained.model.text_encoder.save_files(temporary / TEXT_ENCODER)
-        (temporary / STATE).write_text(json.dumps(state))
-    world.barrier()  # every rank's files are there
-    if world.is_main:
-        seal(temporary)
-        rename(temporary, final)
-        link(run, "latest", final)
-    world.barrier()
+    try:
+        with _together(world, run):
+            if world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        with _together(world, run):
+            trained.save(temporary, state)
+        weights = trained.full_weights()
+        with _together(world, run):
+            if world.is_main:
+                save_file(weights, temporary / WEIGHTS)
+                (temporary / CONFIG).write_text(config_yaml)
+                (temporary / TEXT_ENCODER).mkdir()
+                trained.model.text_encoder.save_files(temporary / TEXT_ENCODER)
+                (temporary / STATE).write_text(json.dumps(state))
+                seal(temporary)
+                rename(temporary, final)
+                link(run, "latest", final)
+    except Failure:
+        if world.is_main:
+            remove_partial(run)
+        raise
     return final
+
+
+@contextmanager
+def _together(world: World, run: Path) -> Iterator[None]:
+    """All ranks write in the block, or wait for those that do. If one of them cannot, all raise."""
+    fault: Failure | None = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = is_full(error, run)
+        fault = DiskFull("no space") if full else Failure(f"cannot save to {run}: {one_line(error)}")
+    for found in world.gather_objects(fault):
+        if found is not None:
+            raise found
 
 
 def folder_of(run: Path, step: int) -> Path:

@@ -6,10 +6,18 @@ For locations that may be on S3 see `data.storage`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+PROBE_BYTES = 1 << 16
 
 
 @contextlib.contextmanager
@@ -41,3 +49,46 @@ def sha256_of(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_full(error: BaseException, folder: Path) -> bool:
+    """Whether writing in a folder has failed because its disk, or the user's quota, is full.
+
+    Libraries do not all say why a write has failed: then a small file is tried.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in FULL:
+            return True
+        if re.search(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b", str(seen)):  # of a library in Rust
+            return True
+        seen = seen.__cause__ or seen.__context__
+    if isinstance(error, OSError) and error.errno is not None:
+        return False
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        probe.write_bytes(bytes(PROBE_BYTES))
+        sync(probe)
+    except OSError as found:
+        return found.errno in FULL
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return False
+
+
+@contextlib.contextmanager
+def unless_full(folder: Path, what: str) -> Iterator[None]:
+    """The block writes `what`, which a run can go without: on a full disk an error is logged, and none is raised."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error, folder):
+            raise
+        logger.error("%s: the disk is full, %s cannot be written", folder, what)
+
+
+def disk_of(place: Path) -> Path:
+    """Where the file system of an existing path is mounted."""
+    place = place.resolve()
+    return next(folder for folder in (place, *place.parents) if os.path.ismount(folder))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from atr_scale.batch import Batch
 from atr_scale.config_train import TrainSection
 from atr_scale.distributed.start import device_as_local_rank
 from atr_scale.distributed.world import World
-from atr_scale.errors import UserError
+from atr_scale.errors import UserError, one_line
 from atr_scale.model import NO_CONTEXT, Retriever, StepContext
 from atr_scale.training.grad_cache import GradCache
 from atr_scale.training.loss_scale import LossScale
@@ -165,11 +166,22 @@ class Engine:
         return out
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write all that a resume needs except the frozen weights, one file for each rank."""
+        """Write all that a resume needs except the frozen weights, one file for each rank.
+
+        Raises OSError if this rank cannot write, after all that the ranks do together.
+        """
         state = {**state, **self.scale.state()}
-        self.deepspeed.save_checkpoint(
-            str(folder), tag="deepspeed", client_state=state, save_latest=False, exclude_frozen_parameters=True
-        )
+        faults: list[Exception] = []
+        with (
+            _later(faults, self.deepspeed.checkpoint_engine, "save"),
+            _later(faults, self.deepspeed, "_copy_recovery_script"),
+        ):
+            self.deepspeed.save_checkpoint(
+                str(folder), tag="deepspeed", client_state=state, save_latest=False, exclude_frozen_parameters=True
+            )
+        if faults:
+            # torch raises RuntimeError without the cause.
+            raise OSError(f"DeepSpeed's files cannot be written: {one_line(faults[0])}") from faults[0]
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Load what `save` has written and return the state that was given to it. Frozen weights stay as they are.
@@ -192,6 +204,24 @@ class Engine:
         if self.device.type == "cpu":
             # DeepSpeed would compile it at every start (minutes on two cores) for a reduction that gloo does too.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def _later(faults: list[Exception], target: Any, method: str) -> Iterator[None]:
+    """In the block errors of a method that writes a file are put aside: DeepSpeed's barriers come after it."""
+    write = getattr(target, method)
+
+    def keep_error(*args: Any, **options: Any) -> None:
+        try:
+            write(*args, **options)
+        except (OSError, RuntimeError) as error:
+            faults.append(error)
+
+    setattr(target, method, keep_error)
+    try:
+        yield
+    finally:
+        delattr(target, method)
 
 
 def _not_finite(x: Tensor) -> Tensor:

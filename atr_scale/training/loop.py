@@ -28,6 +28,7 @@ from atr_scale.distributed.world import World
 from atr_scale.evaluation.parallel import Abandoned
 from atr_scale.evaluation.results import record_training
 from atr_scale.evaluation.selection import selection_score
+from atr_scale.files import unless_full
 from atr_scale.model import StepContext, count_parameters
 from atr_scale.precision import Precision, encoder_products
 from atr_scale.run_files import PREEMPTED
@@ -48,6 +49,7 @@ from atr_scale.training.preemption import PreemptionFlag, preemptible
 from atr_scale.training.record import Progress, Record, Taken, Update
 from atr_scale.training.run_info import write_environment
 from atr_scale.training.run_lock import only_training
+from atr_scale.training.saving import Saver
 from atr_scale.training.schedule import RunLength, describe_length, learning_rate, run_length, seeds
 from atr_scale.training.validation import Validator
 
@@ -117,6 +119,7 @@ class Training:
         self.validator = Validator(
             config, validation, self.parts.tokenizer, world, device, self.monitor, self._is_told_to_stop
         )
+        self.saver = Saver(config, world, self.monitor, resume_from)
         self.record = Record(config, self.progress, self.parts.length, self.monitor, world, device)
         self.heartbeat.tell(steps=self.parts.length.steps)
         self.heartbeat.step = self.progress.step
@@ -181,8 +184,9 @@ class Training:
         if self._evaluation_is_due or self.progress.step < length.steps:
             self._leave()
         elif self.world.is_main:
-            record_training(self.run_dir, self.config, length.steps, length.steps)
             run = self.run_dir
+            with unless_full(run, "results"):
+                record_training(run, self.config, length.steps, length.steps)
             logger.info("%s: trained to step %d; measure it with `atr-scale evaluate %s`", run, length.steps, run)
 
     @property
@@ -300,15 +304,18 @@ class Training:
             return
         select = self.config.evaluation.select
         score = selection_score({name: each.metrics for name, each in found.items()}, select)
-        improved = score > self.progress.best
+        folder = checkpoint.folder_of(self.run_dir, self.progress.step)
+        saved = folder == self.saver.last  # else the disk was full
+        improved = saved and score > self.progress.best
         if improved:
             self.progress.best, self.progress.best_metric = score, select
-        self.validator.record(found, improved)
-        if self.world.is_main:
-            folder = checkpoint.folder_of(self.run_dir, self.progress.step)
-            run_checkpoints.write_score(folder, run_checkpoints.Score(select, score))
-            if improved:
-                run_checkpoints.link(self.run_dir, "best", folder)
+        with unless_full(self.run_dir, "results"):
+            self.validator.record(found, improved)
+        if self.world.is_main and saved:
+            with unless_full(self.run_dir, f"the score of {folder.name}"):
+                run_checkpoints.write_score(folder, run_checkpoints.Score(select, score))
+                if improved:
+                    run_checkpoints.link(self.run_dir, "best", folder)
         self._evaluation_is_due = False
         self.record.leave_out(time.perf_counter() - start)
 
@@ -325,11 +332,12 @@ class Training:
         self.record.count_dropped()
         state = {**asdict(self.progress), "world_size": self.world.size, INPUTS: self.inputs}
         with self.heartbeat.wait("saving"):
-            checkpoint.save(self.run_dir, self.engine, self.world, self.config.to_yaml(), state)
-            if self.world.is_main:
-                run_checkpoints.prune(self.run_dir, self.config.train.keep_checkpoints)
-        self._stopping = self.stop.agree() or self._stopping
+            saved = self.saver.save(self.engine, state, self._ends)
+        self._stopping = self._stopping or (saved and self.stop.agree())
         self.record.leave_out(time.perf_counter() - start)
+
+    def _ends(self) -> bool:
+        return self._stopping or self.progress.step == self.parts.length.steps or self.stop.agree()
 
     def _leave(self) -> None:
         if self.world.is_main:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from atr_scale import plots
 from atr_scale.errors import Failure
 from atr_scale.evaluation.report import table_cell
-from atr_scale.files import atomic_write, sync
+from atr_scale.files import FULL, atomic_write, sync
 from atr_scale.redaction import redact
 from atr_scale.run_files import METRICS, append_json_lines
 from atr_scale.sections import flat
@@ -33,7 +33,6 @@ from atr_scale.sections import flat
 logger = logging.getLogger(__name__)
 
 PLAYER_SECONDS = 10.0  # event files keep PCM: longer players would outgrow the checkpoints
-NO_SPACE = errno.ENOSPC, errno.EDQUOT
 PAUSE_S = 60.0  # between two lines about a record that cannot be written
 
 P = ParamSpec("P")
@@ -128,6 +127,12 @@ class Monitor:
         self._scalars(split, step, values)
 
     @_record
+    def saving(self, step: int, failed: int) -> None:
+        """How many saves in a row have had no space on the disk; the tag `saving/failed`."""
+        self._write("saving", step, {"failed": failed})
+        self._scalars("saving", step, {"failed": failed})
+
+    @_record
     def heatmap(
         self,
         step: int,
@@ -206,7 +211,7 @@ class Monitor:
             None  # its thread may have ended; the next write makes one
         )
         reason = f"{self._path.parent} cannot be written to ({error.strerror or error})"
-        if error.errno not in NO_SPACE:
+        if error.errno not in FULL:
             self.lost = Failure(
                 f"{reason}: mend that, and start the same command again to go on from the last checkpoint"
             )

@@ -20,6 +20,7 @@ from atr_scale.config import RunConfig
 from atr_scale.data.sample import READ_FAULTS
 from atr_scale.distributed.world import World
 from atr_scale.errors import Failure, UserError
+from atr_scale.files import unless_full
 from atr_scale.memory import peak_memory
 from atr_scale.training.dropped import DroppedSamples
 from atr_scale.training.monitor import Monitor
@@ -136,7 +137,8 @@ class Record:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if self.world.rank in result.bad_ranks:
             path = self.run_dir / f"nonfinite-step-{step}-rank-{self.world.rank}.json"
-            path.write_text(json.dumps(update.taken.keys))
+            with unless_full(self.run_dir, path.name):
+                path.write_text(json.dumps(update.taken.keys))
         if self.world.is_main:
             logger.warning(
                 "step %d: non-finite loss or gradient on ranks %s; all ranks skip this step, its samples are in %s",

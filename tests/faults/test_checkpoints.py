@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from atr_scale.run_files import CHANGED_DATA, read_json_lines
+from atr_scale.run_checkpoints import newest_first, verify
+from atr_scale.run_files import CHANGED_DATA, METRICS, read_json_lines
 from tests.faults.runs import TinyRuns, steps_of
 from tests.tiny import make_tiny_inputs
 
@@ -37,3 +41,87 @@ def test_other_data_at_the_same_path(runs: TinyRuns, tmp_path: Path, outcome: Ca
     (line,) = read_json_lines(runs.folder() / CHANGED_DATA)
     assert (line["step"], [*line["changed"]]) == (2, ["data.train[0].shards"])
     outcome("refused by name, rc 2; gone on with when it was allowed")
+
+
+SLOW = """
+import time
+from atr_scale.training.engine import Engine
+update = Engine.update
+def slowly(self, *args, **more):
+    time.sleep(0.3)
+    return update(self, *args, **more)
+Engine.update = slowly
+"""
+UNSEEN = """
+import shutil
+from collections import namedtuple
+shutil.disk_usage = lambda path: namedtuple("Usage", "total used free")(1 << 40, 0, 1 << 40)
+"""
+
+
+@pytest.fixture
+def small_disk(runs: TinyRuns) -> Iterator[Path]:
+    """A file system of 80 MB, whose root is the run folder."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    folder = runs.folder()
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no mount: {mounted.stderr.decode()}")
+    try:
+        yield folder
+    finally:
+        runs.kill_all()
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, left: int) -> Path:
+    filler = disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - left))
+    return filler
+
+
+def saves(run: Path) -> list[Any]:
+    return [line["failed"] for line in read_json_lines(run / METRICS) if line["kind"] == "saving"]
+
+
+@pytest.mark.fault(
+    "the disk is full when two ranks are to save",
+    expected="training goes on, a line names the disk and what is missing, the next save with space works",
+)
+def test_a_full_disk(runs: TinyRuns, small_disk: Path, outcome: Callable[[str], None]) -> None:
+    runs.start(ranks=2, steps=10_000, checkpoint_every=2, log_every=1, zero_stage=1, hooks=SLOW)
+    runs.until(lambda: (small_disk / "latest").exists(), "a checkpoint is saved")
+    filler = fill(small_disk, left=300_000)
+    runs.until_said("ERROR rank 0 atr_scale.training.saving: step ")
+    assert f"of {small_disk} cannot be saved: the disk {small_disk} is full: a checkpoint needs " in runs.said()
+    kept = newest_first(small_disk)
+    assert kept and verify(kept[0]) == []
+    runs.until(lambda: len(saves(small_disk)) > 1, "the next save tries again")
+    filler.unlink()
+    runs.until(lambda: newest_first(small_disk)[0] != kept[0], "a later checkpoint is saved")
+    runs.until(lambda: saves(small_disk)[-1] == 0, "the metric says that it works again")
+    assert saves(small_disk)[:2] == [1, 2] and "Traceback" not in runs.said()
+    outcome(f"went on over {len(saves(small_disk)) - 1} saves without space, then saved again")
+
+
+@pytest.mark.fault(
+    "the disk becomes full while two ranks write (a quota, which no check sees), up to the last step",
+    expected="the part is removed, training goes on; at the end exit code 1 with the line, the last checkpoint intact",
+)
+def test_a_disk_that_becomes_full(runs: TinyRuns, small_disk: Path, outcome: Callable[[str], None]) -> None:
+    launcher = runs.start(
+        ranks=2, steps=8, checkpoint_every=2, log_every=1, zero_stage=1, hooks=SLOW + UNSEEN,
+        overrides=("train.evaluate_every=4",),
+    )  # fmt: skip
+    runs.until(lambda: (small_disk / "latest").exists(), "a checkpoint is saved")
+    fill(small_disk, left=300_000)
+    assert runs.ended(launcher) == 1
+    assert (
+        f"step 8 of {small_disk} cannot be saved: the disk" in runs.said()
+        and "nothing is saved since step-" in runs.said()
+    )
+    (kept,) = newest_first(small_disk)
+    assert verify(kept) == [] and [path.name for path in kept.parent.iterdir()] == [kept.name]
+    outcome(f"went on without a save, rc 1 at the end, {kept.name} intact")

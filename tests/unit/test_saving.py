@@ -1,0 +1,137 @@
+"""A full disk is told from other faults, space is made where it may be, and nothing of a failed save is left."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from atr_scale import checkpoint
+from atr_scale.checkpoint import DiskFull
+from atr_scale.config import RunConfig
+from atr_scale.distributed.world import World
+from atr_scale.errors import Failure
+from atr_scale.files import is_full, unless_full
+from atr_scale.run_checkpoints import Score, newest_first, write_score
+from atr_scale.training.monitor import Monitor
+from atr_scale.training.saving import Saver
+from tests.tiny_run import tiny_config
+
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    config = tiny_config(tmp_path, tmp_path / "run", keep_checkpoints=2)
+    (tmp_path / "run").mkdir()
+    return config
+
+
+class Fake:
+    """A model of a thousand weights whose saves raise `fault`."""
+
+    def __init__(self, fault: Exception | None = None) -> None:
+        self.fault = fault
+        self.model: Any = torch.nn.Linear(10, 100, bias=False)
+        vars(self.model)["text_encoder"] = SimpleNamespace(save_files=lambda folder: None)
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        (folder / "rank_0.pt").write_bytes(bytes(1000))
+        if self.fault:
+            raise self.fault
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        return dict(self.model.state_dict())
+
+
+def saver(config: RunConfig) -> Saver:
+    return Saver(config, World(), Monitor(Path(config.run.dir), is_main=True), None)
+
+
+def names(config: RunConfig) -> list[str]:
+    return sorted(path.name for path in (Path(config.run.dir) / "checkpoints").iterdir())
+
+
+def test_a_save_without_space_is_tried_again(config: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    tried = saver(config)
+    assert tried.save(Fake(), {"step": 1}, lambda: False)
+    assert not tried.save(Fake(NO_SPACE), {"step": 2}, lambda: False)
+    assert names(config) == ["step-1"]
+    assert "step 2 of " in caplog.text and "nothing is saved since step-1; training goes on" in caplog.text
+    with pytest.raises(Failure, match="nothing is saved since step-1: make space, and start the same command again"):
+        tried.save(Fake(NO_SPACE), {"step": 3}, lambda: True)
+    assert tried.save(Fake(), {"step": 4}, lambda: False)
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text()
+    assert [line for line in lines.splitlines() if "saving" in line] == [
+        f'{{"kind": "saving", "step": {step}, "failed": {failed}}}' for step, failed in ((2, 1), (3, 2), (4, 0))
+    ]
+
+
+def test_another_fault_of_writing_is_one_line(config: RunConfig) -> None:
+    with pytest.raises(Failure, match=r"cannot save to .*Input/output error") as error:
+        saver(config).save(Fake(OSError(errno.EIO, "Input/output error")), {"step": 1}, lambda: False)
+    assert not isinstance(error.value, DiskFull)
+    assert names(config) == []
+
+
+@pytest.mark.parametrize("suffices", [True, False])
+def test_space_is_made_where_keep_allows(config: RunConfig, suffices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best one, step-1, and the newest one are never removed for it."""
+    run, tried = Path(config.run.dir), saver(config)
+    for step in (1, 2, 3):
+        assert tried.save(Fake(), {"step": step}, lambda: False)
+        if step == 1:
+            write_score(run / "checkpoints" / "step-1", Score("t2a/R@1", 1.0))
+    assert names(config) == ["step-1", "step-2", "step-3"]
+
+    def usage(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=10**9 if suffices and len(newest_first(run)) < 3 else 0)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    assert tried.save(Fake(), {"step": 4}, lambda: False) == suffices
+    assert names(config) == ["step-1", "step-3", *(["step-4"] if suffices else [])]
+
+
+def test_the_first_checkpoint_is_measured_by_its_parameters(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=(1 << 20) + 20 * 1000 - 1))
+    assert not saver(config).save(Fake(), {"step": 1}, lambda: False)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=(1 << 20) + 20 * 1000))
+    assert saver(config).save(Fake(), {"step": 1}, lambda: False)
+
+
+def test_what_a_full_disk_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_full(NO_SPACE, tmp_path) and is_full(OSError(errno.EDQUOT, "quota"), tmp_path)
+    assert is_full(SafetensorError("I/O error: No space left on device (os error 28)"), tmp_path)
+    assert not is_full(SafetensorError("I/O error: Input/output error (os error 5)"), tmp_path)
+    assert not is_full(OSError(errno.EIO, "x"), tmp_path)
+    of_torch = OSError("basic_ios::clear: iostream error")  # torch does not say why
+    assert not is_full(of_torch, tmp_path) and list(tmp_path.iterdir()) == []
+
+    def full(path: Path, data: bytes) -> int:
+        raise NO_SPACE
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert is_full(of_torch, tmp_path)
+
+
+def test_only_a_full_disk_is_gone_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with unless_full(tmp_path, "results"):
+        raise NO_SPACE
+    assert "the disk is full, results cannot be written" in caplog.text
+    with pytest.raises(PermissionError), unless_full(tmp_path, "results"):
+        raise PermissionError(errno.EACCES, "x")
+
+
+def test_weights_on_a_disk_without_space(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert not saver(config).save(Fake(), {"step": 1}, lambda: False)
+    assert names(config) == []
