@@ -67,6 +67,18 @@ def newest_sound(run: Path) -> Path | None:
     return None
 
 
+def set_aside(run: Path, sound: Path) -> None:
+    """Rename the broken checkpoints after the newest sound one, from which a run goes on, to step-N.broken.
+
+    Otherwise they would count among those that are kept, in the place of sound ones.
+    """
+    for broken in newest_first(run)[: newest_first(run).index(sound)]:
+        aside = broken.with_name(f"{broken.name}.broken")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(broken, aside)
+        logger.warning("%s is called %s now; it is removed when the run has saved that step again", broken, aside.name)
+
+
 def check_checksums(checkpoint: Path) -> None:
     """Raise UserError if the weights or the files of the text encoder do not match the manifest.
 
@@ -88,7 +100,12 @@ def verify(checkpoint: Path, only: tuple[str, ...] = ("",)) -> list[str]:
         files = _listed(checkpoint / MANIFEST)
         if isinstance(files, str):
             return [files]
-        faults = []
+        # Two names that differ in one bit may become one.
+        folders = (folder for folder in checkpoint.iterdir() if folder.is_dir() and folder.name.startswith(only))
+        inner = (path for folder in folders for path in folder.rglob("[!.]*") if path.is_file())
+        faults = [
+            f"{MANIFEST} lists no {path.name}" for path in inner if str(path.relative_to(checkpoint)) not in files
+        ]
         for name, (size, checksum) in files.items():
             path = checkpoint / name
             if not name.startswith(only):
@@ -111,9 +128,13 @@ def _listed(manifest: Path) -> dict[str, tuple[int, str]] | str:
         listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
         return f"no {MANIFEST}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"no readable {MANIFEST}: {type(error).__name__} {error}"
-    odd = [name for name in listed if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name]
+    odd = [
+        name
+        for name in listed
+        if not re.fullmatch(r"[^\0/]{1,99}(/[^\0/]{1,99}){0,9}", name) or ".." in name.split("/")
+    ]
     missing = [name for name in REQUIRED if name not in listed]
     if odd or missing:
         return f"no readable {MANIFEST}: it lists {', '.join(odd)}" if odd else f"{MANIFEST} lists no {missing[0]}"
@@ -205,7 +226,12 @@ def prune(run: Path, keep: int) -> None:
     """Remove all checkpoints except the newest `keep` and the best one, and the remains of interrupted saves."""
     remove_partial(run)
     best = {path.resolve() for path in (best_of(run), run / "best") if path is not None and path.exists()}
-    for checkpoint in newest_first(run)[keep:]:
+    found = newest_first(run)
+    for aside in run.glob("checkpoints/step-*.broken"):
+        step = re.fullmatch(r"step-(\d+)\.broken", aside.name)
+        if step and found and int(step[1]) <= int(found[0].name.removeprefix("step-")):
+            shutil.rmtree(aside)
+    for checkpoint in found[keep:]:
         if checkpoint.resolve() not in best:
             aside = checkpoint.with_name(f".{checkpoint.name}.pruned.partial")
             os.replace(checkpoint, aside)  # a kill leaves no checkpoint with some of its files

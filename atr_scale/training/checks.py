@@ -12,7 +12,7 @@ from atr_scale import checkpoint, run_checkpoints
 from atr_scale.config import RunConfig
 from atr_scale.config_train import MODEL_PARTS
 from atr_scale.distributed.world import World
-from atr_scale.errors import OneLineError, UserError
+from atr_scale.errors import UserError
 from atr_scale.training.fingerprints import INPUTS, without_places
 
 SOCKET_PATH = 107  # bytes, in Linux
@@ -78,23 +78,23 @@ def check_run_folder(folder: Path) -> None:
 def checkpoint_to_resume(config: RunConfig, world: World) -> Path | None:
     """The checkpoint that a run continues, None if it starts anew. All ranks call this and get the same answer.
 
-    Mends the links of the run folder.
+    Sets broken checkpoints aside, and mends the links of the run folder.
 
     UserError if the run folder's checkpoint is of another configuration or number of ranks, or if all are damaged.
     """
     run_dir = Path(config.run.dir)
-    found: Path | OneLineError | None = None
-    if world.is_main:
-        try:
-            run_checkpoints.mend(run_dir, config.evaluation.select)
-            found = run_checkpoints.newest_sound(run_dir)
-        except OneLineError as error:
-            found = error
-    found = world.gather_objects(found)[0]
-    if isinstance(found, OneLineError):
-        raise found
+
+    def newest() -> Path | None:
+        run_checkpoints.remove_partial(run_dir)
+        return run_checkpoints.newest_sound(run_dir)
+
+    found = world.from_main(newest)
     if found is not None:
         _check_same_run(config, found, world.size)
+    if world.is_main:
+        if found is not None:
+            run_checkpoints.set_aside(run_dir, found)
+        run_checkpoints.mend(run_dir, config.evaluation.select)
     return found
 
 

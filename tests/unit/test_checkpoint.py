@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,3 +122,49 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     run_checkpoints.prune(tmp_path, keep=1)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-4"]
     assert (tmp_path / "best").resolve() == folders[2].resolve()
+
+
+def test_a_broken_newest_one_does_not_take_the_place_of_sound_ones(tmp_path: Path) -> None:
+    folders = {step: write(tmp_path, step) for step in (1, 2, 4, 5)}
+    for step in (4, 5):
+        (folders[step] / "model.safetensors").write_bytes(b"")
+    sound = run_checkpoints.newest_sound(tmp_path)
+    assert sound == folders[2]
+    run_checkpoints.set_aside(tmp_path, sound)
+    run_checkpoints.mend(tmp_path, None)
+    assert (tmp_path / "latest").resolve() == folders[2].resolve()
+    write(tmp_path, 3)
+    run_checkpoints.prune(tmp_path, keep=2)
+    names = [p.name for p in run_checkpoints.newest_first(tmp_path)]
+    assert names == ["step-3", "step-2"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*.broken")) == ["step-4.broken", "step-5.broken"]
+    write(tmp_path, 4)
+    run_checkpoints.prune(tmp_path, keep=2)
+    assert [p.name for p in (tmp_path / "checkpoints").glob("*.broken")] == ["step-5.broken"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda files: files.pop("deepspeed/rank_0.pt"),
+        lambda files: files.update({"x" * 300: {"bytes": 1, "sha256": ""}}),
+        lambda files: files.update({"../step-1/model.safetensors": {"bytes": 200, "sha256": ""}}),
+        lambda files: files["state.json"].update(bytes=float("inf")),
+        lambda files: files.pop("state.json"),
+        lambda files: files.clear(),
+    ],
+)
+def test_a_manifest_that_does_not_describe_its_folder(tmp_path: Path, damage: Callable[[Any], Any]) -> None:
+    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+    manifest = bad / run_checkpoints.MANIFEST
+    content = json.loads(manifest.read_text())
+    damage(content["files"])
+    manifest.write_text(json.dumps(content))
+    assert len(run_checkpoints.verify(bad)) == 1
+    assert run_checkpoints.newest_sound(tmp_path) == good
+
+
+def test_a_manifest_that_is_too_deep(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    (folder / run_checkpoints.MANIFEST).write_text("[" * 100_000)
+    assert "no readable manifest.json" in run_checkpoints.verify(folder)[0]
