@@ -89,6 +89,6 @@ def unless_full(folder: Path, what: str) -> Iterator[None]:
 
 
 def disk_of(place: Path) -> Path:
-    """Where the file system of an existing path is mounted."""
+    """Where the file system of a path is mounted."""
     place = place.resolve()
     return next(folder for folder in (place, *place.parents) if os.path.ismount(folder))

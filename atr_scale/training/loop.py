@@ -49,7 +49,7 @@ from atr_scale.training.preemption import PreemptionFlag, preemptible
 from atr_scale.training.record import Progress, Record, Taken, Update
 from atr_scale.training.run_info import write_environment
 from atr_scale.training.run_lock import only_training
-from atr_scale.training.saving import Saver
+from atr_scale.training.saving import Saver, full_disk_in_one_line
 from atr_scale.training.schedule import RunLength, describe_length, learning_rate, run_length, seeds
 from atr_scale.training.validation import Validator
 
@@ -64,6 +64,7 @@ def train(config: RunConfig) -> None:
         encoder_products(precision.tf32),
         only_training(Path(config.run.dir), world),
         attempted(Path(config.run.dir), world) as attempt,
+        full_disk_in_one_line(Path(config.run.dir)),
         preemptible(Path(config.run.dir), world, attempt) as stop,
         watched_rank(config, world, attempt) as heartbeat,
         STORE.waiting_with(config.data.outage_seconds, heartbeat.wait),

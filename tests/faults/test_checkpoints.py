@@ -125,3 +125,12 @@ def test_a_disk_that_becomes_full(runs: TinyRuns, small_disk: Path, outcome: Cal
     (kept,) = newest_first(small_disk)
     assert verify(kept) == [] and [path.name for path in kept.parent.iterdir()] == [kept.name]
     outcome(f"went on without a save, rc 1 at the end, {kept.name} intact")
+
+
+@pytest.mark.fault("the disk is full when a run starts", expected="one line, exit code 1: a restart may succeed")
+def test_a_start_on_a_full_disk(runs: TinyRuns, small_disk: Path, outcome: Callable[[str], None]) -> None:
+    fill(small_disk, left=0)
+    assert runs.ended(runs.start(steps=1)) == 1
+    assert f"error: the disk {small_disk} is full: make space there for {small_disk}" in runs.said()
+    assert "Traceback" not in runs.said()
+    outcome("rc 1, the disk named")

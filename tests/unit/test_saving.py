@@ -20,7 +20,7 @@ from atr_scale.errors import Failure
 from atr_scale.files import is_full, unless_full
 from atr_scale.run_checkpoints import Score, newest_first, write_score
 from atr_scale.training.monitor import Monitor
-from atr_scale.training.saving import Saver
+from atr_scale.training.saving import Saver, full_disk_in_one_line
 from tests.tiny_run import tiny_config
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -135,3 +135,13 @@ def test_weights_on_a_disk_without_space(config: RunConfig, monkeypatch: pytest.
     monkeypatch.setattr(checkpoint, "save_file", full)
     assert not saver(config).save(Fake(), {"step": 1}, lambda: False)
     assert names(config) == []
+
+
+def test_a_full_disk_elsewhere_is_one_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(Failure, match=r"the disk / is full: make space there for .*run"),
+        full_disk_in_one_line(tmp_path / "run"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/no/such/file")
+    with pytest.raises(PermissionError), full_disk_in_one_line(tmp_path):
+        raise PermissionError(errno.EACCES, "x")
