@@ -89,10 +89,10 @@ def save(run: Path, trained: Trained, world: World, config_yaml: str, state: dic
         with _together(world, run):
             if world.is_main:
                 save_file(weights, temporary / WEIGHTS)
-                (temporary / CONFIG).write_text(config_yaml)
+                (temporary / CONFIG).write_text(config_yaml, encoding="utf-8")
                 (temporary / TEXT_ENCODER).mkdir()
                 trained.model.text_encoder.save_files(temporary / TEXT_ENCODER)
-                (temporary / STATE).write_text(json.dumps(state))
+                (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
                 seal(temporary)
                 rename(temporary, final)
                 link(run, "latest", final)
@@ -241,7 +241,7 @@ def misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[st
 def read_state(folder: Path) -> dict[str, Any]:
     """The `state` that `save` was called with; it holds at least the step. Raises UserError if it is not readable."""
     try:
-        state = dict(json.loads((folder / STATE).read_text()))
+        state = dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
         return {**state, "step": int(state["step"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(

@@ -268,6 +268,6 @@ def _cost(rate: float, memory: int | None) -> str:
 def write_facts(facts: dict[str, Any], path: Path) -> None:
     """Write the results of `diagnose` as JSON. Raises UserError if the file cannot be written."""
     try:
-        path.write_text(json.dumps(facts, indent=2) + "\n")
+        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): give another file") from None

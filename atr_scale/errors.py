@@ -111,7 +111,7 @@ def _of_first_rank(file: Path) -> Path:
 
 def _message_in(file: Path) -> str | None:
     try:
-        message = json.loads(file.read_text())["message"]["message"]
+        message = json.loads(file.read_text(encoding="utf-8"))["message"]["message"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return str(message)
@@ -121,4 +121,4 @@ def _write(file: Path, line: str, seen_at: float) -> None:
     """An error file as torch.distributed.elastic's ErrorHandler writes it, with the line in place of a traceback."""
     # Times are whole seconds, and the report ends with the earliest: be earlier than failures that this one causes.
     extra = {"py_callstack": line, "timestamp": str(int(seen_at) - 1)}
-    file.write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
+    file.write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}), encoding="utf-8")

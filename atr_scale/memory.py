@@ -19,7 +19,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -31,7 +31,7 @@ def reset_peak_memory(device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return None
     return peak_memory(device)
@@ -53,10 +53,10 @@ def free_memory() -> int:
     available: int = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (int((group / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
         cache = next(
             int(line.split()[1])
-            for line in (group / "memory.stat").read_text().splitlines()
+            for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines()
             if line.startswith("file ")
         )
     except (OSError, ValueError, StopIteration):  # no control group, or no limit

@@ -10,6 +10,7 @@ The links are for people: they follow from what the checkpoints say, and are men
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -42,9 +43,9 @@ def newest_first(run: Path) -> list[Path]:
     """The checkpoints of the run, sorted by falling step. Raises UserError if its folder cannot be read."""
     try:
         names = os.listdir(run / "checkpoints")
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return []
         raise _unreadable(run / "checkpoints", error) from None
     found = [(int(match[1]), match[0]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))]
     return [run / "checkpoints" / name for _, name in sorted(found, reverse=True)]

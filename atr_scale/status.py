@@ -230,7 +230,7 @@ def _judge(run: Path, last: AttemptFacts | None, signs: list[RankSign], now: flo
 
 def _told(run: Path, then: str) -> str:
     try:
-        signal = (run / PREEMPTED).read_text(errors="replace")[:100].strip()
+        signal = (run / PREEMPTED).read_text(errors="replace", encoding="utf-8")[:100].strip()
     except OSError:
         signal = ""
     return f"told to stop ({signal or 'by a signal'}), and {then}"

@@ -153,7 +153,7 @@ def main() -> None:
     print(f"peak memory   {peaks} GiB per rank")
     print(f"checkpoint    {first['checkpoint_bytes'] / 2**30:.2f} GiB, embeddings {first['difference']:.1e} apart")
     if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
+        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if first["difference"] > TOLERANCE:
         sys.exit(f"{given.name}: the restored model's embeddings differ from those of the trained one")
 

@@ -26,7 +26,10 @@ def write_corpus(esc50: Path, out: Path, test_fold: int, validation_fold: int | 
         (out / "audio").symlink_to((esc50 / "audio").resolve(), target_is_directory=True)
     names = {test_fold: "test", validation_fold: "validation"}
     counts: Counter[str] = Counter()
-    with (esc50 / "esc50.csv").open(newline="") as source, (out / "captions.csv").open("w", newline="") as target:
+    with (
+        (esc50 / "esc50.csv").open(newline="", encoding="utf-8") as source,
+        (out / "captions.csv").open("w", newline="", encoding="utf-8") as target,
+    ):
         writer = csv.writer(target)
         writer.writerow(["file_name", "caption_1", "label", "split", "fold"])
         for row in csv.DictReader(source):

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, required=True, help="AudioSet's class_labels_indices.csv")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    with given.labels.open(newline="") as file:
+    with given.labels.open(newline="", encoding="utf-8") as file:
         names = [row["display_name"] for row in csv.DictReader(file)]
     logits, labels = tag(given.shards, build_audio_encoder(given.encoder, given.checkpoint))
     found = classes_of(logits, names)
@@ -124,7 +124,7 @@ def main() -> None:
     for (label, guess), count in missed.most_common(8):
         print(f"  {label} taken for {guess}: {count}")
     if given.json:
-        given.json.write_text(json.dumps(facts, indent=1))
+        given.json.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

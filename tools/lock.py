@@ -43,7 +43,12 @@ HEAD = """\
 
 def pins(*files: Path) -> dict[str, str]:
     """The version of every package, by its normalised name."""
-    lines = [line for file in files for line in file.read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for file in files
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
 
 
@@ -86,7 +91,7 @@ def _of_installed(name: str) -> list[str]:
 
 def project() -> list[str]:
     """The requirements of this project, those of its extras included."""
-    section = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    section = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return [*section["dependencies"], *(each for extra in section["optional-dependencies"].values() for each in extra)]
 
 
@@ -100,7 +105,7 @@ def resolve(python: str) -> list[dict[str, Any]]:
         command += ["--only-binary=:all:", *platforms, "--implementation=cp", f"--python-version={python}"]
         command += [f"--target={folder}/none", f"--report={report}", f"--constraint={COMMON}", "torch"]
         subprocess.run(command, check=True)
-        return [each["metadata"] for each in json.loads(report.read_text())["install"]]
+        return [each["metadata"] for each in json.loads(report.read_text(encoding="utf-8"))["install"]]
 
 
 def renew() -> None:
@@ -109,10 +114,10 @@ def renew() -> None:
     new = {each["name"]: each["version"] for each in packages if canonicalize_name(each["name"]) not in common}
     if not any(name.startswith("nvidia-") for name in new):
         sys.exit("error: pip's index has torch's CPU build: unset its extra index and find-links, and try again")
-    CUDA.write_text(HEAD + "".join(f"{name}=={new[name]}\n" for name in sorted(new, key=str.lower)))
+    CUDA.write_text(HEAD + "".join(f"{name}=={new[name]}\n" for name in sorted(new, key=str.lower)), encoding="utf-8")
     needs = {canonicalize_name(each["name"]): each.get("requires_dist", []) for each in packages}
     kept = {name: needs[name] for name in sorted(needs) if name not in common or name == "torch"}
-    METADATA.write_text(json.dumps(kept, indent=1) + "\n")
+    METADATA.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -120,7 +125,7 @@ def main() -> None:
     parser.add_argument("--renew", action="store_true", help="resolve torch's CUDA build anew")
     if parser.parse_args().renew:
         renew()
-    found = conflicts(project(), pins(COMMON, CUDA), json.loads(METADATA.read_text()))
+    found = conflicts(project(), pins(COMMON, CUDA), json.loads(METADATA.read_text(encoding="utf-8")))
     print("\n".join(found) or f"{len(pins(COMMON, CUDA))} packages fit together")
     sys.exit(1 if found else 0)
 

@@ -39,7 +39,7 @@ class ShapedLink:
         dist.barrier()  # the other rank may still be about to connect to the group that goes
         dist.destroy_process_group()
         libc = ctypes.CDLL(None, use_errno=True)
-        with open(f"/run/netns/{self.names[rank]}") as namespace:
+        with open(f"/run/netns/{self.names[rank]}", encoding="utf-8") as namespace:
             if libc.setns(namespace.fileno(), CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "setns")
         os.environ["GLOO_SOCKET_IFNAME"] = "eth0"

@@ -27,7 +27,7 @@ from atr_scale.evaluation.metrics import retrieval_metrics
 @torch.no_grad()
 def floor(shards: str, checkpoint: str, labels: Path, text: str, audio_name: str, tags: int) -> dict[str, float]:
     """Retrieval metrics of the tagger on a set of shards."""
-    names = [row["display_name"].lower() for row in csv.DictReader(labels.open(newline=""))]
+    names = [row["display_name"].lower() for row in csv.DictReader(labels.open(newline="", encoding="utf-8"))]
     tagger = build_audio_encoder(audio_name, checkpoint)
     encoder = build_text_encoder(text, pooling="mean")
     tokenizer = CaptionTokenizer(encoder.tokenizer)

@@ -107,7 +107,7 @@ def _show_traceback() -> None:
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
             report = Path(file)
-            report.write_text(redact(report.read_text()))
+            report.write_text(redact(report.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _run(arguments: Sequence[str] | None) -> None:

@@ -279,7 +279,7 @@ class Watchdog:
         last = threading.Timer(LAST_S, os._exit, (1,))  # the file system may be what hangs
         last.daemon = True
         last.start()
-        with contextlib.suppress(OSError), self.stacks.open("w") as file:
+        with contextlib.suppress(OSError), self.stacks.open("w", encoding="utf-8") as file:
             file.write(f"{reason}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)

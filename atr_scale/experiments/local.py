@@ -138,7 +138,7 @@ def _tell(active: Sequence[Job], received: int) -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[int]:
     """Hold a lock on the sweep folder, and yield its descriptor. The lock ends with the last process that has it."""
-    with (folder / "lock").open("w") as file:
+    with (folder / "lock").open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -29,7 +29,7 @@ def write_plan(plan: RunPlan, folder: Path) -> list[Path]:
     """Write plan.json and plan.png into `folder`. Returns their paths."""
     make_folder(str(folder))
     numbers, picture = folder / "plan.json", folder / "plan.png"
-    numbers.write_text(json.dumps(plan_as_json(plan), indent=1) + "\n")
+    numbers.write_text(json.dumps(plan_as_json(plan), indent=1) + "\n", encoding="utf-8")
     plot_plan(plan).savefig(picture)
     return [numbers, picture]
 

@@ -180,7 +180,7 @@ class Heartbeat:
         path = rank_file(self.run_dir, self.world.rank)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(json.dumps(self.fields()))
+            temporary.write_text(json.dumps(self.fields()), encoding="utf-8")
             os.replace(temporary, path)
         except OSError as error:  # a full disk or a vanished folder does not end training
             if self._written:

@@ -101,7 +101,7 @@ def _saved_names(folder: Path) -> dict[str, str]:
     It is not checked: it may need plug-ins of the other run, of which no setting is taken.
     """
     try:
-        model = yaml.safe_load((folder / CONFIG).read_text())["model"]
+        model = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))["model"]
         return {part: model[part]["name"] for part in ("text", "scorer")}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError):
         return {}

@@ -136,7 +136,7 @@ class Training:
         """Write the files that describe this start of the run, and log its summary."""
         config = self.config
         (self.run_dir / PREEMPTED).unlink(missing_ok=True)
-        (self.run_dir / "config.resolved.yaml").write_text(config.to_yaml())
+        (self.run_dir / "config.resolved.yaml").write_text(config.to_yaml(), encoding="utf-8")
         write_environment(self.run_dir, self.world.size)
         if parts.initial:
             parts.initial.write(self.run_dir)
@@ -342,7 +342,9 @@ class Training:
 
     def _leave(self) -> None:
         if self.world.is_main:
-            (self.run_dir / PREEMPTED).write_text(f"{self.stop.received or 'another rank was told'}\n")
+            (self.run_dir / PREEMPTED).write_text(
+                f"{self.stop.received or 'another rank was told'}\n", encoding="utf-8"
+            )
             evaluation = ", whose evaluation is repeated" if self._evaluation_is_due else ""
             logger.warning(
                 "told to stop: saved at step %d of %d; the same command continues from there%s",

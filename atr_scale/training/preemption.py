@@ -84,7 +84,7 @@ def preemptible(run: Path, world: World, attempt: Attempt) -> PreemptionFlag:
 
     def note(name: str) -> None:
         with suppress(OSError):
-            (run / PREEMPTED).write_text(f"{name}\n")
+            (run / PREEMPTED).write_text(f"{name}\n", encoding="utf-8")
         attempt.end("preempted", 0)
 
     return PreemptionFlag(world, note)

@@ -138,7 +138,7 @@ class Record:
         if self.world.rank in result.bad_ranks:
             path = self.run_dir / f"nonfinite-step-{step}-rank-{self.world.rank}.json"
             with unless_full(self.run_dir, path.name):
-                path.write_text(json.dumps(update.taken.keys))
+                path.write_text(json.dumps(update.taken.keys), encoding="utf-8")
         if self.world.is_main:
             logger.warning(
                 "step %d: non-finite loss or gradient on ranks %s; all ranks skip this step, its samples are in %s",

@@ -192,7 +192,7 @@ def test_embedded_batches_travel_one_by_one(config: RunConfig) -> None:
 
 def test_unreadable_samples_are_counted_and_left_out(alone: dict[str, dict[str, Any]]) -> None:
     found = alone["damaged/False"]
-    assert found["dropped"] == {"mismatched_key": 5}
+    assert found["dropped"] == {"cut_shard": 5}
     assert found["names"][4] == [0, 1, 2, 3, 9, 10] and len(found["audio"]) == 6
     # The folder's name is part of a clip's id, and the ids decide the order in the shards.
     plain = alone["plain/False"]

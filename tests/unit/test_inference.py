@@ -188,6 +188,7 @@ def test_a_checkpoint_that_is_not_its_manifests_is_refused(
 ) -> None:
     """A flipped bit in weights is no error of their format: the vectors would be wrong without a word."""
     copy = shutil.copytree(run("meanmax"), tmp_path / "copy", symlinks=True)
+    (copy / "best" / "state.json").write_text('{"step": 3}')
     run_checkpoints.seal(copy / "best")
     settings = copy / "best" / "config.resolved.yaml"
     settings.write_text(settings.read_text().replace("seed: 0", "seed: 1"))

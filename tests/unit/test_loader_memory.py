@@ -15,6 +15,7 @@ from atr_scale.data.loader_memory import PIECE, loader_memory, loader_memory_her
 from atr_scale.data.options import DataSection, TrainingSource
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
+from atr_scale.training.heartbeat import Heartbeat
 from atr_scale.training.loop import Training
 from atr_scale.training.record import Taken
 
@@ -114,7 +115,7 @@ def test_a_step_of_several_losses_holds_one_batch_at_a_time() -> None:
             yield batch
             del batch
 
-    training: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(accum_steps=3)))
+    training: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(accum_steps=3)), heartbeat=Heartbeat())
     taken = Taken()
     for batch in Training._take(training, batches(), taken):
         assert batch.keys == taken.keys[-1:]

@@ -188,7 +188,7 @@ def copy(location: str, to: Path) -> Path:
 
 
 def spoil(folder: Path, number: int, how: str) -> None:
-    """Make one sample's audio silent, its JSON unreadable, or both members another sample's."""
+    """Make one sample's audio silent, its JSON unreadable, or a header that reads as the end of the archive."""
     shards = open_shards(str(folder))
     for i in range(len(shards)):
         if shards.read(i).clip_id.endswith(f"/{number:02}.wav"):
@@ -208,7 +208,7 @@ def spoil(folder: Path, number: int, how: str) -> None:
 
 
 def test_holes_are_filled_with_good_rows_and_counted(left: str, tmp_path: Path) -> None:
-    bad = {3: "silent_audio", 17: "silent_audio", 8: "bad_json", 29: "mismatched_key"}
+    bad = {3: "silent_audio", 17: "silent_audio", 8: "bad_json", 29: "cut_shard"}
     folder = copy(left, tmp_path / "left")
     for number, how in bad.items():
         spoil(folder, number, how)
@@ -226,7 +226,7 @@ def test_holes_are_filled_with_good_rows_and_counted(left: str, tmp_path: Path) 
                 assert after == before if before[1] not in bad else after in good
                 assert batch.clip_ids[row] == clip_id("left", after[1]), "a copy has its own clip's id"
     assert count_reasons(s for b in read(open_stream(str(folder)), 0, 5) for s in b.dropped) == {
-        "silent_audio": 4, "bad_json": 2, "mismatched_key": 2,
+        "silent_audio": 4, "bad_json": 2, "cut_shard": 2,
     }  # fmt: skip
 
 

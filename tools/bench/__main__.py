@@ -42,7 +42,11 @@ def main() -> None:
         print(f"\n## {name}\n", flush=True)
         command = [sys.executable, "-m", f"tools.bench.{name}", "--json", str(given.out / f"{name}.json")]
         subprocess.run(command, check=True)
-    results = {name: json.loads(path.read_text()) for name in NAMES if (path := given.out / f"{name}.json").exists()}
+    results = {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        for name in NAMES
+        if (path := given.out / f"{name}.json").exists()
+    }
     write_page(results, PAGE)
 
 

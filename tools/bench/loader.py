@@ -80,7 +80,7 @@ def write_corpus(root: Path, clips: int = CLIPS) -> None:
         soundfile.write(root / "audio" / f"{number}.wav", 0.5 * sound / np.abs(sound).max(), RATE, subtype="PCM_16")
         captions = (f"A dog barks {k} times while vehicle {number} passes on a wet road" for k in range(CAPTIONS))
         lines.append(f"{number}.wav," + ",".join(captions))
-    (root / "captions.csv").write_text("\n".join(lines))
+    (root / "captions.csv").write_text("\n".join(lines), encoding="utf-8")
 
 
 def write_shards(folder: Path, encoding: str) -> str:
@@ -217,7 +217,7 @@ def soak(batches: Iterable[Tensor]) -> tuple[float, float]:
 
 
 def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

@@ -65,7 +65,7 @@ def run(description: str, rows: Callable[[], Iterable[Row]], arguments: Sequence
         print(row.as_markdown(), flush=True)
         found.append(row.as_json())
     if given.json:
-        given.json.write_text(json.dumps({"machine": machine(), "rows": found}, indent=1) + "\n")
+        given.json.write_text(json.dumps({"machine": machine(), "rows": found}, indent=1) + "\n", encoding="utf-8")
 
 
 def machine() -> str:
@@ -80,4 +80,4 @@ def machine() -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -28,7 +28,7 @@ def write_report(lines: Path, out: Path, quick: bool) -> None:
         "quick": quick,
         "rows": [row.as_json() for row in rows],
     }
-    (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     picture = _draw(rows, out / "gpu_check.png")
     (out / "gpu_check.md").write_text("\n".join(_page(rows, picture)) + "\n", encoding="utf-8")
 

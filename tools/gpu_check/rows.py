@@ -104,4 +104,8 @@ def ended_by(error: Exception) -> Row:
 
 def read_lines(path: Path) -> list[Row]:
     """The rows of a file with one JSON object in each line."""
-    return [Row.from_json(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [Row.from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.exists()
+        else []
+    )

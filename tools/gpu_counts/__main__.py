@@ -35,7 +35,7 @@ def main() -> None:
         print(f"skipped: {reason}")
         found = {"skipped": str(reason)}
     if given.json:
-        given.json.write_text(json.dumps(found, indent=1))
+        given.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -22,7 +22,7 @@ def write_tokens(esc50: Path, weights: Path, sentences: Path, out: Path) -> None
     text = build_text_encoder(sentences, pooling="mean")
     tokenizer = CaptionTokenizer(text.tokenizer)
     files = {path.stem: path for path in (esc50 / "audio").iterdir()}
-    rows = list(csv.DictReader((esc50 / "esc50.csv").open(newline="")))
+    rows = list(csv.DictReader((esc50 / "esc50.csv").open(newline="", encoding="utf-8")))
     names = sorted({row["category"] for row in rows})
     parts = {
         "train": [row for row in rows if int(row["fold"]) != TEST_FOLD],

@@ -47,7 +47,7 @@ class Settings:
     def claim(self) -> None:
         """Store the fixed settings in `out`. Raises UserError if it holds runs with other settings."""
         stamp, wanted = self.out / "study.json", {"steps": self.steps, "encoder_steps": self.encoder_steps}
-        if stamp.exists() and (found := json.loads(stamp.read_text())) != wanted:
+        if stamp.exists() and (found := json.loads(stamp.read_text(encoding="utf-8"))) != wanted:
             raise UserError(
                 f"{self.out} holds runs with {found}, not {wanted}: give another --out, or the same settings"
             )

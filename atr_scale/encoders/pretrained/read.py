@@ -112,6 +112,6 @@ def _read_file(path: Path) -> Any:
 def _read_shards(index: Path) -> dict[str, Any]:
     """All tensors of the files that a transformers index names."""
     contents: dict[str, Any] = {}
-    for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+    for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
         contents |= _read_file(index.parent / name)
     return contents
