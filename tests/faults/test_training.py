@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -19,7 +19,13 @@ from tests.tiny_run import tiny_config
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 Outcome = Callable[[str], None]
 CLIPS, STEPS, BATCH = 40, 10, 12  # three epochs
-WHOLE: dict[str, Any] = {"steps": STEPS, "global_batch_size": BATCH, "log_every": 1, "zero_stage": 0}
+WHOLE: dict[str, Any] = {
+    "steps": STEPS,
+    "global_batch_size": BATCH,
+    "log_every": 1,
+    "zero_stage": 0,
+    "schedule": "constant",
+}
 
 # Rank 1 gets clips that are not finite at the steps of POISON.
 POISON = """
@@ -74,23 +80,31 @@ def start(runs: TinyRuns, audit: Path, ranks: int, *overrides: str, **train: Any
     )
 
 
+class Given(NamedTuple):
+    """The rows that all ranks of a run were given, and its losses."""
+
+    rows: list[Row]
+    losses: list[float]
+
+
 @pytest.fixture(scope="module")
-def two_ranks(three_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+def two_ranks(three_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Given:
     """What two ranks with two loader workers each are given of three shards, in a run that nothing disturbs."""
     place = tmp_path_factory.mktemp("two_ranks")
     with tiny_runs(place, three_shards) as runs:
         assert start(runs, place / "audit", 2, "data.workers=2", evaluate_every=5) == 0, runs.said()
         kinds = Counter(json.loads(x)["kind"] for x in (runs.folder() / "metrics.jsonl").read_text().splitlines())
         assert kinds["evaluation"] == 2 and kinds["train"] == STEPS
-        return read_audit(place / "audit", three_shards / "train" / "text_encoder")
+        rows = read_audit(place / "audit", three_shards / "train" / "text_encoder")
+        return Given(rows, [line["loss"] for line in read_training(runs.folder())])
 
 
 @pytest.mark.fault(
     "three shards of uneven length for two ranks with two loader workers each",
     expected="both ranks train all steps, with as many samples each; evaluations end; never a hang",
 )
-def test_few_shards(two_ranks: list[Row], outcome: Outcome) -> None:
-    counts = Counter((row.step, row.rank) for row in two_ranks)
+def test_few_shards(two_ranks: Given, outcome: Outcome) -> None:
+    counts = Counter((row.step, row.rank) for row in two_ranks.rows)
     assert counts == {(step, rank): BATCH // 2 for step in range(1, STEPS + 1) for rank in (0, 1)}
     outcome(f"{STEPS} steps of {BATCH // 2} samples on each rank, and two evaluations")
 
@@ -98,8 +112,8 @@ def test_few_shards(two_ranks: list[Row], outcome: Outcome) -> None:
 @pytest.mark.fault(
     "a clip could reach two ranks, or none", expected="the ranks' samples are disjoint in each epoch, their union whole"
 )
-def test_every_clip_once_in_an_epoch(two_ranks: list[Row], outcome: Outcome) -> None:
-    by_step = sorted(two_ranks, key=lambda row: (row.step, row.rank))
+def test_every_clip_once_in_an_epoch(two_ranks: Given, outcome: Outcome) -> None:
+    by_step = sorted(two_ranks.rows, key=lambda row: (row.step, row.rank))
     assert all(row.tone == row.caption for row in by_step)
     for epoch in range(STEPS * BATCH // CLIPS):
         visits = Counter(row.key for row in by_step[epoch * CLIPS : (epoch + 1) * CLIPS])
@@ -109,17 +123,20 @@ def test_every_clip_once_in_an_epoch(two_ranks: list[Row], outcome: Outcome) -> 
 
 @pytest.mark.fault(
     "another number of ranks at each resume: 1, 2, 1 (without ZeRO)",
-    expected="step, weights and moments are kept; every step has the samples of an undisturbed run",
+    expected="step, weights and moments are kept; every step has the samples and the loss of an undisturbed run",
 )
-def test_another_number_of_ranks(three_shards: Path, two_ranks: list[Row], tmp_path: Path, outcome: Outcome) -> None:
+def test_another_number_of_ranks(three_shards: Path, two_ranks: Given, tmp_path: Path, outcome: Outcome) -> None:
     with tiny_runs(tmp_path, three_shards) as runs:
         for ranks, steps in ((1, 3), (2, 6), (1, STEPS)):
             assert start(runs, tmp_path / f"audit-{steps}", ranks, steps=steps) == 0, runs.said()
         assert steps_of(runs.folder()) == list(range(1, STEPS + 1))
+        losses = [line["loss"] for line in read_training(runs.folder())]
     text = three_shards / "train" / "text_encoder"
     rows = [row for steps in (3, 6, STEPS) for row in read_audit(tmp_path / f"audit-{steps}", text)]
-    assert keys_by_step(rows) == keys_by_step(two_ranks)
-    outcome(f"all {STEPS} steps had the samples of a run on two ranks, in the same order")
+    assert keys_by_step(rows) == keys_by_step(two_ranks.rows)
+    assert losses == pytest.approx(two_ranks.losses, rel=1e-3)
+    apart = max(abs(a / b - 1) for a, b in zip(losses, two_ranks.losses, strict=True))
+    outcome(f"all {STEPS} steps had the samples of a run on two ranks, and its losses but for {apart:.0e} of them")
 
 
 def keys_by_step(rows: list[Row]) -> dict[int, list[str]]:
