@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from atr_scale.errors import UserError
@@ -36,7 +36,7 @@ class Holder:
 
     machine: identity of its running kernel and process namespace, in which `pid` is unique together with `started`,
     the start of the process in clock ticks since that of the kernel. job: of SLURM, with the number of its restarts.
-    since: local time, for people.
+    since: local time, for people. folder: the lock's folder by its number on the file system, 0 if it is not known.
     """
 
     host: str
@@ -46,6 +46,7 @@ class Holder:
     job: str | None
     since: str
     token: str
+    folder: int = 0
 
     @staticmethod
     def me() -> Holder:
@@ -102,7 +103,8 @@ def hold(lock: Path, what: str) -> Iterator[None]:
     finally:
         released.set()
         touching.join()
-        if Holder.of(lock) == me:
+        found = Holder.of(lock)
+        if found and found.token == me.token:
             with contextlib.suppress(OSError):  # the folder is gone, or read-only since
                 lock.unlink()
 
@@ -110,11 +112,18 @@ def hold(lock: Path, what: str) -> Iterator[None]:
 def _create(lock: Path, me: Holder) -> bool:
     """Create the lock with all its content in one step. False if it exists."""
     temporary = lock.with_name(f".{lock.name}.{me.token}.tmp")
-    temporary.write_text(json.dumps(asdict(me)), encoding="utf-8")
+    content = json.dumps(asdict(replace(me, folder=lock.parent.stat().st_ino)))
+    temporary.write_text(content, encoding="utf-8")
     try:
         os.link(temporary, lock)
     except FileExistsError:
         return False
+    except OSError:  # a file system without hard links
+        try:
+            with lock.open("x", encoding="utf-8") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
     finally:
         temporary.unlink(missing_ok=True)
     return True
@@ -127,6 +136,9 @@ def _wait_until_dead(lock: Path, what: str) -> None:
     while touched is not None:
         holder = Holder.of(lock)
         waited = time.monotonic() - began
+        if holder and holder.folder not in (0, lock.parent.stat().st_ino):
+            logger.warning("%s has the lock of the folder that it was copied from: going on", what)
+            return
         if holder and holder.is_here():
             if not holder.lives():
                 logger.warning("%s was in use by %s, which is dead: going on", what, holder)

@@ -161,8 +161,10 @@ def read_score(checkpoint: Path) -> Score | None:
     try:
         found: Mapping[str, Any] = json.loads((checkpoint / SCORE).read_bytes())
         value = found["value"]
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            return None
         return Score(found["metric"], -math.inf if value is None else float(value))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -191,6 +193,8 @@ def link(run: Path, name: str, checkpoint: Path) -> None:
     temporary = run / f".{name}.partial"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(checkpoint.relative_to(run))
+    if (run / name).is_dir() and not (run / name).is_symlink():  # a copy of the run that has followed the link
+        shutil.rmtree(run / name)
     os.replace(temporary, run / name)
     sync(run)
 
@@ -223,17 +227,19 @@ def remove_partial(run: Path) -> None:
         (run / f".{name}.partial").unlink(missing_ok=True)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all checkpoints except the newest `keep` and the best one, and the remains of interrupted saves."""
+def prune(run: Path, keep: int, needed: Path | None = None) -> None:
+    """Remove all checkpoints except the newest `keep`, the best one and `needed`, and remains of interrupted saves."""
     remove_partial(run)
-    best = {path.resolve() for path in (best_of(run), run / "best") if path is not None and path.exists()}
+    kept = {path.resolve() for path in (best_of(run), run / "best", needed) if path is not None and path.exists()}
     found = newest_first(run)
     for aside in run.glob("checkpoints/step-*.broken"):
         step = re.fullmatch(r"step-(\d+)\.broken", aside.name)
         if step and found and int(step[1]) <= int(found[0].name.removeprefix("step-")):
             shutil.rmtree(aside)
     for checkpoint in found[keep:]:
-        if checkpoint.resolve() not in best:
+        if checkpoint.is_symlink() and checkpoint.resolve() not in kept:  # it lies on another disk, and stays there
+            checkpoint.unlink()
+        elif checkpoint.resolve() not in kept:
             aside = checkpoint.with_name(f".{checkpoint.name}.pruned.partial")
             os.replace(checkpoint, aside)  # a kill leaves no checkpoint with some of its files
             shutil.rmtree(aside)

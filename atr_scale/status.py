@@ -5,6 +5,7 @@ Every file may be missing or damaged: what it would have said is then unknown.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -26,6 +27,7 @@ from atr_scale.rank_signs import (
     read_signs,
     text_in,
 )
+from atr_scale.run_checkpoints import read_score
 from atr_scale.run_files import (
     ATTEMPTS,
     METRICS,
@@ -149,6 +151,7 @@ def read_status(run: Path) -> RunStatus:
         checkpoint = _newest_checkpoint(run)
         best = run / "best"
         best_step = _step_of(best.resolve()) if best.exists() else None
+        score = read_score(best) if best.exists() else None
     except OSError as error:
         raise UserError(f"{run} cannot be read ({error.strerror}): ask its owner for access") from None
     now = time.time()
@@ -179,8 +182,9 @@ def read_status(run: Path) -> RunStatus:
         checkpoint_step=_step_of(checkpoint) if checkpoint else None,
         checkpoint_age_s=_age(checkpoint, now) if checkpoint else None,
         best_step=best_step,
-        best_metric=text_in(saved, "best_metric"),
-        best_value=float_in(saved, "best"),
+        # Of version 0.4 and older the state of a checkpoint alone tells the best value.
+        best_metric=score.metric if score else text_in(saved, "best_metric"),
+        best_value=score.value if score and math.isfinite(score.value) else float_in(saved, "best"),
         attempts=attempts,
         dropped=_dropped(main, logged),
         skipped_steps=_count("skipped_steps", main, logged),

@@ -37,7 +37,9 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     try:
         table = dict(json.loads(path.read_text(encoding="utf-8")))
         schema = table["schema"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if schema == SCHEMA and not all(isinstance(entry["step"], int) for entry in table["results"]):
+            raise TypeError("results without steps")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}): remove it and evaluate the run again") from None
     if schema != SCHEMA:
         raise UserError(f"{path}: schema {schema} instead of {SCHEMA}; evaluate the run again with this version")

@@ -68,7 +68,7 @@ def _compared(config: RunConfig, found: dict[str, Input], resume_from: Path | No
         now = found.get(name)
         if now is None:
             continue
-        if now.fingerprint is None and now.place == before.place and name.startswith(READ_AT_THE_START):
+        if now.fingerprint is None and name.startswith(READ_AT_THE_START):  # gone; the checkpoint holds what is needed
             found[name] = before
         elif now.place != before.place and name.startswith(MAY_BE_OTHERS):
             continue

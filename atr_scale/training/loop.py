@@ -362,6 +362,6 @@ def resumed(engine: Engine, folder: Path, config: RunConfig) -> Progress:
         progress.best = -math.inf  # the best value of another metric
     best = run_checkpoints.best_scored(Path(config.run.dir), config.evaluation.select)
     score = best and run_checkpoints.read_score(best)
-    if score and score.value > progress.best:  # a checkpoint is saved before its own score is known
+    if score:  # checkpoints of version 0.4 and older have none; a newer one is saved before its own is known
         progress.best, progress.best_metric = score.value, score.metric
     return progress

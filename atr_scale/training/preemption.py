@@ -42,7 +42,8 @@ class PreemptionFlag:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> PreemptionFlag:
-        self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # no other thread, of a notebook say, gets signals
+            self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:

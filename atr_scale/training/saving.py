@@ -68,7 +68,7 @@ class Saver:
             self.failed = 0
             self.monitor.saving(state["step"], 0)
         if self.world.is_main:
-            run_checkpoints.prune(self.run, self.keep)
+            run_checkpoints.prune(self.run, self.keep, self.last)
         return True
 
     def _bytes(self, model: nn.Module) -> int:
@@ -85,7 +85,7 @@ class Saver:
     def _make_space(self, needed: int) -> None:
         """Remove a checkpoint that the next one would replace, if that is needed. DiskFull if it does not suffice."""
         if shutil.disk_usage(self.run).free < needed:
-            run_checkpoints.prune(self.run, max(1, self.keep - 1))
+            run_checkpoints.prune(self.run, max(1, self.keep - 1), self.last)
         if shutil.disk_usage(self.run).free < needed:
             raise DiskFull("no space")
 

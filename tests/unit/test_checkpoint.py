@@ -168,3 +168,37 @@ def test_a_manifest_that_is_too_deep(tmp_path: Path) -> None:
     folder = write(tmp_path, 1)
     (folder / run_checkpoints.MANIFEST).write_text("[" * 100_000)
     assert "no readable manifest.json" in run_checkpoints.verify(folder)[0]
+
+
+def test_pruning_leaves_the_checkpoint_that_the_run_needs(tmp_path: Path) -> None:
+    """Newer ones may be broken: the one just saved, or resumed from, stays."""
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    run_checkpoints.prune(tmp_path, keep=1, needed=tmp_path / "checkpoints" / "step-1")
+    assert [path.name for path in run_checkpoints.newest_first(tmp_path)] == ["step-3", "step-1"]
+
+
+def test_a_checkpoint_on_another_disk_is_unlinked_and_stays_there(tmp_path: Path) -> None:
+    there = write(tmp_path / "disk", 1)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-1").symlink_to(there)
+    write(tmp_path / "run", 2)
+    run_checkpoints.prune(tmp_path / "run", keep=1)
+    assert [path.name for path in run_checkpoints.newest_first(tmp_path / "run")] == ["step-2"]
+    assert run_checkpoints.verify(there) == []
+
+
+def test_links_that_a_copy_has_turned_into_folders_are_links_again(tmp_path: Path) -> None:
+    """cp -L, rsync -L and object stores follow links."""
+    newest = write(tmp_path, 1)
+    shutil.copytree(newest, tmp_path / "latest")
+    run_checkpoints.mend(tmp_path, None)
+    assert (tmp_path / "latest").is_symlink() and (tmp_path / "latest").resolve() == newest
+
+
+@pytest.mark.parametrize("value", ["1" * 400, "NaN", "true", '"inf"', "[" * 20_000, "Infinity"])
+def test_a_damaged_score_is_none(value: str, tmp_path: Path) -> None:
+    (tmp_path / "score.json").write_text(f'{{"metric": "t2a/R@1", "value": {value}')
+    assert run_checkpoints.read_score(tmp_path) is None
+    (tmp_path / "score.json").write_text(f'{{"metric": "t2a/R@1", "value": {value}}}')
+    assert run_checkpoints.read_score(tmp_path) is None

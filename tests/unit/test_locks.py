@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -175,3 +176,23 @@ def test_many_at_once_leave_one(lock: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(inside) == 1 and len(refused) == 7
+
+
+def test_the_lock_in_a_copy_of_a_folder_is_void(lock: Path) -> None:
+    """A run may be copied while it trains, and the copy trained on."""
+    with hold(lock, "the run"):
+        copy = lock.parent / "copy"
+        copy.mkdir()
+        shutil.copy(lock, copy)
+        with hold(copy / lock.name, "the copy"):
+            pass
+
+
+def test_a_file_system_without_hard_links(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    with hold(lock, "x"), pytest.raises(UserError, match="x is in use"), hold(lock, "x"):
+        pass
+    assert not list(lock.parent.iterdir())
