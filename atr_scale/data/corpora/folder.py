@@ -92,7 +92,11 @@ class Folder(Corpus):
         rows = read_own_table(path, self.reject, options.encoding, options.delimiter)
         if options.columns:
             rename_columns(path, rows, options.columns)
-        need_columns(path, rows[0], "file_name")
+        if "file_name" not in rows[0]:
+            raise UserError(
+                f"{path} has no column file_name: its columns are {', '.join(rows[0])}; name yours, for example with "
+                "--columns file=path,caption=text"
+            )
         usable = []
         for row in rows:
             if not isinstance(row.get("file_name"), str):
