@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -117,20 +118,25 @@ def watched_parcels(
     """
     reader: Any = iter(loader)
     rows = [board.row(worker) for worker in range(board.workers)]
+    guard = _StoppedWorkers(rows, silence_s)
+    guard.start()
     try:
         for number in itertools.count():
             row = rows[number % board.workers]
             actions, silent = row.actions, 0.0
             while True:
                 try:
-                    parcel = next(reader, None)
+                    with guard.reading():
+                        parcel = next(reader, None)
                     break
-                except RuntimeError as error:
+                except (RuntimeError, EOFError, ConnectionError) as error:
                     text = str(error)
-                    if not text.startswith(("DataLoader worker (pid", "DataLoader timed out")):
+                    if not guard.ended and not text.startswith(("DataLoader worker (pid", "DataLoader timed out")):
                         raise
                 # Raised here, a Failure does not refer to the loader's error, whose traceback would keep the loader.
                 _tell(rows)
+                if guard.ended:
+                    raise _silence(rows, guard.ended, "is stopped (SIGSTOP)", silence_s, shard_path)
                 if not text.startswith("DataLoader timed out"):
                     raise _gone(rows, reader._workers, shard_path)
                 # Polls are counted, not seconds: time in which this process itself was stopped is not the worker's.
@@ -145,9 +151,40 @@ def watched_parcels(
                 raise parcel
             yield parcel
     finally:
+        guard.done.set()
         for row in rows:
             STORE.end(row)
         del reader  # an error's traceback would keep it, and with it the other workers
+
+
+class _StoppedWorkers(threading.Thread):
+    """Ends a worker that was stopped while it hands over memory. The loader waits for that without a time limit."""
+
+    def __init__(self, rows: list[WorkerRow], silence_s: float) -> None:
+        super().__init__(daemon=True)
+        self.done = threading.Event()
+        self._rows, self._polls, self._calls, self._inside = rows, silence_s / POLL_S, 0, False
+        self.ended: WorkerRow | None = None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """A call of the loader, which returns within POLL_S if it is not blocked."""
+        self._calls, self._inside = self._calls + 1, True
+        try:
+            yield
+        finally:
+            self._inside = False
+
+    def run(self) -> None:
+        calls, polls = 0, 0
+        while not self.done.wait(POLL_S):
+            polls = polls + 1 if self._inside and self._calls == calls else 0
+            calls = self._calls
+            stopped = [row for row in self._rows if row.pid and _is_stopped(row.pid)] if polls >= self._polls else []
+            if stopped:
+                self.ended = stopped[0]
+                _kill(stopped[0])
+                return
 
 
 def _tell(rows: list[WorkerRow]) -> None:
@@ -185,13 +222,22 @@ def _silent(
     stopped = [row for row in rows if row.pid and _is_stopped(row.pid)]
     row = next(iter(stopped), awaited)
     if row.pid:
-        with suppress(ProcessLookupError):
-            os.kill(row.pid, signal.SIGKILL)
-    state = "is stopped (SIGSTOP)" if stopped else "hangs"
+        _kill(row)
+    return _silence(rows, row, "is stopped (SIGSTOP)" if stopped else "hangs", seconds, shard_path)
+
+
+def _silence(
+    rows: list[WorkerRow], row: WorkerRow, state: str, seconds: float, shard_path: Callable[[int, int], str]
+) -> Failure:
     return Failure(
         f"{_name(rows, row, shard_path)} {state}, nothing was read for {seconds:.0f} s: look at that storage and that "
         "machine; start the same command again to go on from the last checkpoint"
     )
+
+
+def _kill(row: WorkerRow) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(row.pid, signal.SIGKILL)
 
 
 def _is_stopped(pid: int) -> bool:
