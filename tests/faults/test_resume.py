@@ -24,15 +24,17 @@ STEPS = 10
 # 3 steps of warm-up, then down to step 8, then flat.
 SCHEDULE: dict[str, Any] = {"warmup_steps": None, "warmup_epochs": 0.9, "decay_steps": 8}
 
-# The rank and step of KILL end inside an update: before the all-reduce of its result, or inside DeepSpeed's step.
+# The rank and step of KILL end inside an update: before the all-reduce of its result, or inside DeepSpeed's step. SLOW:
+# seconds that each update takes longer, so that a signal comes in time.
 KILLED = """
-import os, signal
+import os, signal, time
 from atr_scale.training.engine import Engine
 rank, step, place = os.environ.get("KILL", "none 0 none").split()
 update, agree = Engine.update, Engine._agree
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 def stepping(self, batches, rates, seeds, context, **more):
+    time.sleep(float(os.environ.get("SLOW", "0")))
     self.dies = os.environ["RANK"] == rank and context.step + 1 == int(step)
     if self.dies and place == "applying":
         self.deepspeed.step = kill
@@ -51,11 +53,11 @@ class Trained:
     def __init__(self, runs: TinyRuns) -> None:
         self.runs, self.run, self.audit = runs, runs.folder(), runs.place / "audit"
 
-    def start(self, kill: str = "", ranks: int = 2, **train: Any) -> subprocess.Popen[bytes]:
+    def start(self, kill: str = "", slow: float = 0, ranks: int = 2, **train: Any) -> subprocess.Popen[bytes]:
         return self.runs.start(
             ranks=ranks,
             hooks=HOOKS + KILLED,
-            environment={"AUDIT": str(self.audit), **({"KILL": kill} if kill else {})},
+            environment={"AUDIT": str(self.audit), "SLOW": str(slow), **({"KILL": kill} if kill else {})},
             **{"steps": STEPS, "checkpoint_every": 3, "zero_stage": 2, **SCHEDULE, **train},
         )
 
@@ -151,7 +153,7 @@ def test_a_flipped_bit(trained: Trained, undisturbed: Trained, outcome: Outcome)
 def test_told_to_stop(trained: Trained, undisturbed: Trained, outcome: Outcome) -> None:
     stops = []
     for rank, number, step in ((0, signal.SIGTERM, 2), (1, signal.SIGUSR2, 6)):
-        process = trained.start()
+        process = trained.start(slow=0.4)
         trained.runs.until_step(step)
         os.kill(ranks_of(process.pid)[rank].pid, number)
         assert trained.runs.ended(process) == 0, trained.runs.said()
