@@ -139,6 +139,11 @@ def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = ""
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{name}.")
+        elif isinstance(old, list) and isinstance(new, list) and all(isinstance(each, dict) for each in old + new):
+            if len(old) != len(new):
+                found.append(f"{name} had {len(old)} entries, now {len(new)}")
+            for number, (was, now) in enumerate(zip(old, new, strict=False)):
+                found += differences(was, now, f"{name}[{number}].")
         elif old != new:
             found.append(f"{name} was {old}, now {new}")
     return found

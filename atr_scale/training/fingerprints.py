@@ -107,7 +107,7 @@ def without_places(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hidden(section: dict[str, Any], key: str) -> dict[str, Any]:
-    return {**section, key: section[key] is not None}
+    return {**section, key: None if section[key] is None else "given"}
 
 
 def _inputs(

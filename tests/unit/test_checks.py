@@ -113,6 +113,9 @@ def test_drift_names_keys_and_leaves_the_free_ones(folder: Path) -> None:
     now = tiny_config(folder, folder / "elsewhere", lr=5e-4, log_every=7).model_dump(mode="json")
     now["data"]["workers"], now["train"]["steps"], now["train"]["epochs"] = 3, None, 40
     now["model"]["projection"]["kind"] = "mlp"
+    other = {"data": {"train": [{"shards": "given", "weight": 1}, {"shards": "given", "weight": None}]}}
+    one = {"data": {"train": [{"shards": "given", "weight": 2}]}}
+    assert differences(other, one) == ["data.train had 2 entries, now 1", "data.train[0].weight was 1, now 2"]
     assert differences(saved, now) == ["model.projection.kind was linear, now mlp", "train.lr was 0.001, now 0.0005"]
 
 

@@ -112,7 +112,7 @@ def test_an_input_that_is_no_longer_given_is_another_configuration(config: RunCo
     before = config.model_dump(mode="json")
     config.model.audio.checkpoint = "cnn14.pth"
     assert differences(without_places(before), without_places(config.model_dump(mode="json"))) == [
-        "model.audio.checkpoint was False, now True"
+        "model.audio.checkpoint was None, now given"
     ]
 
 
