@@ -17,7 +17,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +33,14 @@ REQUIRED = (WEIGHTS, CONFIG, STATE)  # names that every manifest holds
 
 
 class Score(NamedTuple):
-    """The value of a metric that a checkpoint has reached. metric: evaluation.select, which may be None."""
+    """The value of a metric that a checkpoint has reached. Scores of the same metric and data are compared.
+
+    metric: evaluation.select, which may be None. data: fingerprint of the validation sets, None if it is not known.
+    """
 
     metric: str | None
     value: float
+    data: str | None = None
 
 
 def newest_first(run: Path) -> list[Path]:
@@ -153,7 +157,7 @@ def write_score(checkpoint: Path, score: Score) -> None:
     """Record the score of a checkpoint, which its manifest does not list."""
     with atomic_write(checkpoint / SCORE) as temporary:
         value = score.value if math.isfinite(score.value) else None
-        temporary.write_text(json.dumps({"metric": score.metric, "value": value}), encoding="utf-8")
+        temporary.write_text(json.dumps({**score._asdict(), "value": value}), encoding="utf-8")
 
 
 def read_score(checkpoint: Path) -> Score | None:
@@ -163,14 +167,19 @@ def read_score(checkpoint: Path) -> Score | None:
         value = found["value"]
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
             return None
-        return Score(found["metric"], -math.inf if value is None else float(value))
+        return Score(found["metric"], -math.inf if value is None else float(value), found.get("data"))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
 def best_scored(run: Path, metric: str | None) -> Path | None:
-    """The checkpoint with the highest score by `metric`, of several equal ones the oldest. None if none has one."""
-    return _best([(path, score) for path, score in _scored(run) if score.metric == metric])
+    """The checkpoint with the highest score by `metric`, of several equal ones the oldest. None if none has one.
+
+    The scores that count are those on the validation sets that the newest of them is of.
+    """
+    scored = [(path, score) for path, score in _scored(run) if score.metric == metric]
+    scored = [(path, score) for path, score in scored if score.data == scored[0][1].data]
+    return max(reversed(scored), key=lambda entry: entry[1].value)[0] if scored else None
 
 
 def best_of(run: Path) -> Path | None:
@@ -182,10 +191,6 @@ def best_of(run: Path) -> Path | None:
 def _scored(run: Path) -> list[tuple[Path, Score]]:
     """Newest first."""
     return [(path, score) for path in newest_first(run) if (score := read_score(path))]
-
-
-def _best(scored: Sequence[tuple[Path, Score]]) -> Path | None:
-    return max(reversed(scored), key=lambda entry: entry[1].value)[0] if scored else None
 
 
 def link(run: Path, name: str, checkpoint: Path) -> None:

@@ -89,6 +89,11 @@ def _compared(config: RunConfig, found: dict[str, Input], resume_from: Path | No
     return {name: each._asdict() for name, each in found.items()}
 
 
+def of_validation(inputs: Mapping[str, Any]) -> str:
+    """Fingerprint of all validation sets together, of what `same_inputs` has returned."""
+    return _of_json({name: each["fingerprint"] for name, each in inputs.items() if name.startswith("data.validation.")})
+
+
 def without_places(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration, as nested dicts, that says of each input with a fingerprint only whether there is one."""
     data, model, distillation = config["data"], config["model"], config["objective"]["distillation"]

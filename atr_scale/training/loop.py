@@ -31,6 +31,7 @@ from atr_scale.evaluation.selection import selection_score
 from atr_scale.files import unless_full
 from atr_scale.model import StepContext, count_parameters
 from atr_scale.precision import Precision, encoder_products
+from atr_scale.run_checkpoints import Score
 from atr_scale.run_files import PREEMPTED
 from atr_scale.training.attempts import attempted
 from atr_scale.training.checks import (
@@ -41,7 +42,7 @@ from atr_scale.training.checks import (
     checkpoint_to_resume,
 )
 from atr_scale.training.engine import Engine
-from atr_scale.training.fingerprints import INPUTS, same_inputs
+from atr_scale.training.fingerprints import INPUTS, of_validation, same_inputs
 from atr_scale.training.heartbeat import LEAST_HANG_S, Heartbeat, longest_silence, watched_rank
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
@@ -110,7 +111,7 @@ class Training:
             check_length(config, resume_from, self.parts.length.steps)
         with announced("starting", f"DeepSpeed (ZeRO {config.train.zero_stage}) on {world.size} ranks"):
             self.engine = Engine(self.parts.model, config.train, world, device)
-        self.progress = resumed(self.engine, resume_from, config) if resume_from else Progress()
+        self.progress = self._resumed(resume_from) if resume_from else Progress()
         self.monitor = Monitor(
             self.run_dir,
             world.is_main,
@@ -202,8 +203,24 @@ class Training:
         """Whether the attempt before ended between saving the checkpoint and recording its score."""
         due = self._due(self._evaluate_every) or self.progress.step == self.parts.length.steps
         score = run_checkpoints.read_score(checkpoint)
-        evaluated = score is not None and score.metric == self.config.evaluation.select
+        wanted = self.config.evaluation.select, of_validation(self.inputs)
+        evaluated = score is not None and (score.metric, score.data) == wanted
         return due and not evaluated and bool(self.validator.sets)
+
+    def _resumed(self, folder: Path) -> Progress:
+        """Load a checkpoint into the engine and return the progress that was saved with it."""
+        with announced("resuming", f"from {folder}"):
+            self.engine.load(folder)
+        state, select = checkpoint.read_state(folder), self.config.evaluation.select
+        progress = Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
+        best = run_checkpoints.best_scored(self.run_dir, select)
+        score = best and run_checkpoints.read_score(best)
+        if score:  # checkpoints of version 0.4 and older have none; a newer one is saved before its own is known
+            same_data = score.data == of_validation(self.inputs)
+            progress.best, progress.best_metric = score.value if same_data else -math.inf, select
+        elif progress.best_metric != select:
+            progress.best = -math.inf  # the best value of another metric
+        return progress
 
     def _batches(self) -> Iterator[Batch]:
         """This rank's batches of all steps that are left."""
@@ -314,7 +331,7 @@ class Training:
             self.validator.record(found, improved)
         if self.world.is_main and saved:
             with unless_full(self.run_dir, f"the score of {folder.name}"):
-                run_checkpoints.write_score(folder, run_checkpoints.Score(select, score))
+                run_checkpoints.write_score(folder, Score(select, score, of_validation(self.inputs)))
                 if improved:
                     run_checkpoints.link(self.run_dir, "best", folder)
         self._evaluation_is_due = False
@@ -350,18 +367,3 @@ class Training:
                 "told to stop: saved at step %d of %d; the same command continues from there%s",
                 self.progress.step, self.parts.length.steps, evaluation,
             )  # fmt: skip
-
-
-def resumed(engine: Engine, folder: Path, config: RunConfig) -> Progress:
-    """Load a checkpoint into the engine and return the progress that was saved with it."""
-    with announced("resuming", f"from {folder}"):
-        engine.load(folder)
-    state = checkpoint.read_state(folder)
-    progress = Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
-    if progress.best_metric != config.evaluation.select:
-        progress.best = -math.inf  # the best value of another metric
-    best = run_checkpoints.best_scored(Path(config.run.dir), config.evaluation.select)
-    score = best and run_checkpoints.read_score(best)
-    if score:  # checkpoints of version 0.4 and older have none; a newer one is saved before its own is known
-        progress.best, progress.best_metric = score.value, score.metric
-    return progress

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from atr_scale import run_checkpoints
+from atr_scale.training import loop
 from tests.tiny import make_tiny_inputs, write_tiny_config
+from tests.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -42,3 +45,20 @@ def test_sets_are_logged_by_name_and_the_selected_metric_is_the_best(tmp_path: P
 
     refused = train(config, *sets, "evaluation.select=third/t2a/R@1")
     assert refused.startswith("2 ") and "the sets are first, second" in refused and "Traceback" not in refused
+
+
+def test_a_resume_on_another_validation_set_begins_anew_with_the_best(tmp_path: Path) -> None:
+    """The scores of the set before do not count, although they are higher."""
+    run = tmp_path / "run"
+    config = tiny_config(tmp_path, run, steps=2, evaluate_every=1, checkpoint_every=1, keep_checkpoints=9)
+    loop.train(config)
+    before = run_checkpoints.read_score(run / "best")
+    assert before is not None and before.data
+    for step in (1, 2):
+        run_checkpoints.write_score(run / "checkpoints" / f"step-{step}", before._replace(value=2.0))
+    other = config.model_copy(deep=True)
+    other.train.steps, other.data.validation = 3, {"train": str(tmp_path / "train" / "shards")}
+    loop.train(other)
+    assert (run / "best").resolve().name in ("step-2", "step-3"), "step 2 is evaluated again on the new set"
+    best = run_checkpoints.read_score(run / "best")
+    assert best is not None and best.value < 2 and best.data != before.data

@@ -202,3 +202,11 @@ def test_a_damaged_score_is_none(value: str, tmp_path: Path) -> None:
     assert run_checkpoints.read_score(tmp_path) is None
     (tmp_path / "score.json").write_text(f'{{"metric": "t2a/R@1", "value": {value}}}')
     assert run_checkpoints.read_score(tmp_path) is None
+
+
+def test_scores_on_other_validation_sets_are_not_compared(tmp_path: Path) -> None:
+    """The sets of the newest score count: a run may go on with others."""
+    for step, value, data in ((1, 0.9, "before"), (2, 0.8, "before"), (3, 0.3, "now"), (4, 0.2, "now")):
+        run_checkpoints.write_score(write(tmp_path, step), run_checkpoints.Score("t2a/R@1", value, data))
+    found = run_checkpoints.best_scored(tmp_path, "t2a/R@1")
+    assert found is not None and found.name == "step-3"
