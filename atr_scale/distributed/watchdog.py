@@ -288,9 +288,9 @@ class Watchdog:
         self._on_hang(reason, first)
         if first:
             report(Failure(reason))
-            time.sleep(
-                2 * self._tick if self.world.size > 1 else 0
-            )  # the others write theirs before launchers end them
+        if self.world.size > 1 and (first or self.world.rank == 0):
+            # The others write their stacks before a launcher ends them. Rank 0 may serve the store that they ask why.
+            time.sleep(max(2 * self._tick, POST_S))
         os._exit(1)
 
 
