@@ -101,7 +101,10 @@ def test_maxima_where_one_shift_loses_sums(
     A prior multiplies the rounding of a score by its inverse temperature, and tiles of other shapes round otherwise:
     a processor's matrix product decides by how much.
     """
-    slack *= {"pmr_sharp": 2000.0}.get(case, 5.0 if case.startswith("pmr") else 1.0)
+    if case == "pmr_sharp":
+        slack *= 1000 if dtype == torch.float32 else 100
+    elif case.startswith("pmr"):
+        slack *= 2
     found, expected = both(case, 20, temperature, dtype)
     assert maxima_taken or "intra" in case  # where every sum has a score of exactly one
     for got, want in zip(found, expected, strict=True):
