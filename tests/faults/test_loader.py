@@ -61,6 +61,7 @@ def gone(pids: list[int]) -> bool:
 @pytest.mark.fault(
     "a loader worker is killed (SIGKILL)", expected="the rank ends within 60 s, exit code 1, naming worker and shard"
 )
+@pytest.mark.slow
 def test_a_killed_worker(stream: TrainingStream, outcome: Outcome) -> None:
     batches, pids = started(stream)
     os.kill(pids[1], signal.SIGKILL)
@@ -101,6 +102,7 @@ def test_a_killed_worker_of_a_training(tmp_path: Path, outcome: Outcome) -> None
     "a loader worker is stopped (SIGSTOP)", expected="the rank ends in time, exit code 1, naming worker and shard"
 )
 @pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.slow
 def test_a_stopped_worker(stream: TrainingStream, stopped: int, outcome: Outcome) -> None:
     batches, pids = started(stream, silence_s=4)
     os.kill(pids[stopped], signal.SIGSTOP)
@@ -121,6 +123,7 @@ def test_no_room_in_shared_memory(stream: TrainingStream, outcome: Outcome) -> N
     outcome(f"{seconds:.0f} s: {line.split('), reading')[0].split('(pid')[0]}... found no room in /dev/shm")
 
 
+@pytest.mark.slow
 def test_a_slow_consumer_is_no_hang(stream: TrainingStream) -> None:
     """Workers whose parcels nobody takes are idle; only one whose parcel is awaited can be silent."""
     batches, _ = started(stream, silence_s=1)

@@ -309,6 +309,7 @@ def odd_files() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("encoding", ["flac", "pcm16", "keep"])
 @pytest.mark.parametrize("keep_cut", [False, True])
+@pytest.mark.slow
 def test_a_fresh_build_of_all_kinds_has_no_finding(
     encoding: str, keep_cut: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -333,6 +334,7 @@ def test_a_fresh_build_of_all_kinds_has_no_finding(
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_damaged_headers_end_in_audio_or_a_reason(data: st.DataObject) -> None:
     """Bytes are changed, removed and cut off, mostly where the headers are."""
     kinds = {**UNKNOWN, **CUT}

@@ -88,6 +88,7 @@ def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
+@pytest.mark.slow
 def test_values_of_another_shape_in_a_manifest(folder: str, manifest: Path, data: st.DataObject) -> None:
     content = copy.deepcopy(read_manifest(folder))
     content |= {"exclusions": [{"name": "l.csv"}], "num_samples": ALL, "num_captions": ALL}
