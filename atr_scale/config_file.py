@@ -51,7 +51,10 @@ def read_files(path: Path) -> list[dict[str, Any]]:
     Raises UserError for a missing file, one that does not parse, or files that extend each other in a circle.
     """
     if not path.is_file():
-        raise UserError(f"no configuration file at {path}: give the path of a YAML file, for example configs/*.yaml")
+        raise UserError(
+            f"no configuration file at {path}: give the path of a YAML file; `atr-scale init DIR` copies the "
+            "shipped ones to DIR/configs"
+        )
     layers: list[dict[str, Any]] = []
     chain: list[Path] = []
     while True:

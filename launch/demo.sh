@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Shared functions of the scripts that train on the demo corpora. They source this file from the repository's root.
+# Shared functions of the scripts that train on the demo corpora. They source this file from the folder that holds launch/.
 set -euo pipefail
 
 # step NAME COMMAND ...: run a command under a headline, and print its time.

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository root, with this project and the package versions of launch/constraints.txt, and of
+# Makes .venv in the repository's root, with this project and the package versions of launch/constraints.txt, and of
 # launch/cuda.txt where pip's index gives torch's CUDA build.
-#   launch/environment.sh        for training
-#   launch/environment.sh dev    for training and the tests
+#   launch/environment.sh          for training
+#   launch/environment.sh search   for training and for search (an extra of pyproject.toml)
+#   launch/environment.sh dev      for training and the tests
 # Later calls return at once, until pyproject.toml or the constraints change. pip's own settings apply, for example
 # PIP_EXTRA_INDEX_URL for an index that has torch's CPU build. PYTHON names the interpreter to use.
+# A folder that `atr-scale init` made has no environment of its own: the one that atr-scale is installed in must be active.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
@@ -14,6 +16,12 @@ fail() {
     echo "error: $*" >&2
     exit 2
 }
+
+if [[ ! -d atr_scale ]]; then # a folder that `atr-scale init` made
+    python -c 'import atr_scale' 2>/dev/null ||
+        fail "no atr-scale in the active environment: activate the one that it is installed in"
+    exit
+fi
 
 find_python() {
     local candidate

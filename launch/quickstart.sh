@@ -25,5 +25,5 @@ cat <<END
 
 Done in $((SECONDS / 60)) min $((SECONDS % 60)) s.
 Report:       $run/report.md
-TensorBoard:  .venv/bin/tensorboard --logdir $run --host 127.0.0.1
+TensorBoard:  $(command -v tensorboard) --logdir $run --host 127.0.0.1
 END

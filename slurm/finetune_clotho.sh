@@ -26,7 +26,7 @@ fi
 # SLURM runs a copy of this file from elsewhere.
 cd "${SLURM_SUBMIT_DIR:?}"
 if [[ ! -e slurm/prologue.sh ]]; then
-    echo "error: $PWD is not the repository's root: submit from there" >&2
+    echo "error: no slurm/prologue.sh in $PWD: submit from the folder that holds slurm/" >&2
     exit 2
 fi
 # shellcheck source=slurm/prologue.sh

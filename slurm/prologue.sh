@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Shared part of the job scripts in this folder, which source it from the repository's root. It sets the environment's
-# `python` and the variables with which ranks started by srun find each other, and defines `train`, which survives
-# preemption.
+# Shared part of the job scripts in this folder, which source it from the folder that holds slurm/. It sets the
+# environment's `python` and the variables with which ranks started by srun find each other, and defines `train`, which
+# survives preemption.
 #
 # INTERFACE=ib0 names the network interface for the ranks, if it is not the one that their host names lead to.
 # MAX_REQUEUES (100) and MAX_FAILURES (2) limit how often a job puts itself back into the queue.
@@ -11,7 +11,7 @@ set -euo pipefail
 
 export PATH="$PWD/.venv/bin:$PATH" # without .venv the environment that was active at submission is used
 if ! python -c 'import atr_scale' 2>/dev/null; then
-    echo "error: no environment in $PWD: run launch/environment.sh there, on a machine with a network, before sbatch" >&2
+    echo "error: no environment in $PWD, and none with atr-scale is active: run launch/environment.sh there before sbatch" >&2
     exit 2
 fi
 

@@ -39,7 +39,10 @@ def submit(
     further options of sbatch.
     """
     if not script.is_file():
-        raise UserError(f"no job script {script}: call this from the repository's root, or give --script")
+        raise UserError(
+            f"no job script {script}: call this from the folder that holds slurm/ (`atr-scale init DIR` makes one), "
+            "or give --script"
+        )
     numbers = ",".join(str(run.number) for run in runs)
     limit = "" if at_once is None else f"%{at_once}"
     sweep.save()  # a task may start before this call returns

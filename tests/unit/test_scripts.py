@@ -62,6 +62,7 @@ def test_environment_without_a_new_enough_python(tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()
     for file in ("pyproject.toml", "launch/environment.sh", "launch/constraints.txt", "launch/cuda.txt"):
         shutil.copy(ROOT / file, tmp_path / file)
+    (tmp_path / "atr_scale").mkdir()
     programs = tmp_path / "programs"
     programs.mkdir()
     for program in ("bash", "dirname", "cat", "flock", "sha256sum", "cut", "grep"):
