@@ -6,7 +6,15 @@ A verb imports what it needs when it is called, so that --help answers at once. 
 
 from __future__ import annotations
 
-from atr_scale.cli import corpora, experiments, init, runs, trained_models, weights  # each adds its verbs to `app`
+from atr_scale.cli import (
+    corpora,
+    experiments,
+    init,
+    runs,
+    search,
+    trained_models,
+    weights,
+)  # each adds its verbs to `app`
 from atr_scale.cli.common import app, main
 
-__all__ = ["app", "corpora", "experiments", "init", "main", "runs", "trained_models", "weights"]
+__all__ = ["app", "corpora", "experiments", "init", "main", "runs", "search", "trained_models", "weights"]

@@ -1,0 +1,184 @@
+"""An index of sounds and their captions: a folder that does not depend on its place.
+
+vectors.npy, .jsonl, .json      the embeddings of the sounds, as `Vectors.write` writes them
+captions.npy, .jsonl, .json     those of their captions, each text once, with the first sound that has it
+vectors.ivf.0, .1, ...           inverted lists of more than FLAT_MAX vectors; the same for captions
+index.json                      the model, the kind of search and its recall; written last
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atr_scale.errors import UserError, one_line
+from atr_scale.files import atomic_write
+from atr_scale.inference import TrainedModel, load_trained
+from atr_scale.locks import hold
+from atr_scale.run_checkpoints import rename
+from atr_scale.search.nearest import BLOCK, FLAT_MAX, Lists, build_ivf, import_faiss
+from atr_scale.search.vectors import SUFFIXES, Item, ModelId, Vectors, write_vectors
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # goes up if older versions can no longer read an index
+SOUNDS, CAPTIONS = "vectors", "captions"  # names of the two sets of vectors
+ABOUT = "index.json"
+
+
+@dataclass(frozen=True)
+class IndexedSet:
+    """One set of vectors of an index. lists: None if it is searched flat."""
+
+    count: int
+    lists: Lists | None
+
+    def __str__(self) -> str:
+        if self.lists is None:
+            return f"{self.count} vectors, flat search"
+        recall = ", ".join(f"{value:.3f} by {name}" for name, value in self.lists.recall.items())
+        lists = f"{self.lists.nprobe} of {self.lists.nlist} lists a query"
+        return f"{self.count} vectors, IVF with {lists}; recall@10 {recall}"
+
+
+@dataclass(frozen=True)
+class IndexInfo:
+    """What index.json says. sets: "vectors" and, if there are captions, "captions"."""
+
+    model: ModelId
+    sets: dict[str, IndexedSet]
+    about: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> IndexInfo:
+        """Raises UserError if the folder is no index."""
+        path = Path(folder) / ABOUT
+        try:
+            found: Any = json.loads(path.read_text(encoding="utf-8"))
+            if found["version"] != VERSION:
+                raise ValueError(f"version {found['version']}, this program reads {VERSION}")
+            sets = {
+                name: IndexedSet(one["count"], Lists(**one["lists"]) if one["lists"] else None)
+                for name, one in found["sets"].items()
+            }
+            return cls(ModelId(**found["model"]), sets, found["about"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder} is no index ({one_line(error)}): build one with `atr-scale index RUN SOURCE --out {folder}`"
+            ) from None
+
+    def write(self, folder: Path) -> None:
+        """Write index.json."""
+        with atomic_write(folder / ABOUT) as temporary:
+            temporary.write_text(
+                json.dumps({"version": VERSION, **asdict(self)}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+            )
+
+
+def build_index(
+    run: str | Path,
+    source: str | Path,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    plugins: Sequence[str] = (),
+    flat_max: int = FLAT_MAX,
+) -> IndexInfo:
+    """Build the index `out` of a source of sounds with the model of `run`.
+
+    source: F.npy or F.parquet that `atr-scale embed` wrote. flat_max: number of vectors up to which all of them are
+    compared. An older index at `out` is replaced when the new one is complete. Raises UserError if the vectors are of
+    another model, if one is not finite, or if `out` is something else than an index.
+    """
+    import_faiss()
+    out = Path(os.path.abspath(out))
+    if out.exists() and not (out / ABOUT).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is no index: choose another --out, or remove it")
+    if Path(source).suffix not in SUFFIXES:
+        raise UserError(f"{source}: give F.npy or F.parquet, written by `atr-scale embed`")
+    model = load_trained(run, device, plugins)
+    need_embeddings(model, run)
+    identity = ModelId.of(run, model)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {partial} ({error.strerror}): choose another --out") from None
+    with hold(out.with_name(f".{out.name}.lock"), f"the index {out}"):
+        vectors = Vectors.read(source)
+        refuse_other_model(vectors.model, identity, f"{source} holds vectors", "embed the source with this run")
+        vectors.write(partial / f"{SOUNDS}.npy")
+        info = _build(model, identity, partial, flat_max)
+        rename(partial, out)
+    for name, one in info.sets.items():
+        logger.info("%s, %s: %s", out, {SOUNDS: "sounds"}.get(name, name), one)
+    return info
+
+
+def need_embeddings(model: TrainedModel, run: str | Path) -> None:
+    """Raises UserError if the model is a pairwise scorer."""
+    if not model.module.scorer.is_dual_encoder:
+        raise UserError(
+            f"{run}: its scorer {model.config.model.scorer.name} is pairwise and has no embeddings to search: index "
+            "with a dual encoder, and give this run to `atr-scale search --rerank`"
+        )
+
+
+def refuse_other_model(found: ModelId, wanted: ModelId, what: str, remedy: str) -> None:
+    """Raises UserError if both are not the same weights. what: what is of `found`. remedy: what to do about it."""
+    if not found.same(wanted):
+        raise UserError(
+            f"{what} of the model {found}, weights {found.weights[:8]}, not of {wanted}, weights "
+            f"{wanted.weights[:8]}: {remedy}"
+        )
+
+
+def _build(model: TrainedModel, identity: ModelId, folder: Path, flat_max: int) -> IndexInfo:
+    """Everything beside the vectors of the sounds, which are there."""
+    sounds = Vectors.read(folder / f"{SOUNDS}.npy")
+    if not sounds.items:
+        raise UserError("there are no sounds to index")
+    for start in range(0, len(sounds.items), BLOCK):
+        bad = np.flatnonzero(~np.isfinite(sounds.vectors[start : start + BLOCK]).all(1))
+        if len(bad):
+            raise UserError(f"the vector of {sounds.items[start + bad[0]].id} is not finite: embed the source again")
+    texts = _captions(sounds.items)
+    if texts:
+        batches = _embedded(model, texts)
+        write_vectors(folder / f"{CAPTIONS}.npy", batches, len(texts), identity, {"source": "captions"})
+    else:
+        for old in folder.glob(f"{CAPTIONS}.*"):
+            old.unlink()
+    stored = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (SOUNDS, *([CAPTIONS] if texts else []))}
+    sets = {}
+    for name, vectors in stored.items():
+        other = stored.get(CAPTIONS) if name == SOUNDS else None
+        large = len(vectors) > flat_max
+        sets[name] = IndexedSet(len(vectors), build_ivf(vectors, folder / f"{name}.ivf", other) if large else None)
+    info = IndexInfo(identity, sets, sounds.about)
+    info.write(folder)
+    return info
+
+
+def _captions(items: Sequence[Item]) -> list[Item]:
+    """Every caption text once, with the first sound that has it, in the order of the sounds."""
+    first: dict[str, Item] = {}
+    for item in items:
+        for text in item.captions:
+            if text.strip():
+                first.setdefault(text, Item(item.id, item.path, item.start, item.stop, (text,)))
+    return list(first.values())
+
+
+def _embedded(model: TrainedModel, texts: list[Item]) -> Iterator[tuple[NDArray[np.float32], list[Item]]]:
+    for start in range(0, len(texts), 4096):
+        some = texts[start : start + 4096]
+        yield model.embed_text([item.captions[0] for item in some]), some
