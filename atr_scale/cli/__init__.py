@@ -12,9 +12,10 @@ from atr_scale.cli import (
     init,
     runs,
     search,
+    serve,
     trained_models,
     weights,
 )  # each adds its verbs to `app`
 from atr_scale.cli.common import app, main
 
-__all__ = ["app", "corpora", "experiments", "init", "main", "runs", "search", "trained_models", "weights"]
+__all__ = ["app", "corpora", "experiments", "init", "main", "runs", "search", "serve", "trained_models", "weights"]
