@@ -51,26 +51,31 @@ def search_command(
     run: Annotated[
         str | None, typer.Option(help="Run or checkpoint of the index, if it is no longer where it was.")
     ] = None,
+    rerank: Annotated[
+        str | None, typer.Option(help="Run that scores the best candidates again, mostly one with a pairwise scorer.")
+    ] = None,
+    candidates: Annotated[int, typer.Option(min=1, help="Number of candidates that --rerank scores.")] = 50,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plugins: Plugins = None,
 ) -> None:
     """Find sounds by a text or by a sound.
 
     With --captions it finds captions of the index in place of its sounds. A recording that was cut into windows is
-    found once, by its best window. Scores are cosines.
+    found once, by its best window. Scores are cosines, or with --rerank those of that run.
 
     \b
     Examples:
       atr-scale search clips.index "a dog barks in the rain"
       atr-scale search clips.index --audio clip.wav --top 5
       atr-scale search clips.index --audio clip.wav --captions --json
+      atr-scale search clips.index "rain on a roof" --rerank runs/tap
     """
     from atr_scale.errors import UserError
     from atr_scale.search.query import Searcher
 
     if (text is None) == (audio is None):
         raise UserError("give one query: a text, or --audio FILE")
-    searcher = Searcher(expanded_path(index), run, plugins=plugins or ())
+    searcher = Searcher(expanded_path(index), run, rerank, candidates, plugins=plugins or ())
     if text is not None:
         hits = searcher.by_text([text], top, captions, all_windows)[0]
     else:

@@ -9,7 +9,6 @@ index.json                      the model, the kind of search and its recall; wr
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,8 +25,6 @@ from atr_scale.locks import hold
 from atr_scale.run_checkpoints import rename
 from atr_scale.search.nearest import BLOCK, FLAT_MAX, Lists, build_ivf, import_faiss
 from atr_scale.search.vectors import SUFFIXES, Item, ModelId, Vectors, write_vectors
-
-logger = logging.getLogger(__name__)
 
 VERSION = 1  # goes up if older versions can no longer read an index
 SOUNDS, CAPTIONS = "vectors", "captions"  # names of the two sets of vectors
@@ -118,8 +115,6 @@ def build_index(
         vectors.write(partial / f"{SOUNDS}.npy")
         info = _build(model, identity, partial, flat_max)
         rename(partial, out)
-    for name, one in info.sets.items():
-        logger.info("%s, %s: %s", out, {SOUNDS: "sounds"}.get(name, name), one)
     return info
 
 

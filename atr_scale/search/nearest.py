@@ -8,6 +8,7 @@ Shape suffixes: n vectors, d their width, q queries, k neighbours of a query.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ class Nearest:
 
 def import_faiss() -> Any:
     """The module faiss. Raises UserError if it is not installed."""
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which of its libraries it tries
     try:
         import faiss
     except ImportError:

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from atr_scale.errors import UserError
+from atr_scale.data.audio_source import open_audio
+from atr_scale.data.sample import BadSample
+from atr_scale.errors import UserError, one_line
 from atr_scale.inference import Audio, TrainedModel, load_trained
 from atr_scale.search.index import CAPTIONS, SOUNDS, IndexInfo, need_embeddings, refuse_other_model
 from atr_scale.search.nearest import Nearest
@@ -179,7 +181,28 @@ class Searcher:
         return found
 
     def _rerank_sounds(self, query: str, hits: list[Hit]) -> list[Hit]:
-        raise UserError("sounds cannot be re-ranked yet: search without rerank")
+        """The hits in the order of the reranker, which reads their audio. Hits whose audio is gone are left out."""
+        assert self.reranker is not None
+        sounds, there, gone = [], [], []
+        for hit in hits:
+            try:
+                sounds.append(_sound(hit))
+                there.append(hit)
+            except UserError as error:
+                gone.append(str(error))
+        if gone and not there:
+            raise UserError(f"no candidate can be re-ranked: {gone[0]}")
+        if gone:
+            logger.warning("%d of %d candidates are left out of re-ranking: %s", len(gone), len(hits), gone[0])
+        windows = [hit.stop - hit.start for hit in there if hit.start is not None and hit.stop is not None]
+        seconds = max([self.reranker.config.data.evaluation_seconds, *windows])
+        scores = np.zeros(len(there), np.float32)
+        for rate in sorted({rate for _, rate in sounds}):
+            places = [place for place, (_, own) in enumerate(sounds) if own == rate]
+            with self._models:
+                some = self.reranker.similarity([query], [sounds[i][0] for i in places], rate, seconds=seconds)
+            scores[places] = some[0]
+        return _in_order(there, scores)
 
 
 def _hits(
@@ -197,6 +220,19 @@ def _hits(
             caption = item.captions[0] if item.captions else None
             hits.append(Hit(item.id, score, item.path, item.start, item.stop, caption))
     return hits
+
+
+def _sound(hit: Hit) -> tuple[NDArray[np.float32], int]:
+    """The mono waveform of a hit, its window only, and its rate. Raises UserError if it cannot be read."""
+    try:
+        source = open_audio(Path(hit.path).read_bytes(), Path(hit.path).suffix[1:].lower())
+        first = round((hit.start or 0) * source.rate)
+        last = source.frames if hit.stop is None else min(source.frames, round(hit.stop * source.rate))
+        if first >= last:
+            raise BadSample("short_audio", f"it ends before {hit.start} s")
+        return np.asarray(source.read(first, last - first), np.float32), source.rate
+    except (OSError, BadSample) as error:
+        raise UserError(f"{hit.path} cannot be read ({one_line(error)})") from None
 
 
 def _in_order(hits: list[Hit], scores: NDArray[np.float32]) -> list[Hit]:

@@ -211,6 +211,35 @@ def test_a_large_index_is_searched_by_lists(world: World, searcher: Searcher, tm
     assert [hit.path for hit in hits] == [hit.path for hit in searcher.by_text(["a dog barks"], top=2)[0]]
 
 
+def test_a_pairwise_scorer_reranks_candidates(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tap = save_run(world.config, tmp_path / "tap", 0, "tap")
+    judge = load_trained(tap)
+    both = Searcher(world.index, rerank=tap, candidates=4)
+    first = Searcher(world.index).by_text(["a dog barks"], 4, all_windows=True)[0]
+    hits = both.by_text(["a dog barks"], 3, all_windows=True)[0]
+    sounds = [soundfile.read(hit.path, dtype="float32")[0] for hit in first]
+    rate = world.model.sample_rate
+    parts = [sound[int(hit.start or 0) * rate :][:rate] for sound, hit in zip(sounds, first, strict=True)]
+    scores = judge.similarity(["a dog barks"], parts, rate)[0]
+    order = np.argsort(-scores, kind="stable")
+    assert [hit.id for hit in hits] == [first[i].id for i in order[:3]]
+    assert [hit.score for hit in hits] == pytest.approx(scores[order[:3]].tolist(), abs=1e-5)
+    texts = both.by_audio([parts[0]], 2, rate, captions=True)[0]
+    assert texts[0].score == pytest.approx(judge.similarity([str(texts[0].caption)], [parts[0]], rate)[0, 0], abs=1e-5)
+    with pytest.raises(UserError, match="needs a sound on one side"):
+        both.by_text(["rain"], captions=True)
+    with pytest.raises(UserError, match="needs a text on one side"):
+        both.by_audio([parts[0]], sample_rate=rate)
+    lost = Path(hits[0].path)
+    with caplog.at_level("WARNING"):
+        lost.rename(tmp_path / "elsewhere.wav")
+        try:
+            left = both.by_text(["a dog barks"], 4)[0]
+        finally:
+            (tmp_path / "elsewhere.wav").rename(lost)
+    assert len(left) == 3 and str(lost) not in [hit.path for hit in left] and str(lost) in caplog.text
+
+
 def test_the_verbs(world: World, searcher: Searcher, tmp_path: Path) -> None:
     out = tmp_path / "index"
     built = CliRunner().invoke(app, ["index", str(world.run), str(world.file), "--out", str(out)])
