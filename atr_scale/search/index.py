@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,6 +115,9 @@ def build_index(
         refuse_other_model(vectors.model, identity, f"{source} holds vectors", "embed the source with this run")
         vectors.write(partial / f"{SOUNDS}.npy")
         info = _build(model, identity, partial, flat_max)
+        for path in out.glob("*") if out.is_dir() else ():
+            if path.is_file() and not path.name.startswith((f"{SOUNDS}.", f"{CAPTIONS}.", ABOUT)):
+                shutil.copy2(path, partial)  # for example the marks that were made on the page
         rename(partial, out)
     return info
 
@@ -145,13 +149,12 @@ def _build(model: TrainedModel, identity: ModelId, folder: Path, flat_max: int) 
         bad = np.flatnonzero(~np.isfinite(sounds.vectors[start : start + BLOCK]).all(1))
         if len(bad):
             raise UserError(f"the vector of {sounds.items[start + bad[0]].id} is not finite: embed the source again")
+    for old in (*folder.glob("*.ivf.*"), *folder.glob(f"{CAPTIONS}.*")):  # of a build that was killed
+        old.unlink()
     texts = _captions(sounds.items)
     if texts:
         batches = _embedded(model, texts)
         write_vectors(folder / f"{CAPTIONS}.npy", batches, len(texts), identity, {"source": "captions"})
-    else:
-        for old in folder.glob(f"{CAPTIONS}.*"):
-            old.unlink()
     stored = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (SOUNDS, *([CAPTIONS] if texts else []))}
     sets = {}
     for name, vectors in stored.items():

@@ -145,7 +145,9 @@ def test_a_killed_build_leaves_no_index(world: World, tmp_path: Path, monkeypatc
         patch.setattr(IndexInfo, "write", die)
         build_index(world.run, world.file, out)
     assert not out.exists()
+    (tmp_path / ".index.partial" / "vectors.ivf.0").write_text("of a build that was killed")
     build_index(world.run, world.file, out)
+    (out / "relevance.csv").write_text("marks")
     before = sorted((path.name, path.read_bytes()) for path in out.iterdir())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(IndexInfo, "write", die)
@@ -153,6 +155,7 @@ def test_a_killed_build_leaves_no_index(world: World, tmp_path: Path, monkeypatc
     assert sorted((path.name, path.read_bytes()) for path in out.iterdir()) == before
     build_index(world.run, world.file, out)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert (out / "relevance.csv").read_text() == "marks", "what others keep in the folder survives a new build"
 
 
 def test_mistakes_are_one_line(world: World, searcher: Searcher, tmp_path: Path) -> None:
