@@ -17,8 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from atr_scale.cli import app
+from atr_scale.search.serve.marks import Marks
 from tests.serving import SOUNDS, WithMoments, make_index, served
+from tests.tiny import WORDS
 
 pytestmark = pytest.mark.slow
 
@@ -70,12 +74,11 @@ def page(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
     import uvicorn
 
     from atr_scale.search.serve.app import create_app
-    from atr_scale.search.serve.marks import Marks
 
     library = WithMoments(index)
-    app = create_app(library, Marks(tmp_path_factory.mktemp("marks") / "marks.csv"))
+    application = create_app(library, Marks(tmp_path_factory.mktemp("marks") / "marks.csv"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(application, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         yield library, f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -129,3 +132,23 @@ def test_a_browser_searches_plays_and_marks(page: tuple[WithMoments, str], tmp_p
         tab.wait_for_selector("#error:not([hidden])")
         assert "cannot be used" in tab.inner_text("#error") and tab.locator(".card").count() == 0
         browser.close()
+
+
+def test_evaluate_counts_right_marks_only(index: Path, tmp_path: Path) -> None:
+    def metrics(marks: Marks) -> str:
+        command = ["evaluate", str(index.parent / "run"), "--shards", str(index.parent / "validation" / "shards")]
+        given = CliRunner().invoke(app, [*command, "--relevance", str(marks.path), "--out", str(tmp_path / "out")])
+        assert given.exit_code == 0, given.output
+        return given.output
+
+    (index.parent / "run" / "best" / "state.json").write_text('{"step": 3}')  # an index of it does not need one
+    captions = [f"a {WORDS[number]} and {WORDS[number // 2]} tone {number}" for number in range(3)]
+    marks = Marks(tmp_path / "marks.csv")
+    for number, caption in enumerate(captions):
+        marks.set(caption, f"tone-{number}.wav", "right")
+    first = metrics(marks)
+    marks.set(captions[0], "tone-7.wav", "wrong")
+    marks.set("a caption of no clip", "tone-7.wav", "wrong")
+    assert metrics(marks) == first and "mAP@16" in first
+    marks.set(captions[0], "tone-0.wav", "wrong")
+    assert metrics(marks) != first

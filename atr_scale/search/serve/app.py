@@ -40,7 +40,7 @@ from atr_scale.version import __version__
 
 PAGES = Path(__file__).parent / "pages"
 MAX_TOP = 100
-EXAMPLES = 4
+EXAMPLES, SHORT = 4, 60  # examples of queries, and their characters at most
 SOUNDS = 32  # that are kept decoded
 RETRY_S = 1
 
@@ -218,8 +218,9 @@ def clip_id(item: Item) -> str:
 
 def _examples(items: Sequence[Item]) -> list[str]:
     """Short captions from different places of the index."""
-    spread = (items[k * len(items) // EXAMPLES] for k in range(EXAMPLES))
-    return list(dict.fromkeys(min(item.captions, key=len) for item in spread if item.captions))
+    spread = (items[k * len(items) // (8 * EXAMPLES)] for k in range(8 * EXAMPLES))
+    texts = dict.fromkeys(min(item.captions, key=len) for item in spread if item.captions)
+    return [text for text in texts if len(text) <= SHORT][:EXAMPLES]
 
 
 def _answer(library: Library, key: Any, arguments: list[Any]) -> Sequence[Any]:

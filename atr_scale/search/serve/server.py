@@ -67,7 +67,7 @@ def _serve(library: Library, listener: socket.socket, host: str, token: str | No
         with _noting_signals() as received:
             print(f"{len(library.items)} sounds of {library.name}: {_address(listener, host, token)}", flush=True)
             uvicorn.Server(config).run(sockets=[listener])
-        print(f"ended by {signal.Signals(received[0]).name}; marks are in {marks_file}" if received else "ended")
+        print(f"ended by {signal.Signals(received[0]).name}" if received else "ended")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -11,6 +11,7 @@ function type(schema = {}) {
   if (schema.$ref) return schema.$ref.split('/').pop();
   if (schema.anyOf) return schema.anyOf.map(type).join(' or ');
   if (schema.type === 'array') return `list of ${schema.items ? type(schema.items) : 'values'}`;
+  if (schema.format === 'binary') return 'an audio file';
   return schema.enum?.join(', ') ?? schema.type ?? 'any';
 }
 
