@@ -186,7 +186,7 @@ class Searcher:
         sounds, there, gone = [], [], []
         for hit in hits:
             try:
-                sounds.append(_sound(hit))
+                sounds.append(read_sound(hit))
                 there.append(hit)
             except UserError as error:
                 gone.append(str(error))
@@ -222,8 +222,11 @@ def _hits(
     return hits
 
 
-def _sound(hit: Hit) -> tuple[NDArray[np.float32], int]:
-    """The mono waveform of a hit, its window only, and its rate. Raises UserError if it cannot be read."""
+def read_sound(hit: Hit | Item) -> tuple[NDArray[np.float32], int]:
+    """The mono waveform [samples] of a hit or an item, its window only, and its rate in Hz.
+
+    Raises UserError if it cannot be read.
+    """
     try:
         source = open_audio(Path(hit.path).read_bytes(), Path(hit.path).suffix[1:].lower())
         first = round((hit.start or 0) * source.rate)

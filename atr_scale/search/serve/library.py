@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atr_scale.data.audio_source import open_audio
-from atr_scale.errors import Failure, UserError
+from atr_scale.errors import UserError
 from atr_scale.inference import TrainedModel
 from atr_scale.search.index import CAPTIONS
-from atr_scale.search.query import Hit, Searcher
+from atr_scale.search.query import Hit, Searcher, read_sound
 from atr_scale.search.serve.answers import Result, WordMoments
 from atr_scale.search.vectors import Item
 
@@ -38,17 +36,7 @@ class IndexLibrary:
         return _results(self.searcher.by_audio(waveforms, top, self.sample_rate, captions))
 
     def audio(self, item: Item) -> tuple[NDArray[np.float32], int]:
-        """The part of an item as mono float32 [samples], and its rate in Hz. Raises Failure or BadSample."""
-        path = Path(item.path)
-        try:
-            source = open_audio(path.read_bytes(), path.suffix[1:].lower())
-        except OSError as error:
-            raise Failure(f"{path}: {error.strerror}") from None
-        first = round((item.start or 0.0) * source.rate)
-        last = source.frames if item.stop is None else min(source.frames, round(item.stop * source.rate))
-        if first >= last:
-            raise Failure(f"{path} ends before {item.start:g} s")
-        return np.asarray(source.read(first, last - first), np.float32), source.rate
+        return read_sound(item)
 
     def moments(self, text: str, waveform: NDArray[np.float32], rate: int) -> WordMoments:
         model: Any = self._locator
