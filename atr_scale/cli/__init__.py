@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from atr_scale.cli import (
     corpora,
+    embed,
     experiments,
     init,
     runs,
@@ -18,4 +19,16 @@ from atr_scale.cli import (
 )  # each adds its verbs to `app`
 from atr_scale.cli.common import app, main
 
-__all__ = ["app", "corpora", "experiments", "init", "main", "runs", "search", "serve", "trained_models", "weights"]
+__all__ = [
+    "app",
+    "corpora",
+    "embed",
+    "experiments",
+    "init",
+    "main",
+    "runs",
+    "search",
+    "serve",
+    "trained_models",
+    "weights",
+]

@@ -7,8 +7,10 @@ used if it is installed; it decodes the whole file when it is opened.
 from __future__ import annotations
 
 import io
+import mmap
 import re
 from abc import ABC, abstractmethod
+from typing import cast
 
 import numpy as np
 import soundfile
@@ -51,22 +53,32 @@ class AudioSource(ABC):
         Raises BadSample if they cannot be decoded, are fewer, or lie beyond 1e20.
         """
 
-    def check(self) -> None:
-        """Raises BadSample empty_audio, undecodable_audio or huge_audio."""
+    def check(self, whole: bool = True) -> None:
+        """Raises BadSample empty_audio, undecodable_audio or, if all of it is to be read at once, huge_audio."""
         if self.frames <= 0:
             raise BadSample("empty_audio", "no frames")
         if not MIN_RATE <= self.rate <= MAX_RATE:
             raise BadSample("undecodable_audio", f"sample rate {self.rate} Hz")
-        if self.frames / self.rate > MAX_SECONDS or 4 * self.frames * self.channels > MAX_DECODED_BYTES:
+        if whole and (self.frames / self.rate > MAX_SECONDS or 4 * self.frames * self.channels > MAX_DECODED_BYTES):
             raise BadSample("huge_audio", f"{self.frames / self.rate:.0f} s, {self.channels} channels")
 
 
-def open_audio(audio: Bytes, extension: str, pcm_rate: int | None = None, *, keep_cut: bool = False) -> AudioSource:
+def open_audio(
+    audio: Bytes | mmap.mmap,
+    extension: str,
+    pcm_rate: int | None = None,
+    *,
+    keep_cut: bool = False,
+    whole: bool = True,
+) -> AudioSource:
     """Open audio bytes. `pcm_rate`: rate of headerless `pcm` bytes (little-endian int16, mono) in Hz.
 
-    A file that is shorter than its header says is refused, or with `keep_cut` as long as what is left of it. Raises
-    BadSample undecodable_audio, empty_audio, huge_audio or short_audio.
+    Of a mapped file libsndfile loads only what is read. A file that is shorter than its header says is refused, or with
+    `keep_cut` as long as what is left of it. Audio over an hour is refused if the `whole` of it is to be read at once.
+    Raises BadSample undecodable_audio, empty_audio, huge_audio or short_audio.
     """
+    if isinstance(audio, mmap.mmap):
+        audio = cast(bytes, audio)  # it is sliced and searched like bytes
     if extension == "pcm":
         source: AudioSource = _Pcm(audio, pcm_rate)
     else:
@@ -77,15 +89,16 @@ def open_audio(audio: Bytes, extension: str, pcm_rate: int | None = None, *, kee
                 raise BadSample("short_audio", known.cut)
             source = _File(known.audio, keep_cut)
         except (soundfile.SoundFileError, TypeError, ValueError) as error:
-            source = _media(contents, extension, _reason(error), keep_cut)
-    source.check()
+            source = _media(bytes(contents), extension, _reason(error), keep_cut)
+            whole = True  # it is decoded now
+    source.check(whole)
     return source
 
 
 def _bytes(audio: Bytes) -> bytes:
     if not len(audio):
         raise BadSample("empty_audio", "no bytes")
-    return audio if isinstance(audio, bytes) else bytes(audio)
+    return audio if isinstance(audio, bytes | mmap.mmap) else bytes(audio)
 
 
 class _Pcm(AudioSource):
@@ -119,7 +132,7 @@ class _File(AudioSource):
 
     def __init__(self, audio: bytes, keep_cut: bool) -> None:
         self.stored = audio
-        self.file = soundfile.SoundFile(io.BytesIO(audio))
+        self.file = soundfile.SoundFile(audio if isinstance(audio, mmap.mmap) else io.BytesIO(audio))
         if keep_cut and self.file.format == "FLAC" and not self._has_last_frame():
             self.stored = recounted_flac(audio)
             self.file = soundfile.SoundFile(io.BytesIO(self.stored))
@@ -168,6 +181,17 @@ class _File(AudioSource):
         self.gain = 1 / peak
         mono *= np.float32(self.gain)
         return mono
+
+
+class Span(AudioSource):
+    """The frames [first, first + count) of another source, as far as it has them."""
+
+    def __init__(self, source: AudioSource, first: int, count: int) -> None:
+        self.source, self.first, self.frames = source, first, max(0, min(count, source.frames - first))
+        self.rate, self.channels = source.rate, source.channels
+
+    def read(self, start: int, count: int, out: np.ndarray | None = None) -> np.ndarray:
+        return self.source.read(self.first + start, count, out)
 
 
 def _lead(frames: int, rate: int, size: int) -> int:

@@ -31,10 +31,11 @@ class DroppedClip:
 
 
 class DropLog:
-    """A log of dropped clips that names the first SHOWN of each reason."""
+    """A log of dropped clips that names the first SHOWN of each reason. file: where all of them will be named."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: str = DROPPED) -> None:
         self._counts: Counter[str] = Counter()
+        self._file = file
 
     def add(self, clips: Iterable[DroppedClip]) -> None:
         for clip in clips:
@@ -43,12 +44,12 @@ class DropLog:
                 name = clip.clip_id + (f" ({clip.path})" if clip.path else "") if clip.clip_id else clip.path
                 logger.warning("%s left out: %s%s", name, clip.reason, f": {clip.detail}" if clip.detail else "")
             elif self._counts[clip.reason] == SHOWN + 1:
-                logger.warning("more clips are left out for %s: %s names all of them", clip.reason, DROPPED)
+                logger.warning("more clips are left out for %s: %s names all of them", clip.reason, self._file)
 
 
-def write_dropped(location: str, clips: Sequence[DroppedClip]) -> None:
-    """Write dropped.jsonl beside the shards, or remove it if no clip was dropped."""
-    path = storage.join(location, DROPPED)
+def write_dropped(location: str, clips: Sequence[DroppedClip], name: str = DROPPED) -> None:
+    """Write dropped.jsonl beside the shards, or remove it if no clip was dropped. name: another name of the file."""
+    path = storage.join(location, name)
     if clips:
         lines = (json.dumps(valid_unicode(asdict(clip)), ensure_ascii=False) + "\n" for clip in clips)
         storage.write_bytes(path, "".join(lines).encode())
