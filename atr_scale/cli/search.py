@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 @app.command("index")
 def index_command(
     run: Annotated[str, typer.Argument(help="Run folder (its best checkpoint is used) or a checkpoints/step-N.")],
-    source: Annotated[str, typer.Argument(help="F.npy or F.parquet, written by `atr-scale embed`.")],
+    source: Annotated[str, typer.Argument(help="Folder of audio, shards, a table, or F.npy or F.parquet of `embed`.")],
     out: Annotated[Path, typer.Option(help="Folder of the index; an older index there is replaced.")],
+    windows: Annotated[
+        float | None, typer.Option(help="Seconds of the windows that recordings are cut into; by default whole clips.")
+    ] = None,
     plugins: Plugins = None,
 ) -> None:
     """Build an index of sounds for `atr-scale search`.
@@ -29,11 +32,13 @@ def index_command(
 
     \b
     Examples:
+      atr-scale index runs/quickstart recordings --out clips.index --windows 10
+      atr-scale index runs/quickstart s3://bucket/shards/test --out test.index
       atr-scale index runs/quickstart clips.npy --out clips.index
     """
     from atr_scale.search.index import build_index
 
-    info = build_index(run, expanded_path(source), expanded_path(str(out)), plugins=plugins or ())
+    info = build_index(run, expanded_path(source), expanded_path(str(out)), windows=windows, plugins=plugins or ())
     for name, one in info.sets.items():
         print(f"{'sounds' if name == 'vectors' else name:<10} {one}")
 

@@ -24,8 +24,9 @@ from atr_scale.files import atomic_write
 from atr_scale.inference import TrainedModel, load_trained
 from atr_scale.locks import hold
 from atr_scale.run_checkpoints import rename
+from atr_scale.search.embed import embed_files
 from atr_scale.search.nearest import BLOCK, FLAT_MAX, Lists, build_ivf, import_faiss
-from atr_scale.search.vectors import SUFFIXES, Item, ModelId, Vectors, write_vectors
+from atr_scale.search.vectors import SUFFIXES, Item, ModelId, Vectors, read_about, write_vectors
 
 VERSION = 1  # goes up if older versions can no longer read an index
 SOUNDS, CAPTIONS = "vectors", "captions"  # names of the two sets of vectors
@@ -86,22 +87,26 @@ def build_index(
     source: str | Path,
     out: str | Path,
     *,
+    windows: float | None = None,
     device: str | None = None,
     plugins: Sequence[str] = (),
     flat_max: int = FLAT_MAX,
 ) -> IndexInfo:
     """Build the index `out` of a source of sounds with the model of `run`.
 
-    source: F.npy or F.parquet that `atr-scale embed` wrote. flat_max: number of vectors up to which all of them are
-    compared. An older index at `out` is replaced when the new one is complete. Raises UserError if the vectors are of
-    another model, if one is not finite, or if `out` is something else than an index.
+    source: what `embed_files` takes, or F.npy or F.parquet that `atr-scale embed` wrote. windows: seconds of the
+    windows that recordings are cut into, by default whole clips. flat_max: number of vectors up to which all of them
+    are compared. An older index at `out` is replaced when the new one is complete; a build that was killed goes on
+    with the sounds that are not embedded yet. Raises UserError if the vectors are of another model, if one is not
+    finite, or if `out` is something else than an index.
     """
     import_faiss()
     out = Path(os.path.abspath(out))
     if out.exists() and not (out / ABOUT).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is no index: choose another --out, or remove it")
-    if Path(source).suffix not in SUFFIXES:
-        raise UserError(f"{source}: give F.npy or F.parquet, written by `atr-scale embed`")
+    vectors = Vectors.read(source) if is_vectors(source) else None
+    if vectors is not None and windows is not None:
+        raise UserError(f"{source} holds vectors already: give the windows to `atr-scale embed`, which wrote it")
     model = load_trained(run, device, plugins)
     need_embeddings(model, run)
     identity = ModelId.of(run, model)
@@ -111,15 +116,35 @@ def build_index(
     except OSError as error:
         raise UserError(f"cannot create {partial} ({error.strerror}): choose another --out") from None
     with hold(out.with_name(f".{out.name}.lock"), f"the index {out}"):
-        vectors = Vectors.read(source)
-        refuse_other_model(vectors.model, identity, f"{source} holds vectors", "embed the source with this run")
-        vectors.write(partial / f"{SOUNDS}.npy")
+        if vectors is None:
+            _embed(model, run, source, partial, windows)
+        else:
+            refuse_other_model(vectors.model, identity, f"{source} holds vectors", "embed the source with this run")
+            vectors.write(partial / f"{SOUNDS}.npy")
         info = _build(model, identity, partial, flat_max)
         for path in out.glob("*") if out.is_dir() else ():
             if path.is_file() and not path.name.startswith((f"{SOUNDS}.", f"{CAPTIONS}.", ABOUT)):
                 shutil.copy2(path, partial)  # for example the marks that were made on the page
         rename(partial, out)
     return info
+
+
+def is_vectors(source: str | Path) -> bool:
+    """Whether a source is a file that `atr-scale embed` wrote. A .parquet without its metadata is a table."""
+    return Path(source).suffix in SUFFIXES and (Path(source).suffix == ".npy" or read_about(source) is not None)
+
+
+def _embed(model: TrainedModel, run: str | Path, source: str | Path, folder: Path, windows: float | None) -> None:
+    """Embed a source into `folder`, where parts of the same embedding may be. Those of another one are removed."""
+    vectors = folder / f"{SOUNDS}.npy"
+    try:
+        embed_files(model, run, source, vectors, windows=windows)
+    except UserError:
+        if not vectors.exists():
+            raise
+        shutil.rmtree(folder)
+        folder.mkdir()
+        embed_files(model, run, source, vectors, windows=windows)
 
 
 def need_embeddings(model: TrainedModel, run: str | Path) -> None:

@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from atr_scale.data.audio_source import open_audio
-from atr_scale.data.sample import BadSample
-from atr_scale.errors import UserError, one_line
+from atr_scale.errors import UserError
 from atr_scale.inference import Audio, TrainedModel, load_trained
 from atr_scale.search.index import CAPTIONS, SOUNDS, IndexInfo, need_embeddings, refuse_other_model
 from atr_scale.search.nearest import Nearest
+from atr_scale.search.sources import item_audio
 from atr_scale.search.vectors import Item, ModelId
 
 logger = logging.getLogger(__name__)
@@ -227,15 +226,7 @@ def read_sound(hit: Hit | Item) -> tuple[NDArray[np.float32], int]:
 
     Raises UserError if it cannot be read.
     """
-    try:
-        source = open_audio(Path(hit.path).read_bytes(), Path(hit.path).suffix[1:].lower())
-        first = round((hit.start or 0) * source.rate)
-        last = source.frames if hit.stop is None else min(source.frames, round(hit.stop * source.rate))
-        if first >= last:
-            raise BadSample("short_audio", f"it ends before {hit.start} s")
-        return np.asarray(source.read(first, last - first), np.float32), source.rate
-    except (OSError, BadSample) as error:
-        raise UserError(f"{hit.path} cannot be read ({one_line(error)})") from None
+    return item_audio(Item(hit.id, hit.path, hit.start, hit.stop))
 
 
 def _in_order(hits: list[Hit], scores: NDArray[np.float32]) -> list[Hit]:

@@ -243,6 +243,31 @@ def test_a_pairwise_scorer_reranks_candidates(world: World, tmp_path: Path, capl
     assert len(left) == 3 and str(lost) not in [hit.path for hit in left] and str(lost) in caplog.text
 
 
+def test_a_source_is_embedded_and_a_killed_build_goes_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sounds = tmp_path / "sounds"
+    sounds.mkdir()
+    for path in sorted({item.path for item in world.items})[:3]:
+        shutil.copy(path, sounds)
+    out = tmp_path / "index"
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(IndexInfo, "write", die)
+        build_index(world.run, sounds, out, windows=1.0)
+    shutil.copy(world.items[-1].path, sounds)  # the source has changed since
+    assert build_index(world.run, sounds, out, windows=1.0).sets["vectors"].count == 8
+    wave, rate = soundfile.read(world.items[-1].path, dtype="float32")
+    hit = Searcher(out).by_audio([wave[rate:]], top=1, sample_rate=rate)[0][0]
+    assert (Path(hit.path).name, hit.start, hit.stop) == (Path(world.items[-1].path).name, 1.0, 2.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "sounds"]
+    with pytest.raises(UserError, match="holds vectors already"):
+        build_index(world.run, world.file, out, windows=1.0)
+
+
 def test_the_verbs(world: World, searcher: Searcher, tmp_path: Path) -> None:
     out = tmp_path / "index"
     built = CliRunner().invoke(app, ["index", str(world.run), str(world.file), "--out", str(out)])
