@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from atr_scale.errors import UserError
 from atr_scale.inference import TrainedModel
 from atr_scale.search.index import CAPTIONS
-from atr_scale.search.query import Hit, Searcher, read_sound
+from atr_scale.search.query import Hit, Searcher
 from atr_scale.search.serve.answers import Result, WordMoments
+from atr_scale.search.sources import item_audio
 from atr_scale.search.vectors import Item
 
 
@@ -36,7 +37,7 @@ class IndexLibrary:
         return _results(self.searcher.by_audio(waveforms, top, self.sample_rate, captions))
 
     def audio(self, item: Item) -> tuple[NDArray[np.float32], int]:
-        return read_sound(item)
+        return item_audio(item)
 
     def moments(self, text: str, waveform: NDArray[np.float32], rate: int) -> WordMoments:
         model: Any = self._locator
