@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +133,14 @@ def test_mistakes_are_one_line(model: TrainedModel, run: Path, sounds: Path, tmp
         embed_source(model, run, sounds, tmp_path / "mine.npy")
     with pytest.raises(UserError, match="give at least"):
         embed_source(model, run, sounds, tmp_path / "v.npy", windows=0.0)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_same_files(run: Path, sounds: Path) -> None:
+    one, two = sounds.parent / "one.npy", sounds.parent / "two.npy"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for out, start in ((one, [sys.executable]), (two, launch)):
+        command = [*start, "-m", "atr_scale.cli", "embed", str(run), str(sounds), "--out", str(out)]
+        subprocess.run(command, check=True, timeout=200)
+    assert one.read_bytes() == two.read_bytes()
+    assert one.with_suffix(".jsonl").read_bytes() == two.with_suffix(".jsonl").read_bytes()
