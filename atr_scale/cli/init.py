@@ -49,7 +49,7 @@ def init_command(
     print(
         f"{target} has {', '.join(f'{name}/' for name in FOLDERS)}. Next, for example:\n{enter}"
         "  launch/quickstart.sh                     # a small model on demo corpora, in minutes\n"
-        "  atr-scale shards build folder --root RECORDINGS --out shards/own    # your recordings, with captions.csv"
+        "docs/tutorial.md leads from your own recordings to a search page."
     )
 
 
