@@ -126,7 +126,7 @@ class TrainSection(Section):
         None, description="optimizer steps between checkpoints; default: evaluate_every"
     )
     keep_checkpoints: Count = Field(2, description="newest checkpoints that are kept, besides the best one")
-    log_every: Count = Field(10, description="optimizer steps between log lines")
+    log_every: Count = Field(10, description="optimizer steps between log lines; the first and last step have one too")
     max_bad_steps: Count = Field(
         3, description="optimizer steps in a row with a non-finite loss or gradient after which the run stops"
     )

@@ -31,6 +31,7 @@ from atr_scale.evaluation.result import EvaluationResult, evaluate_labelled, eva
 from atr_scale.evaluation.results import record_results
 from atr_scale.evaluation.retrieval_scores import DualEncoderScores, RetrievalScores, ScoreMatrix
 from atr_scale.evaluation.score import score
+from atr_scale.evaluation.sounds import Sounds
 from atr_scale.model import Retriever
 from atr_scale.precision import Precision, Products
 from atr_scale.run_checkpoints import WEIGHTS
@@ -221,12 +222,13 @@ def evaluate_run(
     if world.is_main:
         # A copied run folder may have lost its links, or have folders in their place.
         run_dir = folder.parent.parent if (Path(location) / WEIGHTS).is_file() else Path(location)
-        _save(evaluation, out or run_dir, run_dir, folder, trained, split, graded=relevance is not None)
+        _save(evaluation, opened, out or run_dir, run_dir, folder, trained, split, graded=relevance is not None)
     return evaluation
 
 
 def _save(
     evaluation: Evaluation,
+    shards: ShardSet,
     target: Path,
     run_dir: Path,
     checkpoint: Path,
@@ -237,6 +239,9 @@ def _save(
 ) -> None:
     """Write results, predictions and report into the folder `target`. config: that of the training."""
     evaluation.save(target)
+    sounds = Sounds(shards, evaluation.embedded.index)
+    for result in evaluation.results:
+        sounds.save(target, result)
     write_predictions(target, split, evaluation.scores, evaluation.embedded, graded)
     links = {"best": run_dir / "best", "last": run_dir / "latest"}
     name = next((name for name, link in links.items() if link.resolve() == checkpoint), checkpoint.name)

@@ -15,15 +15,16 @@ from omegaconf import OmegaConf
 
 from atr_scale import plots
 from atr_scale.errors import UserError
+from atr_scale.evaluation.example_tables import examples_table, misses_table, table_cell
 from atr_scale.evaluation.metrics import CUTOFFS, GRADED_AT, PRECISION_AT, RECALL_AT
-from atr_scale.evaluation.result import EvaluationResult, Example
+from atr_scale.evaluation.result import EvaluationResult
+from atr_scale.evaluation.sounds import sound_path
 from atr_scale.sections import flat
 
 logger = logging.getLogger(__name__)
 
 Line = Mapping[str, object]
 DIRECTIONS = (("t2a", "text → audio"), ("a2t", "audio → text"))
-CELL = 110  # characters of a caption shown in a table
 
 
 def write_report(run_dir: Path, results: Sequence[EvaluationResult] | None = None) -> Path:
@@ -43,7 +44,7 @@ def write_report(run_dir: Path, results: Sequence[EvaluationResult] | None = Non
     pictures = _Pictures(run_dir / "figures")
     parts = [f"# {run_dir.resolve().name}", _headline(results)]
     for result in results:
-        parts += _split(result, pictures)
+        parts += _split(result, pictures, run_dir)
     if train:
         parts += ["## Training", _training_table(train), pictures("loss", plots.loss(train), "training loss")]
     parts += _curves(evaluations, pictures)
@@ -78,7 +79,7 @@ def _headline(results: Sequence[EvaluationResult]) -> str:
     return "\n".join(one(result) for result in results)
 
 
-def _split(result: EvaluationResult, pictures: _Pictures) -> Iterator[str]:
+def _split(result: EvaluationResult, pictures: _Pictures, run_dir: Path) -> Iterator[str]:
     kind = "classes" if result.labelled else "captions"
     yield f"## {result.split}: {result.num_clips} clips, {result.num_texts} {kind}, step {result.step}"
     if result.labelled:
@@ -91,10 +92,19 @@ def _split(result: EvaluationResult, pictures: _Pictures) -> Iterator[str]:
         title, columns = f"similarity, {result.split}: pairs on the diagonal", "clip of the caption in that row"
     figure = plots.heatmap(result.excerpt, title, "", columns, result.excerpt_names)
     yield pictures(f"similarity-{result.split}", figure, "similarity")
-    for direction, title in DIRECTIONS:
-        examples = [example for example in result.examples if example.direction == direction]
-        if examples:
-            yield f"### Examples, {title}\n\n" + _examples_table(examples)
+
+    def link(clip: int) -> str | None:
+        path = sound_path(run_dir, result.split, clip)
+        return path.relative_to(run_dir).as_posix() if path.exists() else None
+
+    for heading, examples, table in (
+        ("Worst misses", result.misses, misses_table),
+        ("Examples", result.examples, examples_table),
+    ):
+        for direction, title in DIRECTIONS:
+            shown = [example for example in examples if example.direction == direction]
+            if shown:
+                yield f"### {heading}, {title}\n\n" + table(shown, link)
 
 
 def _retrieval_table(result: EvaluationResult) -> str:
@@ -131,18 +141,6 @@ def _labelled_table(result: EvaluationResult) -> str:
     return "\n".join(["| | |", "|:-|-:|", *rows])
 
 
-def _examples_table(examples: Sequence[Example]) -> str:
-    width = max(len(example.retrieved) for example in examples)
-    head = "| query | rank of the match |" + "".join(f" {place} |" for place in range(1, width + 1))
-    rows = [head, "|:-|-:|" + ":-|" * width]
-    for example in examples:
-        found = [
-            f"{'✅ ' if item.hit else ''}{table_cell(item.name)}<br>{item.score:.3f}" for item in example.retrieved
-        ] + [""] * (width - len(example.retrieved))
-        rows.append(f"| {table_cell(example.query)} | {example.rank} | {' | '.join(found)} |")
-    return "\n".join(rows)
-
-
 def _training_table(train: Sequence[Line]) -> str:
     def values(key: str) -> np.ndarray:
         return plots.series(train, key)[1]
@@ -154,7 +152,9 @@ def _training_table(train: Sequence[Line]) -> str:
     loss = values("loss")
     if len(loss):
         tail = loss[-max(1, len(loss) // 20) :]
-        rows["loss, first → last"] = f"{loss[0]:.3f} → {tail.mean():.3f} nats"
+        first = int(plots.series(train, "loss")[0][0])
+        name = "loss, first" if first == 1 else f"loss, step {first}"  # version 0.5 logged the tenth step first
+        rows[f"{name} → mean of the last {len(tail)} logged"] = f"{loss[0]:.3f} → {tail.mean():.3f} nats"
     for key, name, text in (
         ("samples_per_s", "throughput (median)", "{:.4g} samples/s"),
         ("data_wait", "waiting for data (median)", "{:.1%} of the time"),
@@ -257,21 +257,3 @@ def _with_interval(result: EvaluationResult, key: str, show: Callable[[float], s
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
-
-
-def table_cell(text: str) -> str:
-    """Text escaped for a Markdown table cell, and shortened."""
-    text = " ".join(text.split())
-    text = text if len(text) <= CELL else text[: CELL - 1] + "…"
-    for old, new in (
-        ("&", "&amp;"),
-        ("<", "&lt;"),
-        ("\\", "\\\\"),
-        ("|", "\\|"),
-        ("`", "\\`"),
-        ("*", "\\*"),
-        ("_", "\\_"),
-        ("[", "\\["),
-    ):
-        text = text.replace(old, new)
-    return text

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from atr_scale.errors import UserError
+from atr_scale.evaluation.examples import NUM_EXAMPLES, Example, RetrievalExamples, spread
 from atr_scale.evaluation.facts import Facts
 from atr_scale.evaluation.metrics import (
     GRADED_AT,
@@ -30,30 +31,8 @@ from atr_scale.files import atomic_write
 
 FORMAT = 2
 NUM_PAIRS, NUM_CLASSES = 32, 64  # rows and columns of the stored excerpt of the score matrix
-NUM_EXAMPLES = 6
-NUM_RETRIEVED = 5
 RANKS = ("t2a", "a2t", "clip", "audio_ids")  # fields of `Ranks` in the file of ranks
 GRADED = "graded/"  # before the names of `Ranks.graded` in the file of ranks
-
-
-@dataclass(frozen=True)
-class Retrieved:
-    """An item of a result list: caption or clip id, index among the candidates, score, whether it is relevant."""
-
-    name: str
-    index: int
-    score: float
-    hit: bool
-
-
-@dataclass(frozen=True)
-class Example:
-    """A query (in "t2a" a caption, in "a2t" a clip id), the rank of its first relevant item, and its best items."""
-
-    direction: str
-    query: str
-    rank: int
-    retrieved: tuple[Retrieved, ...]
 
 
 @dataclass(frozen=True)
@@ -72,6 +51,7 @@ class EvaluationResult:
     excerpt_names: tuple[str, ...]  # [n] captions of the rows; the right column of a row is on the diagonal
     examples: tuple[Example, ...]
     labelled: bool = False
+    misses: tuple[Example, ...] = ()  # worst first; empty if labelled, and in results of version 0.5 and older
     method: str = ""  # which pairs were scored
     facts: Facts | None = None  # of the queries; None if labelled, and in results of version 0.2
     precision: str = ""  # of most products of the encoders, one of `precision.Products`; empty before version 0.4
@@ -110,6 +90,7 @@ class EvaluationResult:
             "test_set": self.test_set,
             "excerpt_names": self.excerpt_names,
             "examples": [asdict(example) for example in self.examples],
+            "misses": [asdict(example) for example in self.misses],
         }
         path = folder / f"evaluation-{stem}.json"
         with atomic_write(path) as temporary:
@@ -139,10 +120,8 @@ class EvaluationResult:
             ranks=ranks,
             excerpt=arrays["excerpt"],
             excerpt_names=tuple(table["excerpt_names"]),
-            examples=tuple(
-                Example(**{**example, "retrieved": tuple(Retrieved(**item) for item in example["retrieved"])})
-                for example in table["examples"]
-            ),
+            examples=tuple(map(Example.read, table["examples"])),
+            misses=tuple(map(Example.read, table.get("misses", ()))),
             labelled=table["labelled"],
             method=table["method"],
             precision=table.get("precision", ""),
@@ -173,18 +152,8 @@ def evaluate_retrieval(
     """
     if grades is not None:
         ranks = replace(ranks, graded=graded_values(scores.lists(GRADED_AT), grades))
-    first_text = np.unique(ranks.clip, return_index=True)[1]
-    shown = first_text[_spread(len(first_text), NUM_PAIRS)]
-    t2a = [
-        _example("t2a", captions[text], int(ranks.t2a[text]), scores.row(text), clip_names, ranks.clip[text : text + 1])
-        for text in _spread(len(captions), NUM_EXAMPLES)
-    ]
-    a2t = []
-    for text in first_text[_spread(len(first_text), NUM_EXAMPLES // 2)]:
-        clip = ranks.clip[text]
-        relevant = np.flatnonzero(ranks.clip == clip)
-        rank = int(ranks.a2t[relevant].min())
-        a2t.append(_example("a2t", clip_names[clip], rank, scores.column(clip), captions, relevant))
+    examples = RetrievalExamples(scores, ranks, captions, clip_names)
+    shown = examples.first_text[spread(len(examples.first_text), NUM_PAIRS)]
     return EvaluationResult(
         split=split,
         step=step,
@@ -193,7 +162,8 @@ def evaluate_retrieval(
         ranks=ranks,
         excerpt=scores.block(*map(torch.from_numpy, (shown, ranks.clip[shown]))).float().cpu().numpy(),
         excerpt_names=tuple(captions[text] for text in shown),
-        examples=(*t2a, *a2t),
+        examples=examples.typical(),
+        misses=examples.misses(),
         method=scores.method,
         facts=facts,
         test_set={} if facts is None else facts.test_set(ranks.clip, grades),
@@ -212,14 +182,14 @@ def evaluate_labelled(
     classes = np.unique(table.clip)[:NUM_CLASSES]
     means = [matrix[classes][:, np.flatnonzero(table.clip == label)].float().mean(dim=1) for label in classes]
     zero_shot = [
-        _example("a2t", clip_names[clip], int(table.t2a[clip]), matrix[:, clip], class_captions, table.clip[clip, None])
-        for clip in _spread(len(clip_names), NUM_EXAMPLES // 2)
+        Example.of("a2t", clip_names[c], c, int(table.t2a[c]), matrix[:, c], class_captions, table.clip[c, None])
+        for c in spread(len(clip_names), NUM_EXAMPLES // 2)
     ]
     by_class = []
-    for label in classes[_spread(len(classes), NUM_EXAMPLES)]:
+    for label in classes[spread(len(classes), NUM_EXAMPLES)]:
         relevant = np.flatnonzero(table.clip == label)
         rank = int(table.a2t[relevant].min())
-        by_class.append(_example("t2a", class_captions[label], rank, matrix[label], clip_names, relevant))
+        by_class.append(Example.of("t2a", class_captions[label], label, rank, matrix[label], clip_names, relevant))
     return EvaluationResult(
         split=split,
         step=step,
@@ -231,23 +201,3 @@ def evaluate_labelled(
         examples=(*by_class, *zero_shot),
         labelled=True,
     )
-
-
-def _example(
-    direction: str,
-    query: str,
-    rank: int,
-    scores: torch.Tensor,
-    names: Sequence[str],
-    relevant: NDArray[np.int64],
-) -> Example:
-    # A stable sort keeps the metrics' rule for ties: the lower index comes first.
-    top = torch.sort(scores.float(), descending=True, stable=True).indices[:NUM_RETRIEVED].tolist()
-    wanted = set(relevant.tolist())
-    found = tuple(Retrieved(names[i], i, float(scores[i]), i in wanted) for i in top)
-    return Example(direction, query, rank, found)
-
-
-def _spread(count: int, wanted: int) -> NDArray[np.int64]:
-    """Evenly spread indices, so that examples are not chosen by their scores and are the same at every step."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from atr_scale import plots
 from atr_scale.data.storage import make_folder
-from atr_scale.evaluation.report import table_cell
+from atr_scale.evaluation.example_tables import table_cell
 from atr_scale.experiments.compare import ALL, DIRECTIONS, ComparedRuns, Measured
 from atr_scale.experiments.evaluated import Experiment
 

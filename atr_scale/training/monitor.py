@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, TensorBoard and the progress bar. Only this file knows tensorboard."""
+"""The record of a run: metrics.jsonl, TensorBoard and the progress bar."""
 
 from __future__ import annotations
 
@@ -10,52 +10,32 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import FileWriter, SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from atr_scale import plots
 from atr_scale.errors import Failure
-from atr_scale.evaluation.report import table_cell
 from atr_scale.files import FULL, atomic_write, sync
 from atr_scale.redaction import redact
 from atr_scale.run_files import METRICS, append_json_lines
 from atr_scale.sections import flat
+from atr_scale.training.media_budget import MediaBudget
+from atr_scale.training.players import RetrievedClips, picture
 
 logger = logging.getLogger(__name__)
 
-PLAYER_SECONDS = 10.0  # event files keep PCM: longer players would outgrow the checkpoints
 PAUSE_S = 60.0  # between two lines about a record that cannot be written
 
 P = ParamSpec("P")
-
-
-@dataclass(frozen=True)
-class Player:
-    """A retrieved clip with its audio: waveform float [samples] in [-1, 1], sample_rate in Hz."""
-
-    clip_id: str
-    score: float
-    hit: bool
-    waveform: Tensor | NDArray[np.floating]
-    sample_rate: int
-
-
-@dataclass(frozen=True)
-class RetrievedClips:
-    """A caption and the clips retrieved for it, best first. rank: retrieval rank of the right clip."""
-
-    query: str
-    rank: int
-    clips: Sequence[Player]
 
 
 def _record(write: Callable[Concatenate[Monitor, P], None]) -> Callable[Concatenate[Monitor, P], None]:
@@ -99,6 +79,7 @@ class Monitor:
         self._noted: float | None = None
         self._hook = threading.excepthook
         threading.excepthook = _without_writers(self._hook)
+        self._media = MediaBudget(run_dir / "tensorboard", total_steps)
         purge_step = 0 if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=20)
         self._first = resume_step or 0
@@ -141,25 +122,19 @@ class Monitor:
         split: str = "validation",
     ) -> None:
         """A picture of the similarity [texts, audios] of a few pairs, which lie on the diagonal. names: captions."""
-        assert self._writer is not None
-        figure = plots.heatmap(_numpy(scores), f"similarity, {split}, step {step}", names=names)
-        self._writer.add_figure(f"{split}/similarity", figure, step, close=False)
+        if self._media.is_open(step):
+            figure = plots.heatmap(_numpy(scores), f"similarity, {split}, step {step}", names=names)
+            self._show(step, picture(f"{split}/similarity", figure))
 
     @_record
-    def retrieved(self, step: int, examples: Sequence[RetrievedClips], split: str = "validation") -> None:
-        """A few queries with their retrieved clips: a table, and a player (the first 10 s) for every clip."""
+    def retrieved(self, step: int, queries: Sequence[RetrievedClips], split: str = "validation") -> None:
+        """A few queries with their retrieved clips: a table, and a player for every clip."""
         assert self._writer is not None
-        for number, example in enumerate(examples):
-            tag = f"{split}/retrieved-{number}"
-            rows = [
-                f"| {place} | {'✓' if clip.hit else ''} | {table_cell(clip.clip_id)} | {clip.score:.3f} |"
-                for place, clip in enumerate(example.clips, start=1)
-            ]
-            head = f"**{table_cell(example.query)}** (right clip at rank {example.rank})\n\n"
-            head += "| rank | hit | clip | score |\n|-|-|-|-|\n"
-            self._writer.add_text(tag, redact(head + "\n".join(rows)), step)
-            for place, clip in enumerate(example.clips, start=1):
-                self._writer.add_audio(f"{tag}/rank-{place}", _playable(clip), step, sample_rate=clip.sample_rate)
+        for number, query in enumerate(queries):
+            self._writer.add_text(f"{split}/retrieved-{number}", redact(query.table()), step)
+            if self._media.is_open(step):
+                tag = f"{split.replace('/', '-')} at step {step}/query-{number}"
+                self._show(step, query.players(tag))
 
     @_record
     def text(self, tag: str, markdown: str) -> None:
@@ -175,9 +150,7 @@ class Monitor:
         """
         assert self._writer is not None
         _, start, _ = hparams(dict(_hyperparameters(config)), {})
-        writer = self._writer.file_writer
-        assert writer is not None
-        writer.add_summary(start)
+        self._file.add_summary(start)
 
     @_record
     def flush(self) -> None:
@@ -203,6 +176,12 @@ class Monitor:
                 self._note(error)
             threading.excepthook = self._hook
             self._writer = None
+
+    @property
+    def _file(self) -> FileWriter:
+        assert self._writer is not None
+        writer: FileWriter = self._writer._get_file_writer()  # a new one after a failure
+        return writer
 
     def _note(self, error: OSError) -> None:
         """A write has failed."""
@@ -237,6 +216,12 @@ class Monitor:
         assert self._writer is not None
         for key, value in values.items():
             self._writer.add_scalar(f"{prefix}/{key}", value, step)
+
+    def _show(self, step: int, media: Summary) -> None:
+        """Pictures or sounds."""
+        assert self._writer is not None
+        if self._media.take(step, media.ByteSize()):
+            self._file.add_summary(media, step)
 
     def _pace(self, step: int, shown: Mapping[str, str]) -> str:
         text = "".join(f", {key} {value}" for key, value in shown.items())
@@ -285,12 +270,6 @@ def cut_lines(path: Path, last_step: int | None) -> None:
                 logger.warning("%s: dropping a line that cannot be read", path)
     with atomic_write(path) as temporary:
         temporary.write_bytes(b"".join(kept))
-
-
-def _playable(clip: Player) -> Tensor:
-    """[1, samples] in [-1, 1], at most PLAYER_SECONDS."""
-    waveform = torch.as_tensor(clip.waveform).detach().float().cpu()[: int(PLAYER_SECONDS * clip.sample_rate)]
-    return (waveform / waveform.abs().max().clamp(min=1.0))[None]
 
 
 def _numpy(values: Tensor | NDArray[np.floating]) -> NDArray[np.float32]:

@@ -111,7 +111,7 @@ class Record:
         self._interval.dropped += [(update.step, sample) for sample in update.taken.dropped]
         self._interval.waited += update.taken.waited
         self._count_skipped(update)
-        if update.step == self.length.steps or update.step % self.config.train.log_every == 0:
+        if update.step in (1, self.length.steps) or update.step % self.config.train.log_every == 0:
             self._log(update)
 
     def count_dropped(self) -> None:

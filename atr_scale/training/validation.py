@@ -12,32 +12,33 @@ from typing import NamedTuple
 import torch
 
 from atr_scale.config import RunConfig
-from atr_scale.data.decode import Crop, decode
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.distributed.world import World
-from atr_scale.evaluation.evaluate import Evaluation, evaluate
+from atr_scale.evaluation.evaluate import evaluate
 from atr_scale.evaluation.parallel import Parallel
 from atr_scale.evaluation.result import EvaluationResult
 from atr_scale.evaluation.results import record_results
+from atr_scale.evaluation.sounds import Sounds
 from atr_scale.model import Retriever
-from atr_scale.training.monitor import Monitor, Player, RetrievedClips
+from atr_scale.training.monitor import Monitor
+from atr_scale.training.players import retrieved_clips
 
 logger = logging.getLogger(__name__)
 
 SHOWN = ("t2a/R@1", "t2a/mAP@10", "a2t/R@1", "zero_shot/accuracy")  # metrics in the log line
-PLAYER_RATE, PLAYER_CROP = 16_000, Crop(0.0, 10.0)  # Hz; seconds
-PLAYED_CLIPS = 3  # of each query
 
 
 class Validated(NamedTuple):
     """Metrics of a validation set, on every rank, and the results behind them, on the main rank alone.
 
     The embeddings and scores of an evaluation are not in it: they would stay in memory while other sets are evaluated.
+    sounds: the audio of its clips.
     """
 
     metrics: dict[str, float]
     results: list[EvaluationResult]
+    sounds: Sounds
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,12 @@ class Validator:
             return
         run_dir = Path(self.config.run.dir)
         results = [result for each in found.values() for result in each.results]
+        for each in found.values() if best else ():
+            for result in each.results:
+                result.save(run_dir)
+                each.sounds.save(run_dir, result)
         for checkpoint in ("best", "last") if best else ("last",):
             saved = checkpoint == "best"
-            for result in results if saved else ():
-                result.save(run_dir)
             name = run_dir.resolve().name
             record_results(run_dir, name, self.config, results, checkpoint=checkpoint, saved=saved)
 
@@ -83,27 +86,11 @@ class Validator:
             parallel=Parallel(self.world, self.device, lockstep=self.config.train.zero_stage == 3, stops=self.stops),
         )
         self.monitor.evaluation(step, name, evaluation.metrics)
+        sounds = Sounds(shards, evaluation.embedded.index)
         for result in evaluation.results:
             self.monitor.heatmap(step, result.excerpt, result.excerpt_names, result.split)
         if evaluation.results:
-            self.monitor.retrieved(step, retrieved_clips(evaluation, shards), name)
+            self.monitor.retrieved(step, retrieved_clips(evaluation, sounds), name)
             shown = ", ".join(f"{key} {evaluation.metrics[key]:.3f}" for key in SHOWN if key in evaluation.metrics)
             logger.info("step %d: %s %s (%.0f s)", step, name, shown, time.perf_counter() - start)
-        return Validated(evaluation.metrics, evaluation.results)
-
-
-def retrieved_clips(evaluation: Evaluation, shards: ShardSet) -> list[RetrievedClips]:
-    """The text queries of the first result's examples, with the audio of the clips retrieved for them."""
-    shown = []
-    for example in evaluation.results[0].examples:
-        if example.direction != "t2a":
-            continue
-        clips = []
-        for item in example.retrieved[:PLAYED_CLIPS]:
-            sample = shards.read(evaluation.embedded.index[item.index])
-            waveform = decode(
-                sample.audio, sample.extension, PLAYER_RATE, pcm_rate=sample.sample_rate, crop=PLAYER_CROP
-            )
-            clips.append(Player(item.name, item.score, item.hit, waveform, PLAYER_RATE))
-        shown.append(RetrievedClips(example.query, example.rank, clips))
-    return shown
+        return Validated(evaluation.metrics, evaluation.results, sounds)

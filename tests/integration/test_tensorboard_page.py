@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -17,28 +18,31 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from matplotlib.image import imread
 
-from atr_scale.training.monitor import Monitor, Player, RetrievedClips
+from atr_scale.evaluation.sounds import encode_mp3
+from atr_scale.training.monitor import Monitor
+from atr_scale.training.players import Player, RetrievedClips
 
 pytestmark = pytest.mark.slow
 
-RATE = 8000
+RATE = 16000
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "small"
     monitor = Monitor(run, True)
-    tone = torch.sin(torch.arange(RATE) * 0.3)
+    tone = encode_mp3(np.sin(np.arange(2 * RATE) * 0.3), RATE)
     for step in range(1, 31):
         monitor.train(step, {"loss": 3 / step, "lr/audio": 1e-4, "temperature": 0.07})
         if step % 10 == 0:
             monitor.evaluation(step, "validation", {"t2a/R@1": step / 100})
             monitor.heatmap(step, torch.eye(8), names=[f"caption {number}" for number in range(8)])
-            clips = [Player("demo/1", 0.9, True, tone, RATE), Player("demo/2", 0.2, False, tone, RATE)]
-            monitor.retrieved(step, [RetrievedClips("a dog barks", 1, clips)])
+            clips = [Player("demo/2", 1, 0.9, False, lambda: tone), Player("demo/1", 7, 0.2, True, lambda: tone)]
+            monitor.retrieved(step, [RetrievedClips("a dog barks", 7, clips)])
     monitor.text("configuration", "**lr**: 0.1")
     monitor.close()
     return run
@@ -99,11 +103,14 @@ def test_the_similarity_picture_is_served(address: str, tmp_path: Path) -> None:
 
 def test_retrieved_clips_can_be_played(address: str) -> None:
     ((run, tags),) = get_json(address, "audio/tags").items()
-    assert set(tags) == {"validation/retrieved-0/rank-1", "validation/retrieved-0/rank-2"}
-    clips = get_json(address, "audio/audio", run=run, tag="validation/retrieved-0/rank-2", sample=0)
-    sound = get(address, f"audio/individualAudio?{clips[-1]['query']}&")
-    assert sound[:4] == b"RIFF"
-    assert np.abs(np.frombuffer(sound[44:], dtype="<i2")).max() > 30000
+    places = [f"validation at step {step}/query-0/{place}" for step in (10, 20, 30) for place in ("1", "right")]
+    assert set(tags) == set(places)
+    about = tags[places[-1]]
+    assert about["displayName"] == "rank 7, right | query: a dog barks | clip: demo/1"
+    assert "a dog barks" in about["description"] and "the right clip, missed" in about["description"]
+    (clip,) = get_json(address, "audio/audio", run=run, tag=places[-1], sample=0)
+    sound, rate = soundfile.read(io.BytesIO(get(address, f"audio/individualAudio?{clip['query']}&")))
+    assert rate == RATE and np.abs(sound).max() > 0.7
 
 
 def test_texts_are_served(address: str) -> None:

@@ -17,10 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.audio import metadata
 
-from atr_scale.training.monitor import PLAYER_SECONDS, Monitor, Player, RetrievedClips
+from atr_scale.evaluation.sounds import encode_mp3
+from atr_scale.training import media_budget
+from atr_scale.training.monitor import Monitor
+from atr_scale.training.players import Player, RetrievedClips
 
 
 def read(run_dir: Path) -> list[dict[str, object]]:
@@ -129,28 +134,60 @@ def test_a_new_run_in_an_old_folder_starts_anew(tmp_path: Path) -> None:
 def test_pictures_text_and_players(tmp_path: Path) -> None:
     monitor = Monitor(tmp_path, True)
     monitor.heatmap(5, torch.randn(4, 4, dtype=torch.bfloat16), names=["a", "b $x", "c", "d"])
-    loud = torch.linspace(0, 3, 10 * 8000, requires_grad=True).repeat(2)
-    clips = [Player("demo/1", 0.5, True, loud, 8000), Player("demo/2", 0.25, False, np.zeros(800), 8000)]
-    monitor.retrieved(5, [RetrievedClips("a dog barks", 1, clips)])
-    odd = [Player("a|b ![x](http://y)", 0.5, True, loud, 8000)]
-    monitor.retrieved(5, [RetrievedClips("**a** | <b>\n\n# [c](d)", 1, odd)], split="odd")
+    tone = encode_mp3(3 * np.sin(np.arange(16000) * 0.2), 16000)
+    clips = [Player("demo/1", 1, 0.5, False, lambda: tone), Player("demo/2", 14, 0.25, True, lambda: tone)]
+    monitor.retrieved(5, [RetrievedClips("a dog barks", 14, clips)])
+    odd = [Player("a|b ![x](http://y)", 1, 0.5, True, lambda: tone)]
+    monitor.retrieved(5, [RetrievedClips("**a** | <b>\n\n# [c](d)", 1, odd)], split="odd/set")
     monitor.text("configuration", "lr: 0.1")
     monitor.close()
     board = events(tmp_path)
     assert board.Tags()["images"] == ["validation/similarity"]
     assert board.Images("validation/similarity")[0].width > 300
-    players = {"validation/retrieved-0/rank-1", "validation/retrieved-0/rank-2"}
-    assert set(board.Tags()["audio"]) == {*players, "odd/retrieved-0/rank-1"}
-    (audio,) = board.Audio("validation/retrieved-0/rank-1")
-    assert audio.sample_rate == 8000 and audio.length_frames == PLAYER_SECONDS * 8000
-    samples = np.frombuffer(audio.encoded_audio_string[44:], dtype="<i2")
-    np.testing.assert_allclose(samples, np.linspace(0, 32767, len(samples)), atol=2)  # scaled, not cut off
-    texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in board.Tags()["tensors"]}
-    assert "\\*\\*a\\*\\* \\| &lt;b> # \\[c](d)" in texts["odd/retrieved-0/text_summary"]
-    assert "| 1 | ✓ | a\\|b !\\[x](http://y) | 0.500 |" in texts["odd/retrieved-0/text_summary"]
+    players = board.PluginTagToContent("audio")
+    first, missed = (f"validation at step 5/query-0/{place}" for place in ("1", "right"))
+    assert set(players) == {first, missed, "odd-set at step 5/query-0/1"}
+    assert metadata.parse_plugin_metadata(players[first]).encoding == metadata.Encoding.Value("UNKNOWN")
+    about = board.SummaryMetadata(missed)
+    assert about.display_name == "rank 14, right | query: a dog barks | clip: demo/2"
+    assert "**Query:** a dog barks" in about.summary_description
+    assert "**Rank 14** (the right clip, missed), score 0.250" in about.summary_description
+    assert "(wrong)" in board.SummaryMetadata(first).summary_description
+    sound, rate = soundfile.read(io.BytesIO(board.Tensors(missed)[0].tensor_proto.string_val[0]))
+    assert rate == 16000 and 0.7 < np.abs(sound).max() <= 1  # scaled, not cut off
+    np.testing.assert_allclose(np.abs(sound[4000:12000]).mean(), 0.8 * 2 / np.pi, atol=0.03)
+    tags = board.PluginTagToContent("text")
+    texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in tags}
+    assert "\\*\\*a\\*\\* \\| &lt;b> # \\[c](d)" in texts["odd/set/retrieved-0/text_summary"]
+    assert "| 1 | ✓ | a\\|b !\\[x](http://y) | 0.500 |" in texts["odd/set/retrieved-0/text_summary"]
     assert "a dog barks" in texts["validation/retrieved-0/text_summary"]
-    assert "| 1 | ✓ | demo/1 | 0.500 |" in texts["validation/retrieved-0/text_summary"]
+    assert "| 14 | ✓ | demo/2 | 0.250 |" in texts["validation/retrieved-0/text_summary"]
     assert texts["configuration/text_summary"] == "lr: 0.1"
+
+
+def test_pictures_and_sounds_have_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first steps and the last one are kept, also over a resumption; what is left out is told once."""
+    monkeypatch.setattr(media_budget, "MEDIA_BYTES", 60_000)
+
+    def validate(monitor: Monitor, step: int) -> None:
+        clips = [Player("demo/1", 1, 0.5, True, lambda: bytes(9_000))] * 2
+        monitor.retrieved(step, [RetrievedClips("a dog barks", 1, clips)])
+
+    with caplog.at_level(logging.INFO):
+        monitor = Monitor(tmp_path, True, total_steps=60)
+        for step in (10, 20, 30, 40):
+            validate(monitor, step)
+        monitor.close()
+        assert caplog.text.count("have reached their limit of 0.06 MB; from step 30 on") == 1
+        monitor = Monitor(tmp_path, True, resume_step=40, total_steps=60)
+        for step in (50, 60):
+            validate(monitor, step)
+        monitor.close()
+    kept = {tag.split("/")[0] for tag in events(tmp_path).PluginTagToContent("audio")}
+    assert kept == {f"validation at step {step}" for step in (10, 20, 60)}
+    assert sum(path.stat().st_size for path in (tmp_path / "tensorboard").iterdir()) < 65_000
 
 
 def test_no_secret_reaches_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

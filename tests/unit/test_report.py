@@ -17,6 +17,7 @@ from atr_scale.evaluation.metrics import retrieval_metrics
 from atr_scale.evaluation.report import write_report
 from atr_scale.evaluation.result import EvaluationResult, evaluate_labelled, evaluate_retrieval
 from atr_scale.evaluation.retrieval_scores import ScoreMatrix
+from atr_scale.evaluation.sounds import sound_path
 
 NUM_CLIPS = 40
 
@@ -177,6 +178,42 @@ def test_every_picture_of_the_report_is_there_and_not_blank(report: str, run_dir
     for name in names:
         picture = imread(run_dir / name)
         assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.02, name
+
+
+def test_the_worst_misses_come_first_with_a_reason_and_their_sounds(tmp_path: Path) -> None:
+    result = retrieval_result()
+    for direction, ranks in (("t2a", result.ranks.t2a), ("a2t", result.ranks.best_a2t())):
+        found = [miss.rank for miss in result.misses if miss.direction == direction]
+        assert found == sorted(found, reverse=True) and found[0] == ranks.max() and min(found) > 1
+    worst = result.misses[0]
+    assert worst.match is not None and worst.match.hit and not worst.retrieved[0].hit
+    assert worst.match.score < worst.retrieved[0].score and worst.match.index in worst.clips
+    assert "less than the first" in worst.why
+    assert "other captions of the right clip find it at rank" in worst.why
+    path = sound_path(result.save(tmp_path).parent, "test", worst.match.index)
+    path.parent.mkdir(parents=True)
+    path.touch()
+    rows = write_report(tmp_path).read_text().split("### Worst misses, text → audio\n\n")[1].splitlines()
+    assert rows[2].startswith(f"| {worst.rank} |") and f"[▶&nbsp;listen](audio/test/{path.name})" in rows[2]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows[: 2 + 6]} == {6}
+
+
+def test_results_of_version_0_5_have_no_misses(tmp_path: Path) -> None:
+    path = retrieval_result().save(tmp_path)
+    table = json.loads(path.read_text())
+    del table["misses"]
+    for example in table["examples"]:
+        del example["index"], example["match"], example["why"]
+    path.write_text(json.dumps(table))
+    loaded = EvaluationResult.load(path)
+    assert loaded.misses == () and loaded.examples[0].match is None
+    assert "Worst misses" not in write_report(tmp_path).read_text()
+
+
+def test_the_first_loss_is_that_of_the_first_step_or_names_its_step(report: str, tmp_path: Path) -> None:
+    assert "| loss, first → mean of the last 2 logged | 4.000 →" in report
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 10, "loss": 2.5}\n')
+    assert "| loss, step 10 → mean of the last 1 logged | 2.500 →" in write_report(tmp_path).read_text()
 
 
 def test_no_caption_breaks_the_table(report: str) -> None:
