@@ -4,7 +4,7 @@
         model.safetensors       the full fp32 weights
         config.resolved.yaml    the configuration of the run
         text_encoder/           configuration and tokenizer of the text encoder, no weights
-        deepspeed/              optimizer state, one file per rank
+        optimizer/              moments of the optimizer by parameter name, for any number of ranks
         state.json              step and samples seen
         manifest.json           size and sha256 of every file above
     RUN/latest, RUN/best        links to one of the checkpoints; `run_checkpoints` says to which
@@ -59,8 +59,11 @@ class Trained(Protocol):
 
     model: Retriever
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write what resuming needs beside the weights. Every rank writes its own files."""
+    def state(self) -> dict[str, Any]:
+        """What a resume needs beside the files, equal on all ranks."""
+
+    def save(self, folder: Path) -> None:
+        """Write the files that a resume needs beside the weights. Every rank writes its own."""
 
     def full_weights(self) -> dict[str, Tensor]:
         """The weights on the main rank, {} on the others."""
@@ -84,7 +87,7 @@ def save(run: Path, trained: Trained, world: World, config_yaml: str, state: dic
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         with _together(world, run):
-            trained.save(temporary, state)
+            trained.save(temporary)
         weights = trained.full_weights()
         with _together(world, run):
             if world.is_main:
@@ -92,7 +95,7 @@ def save(run: Path, trained: Trained, world: World, config_yaml: str, state: dic
                 (temporary / CONFIG).write_text(config_yaml, encoding="utf-8")
                 (temporary / TEXT_ENCODER).mkdir()
                 trained.model.text_encoder.save_files(temporary / TEXT_ENCODER)
-                (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
+                (temporary / STATE).write_text(json.dumps({**state, **trained.state()}), encoding="utf-8")
                 seal(temporary)
                 rename(temporary, final)
                 link(run, "latest", final)

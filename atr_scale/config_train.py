@@ -49,7 +49,8 @@ class TrainSection(Section):
     )
     global_batch_size: Count = Field(64, description="text-audio pairs inside one loss, over all ranks")
     micro_batch_size: Count | None = Field(
-        None, description="pairs in one forward pass; below the local batch, GradCache runs; default: the local batch"
+        None,
+        description="most pairs in one forward pass; below the local batch, GradCache runs; default: the local batch",
     )
     kept_chunks: Annotated[int, Field(ge=0)] = Field(
         0, description="GradCache: chunks of the local batch that keep their activations and need no second forward"
@@ -114,7 +115,7 @@ class TrainSection(Section):
         description="matrix products of scorers and losses on a GPU: fp32; TF32, with gradients 3e-4 to 2e-3 off; "
         "or three bf16 products with fp32 sums, about 2e-5 off, with tap 3e-5",
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage; a resume may have another")
     gradient_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="dtype in which gradients cross the network; bf16 halves the bytes; ZeRO 3 needs fp32"
     )

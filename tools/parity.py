@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from atr_scale.batch import Batch
+from atr_scale.checkpoint import read_state
 from atr_scale.config import RunConfig, load_config
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.data.stream import read_batches
@@ -30,16 +32,18 @@ from atr_scale.training.schedule import seeds
 from tools.ranks import run_ranks
 
 
-def start(config: RunConfig) -> tuple[Engine, Iterator[Batch]]:
-    """A new engine on this rank, with its batches."""
+def start(config: RunConfig, resume_from: Path | None = None) -> tuple[Engine, Iterator[Batch]]:
+    """A new engine on this rank, or one that goes on from a checkpoint, with all batches of the run."""
     world = World.current()
     torch.manual_seed(config.run.seed)
-    model, _ = new_model(config, world)
+    model, _ = new_model(config, world, resume_from)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     freeze(model, config.train)
     engine = Engine(model, config.train, world, torch.device("cpu"))
+    if resume_from:
+        engine.load(resume_from, read_state(resume_from))
     stream = training_stream(
         config, caption_tokenizer(model.text_encoder.tokenizer, config.data.captions), model.sample_rate, world
     )

@@ -26,7 +26,7 @@ class BatchSplit:
     @property
     def chunks(self) -> int:
         """Micro-batches of a rank; more than one is GradCache."""
-        return self.local_batch // self.micro_batch
+        return -(-self.local_batch // self.micro_batch)
 
 
 @dataclass(frozen=True)

@@ -194,8 +194,7 @@ def _row(costs: Costs, cluster: Cluster) -> Row:
         local = batch // size
         most = fitting_micro_batch(costs, cluster, batch)
         fits = most == local
-        asked = train.micro_batch_size if train.micro_batch_size and local % train.micro_batch_size == 0 else local
-        micro = None if most is None else min(asked, most)
+        micro = None if most is None else min(train.micro_batch_size or local, most)
     planned = None if micro is None else estimate_step(costs, cluster, batch, micro)
     largest = largest_local_batch(costs, cluster)
     small = train.micro_batch_size or max(1, largest // 4)

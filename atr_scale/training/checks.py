@@ -14,6 +14,7 @@ from atr_scale.config_train import MODEL_PARTS
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.training.fingerprints import INPUTS, without_places
+from atr_scale.training.optimizer_state import OLD_FOLDER
 
 SOCKET_PATH = 107  # bytes, in Linux
 # Keys that may differ when a run is resumed. Any other difference would make it another run.
@@ -21,28 +22,23 @@ FREE_TO_CHANGE = (
     "run.dir", "run.allow_changed_data", "data.workers", "data.buffer_gb", "data.validation", "data.test",
     "data.max_drop_rate", "data.outage_seconds", "evaluation.",
     "train.steps", "train.epochs",
-    "train.micro_batch_size", "train.kept_chunks", "train.evaluate_every", "train.checkpoint_every",
+    "train.zero_stage", "train.micro_batch_size", "train.kept_chunks", "train.evaluate_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.log_every", "train.max_bad_steps", "train.hang_seconds",
     "train.initial_checkpoint", "model.audio.attention", "model.text.attention",
 )  # fmt: skip
 
 
 def check_batch_size(config: RunConfig, world_size: int) -> None:
-    """UserError if the global batch cannot be divided into local batches, or these into micro-batches."""
+    """UserError if the global batch cannot be divided among the ranks, or a local batch must not be cut."""
     train = config.train
     if train.global_batch_size % world_size:
         raise UserError(
-            f"train.global_batch_size = {train.global_batch_size} does not divide among {world_size} ranks: "
+            f"train.global_batch_size = {train.global_batch_size} does not divide among {world_size} ranks: start "
+            f"{_largest_divisor(train.global_batch_size, world_size)}, which a run in progress can also go on with, or "
             f"set it to a multiple, for example {-(-train.global_batch_size // world_size) * world_size}"
         )
     local = train.global_batch_size // world_size
     micro = train.micro_batch_size or local
-    if local % micro:
-        raise UserError(
-            f"train.micro_batch_size = {micro} does not divide the local batch of {local} pairs "
-            f"(train.global_batch_size on {world_size} ranks): set it to {_largest_divisor(local, micro)}, or to null "
-            "for a single forward pass"
-        )
     if micro < local and config.model.audio.batch_norm == "local":
         raise UserError(
             f"model.audio.batch_norm is local, but train.micro_batch_size = {micro} cuts the local batch of {local} "
@@ -80,7 +76,7 @@ def checkpoint_to_resume(config: RunConfig, world: World) -> Path | None:
 
     Sets broken checkpoints aside, and mends the links of the run folder.
 
-    UserError if the run folder's checkpoint is of another configuration or number of ranks, or if all are damaged.
+    UserError if the run folder's checkpoint is of another configuration or if all are damaged.
     """
     run_dir = Path(config.run.dir)
 
@@ -121,13 +117,14 @@ def _check_same_run(config: RunConfig, folder: Path, world_size: int) -> None:
             f"{config.run.dir} was trained with another configuration ({'; '.join(changed)}): "
             "restore these values, or give another run.dir"
         )
-    saved_size = state["world_size"]
-    if saved_size != world_size and config.train.zero_stage > 0:
-        raise UserError(
-            f"{folder} holds the optimizer state of ZeRO {config.train.zero_stage} on {saved_size} ranks, not on "
-            f"{world_size}: start {saved_size} ranks, or give another run.dir with "
-            f"'train.initial_checkpoint={{from: {folder}, parts: [{', '.join(MODEL_PARTS)}]}}'"
-        )
+    if (folder / OLD_FOLDER).is_dir():
+        old = state["world_size"], saved.train.zero_stage
+        if old != (world_size, config.train.zero_stage) and (old[1], config.train.zero_stage) != (0, 0):
+            raise UserError(
+                f"{folder} is of version 0.5 or older, with the optimizer state of ZeRO {old[1]} on {old[0]} ranks, "
+                f"not of ZeRO {config.train.zero_stage} on {world_size}: let it save once as it was, or give another "
+                f"run.dir with 'train.initial_checkpoint={{from: {folder}, parts: [{', '.join(MODEL_PARTS)}]}}'"
+            )
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,20 @@ from atr_scale.batch import Batch
 from atr_scale.config_train import TrainSection
 from atr_scale.distributed.start import device_as_local_rank
 from atr_scale.distributed.world import World
-from atr_scale.errors import UserError, one_line
+from atr_scale.errors import UserError
 from atr_scale.model import NO_CONTEXT, Retriever, StepContext
 from atr_scale.training.grad_cache import GradCache
 from atr_scale.training.loss_scale import LossScale
+from atr_scale.training.optimizer_state import (
+    OLD_FOLDER,
+    Piece,
+    StoredMoments,
+    moments,
+    pieces,
+    share,
+    updates_made,
+    write,
+)
 from atr_scale.training.param_groups import optimizer_groups
 from atr_scale.training.passes import Passes, ReducedPasses, ShardedPasses
 from atr_scale.training.schedule import Seeds
@@ -165,37 +174,40 @@ class Engine:
                     out[name] = value.detach().cpu().clone().contiguous()
         return out
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write all that a resume needs except the frozen weights, one file for each rank.
+    def state(self) -> dict[str, Any]:
+        """What a resume needs beside weights and moments, equal on all ranks."""
+        return {"updates": updates_made(self.optimizer.state), **self.scale.state()}
 
-        Raises OSError if this rank cannot write, after all that the ranks do together.
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of the optimizer's moments. Raises OSError or SafetensorError if it cannot."""
+        own = self._pieces()
+        if self.train.zero_stage == 0:
+            own = share(own, self.world.rank, self.world.size)
+        write(folder, self.world.rank, moments(own, self.optimizer.state))
+
+    def load(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Load the optimizer's moments and the loss scale of a checkpoint whose weights the model has already.
+
+        folder: its files, with verified checksums: DeepSpeed unpickles those of version 0.5 and older. state: its
+        state.json. UserError if there are none for this model, or if an old one is of other ranks.
         """
-        state = {**state, **self.scale.state()}
-        faults: list[Exception] = []
-        with (
-            _later(faults, self.deepspeed.checkpoint_engine, "save"),
-            _later(faults, self.deepspeed, "_copy_recovery_script"),
-        ):
-            self.deepspeed.save_checkpoint(
-                str(folder), tag="deepspeed", client_state=state, save_latest=False, exclude_frozen_parameters=True
-            )
-        if faults:
-            # torch raises RuntimeError without the cause.
-            raise OSError(f"DeepSpeed's files cannot be written: {one_line(faults[0])}") from faults[0]
+        if (folder / OLD_FOLDER).is_dir():
+            state = self._load_old(folder)
+        else:
+            StoredMoments(folder).read_into(self.optimizer, self._pieces(), state["updates"])
+        self.scale.load(state)
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Load what `save` has written and return the state that was given to it. Frozen weights stay as they are.
+    def _pieces(self) -> list[Piece]:
+        return pieces(self.model, self.deepspeed.optimizer, self.train.zero_stage, self.world.rank)
 
-        Only for files with verified checksums: DeepSpeed unpickles them. UserError if there are none for these ranks.
-        """
+    def _load_old(self, folder: Path) -> dict[str, Any]:
+        """Load what DeepSpeed wrote, in versions up to 0.5, and return the state in it."""
         # Else DeepSpeed refuses checkpoints from before clipping was made here.
         self.deepspeed.optimizer.compute_grad_norm = True
-        path, state = self.deepspeed.load_checkpoint(str(folder), tag="deepspeed", custom_load_fn=_load_learned)
+        path, state = self.deepspeed.load_checkpoint(str(folder), tag=OLD_FOLDER, custom_load_fn=_load_learned)
         if path is None:
             raise UserError(f"no DeepSpeed state for {self.world.size} ranks in {folder}: start a new run folder")
-        saved: dict[str, Any] = state
-        self.scale.load(saved)
-        return saved
+        return dict(state)
 
     def _quiet_deepspeed(self) -> None:
         deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -204,24 +216,6 @@ class Engine:
         if self.device.type == "cpu":
             # DeepSpeed would compile it at every start (minutes on two cores) for a reduction that gloo does too.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-@contextmanager
-def _later(faults: list[Exception], target: Any, method: str) -> Iterator[None]:
-    """In the block errors of a method that writes a file are put aside: DeepSpeed's barriers come after it."""
-    write = getattr(target, method)
-
-    def keep_error(*args: Any, **options: Any) -> None:
-        try:
-            write(*args, **options)
-        except (OSError, RuntimeError) as error:
-            faults.append(error)
-
-    setattr(target, method, keep_error)
-    try:
-        yield
-    finally:
-        delattr(target, method)
 
 
 def _not_finite(x: Tensor) -> Tensor:

@@ -210,8 +210,8 @@ class Training:
     def _resumed(self, folder: Path) -> Progress:
         """Load a checkpoint into the engine and return the progress that was saved with it."""
         with announced("resuming", f"from {folder}"):
-            self.engine.load(folder)
-        state, select = checkpoint.read_state(folder), self.config.evaluation.select
+            state, select = checkpoint.read_state(folder), self.config.evaluation.select
+            self.engine.load(folder, state)
         progress = Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
         best = run_checkpoints.best_scored(self.run_dir, select)
         score = best and run_checkpoints.read_score(best)

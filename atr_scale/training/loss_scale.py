@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,6 +43,6 @@ class LossScale:
         """For a checkpoint; waits for the device."""
         return {"scale": float(self.value), "good_steps": int(self._good_steps)}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         self.value.fill_(state["scale"])
         self._good_steps.fill_(state["good_steps"])

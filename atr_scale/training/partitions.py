@@ -20,16 +20,22 @@ class Partitions:
         self.optimizer = optimizer
         for hook in optimizer._grad_acc_hooks:
             hook.remove()
-        self._slices: dict[nn.Parameter, list[Slice]] = {}
+        self._slices = self.slices(optimizer)
+
+    @staticmethod
+    def slices(optimizer: Any) -> dict[nn.Parameter, list[Slice]]:
+        """Where the values of each parameter lie: the same on all ranks."""
         groups = zip(
             optimizer.round_robin_bit16_groups,
             optimizer.round_robin_bit16_offsets,
             optimizer.partition_size,
             strict=True,
         )
-        for number, (parameters, offsets, size) in enumerate(groups):
-            for parameter, first in zip(parameters, offsets, strict=True):
-                self._slices[parameter] = _cut(first, parameter.numel(), int(size), number)
+        return {
+            parameter: _cut(first, parameter.numel(), int(size), number)
+            for number, (parameters, offsets, size) in enumerate(groups)
+            for parameter, first in zip(parameters, offsets, strict=True)
+        }
 
     @property
     def sharding(self) -> Sharding:

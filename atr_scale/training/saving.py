@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 MARGIN = 1.02  # of the last checkpoint's size
 MARGIN_BYTES = 1 << 20
 BYTES_OF_A_PARAMETER = 4  # of its weight, in fp32
-BYTES_OF_A_LEARNED_PARAMETER = 16  # of DeepSpeed: its weight, a copy of it, and two moments
+BYTES_OF_A_LEARNED_PARAMETER = 8  # of its two moments
 
 
 @contextmanager

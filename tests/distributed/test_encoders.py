@@ -84,8 +84,7 @@ def trained(config: RunConfig) -> dict[str, Any]:
     found["restored"] = embeddings(restored)
     found["gone on"] = [*losses, step(first, batches, 2)]
 
-    second, batches = start(config)
-    second.load(saved)
+    second, batches = start(config, saved)
     for _ in losses:
         next(batches)
     found["resumed"] = [*losses, step(second, batches, 2)]

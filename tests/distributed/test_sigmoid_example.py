@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from atr_scale import checkpoint
 from atr_scale.config import load_config
 from atr_scale.distributed.world import World
 from atr_scale.training.schedule import seeds
@@ -41,17 +42,15 @@ def restored(example: str, path: Path, folder: Path, runs: list[tuple[str, ...]]
         engine, batches = start(config)
         batch, later = next(batches), next(batches)
         engine.update([batch], RATES, seeds(0, 0, 1, world.rank))
-        place = folder / str(number)
-        engine.save(place, {"step": 1})
-        weights = engine.full_weights()
-        again, _ = start(config)
-        state = again.load(place)
+        place = checkpoint.save(folder / str(number), engine, world, config.to_yaml(), {"step": 1})
+        again, _ = start(config, place)
+        weights = checkpoint.read_weights(place)
         own = []
         for one in (engine, again):
             result = one.update([later], RATES, seeds(0, 1, 1, world.rank))
             after = {name: value.tolist() for name, value in parameters(one).items() if "sigmoid" in name}
             own.append((result.terms["loss"], result.gradient_norm, after))
-        found.append((state["step"], own, sorted(name for name in weights if "sigmoid" in name)))
+        found.append((own, sorted(name for name in weights if "sigmoid" in name)))
     return found
 
 
@@ -110,8 +109,8 @@ def test_its_parameters_are_saved_and_restored(folder: Path, tmp_path: Path, exa
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_config(folder, folder / "run").to_yaml())
     main, other = run_ranks(restored, 2, example, path, tmp_path, [("train.zero_stage=1",), ("train.zero_stage=3",)])
-    for step, (going_on, after_restart), _ in (*main, *other):
-        assert step == 1 and going_on == after_restart
+    for (going_on, after_restart), _ in (*main, *other):
+        assert going_on == after_restart
         assert set(going_on[2]) == {"objective.terms.sigmoid.log_scale", "objective.terms.sigmoid.bias"}
-    for _, _, saved in main:
+    for _, saved in main:
         assert saved == ["objective.terms.sigmoid.bias", "objective.terms.sigmoid.log_scale"]

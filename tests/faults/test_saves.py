@@ -30,7 +30,8 @@ def save(run: Path, step: int, value: float | None, keep: int = 1) -> None:
     """What training does at a step: save, prune, then record the score and link the best."""
     trained: Any = SimpleNamespace(
         model=SimpleNamespace(text_encoder=SimpleNamespace(save_files=lambda folder: None)),
-        save=lambda folder, state: None,
+        state=dict,
+        save=lambda folder: None,
         full_weights=lambda: {"weight": torch.tensor([float(step)])},
     )
     folder = checkpoint.save(run, trained, World(), "", {"step": step})

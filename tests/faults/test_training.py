@@ -122,13 +122,13 @@ def test_every_clip_once_in_an_epoch(two_ranks: Given, outcome: Outcome) -> None
 
 
 @pytest.mark.fault(
-    "another number of ranks at each resume: 1, 2, 1 (without ZeRO)",
+    "another number of ranks and another ZeRO stage at each resume: 1 (stage 1), 2 (stage 3), 1 (stage 0)",
     expected="step, weights and moments are kept; every step has the samples and the loss of an undisturbed run",
 )
 def test_another_number_of_ranks(three_shards: Path, two_ranks: Given, tmp_path: Path, outcome: Outcome) -> None:
     with tiny_runs(tmp_path, three_shards) as runs:
-        for ranks, steps in ((1, 3), (2, 6), (1, STEPS)):
-            assert start(runs, tmp_path / f"audit-{steps}", ranks, steps=steps) == 0, runs.said()
+        for ranks, stage, steps in ((1, 1, 3), (2, 3, 6), (1, 0, STEPS)):
+            assert start(runs, tmp_path / f"audit-{steps}", ranks, steps=steps, zero_stage=stage) == 0, runs.said()
         assert steps_of(runs.folder()) == list(range(1, STEPS + 1))
         losses = [line["loss"] for line in read_training(runs.folder())]
     text = three_shards / "train" / "text_encoder"

@@ -94,7 +94,6 @@ ONE_LINE = {
     "train run.yaml train.initial_checkpoint=nowhere": "no checkpoint at nowhere",
     "train run.yaml train.initial_checkpoint=other/checkpoints/step-3": "leaves it out",
     "train run.yaml train.initial_checkpoint=cut/checkpoints/step-3": "cut/checkpoints/step-3/model.safetensors",
-    "train run.yaml train.micro_batch_size=5": "train.micro_batch_size = 5 does not divide",
     "train run.yaml --dry-run --world-size 5": "train.global_batch_size = 12 does not divide among 5 ranks",
     "train run.yaml --dry-run --world-size 0": "--world-size",
     # shards

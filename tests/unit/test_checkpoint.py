@@ -22,7 +22,8 @@ def save(run: Path, value: float) -> Path:
     """Checkpoint step-3 of a model with one weight."""
     trained: Any = SimpleNamespace(
         model=SimpleNamespace(text_encoder=SimpleNamespace(save_files=lambda folder: None)),
-        save=lambda folder, state: None,
+        state=dict,
+        save=lambda folder: None,
         full_weights=lambda: {"weight": torch.tensor([value])},
     )
     return checkpoint.save(run, trained, World(), "", {"step": 3})

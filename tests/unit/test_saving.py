@@ -41,7 +41,10 @@ class Fake:
         self.model: Any = torch.nn.Linear(10, 100, bias=False)
         vars(self.model)["text_encoder"] = SimpleNamespace(save_files=lambda folder: None)
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def save(self, folder: Path) -> None:
         (folder / "rank_0.pt").write_bytes(bytes(1000))
         if self.fault:
             raise self.fault
@@ -99,9 +102,9 @@ def test_space_is_made_where_keep_allows(config: RunConfig, suffices: bool, monk
 
 
 def test_the_first_checkpoint_is_measured_by_its_parameters(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=(1 << 20) + 20 * 1000 - 1))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=(1 << 20) + 12 * 1000 - 1))
     assert not saver(config).save(Fake(), {"step": 1}, lambda: False)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=(1 << 20) + 20 * 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=(1 << 20) + 12 * 1000))
     assert saver(config).save(Fake(), {"step": 1}, lambda: False)
 
 

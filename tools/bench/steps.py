@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from atr_scale.batch import Batch
+from atr_scale.checkpoint import read_state
 from atr_scale.config import RunConfig, parse_config
 from atr_scale.demo.text_encoder import build_demo_text_encoder
 from atr_scale.distributed.world import World
@@ -42,10 +43,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def start(config: RunConfig) -> Engine:
+def start(config: RunConfig, resume_from: Path | None = None) -> Engine:
     torch.manual_seed(0)
     world = World.current()
-    return Engine(new_model(config, world)[0], config.train, world, device())
+    engine = Engine(new_model(config, world, resume_from)[0], config.train, world, device())
+    if resume_from:
+        engine.load(resume_from, read_state(resume_from))
+    return engine
 
 
 def noise(size: int, seconds: float, sample_rate: int, world: World) -> Batch:

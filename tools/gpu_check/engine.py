@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atr_scale import checkpoint
 from atr_scale.batch import Batch
 from atr_scale.config import RunConfig
 from atr_scale.distributed.start import distributed
@@ -52,15 +53,14 @@ def updates(folder: Path, precision: str, stage: int, chunks: int) -> Row:
     skipped = steps.update(engine, replace(batch, waveform=waveform))
     if skipped.applied or _distance(engine.full_weights(), started):
         raise AssertionError("an update with NaN has changed the weights")
-    engine.save(folder / "saved", {"step": 1})
+    saved = checkpoint.save(folder / "run", engine, World.current(), config.to_yaml(), {"step": 1})
     _applied(engine, batch)
     after = engine.full_weights()
     if not _distance(after, started):
         raise AssertionError("an update has changed no weight")
 
-    other = steps.start(config)
-    state = other.load(folder / "saved")
-    if state["step"] != 1 or _distance(other.full_weights(), started):
+    other = steps.start(config, saved)
+    if _distance(other.full_weights(), started):
         raise AssertionError("what was loaded is not what was saved")
     _applied(other, batch)
     resumed = _distance(other.full_weights(), after)
