@@ -9,8 +9,8 @@
         manifest.json           size and sha256 of every file above
     RUN/latest, RUN/best        links to one of the checkpoints; `run_checkpoints` says to which
 
-A checkpoint is written to a temporary folder, synced, renamed, and only then linked. It is enough to load the model:
-the text encoder and the audio checkpoint that training started from are not needed, and no network is.
+`checkpoint_writer` writes it to a temporary folder, which is synced, renamed, and only then linked. It is enough to
+load the model: the text encoder and the audio checkpoint that training started from are not needed, and no network is.
 """
 
 from __future__ import annotations
@@ -18,22 +18,20 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from atr_scale.checkpoint_writer import Trained, Writing, take
 from atr_scale.config import RunConfig, load_config
 from atr_scale.distributed.world import World
 from atr_scale.encoders.text import TextEncoder
 from atr_scale.encoders.text_encoders import build_text_encoder, load_text_encoder
-from atr_scale.errors import Failure, UserError, one_line
-from atr_scale.files import is_full
+from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.precision import Precision, Products
 from atr_scale.run_checkpoints import (
@@ -43,81 +41,31 @@ from atr_scale.run_checkpoints import (
     WEIGHTS,
     best_of,
     check_checksums,
-    link,
     newest_first,
-    remove_partial,
-    rename,
-    seal,
 )
 from atr_scale.scorers.tap import with_zero_biases
 
 logger = logging.getLogger(__name__)
 
 
-class Trained(Protocol):
-    """A model in training, on all ranks, that a checkpoint can be written from."""
-
-    model: Retriever
-
-    def state(self) -> dict[str, Any]:
-        """What a resume needs beside the files, equal on all ranks."""
-
-    def save(self, folder: Path) -> None:
-        """Write the files that a resume needs beside the weights. Every rank writes its own."""
-
-    def full_weights(self) -> dict[str, Tensor]:
-        """The weights on the main rank, {} on the others."""
-
-
-class DiskFull(Failure):
-    """There is no space for a checkpoint."""
-
-
 def save(run: Path, trained: Trained, world: World, config_yaml: str, state: dict[str, Any]) -> Path:
     """Write checkpoint step-`state["step"]`, link it as latest, and return its folder. All ranks call this.
 
-    If a rank cannot write, nothing of the checkpoint is left, and all ranks raise DiskFull, or Failure for another
-    reason.
+    Raises DiskFull or Failure as `Writing` does.
     """
-    final = folder_of(run, state["step"])
-    temporary = final.with_name(f".{final.name}.partial")
-    try:
-        with _together(world, run):
-            if world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-        with _together(world, run):
-            trained.save(temporary)
-        weights = trained.full_weights()
-        with _together(world, run):
-            if world.is_main:
-                save_file(weights, temporary / WEIGHTS)
-                (temporary / CONFIG).write_text(config_yaml, encoding="utf-8")
-                (temporary / TEXT_ENCODER).mkdir()
-                trained.model.text_encoder.save_files(temporary / TEXT_ENCODER)
-                (temporary / STATE).write_text(json.dumps({**state, **trained.state()}), encoding="utf-8")
-                seal(temporary)
-                rename(temporary, final)
-                link(run, "latest", final)
-    except Failure:
-        if world.is_main:
-            remove_partial(run)
-        raise
-    return final
+    return start_saving(run, trained, world, config_yaml, state).result()
 
 
-@contextmanager
-def _together(world: World, run: Path) -> Iterator[None]:
-    """All ranks write in the block, or wait for those that do. If one of them cannot, all raise."""
-    fault: Failure | None = None
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = is_full(error, run)
-        fault = DiskFull("no space") if full else Failure(f"cannot save to {run}: {one_line(error)}")
-    for found in world.gather_objects(fault):
-        if found is not None:
-            raise found
+def start_saving(
+    run: Path,
+    trained: Trained,
+    world: World,
+    config_yaml: str,
+    state: dict[str, Any],
+    afterwards: Callable[[], object] = bool,
+) -> Writing:
+    """`save` that waits for a copy of the state alone; the files are written behind. afterwards: see `Writing`."""
+    return Writing(run, folder_of(run, state["step"]), take(trained, world, config_yaml, state), world, afterwards)
 
 
 def folder_of(run: Path, step: int) -> Path:

@@ -17,7 +17,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ WEIGHTS, CONFIG, TEXT_ENCODER, STATE, MANIFEST, SCORE = (
     "model.safetensors", "config.resolved.yaml", "text_encoder", "state.json", "manifest.json", "score.json",
 )  # fmt: skip
 REQUIRED = (WEIGHTS, CONFIG, STATE)  # names that every manifest holds
+
+Files = dict[str, dict[str, int | str]]  # bytes and sha256 by name
 
 
 class Score(NamedTuple):
@@ -261,13 +263,23 @@ def rename(finished: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def seal(folder: Path) -> None:
-    """Sync every file and write the manifest of all files."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        sync(path)
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+def sealed(folder: Path, names: Iterable[str]) -> Files:
+    """Sync files of a checkpoint's folder, and return what its manifest says of them."""
+    files: Files = {}
+    for name in sorted(names):
+        sync(folder / name)
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    return files
+
+
+def write_manifest(folder: Path, files: Files) -> None:
+    """Write the manifest of a checkpoint's files, and sync it and all folders."""
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    manifest.write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1), encoding="utf-8")
     for path in (manifest, *(p for p in folder.rglob("*") if p.is_dir()), folder):
         sync(path)
+
+
+def seal(folder: Path) -> None:
+    """Sync every file and write the manifest of all files."""
+    write_manifest(folder, sealed(folder, [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]))

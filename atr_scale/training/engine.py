@@ -32,11 +32,11 @@ from atr_scale.training.optimizer_state import (
     OLD_FOLDER,
     Piece,
     StoredMoments,
+    file_of,
     moments,
     pieces,
     share,
     updates_made,
-    write,
 )
 from atr_scale.training.param_groups import optimizer_groups
 from atr_scale.training.passes import Passes, ReducedPasses, ShardedPasses
@@ -178,12 +178,12 @@ class Engine:
         """What a resume needs beside weights and moments, equal on all ranks."""
         return {"updates": updates_made(self.optimizer.state), **self.scale.state()}
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of the optimizer's moments. Raises OSError or SafetensorError if it cannot."""
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's part of the optimizer's moments, for `checkpoint_writer`."""
         own = self._pieces()
         if self.train.zero_stage == 0:
             own = share(own, self.world.rank, self.world.size)
-        write(folder, self.world.rank, moments(own, self.optimizer.state))
+        return {file_of(self.world.rank): moments(own, self.optimizer.state)}
 
     def load(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Load the optimizer's moments and the loss scale of a checkpoint whose weights the model has already.

@@ -323,7 +323,7 @@ class Training:
         select = self.config.evaluation.select
         score = selection_score({name: each.metrics for name, each in found.items()}, select)
         folder = checkpoint.folder_of(self.run_dir, self.progress.step)
-        saved = folder == self.saver.last  # else the disk was full
+        saved = self._finish_save() and folder == self.saver.last  # else the disk was full
         improved = saved and score > self.progress.best
         if improved:
             self.progress.best, self.progress.best_metric = score, select
@@ -350,9 +350,16 @@ class Training:
         self.record.count_dropped()
         state = {**asdict(self.progress), "world_size": self.world.size, INPUTS: self.inputs}
         with self.heartbeat.wait("saving"):
-            saved = self.saver.save(self.engine, state, self._ends)
-        self._stopping = self._stopping or (saved and self.stop.agree())
+            self.saver.start(self.engine, state, self._ends)
+        self._stopping = self._stopping or self.stop.agree()
+        if self._stopping or self.progress.step == self.parts.length.steps:
+            self._finish_save()
         self.record.leave_out(time.perf_counter() - start)
+
+    def _finish_save(self) -> bool:
+        """Wait for the files of the last save. Returns whether there was space for it."""
+        with self.heartbeat.wait("saving"):
+            return self.saver.finish(self._ends)
 
     def _ends(self) -> bool:
         return self._stopping or self.progress.step == self.parts.length.steps or self.stop.agree()

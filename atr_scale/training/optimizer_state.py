@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atr_scale.errors import UserError
@@ -94,10 +93,9 @@ def updates_made(state: Mapping[Tensor, Mapping[str, Tensor]]) -> int:
     return max((int(each["step"]) for each in state.values() if "step" in each), default=0)
 
 
-def write(folder: Path, rank: int, vectors: dict[str, Tensor]) -> None:
-    """Write the file of a rank into a checkpoint's folder."""
-    (folder / FOLDER).mkdir(exist_ok=True)
-    save_file(vectors, folder / FOLDER / f"rank-{rank}.safetensors")
+def file_of(rank: int) -> str:
+    """Name of a rank's file in a checkpoint."""
+    return f"{FOLDER}/rank-{rank}.safetensors"
 
 
 class StoredMoments:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from atr_scale import checkpoint, run_checkpoints
-from atr_scale.checkpoint import DiskFull, Trained
+from atr_scale.checkpoint_writer import DiskFull, Trained, Writing
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import Failure
@@ -50,26 +50,47 @@ class Saver:
         self.config, self.world, self.monitor, self.last = config, world, monitor, last
         self.run, self.keep = Path(config.run.dir), config.train.keep_checkpoints
         self.failed = 0
+        self._writing: Writing | None = None
+        self._unsaved = 0, 0  # step and bytes of the save that is being made
 
-    def save(self, trained: Trained, state: dict[str, Any], ends: Callable[[], bool]) -> bool:
-        """Save the state of all ranks, and say whether there was space for it.
+    def start(self, trained: Trained, state: dict[str, Any], ends: Callable[[], bool]) -> None:
+        """Copy the state of all ranks; threads write it while training goes on. The save before is finished first.
+
+        ends: see `finish`.
+        """
+        self.finish(ends)
+        needed = self.world.from_main(lambda: self._bytes(trained.model))
+        self._unsaved = state["step"], needed
+        try:
+            self.world.from_main(lambda: self._make_space(needed))
+            self._writing = checkpoint.start_saving(
+                self.run, trained, self.world, self.config.to_yaml(), state, self._prune
+            )
+        except DiskFull:
+            self._not_saved(ends())
+
+    def finish(self, ends: Callable[[], bool]) -> bool:
+        """Wait for the save that is being written, and say whether there was space for the last one that was started.
 
         ends: whether the run ends after this save; all ranks call it together. Raises Failure if the run ends and
         cannot be saved.
         """
-        needed = self.world.from_main(lambda: self._bytes(trained.model))
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return not self.failed
         try:
-            self.world.from_main(lambda: self._make_space(needed))
-            self.last = checkpoint.save(self.run, trained, self.world, self.config.to_yaml(), state)
+            self.last = writing.result()
         except DiskFull:
-            self._not_saved(state["step"], needed, ends())
+            self._not_saved(ends())
             return False
         if self.failed:
             self.failed = 0
-            self.monitor.saving(state["step"], 0)
-        if self.world.is_main:
-            run_checkpoints.prune(self.run, self.keep, self.last)
+            self.monitor.saving(self._unsaved[0], 0)
         return True
+
+    def _prune(self) -> None:
+        newest = checkpoint.folder_of(self.run, self._unsaved[0])
+        run_checkpoints.prune(self.run, self.keep, newest)
 
     def _bytes(self, model: nn.Module) -> int:
         """Of a checkpoint: like the last one, which holds the files of all ranks; before that by the parameters."""
@@ -89,8 +110,9 @@ class Saver:
         if shutil.disk_usage(self.run).free < needed:
             raise DiskFull("no space")
 
-    def _not_saved(self, step: int, needed: int, ends: bool) -> None:
+    def _not_saved(self, ends: bool) -> None:
         self.failed += 1
+        step, needed = self._unsaved
         self.monitor.saving(step, self.failed)
         since = f"nothing is saved since {self.last.name if self.last else 'the start'}"
         fault = (

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from atr_scale import checkpoint
-from atr_scale.checkpoint import DiskFull
+from atr_scale import checkpoint_writer
+from atr_scale.checkpoint_writer import DiskFull
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import Failure
@@ -39,18 +39,26 @@ class Fake:
     def __init__(self, fault: Exception | None = None) -> None:
         self.fault = fault
         self.model: Any = torch.nn.Linear(10, 100, bias=False)
-        vars(self.model)["text_encoder"] = SimpleNamespace(save_files=lambda folder: None)
+        vars(self.model)["text_encoder"] = SimpleNamespace(save_files=self.save_files)
+
+    def save_files(self, folder: Path) -> None:
+        (folder / "config.json").write_bytes(bytes(1000))
+        if self.fault:
+            raise self.fault
 
     def state(self) -> dict[str, Any]:
         return {}
 
-    def save(self, folder: Path) -> None:
-        (folder / "rank_0.pt").write_bytes(bytes(1000))
-        if self.fault:
-            raise self.fault
+    def files(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"optimizer/rank-0.safetensors": {"moment": torch.zeros(1000)}}
 
     def full_weights(self) -> dict[str, torch.Tensor]:
-        return dict(self.model.state_dict())
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
+
+
+def saved(saver: Saver, fault: Exception | None = None, step: int = 1, ends: bool = False) -> bool:
+    saver.start(Fake(fault), {"step": step}, lambda: ends)
+    return saver.finish(lambda: ends)
 
 
 def saver(config: RunConfig) -> Saver:
@@ -63,13 +71,13 @@ def names(config: RunConfig) -> list[str]:
 
 def test_a_save_without_space_is_tried_again(config: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
     tried = saver(config)
-    assert tried.save(Fake(), {"step": 1}, lambda: False)
-    assert not tried.save(Fake(NO_SPACE), {"step": 2}, lambda: False)
+    assert saved(tried, None, 1, False)
+    assert not saved(tried, NO_SPACE, 2, False)
     assert names(config) == ["step-1"]
     assert "step 2 of " in caplog.text and "nothing is saved since step-1; training goes on" in caplog.text
     with pytest.raises(Failure, match="nothing is saved since step-1: make space, and start the same command again"):
-        tried.save(Fake(NO_SPACE), {"step": 3}, lambda: True)
-    assert tried.save(Fake(), {"step": 4}, lambda: False)
+        saved(tried, NO_SPACE, 3, True)
+    assert saved(tried, None, 4, False)
     lines = (Path(config.run.dir) / "metrics.jsonl").read_text()
     assert [line for line in lines.splitlines() if "saving" in line] == [
         f'{{"kind": "saving", "step": {step}, "failed": {failed}}}' for step, failed in ((2, 1), (3, 2), (4, 0))
@@ -78,7 +86,7 @@ def test_a_save_without_space_is_tried_again(config: RunConfig, caplog: pytest.L
 
 def test_another_fault_of_writing_is_one_line(config: RunConfig) -> None:
     with pytest.raises(Failure, match=r"cannot save to .*Input/output error") as error:
-        saver(config).save(Fake(OSError(errno.EIO, "Input/output error")), {"step": 1}, lambda: False)
+        saved(saver(config), OSError(errno.EIO, "Input/output error"), 1, False)
     assert not isinstance(error.value, DiskFull)
     assert names(config) == []
 
@@ -88,7 +96,7 @@ def test_space_is_made_where_keep_allows(config: RunConfig, suffices: bool, monk
     """The best one, step-1, and the newest one are never removed for it."""
     run, tried = Path(config.run.dir), saver(config)
     for step in (1, 2, 3):
-        assert tried.save(Fake(), {"step": step}, lambda: False)
+        assert saved(tried, None, step, False)
         if step == 1:
             write_score(run / "checkpoints" / "step-1", Score("t2a/R@1", 1.0))
     assert names(config) == ["step-1", "step-2", "step-3"]
@@ -97,15 +105,15 @@ def test_space_is_made_where_keep_allows(config: RunConfig, suffices: bool, monk
         return SimpleNamespace(free=10**9 if suffices and len(newest_first(run)) < 3 else 0)
 
     monkeypatch.setattr("shutil.disk_usage", usage)
-    assert tried.save(Fake(), {"step": 4}, lambda: False) == suffices
+    assert saved(tried, None, 4, False) == suffices
     assert names(config) == ["step-1", "step-3", *(["step-4"] if suffices else [])]
 
 
 def test_the_first_checkpoint_is_measured_by_its_parameters(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=(1 << 20) + 12 * 1000 - 1))
-    assert not saver(config).save(Fake(), {"step": 1}, lambda: False)
+    assert not saved(saver(config), None, 1, False)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=(1 << 20) + 12 * 1000))
-    assert saver(config).save(Fake(), {"step": 1}, lambda: False)
+    assert saved(saver(config), None, 1, False)
 
 
 def test_what_a_full_disk_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,8 +143,8 @@ def test_weights_on_a_disk_without_space(config: RunConfig, monkeypatch: pytest.
     def full(*args: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    assert not saver(config).save(Fake(), {"step": 1}, lambda: False)
+    monkeypatch.setattr(checkpoint_writer, "save_file", full)
+    assert not saved(saver(config), None, 1, False)
     assert names(config) == []
 
 

@@ -1,0 +1,192 @@
+"""Writes checkpoints: a copy of the state in main memory first, then its files behind the training.
+
+    take (all ranks, the training waits) -> Writing (a thread of each rank) -> result (all ranks)
+
+Each rank writes, syncs and hashes its own files in a temporary folder, and then says so in a small file there. When all
+have, the main rank writes the manifest, renames the folder and links it as latest. A crash before the rename leaves the
+checkpoint before it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from atr_scale.distributed.world import World
+from atr_scale.encoders.text import TextEncoder
+from atr_scale.errors import Failure, one_line
+from atr_scale.files import atomic_write, is_full
+from atr_scale.model import Retriever
+from atr_scale.run_checkpoints import (
+    CONFIG,
+    STATE,
+    TEXT_ENCODER,
+    WEIGHTS,
+    Files,
+    link,
+    remove_partial,
+    rename,
+    sealed,
+    write_manifest,
+)
+
+POLL_S = 0.05  # between two looks at whether the other ranks have written
+
+
+class Trained(Protocol):
+    """A model in training, on all ranks, that a checkpoint can be written from."""
+
+    model: Retriever
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs beside the files, equal on all ranks."""
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """What this rank writes for a resume beside the weights: copies on the host, by file and by name."""
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Copies of the weights on the host of the main rank, {} on the others."""
+
+
+class DiskFull(Failure):
+    """There is no space for a checkpoint."""
+
+
+@dataclass
+class Snapshot:
+    """A rank's part of a checkpoint, in main memory. Nothing of it changes when training goes on."""
+
+    tensors: dict[str, dict[str, Tensor]]  # by file
+    texts: dict[str, str]  # by file
+    text_encoder: TextEncoder | None  # on the main rank; its configuration and tokenizer do not change
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
+
+
+def take(trained: Trained, world: World, config_yaml: str, state: dict[str, Any]) -> Snapshot:
+    """Copy the state of all ranks into their main memory. All ranks call this together."""
+    tensors, texts = trained.files(), dict[str, str]()
+    weights = trained.full_weights()
+    if not world.is_main:
+        return Snapshot(tensors, texts, None)
+    tensors[WEIGHTS] = weights
+    texts |= {CONFIG: config_yaml, STATE: json.dumps({**state, **trained.state()})}
+    return Snapshot(tensors, texts, trained.model.text_encoder)
+
+
+class Writing:
+    """A checkpoint that is being written. All ranks make one together, and later ask for its result together."""
+
+    def __init__(
+        self, run: Path, final: Path, snapshot: Snapshot, world: World, afterwards: Callable[[], object] = bool
+    ) -> None:
+        """afterwards: called by the thread of the main rank when the checkpoint is there.
+
+        Raises Failure, DiskFull if the disk is full, if the folder cannot be made.
+        """
+        self.run, self.final, self.world, self._afterwards = run, final, world, afterwards
+        self._snapshot: Snapshot | None = snapshot
+        self._folder = final.with_name(f".{final.name}.partial")
+        self._fault: Failure | None = None
+        self._together(self._make_folder() if world.is_main else None)
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def result(self) -> Path:
+        """Wait for the checkpoint and return its folder.
+
+        If a rank could not write, nothing of the checkpoint is left, and all ranks raise DiskFull, or Failure for
+        another reason.
+        """
+        self._thread.join()
+        try:
+            self._together(self._fault)
+        except Failure:
+            if self.world.is_main:
+                remove_partial(self.run)
+            raise
+        return self.final
+
+    def _together(self, fault: Failure | None) -> None:
+        """All ranks raise if one of them has a fault."""
+        for found in self.world.gather_objects(fault):
+            if found is not None:
+                raise found
+
+    def _make_folder(self) -> Failure | None:
+        try:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
+        except OSError as error:
+            return self._as_failure(error)
+        return None
+
+    def _as_failure(self, error: Exception) -> Failure:
+        if is_full(error, self.run):
+            return DiskFull("no space")
+        return Failure(f"cannot save to {self.run}: {one_line(error)}")
+
+    def _write(self) -> None:
+        written: Files = {}
+        try:
+            written = self._own_files()
+        except (OSError, SafetensorError) as error:
+            self._fault = self._as_failure(error)
+        self._snapshot = None  # frees its memory
+        try:
+            with atomic_write(self._said(self.world.rank)) as temporary:
+                temporary.write_text(json.dumps(None if self._fault else written), encoding="utf-8")
+            if self.world.is_main:
+                self._finish(written)
+        except OSError as error:
+            self._fault = self._fault or self._as_failure(error)
+
+    def _own_files(self) -> Files:
+        assert self._snapshot is not None
+        for name, tensors in self._snapshot.tensors.items():
+            path = self._folder / name
+            path.parent.mkdir(exist_ok=True)
+            save_file(tensors, path)
+        for name, text in self._snapshot.texts.items():
+            (self._folder / name).write_text(text, encoding="utf-8")
+        names = [*self._snapshot.tensors, *self._snapshot.texts]
+        if self._snapshot.text_encoder is not None:
+            place = self._folder / TEXT_ENCODER
+            place.mkdir()
+            self._snapshot.text_encoder.save_files(place)
+            names += [str(path.relative_to(self._folder)) for path in place.rglob("*") if path.is_file()]
+        return sealed(self._folder, names)
+
+    def _finish(self, files: Files) -> None:
+        """Wait until all ranks have written, and make a checkpoint of their files."""
+        for rank in range(1, self.world.size):
+            said = self._said(rank)
+            while not said.is_file():  # a rank that dies ends the run, and this thread with it
+                time.sleep(POLL_S)
+            theirs = json.loads(said.read_text(encoding="utf-8"))
+            if theirs is None:
+                return
+            files |= theirs
+        if self._fault:
+            return
+        for rank in range(self.world.size):
+            self._said(rank).unlink()
+        write_manifest(self._folder, files)
+        rename(self._folder, self.final)
+        link(self.run, "latest", self.final)
+        self._afterwards()
+
+    def _said(self, rank: int) -> Path:
+        return self._folder / f".rank-{rank}.json"
