@@ -40,6 +40,7 @@ from atr_scale.run_checkpoints import (
     write_manifest,
 )
 
+PATIENCE_S = 20.0  # for the files of other ranks, after this one has failed
 POLL_S = 0.05  # between two looks at whether the other ranks have written
 
 
@@ -100,8 +101,11 @@ class Writing:
         self._snapshot: Snapshot | None = snapshot
         self._folder = final.with_name(f".{final.name}.partial")
         self._fault: Failure | None = None
+        self._error: BaseException | None = None  # any other, which is ours
+        self._ended: float | None = None
+        self._own_done, self._abandoned = threading.Event(), threading.Event()
         self._together(self._make_folder() if world.is_main else None)
-        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._write, name="checkpoint")  # a process that fails ends after it
         self._thread.start()
 
     def result(self) -> Path:
@@ -110,17 +114,23 @@ class Writing:
         If a rank could not write, nothing of the checkpoint is left, and all ranks raise DiskFull, or Failure for
         another reason.
         """
-        self._thread.join()
         try:
+            self._own_done.wait()
+            self._together(self._fault)
+            self._thread.join()
             self._together(self._fault)
         except Failure:
+            self._abandoned.set()
+            self._thread.join()
             if self.world.is_main:
                 remove_partial(self.run)
             raise
         return self.final
 
     def _together(self, fault: Failure | None) -> None:
-        """All ranks raise if one of them has a fault."""
+        """All ranks raise if one of them has a fault. This one raises if it has another error."""
+        if self._error is not None:
+            raise self._error
         for found in self.world.gather_objects(fault):
             if found is not None:
                 raise found
@@ -139,19 +149,16 @@ class Writing:
         return Failure(f"cannot save to {self.run}: {one_line(error)}")
 
     def _write(self) -> None:
-        written: Files = {}
         try:
             written = self._own_files()
-        except (OSError, SafetensorError) as error:
-            self._fault = self._as_failure(error)
-        self._snapshot = None  # frees its memory
-        try:
-            with atomic_write(self._said(self.world.rank)) as temporary:
-                temporary.write_text(json.dumps(None if self._fault else written), encoding="utf-8")
+            self._own_done.set()
             if self.world.is_main:
                 self._finish(written)
-        except OSError as error:
-            self._fault = self._fault or self._as_failure(error)
+        except (OSError, SafetensorError) as error:
+            self._fault = self._as_failure(error)
+        except BaseException as error:
+            self._error = error
+        self._own_done.set()
 
     def _own_files(self) -> Files:
         assert self._snapshot is not None
@@ -167,26 +174,33 @@ class Writing:
             place.mkdir()
             self._snapshot.text_encoder.save_files(place)
             names += [str(path.relative_to(self._folder)) for path in place.rglob("*") if path.is_file()]
-        return sealed(self._folder, names)
+        self._snapshot = None  # frees its memory
+        written = sealed(self._folder, names)
+        if not self.world.is_main:
+            with atomic_write(self._said(self.world.rank)) as temporary:
+                temporary.write_text(json.dumps(written), encoding="utf-8")
+        return written
 
     def _finish(self, files: Files) -> None:
         """Wait until all ranks have written, and make a checkpoint of their files."""
         for rank in range(1, self.world.size):
             said = self._said(rank)
-            while not said.is_file():  # a rank that dies ends the run, and this thread with it
-                time.sleep(POLL_S)
-            theirs = json.loads(said.read_text(encoding="utf-8"))
-            if theirs is None:
-                return
-            files |= theirs
-        if self._fault:
-            return
-        for rank in range(self.world.size):
-            self._said(rank).unlink()
+            while not said.is_file():
+                if self._abandoned.wait(POLL_S) or self._has_ended():
+                    return
+            files |= json.loads(said.read_text(encoding="utf-8"))
+            said.unlink()
         write_manifest(self._folder, files)
         rename(self._folder, self.final)
         link(self.run, "latest", self.final)
         self._afterwards()
+
+    def _has_ended(self) -> bool:
+        """Whether this process has ended, but for this thread, and other ranks have had time to write."""
+        if threading.main_thread().is_alive():
+            return False
+        self._ended = self._ended or time.monotonic()
+        return time.monotonic() - self._ended > PATIENCE_S
 
     def _said(self, rank: int) -> Path:
         return self._folder / f".rank-{rank}.json"
