@@ -56,9 +56,10 @@ class Saver:
     def start(self, trained: Trained, state: dict[str, Any], ends: Callable[[], bool]) -> None:
         """Copy the state of all ranks; threads write it while training goes on. The save before is finished first.
 
-        ends: see `finish`.
+        ends: whether the run ends after this save; all ranks call it together. Raises Failure if the run ends and
+        there is no space for it.
         """
-        self.finish(ends)
+        self.finish(lambda: False)  # this one is still to be tried
         needed = self.world.from_main(lambda: self._bytes(trained.model))
         self._unsaved = state["step"], needed
         try:
