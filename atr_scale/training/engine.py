@@ -30,7 +30,7 @@ from atr_scale.training.grad_cache import GradCache
 from atr_scale.training.loss_scale import LossScale
 from atr_scale.training.optimizer_state import (
     OLD_FOLDER,
-    Piece,
+    HeldPiece,
     StoredMoments,
     file_of,
     moments,
@@ -197,7 +197,7 @@ class Engine:
             StoredMoments(folder).read_into(self.optimizer, self._pieces(), state["updates"])
         self.scale.load(state)
 
-    def _pieces(self) -> list[Piece]:
+    def _pieces(self) -> list[HeldPiece]:
         return pieces(self.model, self.deepspeed.optimizer, self.train.zero_stage, self.world.rank)
 
     def _load_old(self, folder: Path) -> dict[str, Any]:

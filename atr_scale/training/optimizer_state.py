@@ -27,7 +27,7 @@ OLD_FOLDER = "deepspeed"  # with what DeepSpeed wrote, in checkpoints of version
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Piece(NamedTuple):
+class HeldPiece(NamedTuple):
     """The values `start` up to, not including, `stop` of a parameter, as the optimizer of a rank has them.
 
     holder: the tensor that the optimizer steps, whose values from `offset` on are these.
@@ -44,41 +44,41 @@ class Piece(NamedTuple):
         return tensor.view(-1)[self.offset : self.offset + self.stop - self.start]
 
 
-def pieces(model: nn.Module, optimizer: Any, zero_stage: int, rank: int) -> list[Piece]:
+def pieces(model: nn.Module, optimizer: Any, zero_stage: int, rank: int) -> list[HeldPiece]:
     """The pieces that rank `rank` steps. optimizer: DeepSpeed's; at stage 0, where every rank steps all, not read."""
     learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if zero_stage == 0:
-        return [Piece(name, 0, parameter.numel(), parameter, 0) for name, parameter in learned]
+        return [HeldPiece(name, 0, parameter.numel(), parameter, 0) for name, parameter in learned]
     if zero_stage == 3:
         return [_of_stage_3(name, parameter, optimizer, rank) for name, parameter in learned]
     slices = Partitions.slices(optimizer)
     holders = optimizer.single_partition_of_fp32_groups
     return [
-        Piece(name, each.start, each.stop, holders[each.partition], each.offset)
+        HeldPiece(name, each.start, each.stop, holders[each.partition], each.offset)
         for name, parameter in learned
         for each in slices[parameter]
         if each.owner == rank
     ]
 
 
-def _of_stage_3(name: str, parameter: Any, optimizer: Any, rank: int) -> Piece:
+def _of_stage_3(name: str, parameter: Any, optimizer: Any, rank: int) -> HeldPiece:
     group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
     size, count = parameter.ds_tensor.ds_numel, parameter.ds_numel  # shards of equal size, the last ones padded
     start = min(rank * size, count)
-    return Piece(name, start, min(start + size, count), optimizer.fp32_partitioned_groups_flat[group], offset)
+    return HeldPiece(name, start, min(start + size, count), optimizer.fp32_partitioned_groups_flat[group], offset)
 
 
-def share(whole: list[Piece], rank: int, ranks: int) -> list[Piece]:
+def share(whole: list[HeldPiece], rank: int, ranks: int) -> list[HeldPiece]:
     """The part that rank `rank` writes of pieces that all ranks have alike: of each an equal range."""
 
-    def cut(piece: Piece) -> Piece:
+    def cut(piece: HeldPiece) -> HeldPiece:
         first, last = (piece.start + (piece.stop - piece.start) * each // ranks for each in (rank, rank + 1))
         return piece._replace(start=first, stop=last, offset=piece.offset + first - piece.start)
 
     return [cut(piece) for piece in whole]
 
 
-def moments(own: list[Piece], state: Mapping[Tensor, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def moments(own: list[HeldPiece], state: Mapping[Tensor, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Copies of the moments of the pieces on the host, by the names of the file. state: that of torch's optimizer."""
     return {
         f"{kind}/{piece.start}/{piece.name}": piece.of(state[piece.holder][kind]).to("cpu", copy=True)
@@ -114,7 +114,7 @@ class StoredMoments:
             except (SafetensorError, ValueError) as error:
                 raise UserError(f"{path} is damaged ({error}): give another checkpoint") from None
 
-    def read_into(self, optimizer: torch.optim.Optimizer, own: list[Piece], updates: int) -> None:
+    def read_into(self, optimizer: torch.optim.Optimizer, own: list[HeldPiece], updates: int) -> None:
         """Fill the state of torch's optimizer. updates: steps that it has made.
 
         UserError if the checkpoint has no moments of a piece.
@@ -127,7 +127,7 @@ class StoredMoments:
             for kind in MOMENTS:
                 self._read(kind, piece, piece.of(state[kind]))
 
-    def _read(self, kind: str, piece: Piece, out: Tensor) -> None:
+    def _read(self, kind: str, piece: HeldPiece, out: Tensor) -> None:
         missing = piece.stop - piece.start
         for start, stop, stored in self._ranges[kind, piece.name]:
             first, last = max(start, piece.start), min(stop, piece.stop)
