@@ -80,7 +80,6 @@ def test_batch_sizes_that_do_not_divide(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "cause"),
     [
-        ({"train.global_batch_size": 13}, "train.global_batch_size = 13"),
         ({"run.dir": "FILE"}, "the run folder"),
         ({"data.validation": "nowhere"}, "no shards in nowhere"),
         ({"evaluation.select": "t2a/R@2"}, "evaluation.select"),
