@@ -62,7 +62,7 @@ def start_saving(
     world: World,
     config_yaml: str,
     state: dict[str, Any],
-    afterwards: Callable[[], object] = bool,
+    afterwards: Callable[[], object] | None = None,
 ) -> Writing:
     """`save` that waits for a copy of the state alone; the files are written behind. afterwards: see `Writing`."""
     return Writing(run, folder_of(run, state["step"]), take(trained, world, config_yaml, state), world, afterwards)

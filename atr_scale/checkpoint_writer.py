@@ -71,10 +71,6 @@ class Snapshot:
     texts: dict[str, str]  # by file
     text_encoder: TextEncoder | None  # on the main rank; its configuration and tokenizer do not change
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
-
 
 def take(trained: Trained, world: World, config_yaml: str, state: dict[str, Any]) -> Snapshot:
     """Copy the state of all ranks into their main memory. All ranks call this together."""
@@ -91,9 +87,14 @@ class Writing:
     """A checkpoint that is being written. All ranks make one together, and later ask for its result together."""
 
     def __init__(
-        self, run: Path, final: Path, snapshot: Snapshot, world: World, afterwards: Callable[[], object] = bool
+        self,
+        run: Path,
+        final: Path,
+        snapshot: Snapshot,
+        world: World,
+        afterwards: Callable[[], object] | None = None,
     ) -> None:
-        """afterwards: called by the thread of the main rank when the checkpoint is there.
+        """afterwards: called by the thread of the main rank when the checkpoint is there; None: nothing is.
 
         Raises Failure, DiskFull if the disk is full, if the folder cannot be made.
         """
@@ -193,7 +194,8 @@ class Writing:
         write_manifest(self._folder, files)
         rename(self._folder, self.final)
         link(self.run, "latest", self.final)
-        self._afterwards()
+        if self._afterwards is not None:
+            self._afterwards()
 
     def _has_ended(self) -> bool:
         """Whether this process has ended, but for this thread, and other ranks have had time to write."""

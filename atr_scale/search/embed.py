@@ -38,23 +38,9 @@ from atr_scale.search.parts import (
 from atr_scale.search.progress import EmbeddingProgress
 from atr_scale.search.sources import open_source
 from atr_scale.search.spans import Reader, ReadSound
-from atr_scale.search.vectors import Item, ModelId, Vectors, checked_suffix, items_file, read_about
+from atr_scale.search.vectors import Item, ModelId, checked_suffix, items_file, read_about
 
 logger = logging.getLogger(__name__)
-
-
-def embed_source(
-    model: TrainedModel,
-    run: str | Path,
-    source: str | Path,
-    out: str | Path,
-    *,
-    windows: float | None = None,
-    world: World | None = None,
-) -> Vectors:
-    """`embed_files`, and its result."""
-    embed_files(model, run, source, out, windows=windows, world=world)
-    return Vectors.read(out)
 
 
 def embed_files(
@@ -76,7 +62,7 @@ def embed_files(
     """
     world = world or World()
     out = checked_suffix(os.path.abspath(out))
-    _need_embeddings(model, run)
+    need_embeddings(model, run)
     if windows is not None and not 0.1 <= windows < float("inf"):
         raise UserError(f"windows of {windows:g} s: give at least 0.1 s")
     plan = Plan.of(model, ModelId.of(run, model), open_source(source), windows)
@@ -101,13 +87,14 @@ def embed_files(
     world.barrier()
 
 
-def _need_embeddings(model: TrainedModel, run: str | Path) -> None:
+def need_embeddings(model: TrainedModel, run: str | Path) -> None:
+    """Raises UserError if the model is a pairwise scorer."""
     if model.module.scorer.is_dual_encoder:
         return
     able = ", ".join(name for name, scorer in SCORERS.items() if getattr(scorer, "is_dual_encoder", False))
     raise UserError(
-        f"{run}: its scorer {model.config.model.scorer.name} compares every text with every sound, so that a sound "
-        f"alone has no embedding: embed with a run of another scorer ({able}), and re-rank what it finds with this one"
+        f"{run}: its scorer {model.config.model.scorer.name} is pairwise, so that a sound alone has no embedding: take a "
+        f"run of another scorer ({able}), and re-rank what it finds with this one (`atr-scale search --rerank`)"
     )
 
 

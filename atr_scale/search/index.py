@@ -24,7 +24,7 @@ from atr_scale.files import atomic_write
 from atr_scale.inference import TrainedModel, load_trained
 from atr_scale.locks import hold
 from atr_scale.run_checkpoints import rename
-from atr_scale.search.embed import embed_files
+from atr_scale.search.embed import embed_files, need_embeddings
 from atr_scale.search.nearest import BLOCK, FLAT_MAX, Lists, build_ivf, import_faiss
 from atr_scale.search.vectors import SUFFIXES, Item, ModelId, Vectors, read_about, write_vectors
 
@@ -145,15 +145,6 @@ def _embed(model: TrainedModel, run: str | Path, source: str | Path, folder: Pat
         shutil.rmtree(folder)
         folder.mkdir()
         embed_files(model, run, source, vectors, windows=windows)
-
-
-def need_embeddings(model: TrainedModel, run: str | Path) -> None:
-    """Raises UserError if the model is a pairwise scorer."""
-    if not model.module.scorer.is_dual_encoder:
-        raise UserError(
-            f"{run}: its scorer {model.config.model.scorer.name} is pairwise and has no embeddings to search: index "
-            "with a dual encoder, and give this run to `atr-scale search --rerank`"
-        )
 
 
 def refuse_other_model(found: ModelId, wanted: ModelId, what: str, remedy: str) -> None:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from atr_scale.errors import UserError
 from atr_scale.inference import Audio, TrainedModel, load_trained
-from atr_scale.search.index import CAPTIONS, SOUNDS, IndexInfo, need_embeddings, refuse_other_model
+from atr_scale.search.embed import need_embeddings
+from atr_scale.search.index import CAPTIONS, SOUNDS, IndexInfo, refuse_other_model
 from atr_scale.search.nearest import Nearest
 from atr_scale.search.sources import item_audio
 from atr_scale.search.vectors import Item, ModelId
@@ -185,7 +186,7 @@ class Searcher:
         sounds, there, gone = [], [], []
         for hit in hits:
             try:
-                sounds.append(read_sound(hit))
+                sounds.append(item_audio(Item(hit.id, hit.path, hit.start, hit.stop)))
                 there.append(hit)
             except UserError as error:
                 gone.append(str(error))
@@ -219,14 +220,6 @@ def _hits(
             caption = item.captions[0] if item.captions else None
             hits.append(Hit(item.id, score, item.path, item.start, item.stop, caption))
     return hits
-
-
-def read_sound(hit: Hit | Item) -> tuple[NDArray[np.float32], int]:
-    """The mono waveform [samples] of a hit or an item, its window only, and its rate in Hz.
-
-    Raises UserError if it cannot be read.
-    """
-    return item_audio(Item(hit.id, hit.path, hit.start, hit.stop))
 
 
 def _in_order(hits: list[Hit], scores: NDArray[np.float32]) -> list[Hit]:

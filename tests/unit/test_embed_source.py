@@ -14,13 +14,19 @@ import soundfile
 from atr_scale.errors import UserError
 from atr_scale.inference import TrainedModel, load_trained
 from atr_scale.search import embed
-from atr_scale.search.embed import embed_source
+from atr_scale.search.embed import embed_files
 from atr_scale.search.parts import PartResult, write_part
 from atr_scale.search.sources import item_audio, open_source
 from atr_scale.search.spans import windows_of
+from atr_scale.search.vectors import Vectors
 from tests.tiny_run import save_run, tiny_config
 
 RATE = 16_000
+
+
+def embedded(model: TrainedModel, run: Path, source: Path, out: Path, windows: float | None = None) -> Vectors:
+    embed_files(model, run, source, out, windows=windows)
+    return Vectors.read(out)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def sounds(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_embedded_like_its_files(model: TrainedModel, run: Path, sounds: Path) -> None:
-    found = embed_source(model, run, sounds, sounds.parent / "v.npy")
+    found = embedded(model, run, sounds, sounds.parent / "v.npy")
     assert sorted(item.id for item in found.items) == [
         f"sounds/{name}" for name in ("a/x.wav", "b/x.wav", "b/雨 ü.flac", "c.wav", "d.wav", "e.wav")
     ]
@@ -64,7 +70,7 @@ def test_a_folder_is_embedded_like_its_files(model: TrainedModel, run: Path, sou
 
 
 def test_windows_are_read_back(model: TrainedModel, run: Path, sounds: Path) -> None:
-    found = embed_source(model, run, sounds, sounds.parent / "v.parquet", windows=0.5)
+    found = embedded(model, run, sounds, sounds.parent / "v.parquet", windows=0.5)
     assert len(found.items) == 6 * 3
     assert [(item.start, item.stop) for item in found.items[:3]] == [(0.0, 0.5), (0.5, 1.0), (0.8, 1.3)]
     waveforms = [item_audio(item) for item in found.items]
@@ -83,7 +89,7 @@ def test_the_tail_of_a_recording_is_a_whole_window() -> None:
 def test_an_interrupted_job_goes_on(
     model: TrainedModel, run: Path, sounds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = embed_source(model, run, sounds, sounds.parent / "whole.npy")
+    whole = embedded(model, run, sounds, sounds.parent / "whole.npy")
     out = sounds.parent / "v.npy"
     written: list[Path] = []
     write = write_part
@@ -96,24 +102,24 @@ def test_an_interrupted_job_goes_on(
 
     monkeypatch.setattr(embed, "write_part", once)
     with pytest.raises(KeyboardInterrupt):
-        embed_source(model, run, sounds, out)
+        embedded(model, run, sounds, out)
     made: list[Path] = []
     monkeypatch.setattr(embed, "write_part", lambda path, part: (made.append(path), write(path, part)))
-    again = embed_source(model, run, sounds, out)
+    again = embedded(model, run, sounds, out)
     assert made and written[0] not in made
     assert np.array_equal(again.vectors, whole.vectors) and again.items == whole.items
     made.clear()
-    embed_source(model, run, sounds, out)
+    embedded(model, run, sounds, out)
     assert not made, "a complete result is embedded again"
     soundfile.write(sounds / "f.wav", np.random.default_rng(1).standard_normal(RATE) * 0.1, RATE)
-    assert len(embed_source(model, run, sounds, out).items) == 7
+    assert len(embedded(model, run, sounds, out).items) == 7
     with pytest.raises(UserError, match="is there with windows of None, not 1"):
-        embed_source(model, run, sounds, out, windows=1.0)
+        embedded(model, run, sounds, out, windows=1.0)
 
 
 def test_shards_are_a_source(model: TrainedModel, run: Path, tmp_path: Path) -> None:
     shards = run.parent / "validation" / "shards"
-    found = embed_source(model, run, shards, tmp_path / "v.npy", windows=0.5)
+    found = embedded(model, run, shards, tmp_path / "v.npy", windows=0.5)
     assert len(found.items) == 22 and ".tar#" in found.items[0].path and found.items[0].captions
     waveform, rate = item_audio(found.items[1])
     vector = model.embed_audio([waveform], sample_rate=rate)[0]
@@ -127,12 +133,12 @@ def test_mistakes_are_one_line(model: TrainedModel, run: Path, sounds: Path, tmp
     with pytest.raises(UserError, match="there is no"):
         open_source(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"ends in \.npy"):
-        embed_source(model, run, sounds, tmp_path / "v")
+        embedded(model, run, sounds, tmp_path / "v")
     (tmp_path / "mine.json").write_text("{}")
     with pytest.raises(UserError, match=r"mine\.json is there"):
-        embed_source(model, run, sounds, tmp_path / "mine.npy")
+        embedded(model, run, sounds, tmp_path / "mine.npy")
     with pytest.raises(UserError, match="give at least"):
-        embed_source(model, run, sounds, tmp_path / "v.npy", windows=0.0)
+        embedded(model, run, sounds, tmp_path / "v.npy", windows=0.0)
 
 
 @pytest.mark.slow
