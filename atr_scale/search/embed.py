@@ -93,7 +93,7 @@ def need_embeddings(model: TrainedModel, run: str | Path) -> None:
         return
     able = ", ".join(name for name, scorer in SCORERS.items() if getattr(scorer, "is_dual_encoder", False))
     raise UserError(
-        f"{run}: its scorer {model.config.model.scorer.name} is pairwise, so that a sound alone has no embedding: take a "
+        f"{run}: its scorer {model.config.model.scorer.name} is pairwise, so a sound alone has no embedding: take a "
         f"run of another scorer ({able}), and re-rank what it finds with this one (`atr-scale search --rerank`)"
     )
 
