@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from tools.bench.steps import configuration, noise, start, update
 from tools.ranks import run_ranks
@@ -43,11 +44,10 @@ class Operations(TorchDispatchMode):
         return out
 
 
-def steps(folder: Path, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the second update at each stage."""
+def steps(configs: list[RunConfig]) -> list[dict[str, Any]]:
+    """Of the second update with each configuration."""
     world, found = World.current(), []
-    for train in stages:
-        config = configuration(folder, "tiny_htsat", dim=256, layers=4, global_batch_size=4, **train)
+    for config in configs:
         engine = start(config)
         batch = noise(4, 1.0, engine.model.sample_rate, world)
         update(engine, batch)
@@ -84,7 +84,9 @@ def step_alone(engine: Any) -> Any:
 def test_a_step_is_few_kernels_and_reads_nothing(tmp_path: Path) -> None:
     """DeepSpeed's part included. The gradient crosses the network once, in fp32 or bf16, and only to its owner."""
     stages: list[dict[str, Any]] = [{"zero_stage": 0}, {"zero_stage": 1}, {"zero_stage": 2, **BF16}]
-    for rank in run_ranks(steps, 2, tmp_path, stages):
+    # Built here: a rank other than 0 would read the text encoder while rank 0 writes it.
+    configs = [configuration(tmp_path, "tiny_htsat", dim=256, layers=4, global_batch_size=4, **each) for each in stages]
+    for rank in run_ranks(steps, 2, configs):
         for train, found in zip(stages, rank, strict=True):
             assert found["tensors"] == 227
             assert found["reads"] == 0, train

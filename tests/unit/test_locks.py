@@ -64,9 +64,11 @@ def test_a_process_that_ends_is_waited_for(lock: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(locks, "GRACE_S", 60)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         left_by(lock, pid=process.pid, started=locks._start_of(process.pid))
-        threading.Timer(0.3, process.communicate).start()
+        end = threading.Timer(0.3, process.communicate)
+        end.start()
         with hold(lock, "x"):
-            assert process.poll() is not None
+            assert locks._start_of(process.pid) is None
+        end.join()
 
 
 def test_a_process_that_nobody_waits_for_has_ended() -> None:
