@@ -139,8 +139,8 @@ def demo_data(
 ) -> None:
     """Make synthetic corpora and a small text encoder.
 
-    The corpora have the formats of AudioCaps, Clotho and WavCaps. Beside them lies the relevance of every caption for
-    every clip. Files that exist already are kept.
+    The corpora have the formats of AudioCaps, Clotho and WavCaps. Beside them lie the relevance of every caption for
+    every clip and the times at which the sounds are heard. Files that exist already are kept.
 
     \b
     Example:
@@ -154,7 +154,9 @@ def demo_data(
         from atr_scale.demo.text_encoder import build_demo_text_encoder
 
         build_demo_text_encoder(training_captions(out), out / "text_encoder", seed=seed)
-    print(f"{out}: audiocaps/, clotho/, wavcaps/, text_encoder/ and relevance/; README.txt describes each file")
+    print(
+        f"{out}: audiocaps/, clotho/, wavcaps/, text_encoder/, relevance/ and moments/; README.txt describes each file"
+    )
 
 
 @app.command("augment-captions")

@@ -125,6 +125,11 @@ def write_caption(rng: np.random.Generator, scene: Scene) -> DemoCaption:
     return DemoCaption(text, Content(tuple(stated), tuple(relations)))
 
 
+def describe_sound(rng: np.random.Generator, sound: Sound) -> str:
+    """A clause or a phrase about one sound of a scene, with most of its attributes."""
+    return _sequence(rng, [[_Mention(rng, _state(rng, sound))]])
+
+
 def _state(rng: np.random.Generator, sound: Sound) -> Sound:
     """The facts about an event that the caption will state."""
     pitch = sound.pitch if rng.random() < P_PITCH[str(sound.pitch)] else None

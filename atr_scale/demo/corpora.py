@@ -7,6 +7,7 @@
     OUT/wavcaps/    json_files/<source>/*_final.json, json_files/blacklist/*.json
                     Waveforms/<source>/<id>.flac
     OUT/relevance/  <corpus>-<split>.npz: the relevance of every clip to every caption
+    OUT/moments/    <corpus>-<split>.jsonl: when the sounds of every clip are heard
     OUT/contents.json (content of clips and captions), README.txt, demo.json (seed, sizes and sample rate)
 
 Formats: https://github.com/cdjkim/audiocaps (MIT), Clotho v2.1 (Zenodo 4783391), WavCaps (arXiv 2303.17395).
@@ -33,6 +34,7 @@ from atr_scale.data.corpora.audiocaps import AudioCaps
 from atr_scale.data.corpora.clotho import Clotho
 from atr_scale.data.splits import is_held_out
 from atr_scale.demo.clips import DemoClip, Sizes, plan_clips
+from atr_scale.demo.moments import MOMENTS, write_moments
 from atr_scale.demo.relevance import GRADES, write_relevance
 from atr_scale.demo.scenes import Scene, render
 from atr_scale.distributed.lifeline import end_with
@@ -64,6 +66,8 @@ wavcaps/Waveforms/<source>/<id>.flac     the clips
 relevance/<corpus>-<split>.npz           for `atr-scale evaluate --relevance`: grades [captions, clips], float16, the
                                          fraction of the caption's facts that are true of the clip; clip_ids [clips];
                                          caption_clip and caption_index [captions]
+moments/<corpus>-<split>.jsonl           for `atr-scale evaluate --moments`: a row for each sound that does not last for
+                                         the whole clip: query, vid (the clip's id), path, relevant_windows in seconds
 contents.json                            the facts of each caption and each clip, in the order of those
 text_encoder/                            a tokenizer for these captions and a small untrained BERT (atr-scale demo-data)
 """
@@ -72,12 +76,12 @@ text_encoder/                            a tokenizer for these captions and a sm
 def write_demo_corpora(
     out: Path, *, seed: int = 0, sample_rate: int = 16000, workers: int | None = None, sizes: Sizes | None = None
 ) -> None:
-    """Write the three demo corpora and the relevance of their clips to their captions under `out`.
+    """Write the three demo corpora, the relevance of their clips to their captions and the times of their sounds.
 
     The same seed, sizes and sample rate (Hz) give the same bytes for any number of worker processes (None: one for each
-    core). A finished folder stays unchanged. An unfinished one is completed, and so is one of a version that did not
-    write relevance/; existing audio is kept. Raises UserError if `out` has other files, or demo corpora of other
-    settings.
+    core). A finished folder `out` stays unchanged. An unfinished one is completed, and so is one of a version that did
+    not write relevance/ or moments/; existing audio is kept. Raises UserError if `out` has other files, or demo corpora
+    of other settings.
     """
     sizes = sizes or Sizes()
     if sample_rate < 16000:
@@ -95,6 +99,7 @@ def write_demo_corpora(
     _write_clotho(out / "clotho", [clip for clip in clips if clip.corpus == "clotho"], sample_rate)
     _write_wavcaps(out / "wavcaps", clips)
     write_relevance(out, clips)
+    write_moments(out, clips)
     (out / "README.txt").write_text(_README, encoding="utf-8")
     _write_json(out / _STAMP, {**made_with, "complete": True})
 
@@ -117,7 +122,7 @@ def _finished(out: Path, made_with: dict[str, Any]) -> bool:
             raise UserError(f"{out} is not empty and has no demo corpora: give a new folder")
         return False
     found = json.loads(stamp.read_text(encoding="utf-8"))
-    complete = found.pop("complete") and (out / GRADES).is_dir()
+    complete = found.pop("complete") and all((out / name).is_dir() for name in (GRADES, MOMENTS))
     if found != made_with:
         other = ", ".join(key for key in made_with if found.get(key) != made_with[key])
         raise UserError(f"{out} has demo corpora made with another {other}: give a new folder, or remove this one")

@@ -22,6 +22,8 @@ from atr_scale.data.corpora import open_corpus
 from atr_scale.demo import corpora, scenes
 from atr_scale.demo.clips import DemoClip, Sizes, plan_clips
 from atr_scale.demo.corpora import training_captions, write_demo_corpora
+from atr_scale.demo.lexicon import LEXICON
+from atr_scale.demo.scenes import render
 from atr_scale.errors import UserError
 from atr_scale.evaluation.relevance import read_relevance
 
@@ -159,6 +161,34 @@ def test_contents_stand_in_the_order_of_the_grades(demo: Path) -> None:
             assert [(row["clip_id"], row["caption_index"]) for row in contents["captions"]] == list(captions)
 
 
+def test_moments_are_where_the_sounds_are(demo: Path) -> None:
+    splits: dict[str, list[DemoClip]] = {}
+    for clip in plan_clips(3, TINY):
+        splits.setdefault(clip.name, []).append(clip)
+    assert {name.replace("/", "-") for name in splits} == {path.stem for path in (demo / "moments").iterdir()}
+    for name, clips in splits.items():
+        file = demo / "moments" / f"{name.replace('/', '-')}.jsonl"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        assert len(rows) == sum(len(clip.scene.events) for clip in clips)
+        assert len({row["qid"] for row in rows}) == len(rows)
+        for row in rows:
+            clip = next(clip for clip in clips if clip.clip_id == row["vid"])
+            event = clip.scene.events[int(row["qid"].rpartition("#")[2]) - 1]
+            samples, rate = sf.read(file.parent / row["path"])
+            assert len(samples) / rate == pytest.approx(row["duration"], abs=1 / RATE)
+            [(start, stop)] = row["relevant_windows"]
+            assert 0 <= start < stop <= row["duration"]
+            assert start == pytest.approx(event.onset, abs=1e-3)
+            words = LEXICON[event.sound.label]
+            known = [text.partition("|")[2] for text in words.subjects] + [
+                noun for pair in words.nouns for noun in pair
+            ]
+            assert any(word in row["query"] for word in known), row["query"]
+            alone = render(replace(clip.scene, events=(event,), background=None), RATE)
+            heard = np.flatnonzero(np.abs(alone) > 2 * scenes.NOISE_FLOOR) / RATE
+            assert start - 0.01 <= heard.min() < start + 0.3 and heard.max() <= stop + 0.3, row["query"]
+
+
 def test_no_scene_is_shared_except_the_blacklisted_ones() -> None:
     clips = plan_clips(0, Sizes().scaled(0.3))
     by_signature: dict[str, list[DemoClip]] = {}
@@ -209,12 +239,13 @@ def test_an_interrupted_folder_is_completed_and_a_finished_one_left(
     assert rendered == total + 1
 
 
-def test_a_folder_from_before_relevance_gets_it_and_keeps_its_audio(
-    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("folder", ["relevance", "moments"])
+def test_a_folder_from_before_relevance_or_moments_gets_them_and_keeps_its_audio(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
     out = tmp_path / "demo"
     shutil.copytree(demo, out)
-    shutil.rmtree(out / "relevance")
+    shutil.rmtree(out / folder)
     monkeypatch.setattr(corpora, "render", lambda *args: pytest.fail("made again"))
     for _ in range(2):
         write_demo_corpora(out, seed=3, sample_rate=RATE, workers=1, sizes=TINY)
