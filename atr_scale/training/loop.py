@@ -144,6 +144,7 @@ class Training:
         record_training(self.run_dir, config, self.progress.step, parts.length.steps)
         self.monitor.text("configuration", f"```yaml\n{config.to_yaml()}\n```")
         self.monitor.hyperparameters(config.model_dump(mode="json"))
+        self.monitor.page(list(self.validator.sets))
         logger.info(
             "%s: %.1f M parameters, %d ranks on %s, ZeRO %d, %s, steps %d to %d; reads %s",
             self.run_dir, count_parameters(parts.model.parameters()) / 1e6, self.world.size, self.device.type,
@@ -286,7 +287,9 @@ class Training:
                 batch = next(batches)
             taken.waited += time.perf_counter() - start
             taken.keys += batch.keys
+            taken.ids.append(batch.ids.numpy())
             taken.dropped += batch.dropped
+            taken.audio += int(batch.lengths.sum()) / self.parts.model.sample_rate
             yield batch
             del batch
 
@@ -354,7 +357,7 @@ class Training:
         self._stopping = self._stopping or self.stop.agree()
         if self._stopping or self.progress.step == self.parts.length.steps:
             self._finish_save()
-        self.record.leave_out(time.perf_counter() - start)
+        self.record.saved(time.perf_counter() - start)
 
     def _finish_save(self) -> bool:
         """Wait for the files of the last save. Returns whether there was space for it."""

@@ -28,6 +28,7 @@ from atr_scale.files import FULL, atomic_write, sync
 from atr_scale.redaction import redact
 from atr_scale.run_files import METRICS, append_json_lines
 from atr_scale.sections import flat
+from atr_scale.training.layout import layout
 from atr_scale.training.media_budget import MediaBudget
 from atr_scale.training.players import RetrievedClips, picture
 
@@ -91,7 +92,7 @@ class Monitor:
 
     @_record
     def train(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of training: `loss`, `loss/<term>`, `lr/<group>`, `temperature`, `samples_per_s`, ... ."""
+        """One line of training; docs/monitoring.md has the keys."""
         shown = {key: f"{values[key]:.4g}" for key in ("loss", "samples_per_s") if key in values}
         if self._bar.disable:
             logger.info("step %s%s%s", step, f"/{self._total}" if self._total else "", self._pace(step, shown))
@@ -151,6 +152,12 @@ class Monitor:
         assert self._writer is not None
         _, start, _ = hparams(dict(_hyperparameters(config)), {})
         self._file.add_summary(start)
+
+    @_record
+    def page(self, validation: Sequence[str]) -> None:
+        """The charts of TensorBoard's CUSTOM SCALARS tab. validation: names of the sets that training evaluates."""
+        assert self._writer is not None
+        self._writer.add_custom_scalars(layout(validation))
 
     @_record
     def flush(self) -> None:

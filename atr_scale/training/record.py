@@ -10,10 +10,13 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from atr_scale.batch import DroppedSample, count_reasons
 from atr_scale.config import RunConfig
@@ -47,11 +50,17 @@ class Progress:
 
 @dataclass
 class Taken:
-    """What this rank has read for an optimizer step: keys of samples, dropped ones, and seconds of waiting for both."""
+    """What this rank has read for an optimizer step.
+
+    keys: of samples. ids: `Batch.ids` of each loss. dropped: unreadable samples. waited: seconds of waiting for all of
+    it. audio: seconds of its clips, without padding.
+    """
 
     keys: list[str] = field(default_factory=list)
+    ids: list[NDArray[np.int64]] = field(default_factory=list)
     dropped: list[DroppedSample] = field(default_factory=list)
     waited: float = 0.0
+    audio: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,26 @@ class Update:
 
 @dataclass
 class Interval:
-    """Sums over the steps between two log lines, of which the first begins at `start`; dropped samples with steps."""
+    """Sums over the steps between two log lines, of which the first begins at `start`; dropped samples with steps.
+
+    saving: seconds that training has stood still for checkpoints.
+    """
 
     start: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
+    audio: float = 0.0
+    saving: float = 0.0
     dropped: list[tuple[int, DroppedSample]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _OfRank:
+    """One rank's part of a log line. waited: share of the time. ids: of the logged step, `Taken.ids`."""
+
+    dropped: list[tuple[int, DroppedSample]]
+    waited: float
+    audio: float
+    ids: list[NDArray[np.int64]]
 
 
 class Record:
@@ -106,22 +130,31 @@ class Record:
         """Time that was not spent on training since the last log line, whose speed is that of training alone."""
         self._interval.start += seconds
 
+    def saved(self, seconds: float) -> None:
+        """Time that training has stood still for a checkpoint."""
+        self.leave_out(seconds)
+        self._interval.saving += seconds
+
     def add(self, update: Update) -> None:
         """Count an optimizer step, and log it if it is due. All ranks raise together if the run cannot go on."""
         self._interval.dropped += [(update.step, sample) for sample in update.taken.dropped]
         self._interval.waited += update.taken.waited
+        self._interval.audio += update.taken.audio
         self._count_skipped(update)
         if update.step in (1, self.length.steps) or update.step % self.config.train.log_every == 0:
             self._log(update)
 
     def count_dropped(self) -> None:
         """Count and name the samples that all ranks have dropped since the last count. All ranks call this."""
-        samples = [each for rank in self.world.gather_objects(self._interval.dropped) for each in rank]
+        self._count_dropped(self.world.gather_objects(self._interval.dropped))
+        self._interval.dropped = []
+
+    def _count_dropped(self, of_ranks: Iterable[list[tuple[int, DroppedSample]]]) -> None:
+        samples = [each for rank in of_ranks for each in rank]
         counts = count_reasons(sample for _, sample in samples)
         self.progress.dropped = dict(Counter(self.progress.dropped) + counts)
         if self._dropped:
             self._dropped.add(samples)
-        self._interval.dropped = []
 
     def _count_skipped(self, update: Update) -> None:
         """Count skipped steps. After too many in a row all ranks raise RuntimeError."""
@@ -151,10 +184,15 @@ class Record:
             )
 
     def _log(self, update: Update) -> None:
-        self.count_dropped()
         result, train = update.result, self.config.train
         interval, self._interval = self._interval, Interval(start=update.ended)
         seconds = update.ended - interval.start
+        own = _OfRank(interval.dropped, interval.waited / seconds, interval.audio, update.taken.ids)
+        ranks = self.world.gather_objects(own)
+        self._count_dropped(rank.dropped for rank in ranks)
+        waits = [rank.waited for rank in ranks]
+        losses = [np.concatenate(parts) for parts in zip(*(rank.ids for rank in ranks), strict=True)]
+        repeated = np.mean([share_of_repeated(ids) for ids in losses], axis=0)
         seen = update.samples_seen
         samples = (update.step - self._logged_step) * train.accum_steps * train.global_batch_size
         self._logged_step = update.step
@@ -165,7 +203,12 @@ class Record:
             "temperature": result.temperature,
             "grad_norm": result.gradient_norm,
             "samples_per_s": samples / seconds,
-            "data_wait": interval.waited / seconds,
+            "audio_s_per_s": sum(rank.audio for rank in ranks) / seconds,
+            "data_wait": max(waits),
+            "data_wait/mean": sum(waits) / len(waits),
+            "saving_s": interval.saving,
+            "duplicates/clips": float(repeated[0]),
+            "duplicates/captions": float(repeated[1]),
             "memory_gb": peak_memory(self.device) / 1e9,
             "samples_seen": float(seen),
             "epoch": seen / self.length.epoch_visits,
@@ -175,6 +218,12 @@ class Record:
         }
         self.monitor.train(update.step, values)
         check_drop_rate(self.progress.dropped, seen, self.config.data.max_drop_rate)
+
+
+def share_of_repeated(ids: NDArray[np.int64]) -> list[float]:
+    """For each column, the share of rows whose id another row has too. ids: [B, k] of the pairs of a global batch."""
+    counts = (np.unique(column, return_counts=True)[1] for column in ids.T)
+    return [float(count[count > 1].sum() / len(ids)) for count in counts]
 
 
 def check_drop_rate(dropped: dict[str, int], seen: int, rate: float) -> None:

@@ -85,7 +85,7 @@ class Validator:
             step=step,
             parallel=Parallel(self.world, self.device, lockstep=self.config.train.zero_stage == 3, stops=self.stops),
         )
-        self.monitor.evaluation(step, name, evaluation.metrics)
+        self.monitor.evaluation(step, name, {**evaluation.metrics, "seconds": time.perf_counter() - start})
         sounds = Sounds(shards, evaluation.embedded.index)
         for result in evaluation.results:
             self.monitor.heatmap(step, result.excerpt, result.excerpt_names, result.split)
