@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 # A tokenizer reads all of a caption before it cuts, 10 MB in a minute and a half. Words are shorter than this.
 CHARACTERS_PER_TOKEN = 256
-_WAVCAPS = str.maketrans(dict.fromkeys('(,.!?;:|*")', " "))
+WAVCAPS_MARKS = '(,.!?;:|*")'
+_WAVCAPS = str.maketrans(dict.fromkeys(WAVCAPS_MARKS, " "))
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -46,7 +47,7 @@ class CaptionTokenizer:
 
     tokenizer: the text encoder's, with the call signature of transformers' tokenizers. cleaning: a name in CLEANING.
     max_tokens: of a caption, special tokens included; None: as many as the text encoder takes, the tokenizer's
-    `model_max_length`, which is never exceeded.
+    `model_max_length`, which is never exceeded: the attribute `max_tokens` is the smaller of both.
     """
 
     def __init__(self, tokenizer: Callable[..., Any], cleaning: str = "none", max_tokens: int | None = 64) -> None:
@@ -55,8 +56,8 @@ class CaptionTokenizer:
             tokenizer.split_special_tokens = True  # a caption that says [SEP] or </s> is text, not the end of one
         self._rule = CLEANING[cleaning]
         own: int | None = getattr(tokenizer, "model_max_length", None)
-        self._max_tokens = max_tokens if max_tokens is None or own is None else min(max_tokens, own)
-        limit = self._max_tokens or own or 0
+        self.max_tokens = max_tokens if max_tokens is None or own is None else min(max_tokens, own)
+        limit = self.max_tokens or own or 0
         self._longest = CHARACTERS_PER_TOKEN * limit if 0 < limit < 1e6 else None
 
     def clean(self, caption: str) -> str:
@@ -68,7 +69,7 @@ class CaptionTokenizer:
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         cleaned = [self.clean(c) for c in captions]
-        out = self._tokenizer(cleaned, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
+        out = self._tokenizer(cleaned, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         return out["input_ids"], out["attention_mask"]
 
     @cached_property
