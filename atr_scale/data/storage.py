@@ -84,13 +84,23 @@ def list_versions(location: str) -> dict[str, tuple[int, str | int]]:
             found.pop("", None)
         else:
             with os.scandir(location) as items:
-                stats = {item.name: item.stat() for item in items if item.is_file()}
-            found = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+                stats = {item.name: _file_stat(item) for item in items}
+            found = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items() if stat is not None}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise UserError(f"cannot list {location}: {error}; check permissions and, on S3, AWS_ENDPOINT_URL") from None
     return dict(sorted(found.items()))
+
+
+def _file_stat(item: os.DirEntry[str]) -> os.stat_result | None:
+    """None for what is no file: a folder, a link that leads to nothing or to itself, a file that has just gone."""
+    try:
+        return item.stat() if item.is_file() else None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
 
 
 def size(location: str) -> int:

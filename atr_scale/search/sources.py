@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 import numpy as np
@@ -88,7 +89,10 @@ class _Files(SoundSource):
             except OSError as error:
                 self.dropped.append(_drop(clip_id, path, "unreadable_file", error.strerror or str(error)))
             else:
-                self.entries.append(ListedClip(clip_id, path, captions, stat.st_size, stat.st_mtime_ns))
+                if S_ISREG(stat.st_mode):
+                    self.entries.append(ListedClip(clip_id, path, captions, stat.st_size, stat.st_mtime_ns))
+                else:  # a pipe would be waited for
+                    self.dropped.append(_drop(clip_id, path, "unreadable_file", "not a regular file"))
 
     def read(self, i: int) -> Recording:
         entry = self.entries[i]

@@ -111,7 +111,7 @@ def windows_of(length: float, seconds: float) -> list[Span]:
     a rest below TAIL of a window has none. A recording that is shorter than a window is one window.
     """
     if length <= seconds:
-        return [(0.0, round(length, 3))]
+        return [(0.0, max(0.001, round(length, 3)))]
     starts = [round(k * seconds, 3) for k in range(int(length / seconds + 1e-9))]
     if length - len(starts) * seconds > TAIL * seconds:
         starts.append(round(length - seconds, 3))

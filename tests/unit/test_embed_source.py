@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,7 @@ def test_windows_are_read_back(model: TrainedModel, run: Path, sounds: Path) -> 
 
 def test_the_tail_of_a_recording_is_a_whole_window() -> None:
     assert windows_of(3.0, 10.0) == [(0.0, 3.0)]
+    assert windows_of(1 / 48_000, 10.0) == [(0.0, 0.001)], "one sample is not lost by rounding"
     assert windows_of(20.0, 10.0) == [(0.0, 10.0), (10.0, 20.0)]
     assert windows_of(20.3, 10.0) == [(0.0, 10.0), (10.0, 20.0)]
     assert windows_of(23.0, 10.0)[-1] == (13.0, 23.0)
@@ -124,6 +126,21 @@ def test_shards_are_a_source(model: TrainedModel, run: Path, tmp_path: Path) -> 
     waveform, rate = item_audio(found.items[1])
     vector = model.embed_audio([waveform], sample_rate=rate)[0]
     np.testing.assert_allclose(found.vectors[1], vector, atol=1e-5)
+
+
+def test_links_and_pipes_do_not_hold_it_up(sounds: Path) -> None:
+    (sounds / "b" / "up").symlink_to("..")
+    (sounds / "self").symlink_to("self")
+    (sounds / "gone.wav").symlink_to("nowhere.wav")
+    (sounds / "other").symlink_to("a")
+    os.mkfifo(sounds / "pipe.wav")
+    found = open_source(sounds)
+    names = ("c.wav", "d.wav", "e.wav", "empty.wav", "silent.wav", "a/x.wav", "b/x.wav", "b/雨 ü.flac", "other/x.wav")
+    assert [entry.id for entry in found.entries] == [f"sounds/{name}" for name in names]
+    assert {clip.clip_id: clip.reason for clip in found.dropped} == {
+        "sounds/gone.wav": "unreadable_file",
+        "sounds/pipe.wav": "unreadable_file",
+    }
 
 
 def test_mistakes_are_one_line(model: TrainedModel, run: Path, sounds: Path, tmp_path: Path) -> None:

@@ -21,16 +21,27 @@ SHOWN_FILES = 3  # files named in the explanation of an ambiguous name
 
 
 def walk_files(folders: Iterable[Path]) -> list[tuple[str, str]]:
-    """(path relative to its folder, full path) of every file below the folders that exist, in a fixed order."""
+    """(path relative to its folder, full path) of every file below the folders that exist, in a fixed order.
+
+    Links are followed, unless they lead to a folder that they lie in.
+    """
     found = []
     for folder in folders:
         for parent, names, files in os.walk(folder, followlinks=True):
-            names.sort()
+            names[:] = sorted(name for name in names if not _leads_up(os.path.join(parent, name)))
             for name in sorted(files):
                 if not name.startswith("."):
                     path = os.path.join(parent, name)
                     found.append((os.path.relpath(path, folder), path))
     return found
+
+
+def _leads_up(path: str) -> bool:
+    """Whether a path is a link to a folder that it lies in: the walk through it would not end."""
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    return any(os.path.commonpath([target, os.path.realpath(parent)]) == target for parent in Path(path).parents)
 
 
 def walk_audio(folders: Iterable[Path]) -> list[tuple[str, str]]:
