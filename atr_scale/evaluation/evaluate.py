@@ -28,13 +28,12 @@ from atr_scale.evaluation.relevance import read_relevance
 from atr_scale.evaluation.report import write_report
 from atr_scale.evaluation.rerank import rerank
 from atr_scale.evaluation.result import EvaluationResult, evaluate_labelled, evaluate_retrieval
-from atr_scale.evaluation.results import record_results
+from atr_scale.evaluation.results import checkpoint_name, record_results, run_folder
 from atr_scale.evaluation.retrieval_scores import DualEncoderScores, RetrievalScores, ScoreMatrix
 from atr_scale.evaluation.score import score
 from atr_scale.evaluation.sounds import Sounds
 from atr_scale.model import Retriever
 from atr_scale.precision import Precision, Products
-from atr_scale.run_checkpoints import WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -220,8 +219,7 @@ def evaluate_run(
         first_stage=first_stage,
     )
     if world.is_main:
-        # A copied run folder may have lost its links, or have folders in their place.
-        run_dir = folder.parent.parent if (Path(location) / WEIGHTS).is_file() else Path(location)
+        run_dir = run_folder(location, folder)
         _save(evaluation, opened, out or run_dir, run_dir, folder, trained, split, graded=relevance is not None)
     return evaluation
 
@@ -243,8 +241,7 @@ def _save(
     for result in evaluation.results:
         sounds.save(target, result)
     write_predictions(target, split, evaluation.scores, evaluation.embedded, graded)
-    links = {"best": run_dir / "best", "last": run_dir / "latest"}
-    name = next((name for name, link in links.items() if link.resolve() == checkpoint), checkpoint.name)
+    name = checkpoint_name(run_dir, checkpoint)
     record_results(target, run_dir.resolve().name, config, evaluation.results, checkpoint=name, saved=True)
     write_report(target)
 

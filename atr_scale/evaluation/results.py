@@ -15,6 +15,7 @@ from atr_scale.config import RunConfig
 from atr_scale.errors import UserError
 from atr_scale.evaluation.result import EvaluationResult, file_stem
 from atr_scale.files import atomic_write
+from atr_scale.run_checkpoints import WEIGHTS
 
 SCHEMA = 1
 RESULTS = "results.json"
@@ -67,11 +68,27 @@ def record_results(
 
     run: name of the run. checkpoint: "best", "last" or "step-N". saved: the results' own files are in the folder too.
     """
+    record_entries(folder, run, config, [_entry(result, checkpoint, saved) for result in results])
+
+
+def record_entries(folder: Path, run: str, config: RunConfig, entries: Sequence[dict[str, Any]]) -> None:
+    """The same for entries as docs/experiments.md describes them: with `split`, `checkpoint`, `step` and so on."""
     table = _table(folder, run, config)
-    for result in results:
-        entry = _entry(result, checkpoint, saved)
+    for entry in entries:
         table["results"] = [old for old in table["results"] if not _replaces(entry, old)] + [entry]
     _write(folder, table)
+
+
+def run_folder(location: str | Path, checkpoint: Path) -> Path:
+    """The run folder of a run or a checkpoint that was given as `location`; checkpoint: the folder found there."""
+    # A copied run folder may have lost its links, or have folders in their place.
+    return checkpoint.parent.parent if (Path(location) / WEIGHTS).is_file() else Path(location)
+
+
+def checkpoint_name(run_dir: Path, checkpoint: Path) -> str:
+    """What results.json calls a checkpoint of a run: best, last or step-N."""
+    links = {"best": run_dir / "best", "last": run_dir / "latest"}
+    return next((name for name, link in links.items() if link.resolve() == checkpoint), checkpoint.name)
 
 
 def _table(folder: Path, run: str, config: RunConfig) -> dict[str, Any]:
