@@ -24,12 +24,13 @@ from atr_scale.data.audio_source import MAX_RATE, MIN_RATE, open_audio
 from atr_scale.data.collate import pad
 from atr_scale.data.decode import Crop, check_waveform, decode_source
 from atr_scale.data.sample import BadSample
-from atr_scale.data.tokenizer import caption_tokenizer
+from atr_scale.data.tokenizer import ReadWord, caption_tokenizer
 from atr_scale.errors import UserError, one_line
 from atr_scale.evaluation.embed import as_read, load_ahead
 from atr_scale.evaluation.parallel import Parallel
 from atr_scale.evaluation.score import score
 from atr_scale.model import Retriever
+from atr_scale.moments import Moments, moments_of
 from atr_scale.precision import Products, encoder_products
 
 logger = logging.getLogger(__name__)
@@ -125,56 +126,102 @@ class TrainedModel:
         size = batch_size or self.config.evaluation.batch_size
         return score(self.module.scorer, text, clips, batch_size=size, parallel=Parallel(device=self.device)).numpy()
 
+    @property
+    def locates(self) -> bool:
+        """Whether `moments` works: the scorer has attention over frames."""
+        return self.module.scorer.attends_over_frames
+
+    def moments(self, text: str, audio: Audio, sample_rate: int | None = None, seconds: float | None = None) -> Moments:
+        """Where in a clip the words of a text, and the whole text, are heard: the attention of the scorer.
+
+        text: one text. audio: one path or waveform, as for `embed_audio`, with its sample_rate and seconds.
+        What the numbers are depends on the scorer (docs/math/moments.md).
+        Raises UserError if the scorer has no attention over frames (`tap`, `lgmm` and `coattention` have), if the
+        tokenizer cannot tell the places of words, or if text or audio cannot be used.
+        """
+        _check_text(text, "text")
+        return self.locate([text], audio, sample_rate, seconds)[0]
+
+    @torch.no_grad()
+    def locate(
+        self, texts: Sequence[str], audio: Audio, sample_rate: int | None = None, seconds: float | None = None
+    ) -> list[Moments]:
+        """`moments` of each of several texts in one clip, which is encoded once."""
+        if not self.locates:
+            raise UserError(
+                f"moments: the scorer {self.config.model.scorer.name} of this model has no attention over frames: "
+                "use a model with the scorer tap, lgmm or coattention"
+            )
+        texts = _checked_texts(texts)
+        limit, cut = self._seconds(seconds), list[str]()
+        waveform = self._read(audio, "audio", sample_rate, limit, cut)
+        _warn_of_cut(cut, limit)
+        clip = self._encode_clips([waveform], ["audio"])
+        if not clip.mask.any():
+            raise UserError(f"audio is too short for one frame: {len(waveform) / self.sample_rate:g} s")
+        times = self.module.audio_encoder.token_times(len(waveform))
+        return [self._moments(text, clip, times) for text in texts]
+
+    def _moments(self, text: str, clip: TokenSequence, times: NDArray[np.float64]) -> Moments:
+        """times: [T, 2] of the tokens of the one clip in `clip`."""
+        words = self.tokenizer.words(text)
+        if self.module.scorer.reads_text_tokens:
+            sentence = self._encode_captions([text])
+        else:
+            pooled = self._encode_captions([text, *(word.text for word in words)]).pooled
+            sentence = TokenSequence.unpadded(pooled[None, 1:], pooled[:1])
+            words = [ReadWord(word.text, [number]) for number, word in enumerate(words)]
+        return moments_of(self.module.scorer.attention(sentence, clip), words, clip.mask[0], times)
+
     @torch.no_grad()
     def _encode_text(self, texts: Sequence[str], batch_size: int | None) -> TokenSequence:
-        texts = _as_list(texts, "texts", str)
-        for number, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"texts[{number}] is {text!r}: give a text that is not empty")
-            if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise UserError(f"texts[{number}] is {text!r}, not valid Unicode: read it with the right encoding")
-        parts = []
-        for group in self._groups(texts, batch_size, "embedding texts"):
-            ids, mask = self.tokenizer(group)
-            with encoder_products(self.module.tf32):
-                encoded = self.module.encode_text(ids.to(self.device), mask.to(self.device))
-            parts.append(as_read(self.module.scorer, encoded, "text"))
-        return TokenSequence.cat(parts)
+        groups = self._groups(_checked_texts(texts), batch_size, "embedding texts")
+        return TokenSequence.cat(
+            [as_read(self.module.scorer, self._encode_captions(group), "text") for group in groups]
+        )
+
+    def _encode_captions(self, texts: Sequence[str]) -> TokenSequence:
+        ids, mask = self.tokenizer(texts)
+        with encoder_products(self.module.tf32):
+            return self.module.encode_text(ids.to(self.device), mask.to(self.device))
 
     @torch.no_grad()
     def _encode_audio(
         self, audio: Sequence[Audio], sample_rate: int | None, batch_size: int | None, seconds: float | None
     ) -> TokenSequence:
         clips = _as_list(audio, "audio", str, Path)
-        limit = _positive(self.config.data.evaluation_seconds if seconds is None else seconds, "seconds")
-
-        cut: list[str] = []
+        limit, cut = self._seconds(seconds), list[str]()
 
         def read(numbers: Sequence[int]) -> list[NDArray[np.float32]]:
             return [self._read(clips[n], f"audio[{n}]", sample_rate, limit, cut) for n in numbers]
 
-        parts = []
+        parts = list[TokenSequence]()
         groups = self._groups(range(len(clips)), batch_size, "embedding audio")
         done = 0
         for waveforms in load_ahead(read, groups):
-            waveform, lengths = pad(waveforms)
-            with encoder_products(self.module.tf32):
-                encoded = self.module.encode_audio(waveform.to(self.device), lengths)
+            encoded = self._encode_clips(waveforms, [f"audio[{done + n}]" for n in range(len(waveforms))])
             parts.append(as_read(self.module.scorer, encoded, "audio"))
-            finite = parts[-1].pooled.isfinite().all(1).tolist()
-            if not all(finite):  # a file of floats may hold any numbers
-                number = finite.index(False)
-                raise UserError(
-                    f"audio[{done + number}] has no finite embedding: its largest sample is "
-                    f"{np.abs(waveforms[number]).max():g}; give samples in [-1, 1], or check the weights"
-                )
             done += len(waveforms)
-        if cut:
-            logger.warning(
-                "only the first %g s of %d longer clips were read, the first is %s; seconds=... reads more",
-                limit, len(cut), cut[0],
-            )  # fmt: skip
+        _warn_of_cut(cut, limit)
         return TokenSequence.cat(parts)
+
+    def _encode_clips(self, waveforms: list[NDArray[np.float32]], places: list[str]) -> TokenSequence:
+        """Encode clips. Raises UserError that names the place of a clip without a finite embedding."""
+        waveform, lengths = pad(waveforms)
+        with encoder_products(self.module.tf32):
+            encoded = self.module.encode_audio(waveform.to(self.device), lengths)
+        finite = encoded.pooled.isfinite().all(1).tolist()
+        if not all(finite):  # a file of floats may hold any numbers
+            number = finite.index(False)
+            raise UserError(
+                f"{places[number]} has no finite embedding: its largest sample is "
+                f"{np.abs(waveforms[number]).max():g}; give samples in [-1, 1], or check the weights"
+            )
+        return encoded
+
+    def _seconds(self, seconds: float | None) -> float:
+        """How much of a clip is read."""
+        return _positive(self.config.data.evaluation_seconds if seconds is None else seconds, "seconds")
 
     def _groups(self, items: Sequence[T], batch_size: int | None, name: str) -> Iterator[Sequence[T]]:
         size = self.config.evaluation.batch_size if batch_size is None else batch_size
@@ -249,6 +296,28 @@ def _as_list(items: Sequence[Any], name: str, *single: type) -> list[Any]:
     if not found:
         raise UserError(f"{name} is empty: give at least one item")
     return found
+
+
+def _checked_texts(texts: Sequence[str]) -> list[str]:
+    texts = _as_list(texts, "texts", str)
+    for number, text in enumerate(texts):
+        _check_text(text, f"texts[{number}]")
+    return texts
+
+
+def _check_text(text: Any, place: str) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{place} is {text!r}: give a text that is not empty")
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{place} is {text!r}, not valid Unicode: read it with the right encoding")
+
+
+def _warn_of_cut(cut: list[str], limit: float) -> None:
+    if cut:
+        logger.warning(
+            "only the first %g s of %d longer clips were read, the first is %s; seconds=... reads more",
+            limit, len(cut), cut[0],
+        )  # fmt: skip
 
 
 def _positive(number: Any, name: str) -> float:

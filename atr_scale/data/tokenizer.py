@@ -6,11 +6,12 @@ import logging
 import string
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from atr_scale.data.options import CaptionSection
+from atr_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,13 @@ CLEANING: dict[str, Callable[[str], str]] = {
 }
 
 
+class ReadWord(NamedTuple):
+    """A word of a caption as it was given, and the numbers of its tokens among those of the caption."""
+
+    text: str
+    tokens: list[int]
+
+
 class CaptionTokenizer:
     """Captions -> (input_ids, attention_mask), each [captions, L] int64; cleaned, then cut if they are too long.
 
@@ -68,9 +76,38 @@ class CaptionTokenizer:
         return self._rule(caption) or caption
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        cleaned = [self.clean(c) for c in captions]
-        out = self._tokenizer(cleaned, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        out = self._tokens([self.clean(c) for c in captions])
         return out["input_ids"], out["attention_mask"]
+
+    def words(self, caption: str) -> list[ReadWord]:
+        """The words of a caption that the text encoder reads, in their order.
+
+        Words are what spaces separate. One that cleaning removes, or that is behind the longest caption, is left out.
+        Raises UserError if the tokenizer does not tell which characters a token stands for.
+        """
+        if not getattr(self._tokenizer, "is_fast", False):
+            raise UserError(
+                "the tokenizer of this text encoder does not tell which characters its tokens stand for, so words have "
+                "no tokens: use a fast tokenizer of transformers"
+            )
+        cleaned = self.clean(caption)
+        places = self._tokens([cleaned], return_offsets_mapping=True)["offset_mapping"][0].tolist()
+        found, end = [], 0
+        for word in caption[: self._longest].split():
+            start = cleaned.find(self.clean(word), end)
+            if start < 0:
+                continue
+            end = start + len(self.clean(word))
+            # A token may begin with the space before its word, but it ends inside of it.
+            tokens = [number for number, (first, last) in enumerate(places) if first < last and start < last <= end]
+            if tokens:
+                found.append(ReadWord(word, tokens))
+        return found
+
+    def _tokens(self, cleaned: list[str], **more: Any) -> Any:
+        """What the text encoder's tokenizer makes of cleaned captions."""
+        limit = self.max_tokens
+        return self._tokenizer(cleaned, padding=True, truncation=True, max_length=limit, return_tensors="pt", **more)
 
     @cached_property
     def padding(self) -> int:

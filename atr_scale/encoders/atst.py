@@ -11,6 +11,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
@@ -18,6 +20,7 @@ from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder
 from atr_scale.encoders.front_ends import MelSettings, MinMaxMel
 from atr_scale.encoders.pretrained.layout import Entry, Layout
 from atr_scale.encoders.vit import EPSILON, Block, embedding, initialise
+from atr_scale.encoders.windows import regular_centres
 from atr_scale.errors import UserError
 
 SAMPLE_RATE = 16_000
@@ -135,6 +138,10 @@ class ATSTFrame(AudioEncoder):
             x_BTD = self.run(partial(block, attention=self.options.attention), x_BTD)
         tokens_BTD = self.norm_frame(x_BTD)
         return TokenSequence.unpadded(tokens_BTD, tokens_BTD.sum(1) / (tokens_BTD.shape[1] + 1e-6))
+
+    def token_centres(self, samples: int) -> NDArray[np.float64]:
+        num_tokens = (1 + samples // HOP) // PATCH_FRAMES
+        return regular_centres(num_tokens, (PATCH_FRAMES - 1) / 2 * HOP, PATCH_FRAMES * HOP)
 
     def logits(self, waveform_BS: Tensor) -> Tensor:
         """Logits [B, 527] of the AudioSet classes. Raises UserError if the weights came without a classifier."""

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Annotated, ClassVar, Literal, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,7 +24,15 @@ from atr_scale.encoders.buckets import encode_in_buckets
 from atr_scale.encoders.front_ends import FrontEnd
 from atr_scale.encoders.pretrained.layout import Layout
 from atr_scale.encoders.spec_augment import SpecAugmentSection, for_the_batch, keep_outside_stripes
-from atr_scale.encoders.windows import cut_into_windows, join_windows, shares_of_audio, weighted_mean, window_starts
+from atr_scale.encoders.windows import (
+    cells_around,
+    cells_of_windows,
+    cut_into_windows,
+    join_windows,
+    shares_of_audio,
+    weighted_mean,
+    window_starts,
+)
 from atr_scale.errors import UserError
 from atr_scale.sections import Positive, Section
 
@@ -191,6 +201,32 @@ class AudioEncoder(nn.Module, ABC):
         windows = cut_into_windows(waveform_BS, lengths_B, self.window, self.window_hop)
         encoded = encode_in_buckets(encode, windows.waveform, windows.lengths, self.equal_rounds)
         return join_windows(encoded, windows, self.pooled_is_mean)
+
+    def token_times(self, samples: int) -> NDArray[np.float64]:
+        """[T, 2]: start and stop in seconds of the audio that each token of a clip of `samples` samples stands for.
+
+        The tokens are those of `forward` for this clip alone, in their order. Each instant of a window belongs to the
+        token whose centre is nearest. Windows that overlap, and a clip that the encoder repeats, give several tokens to
+        one instant. A token without audio has the length 0.
+        """
+        window = self.window or max(1, samples)
+        cells_T2 = self.token_cells(min(samples, window))
+        hop = window if self.window is None else self.window_hop
+        return cells_of_windows(cells_T2, samples, window, hop) / self.sample_rate
+
+    def token_cells(self, samples: int) -> NDArray[np.float64]:
+        """The same in samples, for a clip that is no longer than the window."""
+        return cells_around(self.token_centres(samples), samples)
+
+    def token_centres(self, samples: int) -> NDArray[np.float64]:
+        """[T]: the sample in the middle of what `encode` computes each token of such a clip from, ascending.
+
+        Here the tokens divide the clip evenly. Encoders whose layers do otherwise override this.
+        """
+        device = next(self.parameters(), torch.empty(0)).device
+        with torch.no_grad():
+            count = self.encode(torch.zeros(1, samples, device=device)).tokens.shape[1]
+        return (np.arange(count) + 0.5) * samples / max(1, count)
 
     @torch.no_grad()
     def tags(self, waveform_BS: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atr_scale.encoders.front_ends import DecibelMel
@@ -86,6 +88,16 @@ class CLAP(SwinEncoder):
         ).requires_grad_(False)
         for parameter in self.audio_projection.parameters():
             nn.init.zeros_(parameter)  # until one is loaded
+
+    def token_cells(self, samples: int) -> NDArray[np.float64]:
+        """See `AudioEncoder`. A short clip is repeated, so its cells begin again; those of the padding are empty."""
+        full = 10 * self.sample_rate
+        cells_T2 = super().token_cells(max(samples, full))
+        if not 0 < samples < full:
+            return cells_T2
+        copy_T1 = cells_T2.mean(1, keepdims=True) // samples
+        cells_T2 = np.where(copy_T1 < full // samples, cells_T2 - copy_T1 * samples, samples)
+        return cells_T2.clip(0, samples)
 
     def project(self, pooled_BD: Tensor) -> Tensor:
         """Pooled embeddings [B, D] -> [B, 512] in the joint space of audio and captions, not normalised.

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
@@ -23,6 +25,7 @@ from atr_scale.encoders.attention import Attention, is_fused
 from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, AudioEncoderOptions
 from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm, MelSettings
 from atr_scale.encoders.pretrained.layout import Entry, Layout
+from atr_scale.encoders.windows import regular_centres
 from atr_scale.errors import UserError
 
 NUM_FRAMES = 1024  # of the spectrogram that becomes the image
@@ -189,6 +192,12 @@ class SwinEncoder(AudioEncoder):
         map_BDQT = self.feature_map(waveform_BS, augment_seed)
         tokens_BTD = map_BDQT.mean(2).transpose(1, 2)
         return TokenSequence.unpadded(tokens_BTD, map_BDQT.mean((2, 3)))
+
+    def token_centres(self, samples: int) -> NDArray[np.float64]:
+        # The clip is stretched to the image; the first frame of the spectrogram becomes its first column.
+        num_tokens: int = NUM_CHUNKS * self.swin.input_resolutions[-1][1]
+        columns, column = NUM_FRAMES // num_tokens, samples / (NUM_FRAMES - 1)
+        return regular_centres(num_tokens, (columns - 1) / 2 * column, columns * column)
 
     @property
     def layers(self) -> list[tuple[str, ...]]:

@@ -8,14 +8,18 @@ Shape suffixes: B batch, S samples, C channels, M mel bands, F frames, T tokens,
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, as_image, initialise_convolutions
 from atr_scale.encoders.front_ends import AUGMENT_MEL_STFT, KaldiLogMel
+from atr_scale.encoders.windows import regular_centres
 
 # kernel, expanded channels, output channels, squeeze-excitation, activation, stride
 BLOCKS: tuple[tuple[int, int, int, bool, type[nn.Module], int], ...] = (
@@ -155,6 +159,12 @@ class MobileNet(AudioEncoder):
         """Logits [B, 527] of the AudioSet classes."""
         logits_BL: Tensor = self.classifier(self.encode(waveform_BS).pooled)
         return logits_BL
+
+    def token_centres(self, samples: int) -> NDArray[np.float64]:
+        # Each of the five convolutions of stride 2 has its centre on the first of two frames.
+        hop = self.front_end.settings.hop
+        num_frames = 1 + (samples - 1) // hop
+        return regular_centres(math.ceil(num_frames / 32), 0, 32 * hop)
 
     @property
     def layers(self) -> list[tuple[str, ...]]:

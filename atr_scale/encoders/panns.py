@@ -11,18 +11,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AUDIOSET_CLASSES, AudioEncoder, as_image, initialise_convolutions
 from atr_scale.encoders.front_ends import DecibelMel, DecibelNorm, MelSettings
 from atr_scale.encoders.pretrained.layout import Layout
+from atr_scale.encoders.windows import regular_centres
 
 SAMPLE_RATE = 32_000
 HOP = 320
 NUM_MELS = 64
 FRAMES_PER_TOKEN = 32
+SHORTEST = (FRAMES_PER_TOKEN - 1) * HOP  # samples of one token
 
 RESNET_DEPTHS = (3, 4, 6, 3)
 
@@ -116,8 +120,7 @@ class Panns(AudioEncoder):
 
     def normalised_mel(self, waveform_BS: Tensor, augment_seed: int = 0) -> Tensor:
         """Waveform [B, S] -> input of the first block [B, M, F]."""
-        shortest = (FRAMES_PER_TOKEN - 1) * HOP
-        padded_BS = nn.functional.pad(waveform_BS, (0, max(0, shortest - waveform_BS.shape[1])))
+        padded_BS = nn.functional.pad(waveform_BS, (0, max(0, SHORTEST - waveform_BS.shape[1])))
         mel_BMF = self.bn0(self.mel(padded_BS, augment_seed).to(self.bn0.weight.dtype))
         return self.spec_augment(mel_BMF, padded_BS, augment_seed)
 
@@ -133,6 +136,10 @@ class Panns(AudioEncoder):
         """Logits [B, 527] of the AudioSet classes."""
         logits_BL: Tensor = self.fc_audioset(torch.relu(self.fc1(self.encode(waveform_BS).pooled)))
         return logits_BL
+
+    def token_centres(self, samples: int) -> NDArray[np.float64]:
+        num_frames = 1 + max(samples, SHORTEST) // HOP
+        return regular_centres(num_frames // FRAMES_PER_TOKEN, (FRAMES_PER_TOKEN - 1) / 2 * HOP, FRAMES_PER_TOKEN * HOP)
 
     def compiled_parts(self) -> Iterable[nn.Module]:
         return self.blocks

@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence, on_device
@@ -22,10 +23,12 @@ from atr_scale.encoders.front_ends import AUGMENT_MEL_STFT, KaldiLogMel
 from atr_scale.encoders.pretrained.layout import Layout
 from atr_scale.encoders.spec_augment import for_the_batch
 from atr_scale.encoders.vit import EPSILON, Block, embedding, initialise
+from atr_scale.encoders.windows import regular_centres
 from atr_scale.errors import UserError
 
 MEL = AUGMENT_MEL_STFT
 PATCH = 16
+SHORTEST = (PATCH - 1) * MEL.hop + 1  # samples of one column of patches
 
 
 class PaSST(AudioEncoder):
@@ -50,7 +53,7 @@ class PaSST(AudioEncoder):
     def __init__(self, stride: int, dim: int = 768, depth: int = 12, heads: int = 12) -> None:
         super().__init__()
         self.front_end = KaldiLogMel()
-        self.dim = dim
+        self.dim, self.stride = dim, stride
         self.rows = (MEL.num_mels - PATCH) // stride + 1
         self.columns = (round(self.native_seconds * MEL.sample_rate) // MEL.hop - PATCH) // stride + 1
         self.cls_token = embedding(1, 1, dim)
@@ -74,9 +77,8 @@ class PaSST(AudioEncoder):
         super().configure(options, name)
 
     def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
-        shortest = (PATCH - 1) * MEL.hop + 1
-        if waveform_BS.shape[1] < shortest:
-            waveform_BS = nn.functional.pad(waveform_BS, (0, shortest - waveform_BS.shape[1]))
+        if waveform_BS.shape[1] < SHORTEST:
+            waveform_BS = nn.functional.pad(waveform_BS, (0, SHORTEST - waveform_BS.shape[1]))
         mel_BMF = self.spec_augment(self.mel(waveform_BS, augment_seed), waveform_BS, augment_seed)
         patches_BDRT = self.patchout(self.patches(mel_BMF), augment_seed)
         x_BND = self.transform(patches_BDRT)
@@ -108,6 +110,11 @@ class PaSST(AudioEncoder):
             x_BND = self.run(partial(block, attention=self.options.attention), x_BND)
         outputs_BND: Tensor = self.norm(x_BND)
         return outputs_BND
+
+    def token_centres(self, samples: int) -> NDArray[np.float64]:
+        num_frames = 1 + (max(samples, SHORTEST) - 1) // MEL.hop
+        num_columns = (num_frames - PATCH) // self.stride + 1
+        return regular_centres(num_columns, (PATCH - 1) / 2 * MEL.hop, self.stride * MEL.hop)
 
     def logits(self, waveform_BS: Tensor) -> Tensor:
         """Logits [B, 527] of the AudioSet classes."""

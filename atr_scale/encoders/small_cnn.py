@@ -5,11 +5,16 @@ Shape suffixes: B batch, S samples, C channels, M mel bands, F frames, T tokens.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atr_scale.batch import TokenSequence
 from atr_scale.encoders.audio import AudioEncoder
 from atr_scale.encoders.front_ends import LogMel, MelSettings
+from atr_scale.encoders.windows import regular_centres
 
 SAMPLE_RATE = 16_000
 NUM_MELS = 64
@@ -73,6 +78,12 @@ class SmallCNN(AudioEncoder):
             x_BCT = x_BCT + self.run(layer, x_BCT)
         tokens_BTC = self.norm(x_BCT.transpose(1, 2))
         return TokenSequence.unpadded(tokens_BTC, tokens_BTC.mean(1) + tokens_BTC.amax(1))
+
+    def token_centres(self, samples: int) -> NDArray[np.float64]:
+        # A convolution that halves has its centre on the first of two; a patch, on the middle of its four frames.
+        hop = self.front_end.settings.hop
+        num_frames = 1 + samples // hop
+        return regular_centres(math.ceil(num_frames / 16), 1.5 * hop, 16 * hop)
 
     @property
     def layers(self) -> list[tuple[str, ...]]:

@@ -3,7 +3,7 @@
 Which windows exist follows from the lengths, which the host knows: nothing here waits for the device.
 
 Shape suffixes: B clips, P pieces, N pieces of the clip with the most, S samples, W samples of a window, T tokens, D
-width.
+width. A cell is the start and stop, in samples, of the audio that a token stands for.
 """
 
 from __future__ import annotations
@@ -103,12 +103,36 @@ def join_windows(encoded: TokenSequence, windows: Windows, pooled_is_mean: bool 
     return TokenSequence(tokens_BTD, mask_BT, pooled_BD.to(encoded.pooled.dtype))
 
 
+def kept_tokens(per_piece: int, share: float) -> int:
+    """How many of the `per_piece` tokens of a window are kept if audio fills this share of it."""
+    return math.ceil(per_piece * share)
+
+
+def regular_centres(count: int, first: float, distance: float) -> NDArray[np.float64]:
+    """Centres of `count` tokens that are `distance` samples apart."""
+    return first + distance * np.arange(count, dtype=np.float64)
+
+
+def cells_around(centres_T: NDArray[np.float64], length: int) -> NDArray[np.float64]:
+    """[T, 2]: the part of a clip of `length` samples that is nearest to each of its tokens, whose centres ascend."""
+    borders = np.concatenate([[0.0], (centres_T[1:] + centres_T[:-1]) / 2, [float(length)]])[: len(centres_T) + 1]
+    return np.stack([borders[:-1], borders[1:]], 1).clip(0, length)
+
+
+def cells_of_windows(cells_T2: NDArray[np.float64], length: int, window: int, hop: int) -> NDArray[np.float64]:
+    """The cells [T, 2] of one window -> those of the tokens that `join_windows` makes of a clip of `length` samples."""
+    starts = window_starts(length, window, hop)
+    shares = shares_of_audio(length, window, starts)
+    cells = [cells_T2[: kept_tokens(len(cells_T2), share)] + start for start, share in zip(starts, shares, strict=True)]
+    return np.concatenate(cells).clip(0, length)
+
+
 def _rows_of_clips(windows: Windows, per_piece: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Where the tokens of clips come from, if each piece has `per_piece`: rows [B, T] among all tokens of all pieces.
 
     The second array [B, T] is False after the end of a clip.
     """
-    kept_P = np.array([math.ceil(per_piece * share) for share in windows.filled])
+    kept_P = np.array([kept_tokens(per_piece, share) for share in windows.filled])
     tokens_B = np.add.reduceat(kept_P, _first_pieces(windows))
     real_BT = np.arange(tokens_B.max()) < tokens_B[:, None]
     rows_BT = np.zeros(real_BT.shape, np.int64)

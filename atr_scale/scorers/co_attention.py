@@ -12,7 +12,7 @@ its own. If a clip were guided by its matching caption alone, its embedding woul
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from atr_scale.batch import TokenSequence
 from atr_scale.precision import autocast, encoder_products
 from atr_scale.score_block import at_least_fp32
-from atr_scale.scorers.scorer import Scorer
+from atr_scale.scorers.scorer import FrameAttention, Scorer
 from atr_scale.scorers.tiles import Tensors, in_groups, real_tokens, score_tiles
 from atr_scale.sections import Count, Section
 
@@ -68,6 +68,7 @@ class CoAttentionScorer(Scorer):
 
     Options = CoAttentionOptions
     reads_text_tokens = True
+    attends_over_frames = True
     largest = 1.0
 
     def __init__(
@@ -111,6 +112,24 @@ class CoAttentionScorer(Scorer):
         with encoder_products(tf32), autocast(audio.tokens.device, autocast_to):
             text_part, audio_part = self._prepare(self.text, text), self._prepare(self.audio, audio)
             return score_tiles(self._tile, text_part, audio_part, (tile, tile))
+
+    def attention(self, text: TokenSequence, audio: TokenSequence) -> FrameAttention:
+        """See `Scorer`. All weights are those of the last guided layer, the mean over its heads.
+
+        words: with mutual guidance the attention of tokens over frames, otherwise that of frames over tokens, read by
+        token. frames: the weights of the pooling of the guided clip.
+        """
+        autocast_to, tf32 = self.precision
+        with encoder_products(tf32), autocast(audio.tokens.device, autocast_to):
+            (text_mask, own_text, *text_guides), (audio_mask, own_audio, *audio_guides) = (
+                self._prepare(self.text, text),
+                self._prepare(self.audio, audio),
+            )
+            over_text, pooling = self.audio.guided_weights(own_audio, audio_mask, text_guides, text_mask)
+            if not self.mutual:
+                return FrameAttention(over_text.T, pooling)
+            over_audio, _ = self.text.guided_weights(own_text, text_mask, audio_guides, audio_mask)
+            return FrameAttention(over_audio, pooling)
 
     def _prepare(self, side: Side, sequence: TokenSequence) -> Tensors:
         """The part of the computation that needs no other side: mask [B, T] and the results of Side.forward."""
@@ -158,12 +177,31 @@ class Side(nn.Module):
 
     def guided(self, tokens: Tensor, mask: Tensor, guides: list[Tensor], guide_mask: Tensor) -> Tensor:
         """[P, T, W] under each of G guides -> embeddings [G, P, J] of unit length."""
+        embeddings: Tensor = self.pooling(self._after(self.depth, tokens, mask, guides, guide_mask), mask)
+        return embeddings
+
+    def guided_weights(
+        self, tokens: Tensor, mask: Tensor, guides: list[Tensor], guide_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same for one sequence [1, T, W] under one guide [1, T', W] -> weights [T, T'] and [T].
+
+        The first are those of the last layer's attention over the guide, the second those of the pooling.
+        """
+        last = self.depth - 1
+        x = self._after(last, tokens, mask, guides, guide_mask)
+        block: Any = self.guided_blocks[last % len(self.guided_blocks)]
+        guide = guides[last % len(guides)]
+        asking = block.attend_to_itself(x, mask).flatten(1, 2)
+        over_guide = block.guided_attention.weights(asking, guide, guide_mask)
+        return over_guide[0], self.pooling.weights(block(x, mask, guide, guide_mask), mask)[0, 0]
+
+    def _after(self, layers: int, tokens: Tensor, mask: Tensor, guides: list[Tensor], guide_mask: Tensor) -> Tensor:
+        """[P, T, W] -> [G or 1, P, T, W] after this number of guided layers."""
         x = tokens.unsqueeze(0)  # the same for all guides before the first layer
-        for layer in range(self.depth):
+        for layer in range(layers):
             block = self.guided_blocks[layer % len(self.guided_blocks)]
             x = block(x, mask, guides[layer % len(guides)], guide_mask)
-        embeddings: Tensor = self.pooling(x, mask)
-        return embeddings
+        return x
 
 
 class SelfAttentionBlock(nn.Module):
@@ -197,13 +235,18 @@ class GuidedAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, guide: Tensor, guide_mask: Tensor) -> Tensor:
         """[G or 1, P, T, W] with mask [P, T], guides [G, T', W] with mask [G, T'] -> [G, P, T, W]."""
-        flat = x.flatten(0, 1)
-        own = self.self_attention(flat, flat, mask.repeat(len(x), 1)).view_as(x)
-        x = self.self_attention_norm(x + self.dropout(own))
+        x = self.attend_to_itself(x, mask)
         # The tokens of all P sequences are queries over the same guide.
         found = self.guided_attention(x.flatten(1, 2), guide, guide_mask).unflatten(1, x.shape[1:3])
         x = self.guided_attention_norm(x + self.dropout(found))
         y: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return y
+
+    def attend_to_itself(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The part before the guide, [G or 1, P, T, W] -> the same shape."""
+        flat = x.flatten(0, 1)
+        own = self.self_attention(flat, flat, mask.repeat(len(x), 1)).view_as(x)
+        y: Tensor = self.self_attention_norm(x + self.dropout(own))
         return y
 
 
@@ -225,6 +268,12 @@ class MultiHeadAttention(nn.Module):
         y: Tensor = self.output(found.transpose(1, 2).flatten(2))
         return y
 
+    def weights(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """The weights [B, T, T'] of `forward`, the mean over the heads, in fp32 or wider."""
+        query, key = self._by_head(self.query(x)), self._by_head(self.key_value(context).chunk(2, dim=-1)[0])
+        logits = at_least_fp32(query @ key.mT) / math.sqrt(query.shape[-1])
+        return logits.masked_fill(~mask[:, None, None], -math.inf).softmax(-1).mean(1)
+
     def _by_head(self, x: Tensor) -> Tensor:
         """[B, T, W] -> [B, h, T, W / h]."""
         heads: Tensor = x.unflatten(-1, (self.heads, -1))
@@ -240,9 +289,12 @@ class AttFlat(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[..., P, T, W] with mask [P, T] -> unit vectors [..., P, J], fp32 or wider even under autocast."""
-        logits = at_least_fp32(self.weight(x).squeeze(-1)).masked_fill(~mask, -math.inf)
-        pooled = (logits.softmax(-1).unsqueeze(-1) * x).sum(-2)
+        pooled = (self.weights(x, mask).unsqueeze(-1) * x).sum(-2)
         return normalize(at_least_fp32(self.projection(pooled)), dim=-1)
+
+    def weights(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The weights [..., P, T] of the tokens, in fp32 or wider."""
+        return at_least_fp32(self.weight(x).squeeze(-1)).masked_fill(~mask, -math.inf).softmax(-1)
 
 
 def _feed_forward(width: int, hidden: int, out: int, dropout: float) -> nn.Sequential:

@@ -21,7 +21,7 @@ from torch.nn.functional import leaky_relu, normalize
 
 from atr_scale.batch import TokenSequence
 from atr_scale.products import product
-from atr_scale.scorers.scorer import Scorer, exact_products
+from atr_scale.scorers.scorer import FrameAttention, Scorer, exact_products
 from atr_scale.scorers.tiles import Tensors, real_tokens, score_tiles, tile_numbers
 from atr_scale.sections import Positive, Section
 
@@ -60,6 +60,7 @@ class LocalGlobalScorer(Scorer):
 
     Options = LocalGlobalOptions
     reads_text_tokens = True
+    attends_over_frames = True
 
     def __init__(self, dim: int, lambda1: float, lambda2: float, direction: str, normalise: str, pooling: str) -> None:
         super().__init__()
@@ -76,24 +77,36 @@ class LocalGlobalScorer(Scorer):
             return self._attend(words, frames)
         return (self._attend(frames, words).T + self._attend(words, frames)) / 2
 
+    def attention(self, text: TokenSequence, audio: TokenSequence) -> FrameAttention:
+        """See `Scorer`. words: the attention of words over frames. frames: r_m of frames over words.
+
+        Both are those of the score if it has that direction; in the other direction their formulas are the same.
+        """
+        words, frames = _unit_tokens(text), _unit_tokens(audio)
+        with exact_products(frames[0]):
+            logits = self._compare(words, _context(*frames))[0]
+            cosine = self._compare(frames, _context(*words))[1]
+        return FrameAttention(logits[:, 0].softmax(-1), cosine[0, 0])
+
     def _attend(self, query: Tensors, context: Tensors) -> Tensor:
         """[Q, C]."""
-        tokens, mask = context
-        pairs = tile_numbers(tokens) // (query[0].shape[1] * tokens.shape[1])
+        pairs = tile_numbers(context[0]) // (query[0].shape[1] * context[0].shape[1])
         side = max(1, math.isqrt(pairs))
-        # 0, or for padding a number that no softmax survives.
-        barrier = torch.zeros_like(tokens[..., 0]).masked_fill_(~mask, torch.finfo(tokens.dtype).min / 4)
-        with exact_products(tokens):
-            return score_tiles(self._tile, query, (tokens, barrier, product(tokens, tokens.mT)), (side, side))
+        with exact_products(context[0]):
+            return score_tiles(self._tile, query, _context(*context), (side, side))
 
     def _tile(self, query: Tensors, context: Tensors) -> Tensor:
+        cosine = self._compare(query, context)[1]
+        return self.pool(self.lambda2 * cosine, query[1].unsqueeze(1)) / self.lambda2
+
+    def _compare(self, query: Tensors, context: Tensors) -> tuple[Tensor, Tensor]:
+        """Logits of the attention [Q q, C, c], and cosines of query tokens and attended vectors [Q, C, q]."""
         (asking, asking_mask), (tokens, barrier, gram) = query, context
         similarity = product(asking.flatten(0, 1), tokens.flatten(0, 1).T, self.products).view(-1, *barrier.shape)
         logits = similarity if self.slope is None else _clipped(similarity, asking_mask.shape, self.slope)
         logits = torch.add(barrier, logits, alpha=self.lambda1)
         cosine: Tensor = AttendedCosine.apply(similarity, logits, gram)  # [Q q, C]
-        cosine = cosine.unflatten(0, asking_mask.shape).transpose(1, 2)
-        return self.pool(self.lambda2 * cosine, asking_mask.unsqueeze(1)) / self.lambda2
+        return logits, cosine.unflatten(0, asking_mask.shape).transpose(1, 2)
 
 
 class AttendedCosine(torch.autograd.Function):
@@ -137,6 +150,13 @@ class AttendedCosine(torch.autograd.Function):
 def _unit_tokens(sequence: TokenSequence) -> Tensors:
     tokens, mask = real_tokens(sequence)
     return normalize(tokens, dim=-1), mask
+
+
+def _context(tokens: Tensor, mask: Tensor) -> Tensors:
+    """Tokens [C, c, D], a barrier [C, c] and the Gram matrices [C, c, c]."""
+    # 0, or for padding a number that no softmax survives.
+    barrier = torch.zeros_like(tokens[..., 0]).masked_fill_(~mask, torch.finfo(tokens.dtype).min / 4)
+    return tokens, barrier, product(tokens, tokens.mT)
 
 
 def _clipped(similarity: Tensor, queries: torch.Size, slope: float) -> Tensor:

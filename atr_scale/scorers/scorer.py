@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,17 @@ from atr_scale.precision import Precision
 from atr_scale.products import HeadProducts, fp32_products
 from atr_scale.score_block import ScoreBlock, StoredScores, at_least_fp32
 from atr_scale.sections import Section
+
+
+class FrameAttention(NamedTuple):
+    """Where one text meets the frames of one clip, fp32 or wider.
+
+    words: [L, F] attention of each token of the text over the frames, not negative.
+    frames: [F] how well each frame matches the whole text; a higher number is a better match.
+    """
+
+    words: Tensor
+    frames: Tensor
 
 
 class Scorer(nn.Module, ABC):
@@ -39,6 +50,7 @@ class Scorer(nn.Module, ABC):
       number, which costs each loss a wait for the GPU.
     - `reads_audio_tokens` and `reads_text_tokens`: whether `scores` uses tokens and mask of that side, or `pooled`
       alone. Tokens that are not read are not projected and, for texts, not sent between ranks: they arrive empty.
+    - `attends_over_frames` and `attention`, if there is attention over the frames: `TrainedModel.moments` reads it.
     - A dual encoder sets `is_dual_encoder`, has `embed_text` and `embed_audio`, and overrides `start_gather` and
       `block_of` (or `block` alone) to return `EmbeddingScores`; `CosineScorer` does all of this and needs a function
       that pools the frames.
@@ -51,6 +63,7 @@ class Scorer(nn.Module, ABC):
     Options: ClassVar[type[Section]] = Section
     reads_audio_tokens = True  # whether the tokens of audio are read
     reads_text_tokens = False  # whether the tokens of text are read
+    attends_over_frames = False  # whether `attention` can be asked for
     is_dual_encoder = False  # whether scores are dot products of embeddings
     largest: float | None = None  # bound of the absolute value of a score
     products: HeadProducts = "ieee"  # precision of large fp32 products, `train.head_products`; a Retriever sets it
@@ -83,6 +96,16 @@ class Scorer(nn.Module, ABC):
     def embed_audio(self, audio: TokenSequence) -> Tensor:
         """Embeddings [n, D] of unit length, fp32 or wider. Raises UserError for a pairwise scorer."""
         raise self._needs_pairs()
+
+    def attention(self, text: TokenSequence, audio: TokenSequence) -> FrameAttention:
+        """The attention between one text and one clip; docs/math/moments.md has the rules.
+
+        text: tokens [1, L, D] and pooled [1, D]. If the scorer does not read tokens of texts, they are the pooled
+        embeddings of the words, each encoded as a text of its own. audio: tokens [1, F, D]. Padding is honoured as
+        in `scores`; the rows of padding among the tokens of the text mean nothing.
+        Only for scorers that set `attends_over_frames`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no attention over frames")
 
     def _needs_pairs(self) -> UserError:
         return UserError(

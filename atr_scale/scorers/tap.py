@@ -20,7 +20,7 @@ from atr_scale.products import HeadProducts, product
 from atr_scale.score_block import at_least_fp32
 from atr_scale.scorers.gram_pooling import GramScores, Tables, metrics_of
 from atr_scale.scorers.pooled_cosine import EPS, SHORTEST
-from atr_scale.scorers.scorer import Scorer, exact_products
+from atr_scale.scorers.scorer import FrameAttention, Scorer, exact_products
 from atr_scale.scorers.tiles import Tensors, kept_bytes, pair_tiles, recomputed, split, tile_numbers
 from atr_scale.sections import Count, Section
 
@@ -59,6 +59,7 @@ class TextAwarePoolingScorer(Scorer):
     """
 
     Options = TextAwarePoolingOptions
+    attends_over_frames = True
     largest = 1.0
 
     def __init__(self, dim: int, attention_dim: int, residual: bool, dropout: float) -> None:
@@ -72,20 +73,33 @@ class TextAwarePoolingScorer(Scorer):
             query, key, value, behind = self.weights()
             sentence = at_least_fp32(text.pooled)
             unit = normalize(sentence, dim=-1, eps=SHORTEST)
-            normal = layer_norm(sentence, sentence.shape[-1:], eps=EPS)
-            asked = product(pad(normal, (0, 1), value=1), query, self.products)
-            asked = pad(pad(asked, (0, 1 + BARRIER), value=1), (0, EXTRA - 1 - BARRIER))
+            asked = self._asked(sentence, query)
             if dropping or audio.tokens.shape[1] > self.weights.most_frames:
                 scores = self._from_vectors(asked, unit, audio, key, value, behind, dropping)
             else:
                 scores = self._from_grams(asked, unit, audio, key, value, behind)
             return scores.masked_fill(~audio.mask.any(1), 0)
 
+    def attention(self, text: TokenSequence, audio: TokenSequence) -> FrameAttention:
+        """See `Scorer`. frames: the attention w of the score. words: w with the word in the place of the caption."""
+        with exact_products(audio.tokens):
+            query, key, _, _ = self.weights()
+            asking = at_least_fp32(torch.cat([text.pooled, text.tokens[0]]))
+            keys = product(_frames(audio.tokens, audio.mask)[0], key, self.products)
+            weight = product(self._asked(asking, query), keys.T, self.products).softmax(-1)
+        return FrameAttention(weight[1:], weight[0])
+
     def extra_repr(self) -> str:
         form = f"Gram matrices up to {self.weights.most_frames} frames, beyond them a vector for each pair"
         if self.dropout and self.training:
             form = f"a vector for each pair because of dropout {self.dropout}"
         return f"residual={self.weights.residual}, {form}"
+
+    def _asked(self, sentence: Tensor, query: Tensor) -> Tensor:
+        """[n, K + EXTRA]: queries of pooled embeddings [n, D]; with that of a key their product is a logit."""
+        normal = layer_norm(sentence, sentence.shape[-1:], eps=EPS)
+        asked = product(pad(normal, (0, 1), value=1), query, self.products)
+        return pad(pad(asked, (0, 1 + BARRIER), value=1), (0, EXTRA - 1 - BARRIER))
 
     def _from_grams(
         self, asked: Tensor, unit: Tensor, audio: TokenSequence, key: Tensor, value: Tensor, behind: Tensors
