@@ -40,7 +40,7 @@ def loss(train: Sequence[Line]) -> Figure:
     ax.plot(steps, values, color=BLUE, alpha=1.0 if smooth is None else 0.3, linewidth=1, label="loss")
     if smooth is not None:
         ax.plot(steps, smooth, color=BLUE, linewidth=2, label="loss, smoothed")
-    terms = keys_under(train, "loss")
+    terms = [key for key in keys_under(train, "loss") if key.count("/") == 1]  # without their directions
     if len(terms) > 1:  # a single term is the loss itself
         for key, colour in zip(terms, cycle(COLOURS[1:]), strict=False):
             term_steps, term_values = series(train, key)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from atr_scale.errors import UserError
+from atr_scale.losses.directions import tell
 from atr_scale.losses.targets import PositivesMean
 from atr_scale.score_block import at_least_fp32
 
@@ -35,7 +36,7 @@ def nt_xent(
     """
     logits, targets = at_least_fp32(scores) / temperature, _targets(scores, positives)
     t2a, a2t = (_cross_entropy(logits, targets, dim, positives_mean) for dim in (1, 0))
-    return _both(t2a, a2t, t2a_share)
+    return _two_way(t2a, a2t, t2a_share)
 
 
 def pmr(
@@ -66,7 +67,7 @@ def pmr(
     targets = _targets(scores, positives)
     t2a = _cross_entropy(scores * over_texts / temperature, targets, 1, positives_mean)
     a2t = _cross_entropy(scores * over_audios / temperature, targets, 0, positives_mean)
-    return _both(t2a, a2t, t2a_share)
+    return _two_way(t2a, a2t, t2a_share)
 
 
 def distillation(
@@ -90,7 +91,7 @@ def distillation(
         for own in (teacher_scores, teacher_scores if teacher_scores_a2t is None else teacher_scores_a2t)
     )
     both = _soft_cross_entropy(logits, t2a.softmax(1), 1), _soft_cross_entropy(logits, a2t.softmax(0), 0)
-    return _both(*both, t2a_share)
+    return _two_way(*both, t2a_share)
 
 
 def cmsc(
@@ -126,7 +127,7 @@ def cmsc(
         entropy = -torch.xlogy(target, target).sum(dim).mean()
         return _soft_cross_entropy(logits, target, dim) - entropy
 
-    return _both(divergence(text_scores, 1), divergence(audio_scores, 0), t2a_share)
+    return _two_way(divergence(text_scores, 1), divergence(audio_scores, 0), t2a_share)
 
 
 def intra_modal(scores: Tensor, temperature: float | Tensor, same: Tensor | None = None) -> Tensor:
@@ -138,7 +139,7 @@ def intra_modal(scores: Tensor, temperature: float | Tensor, same: Tensor | None
     itself = torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
     if same is not None:
         logits = logits.masked_fill(same & ~itself, -torch.inf)
-    return _both(_cross_entropy(logits, itself, 1), _cross_entropy(logits, itself, 0))
+    return (_cross_entropy(logits, itself, 1) + _cross_entropy(logits, itself, 0)) / 2
 
 
 def _targets(scores: Tensor, positives: Tensor | None) -> Tensor:
@@ -173,7 +174,8 @@ def _soft_cross_entropy(logits: Tensor, target: Tensor, dim: int) -> Tensor:
     return -(target * logits.log_softmax(dim)).sum(dim).mean()
 
 
-def _both(t2a: Tensor, a2t: Tensor, t2a_share: float = 0.5) -> Tensor:
+def _two_way(t2a: Tensor, a2t: Tensor, t2a_share: float) -> Tensor:
+    tell(t2a, a2t, t2a_share)
     return t2a_share * t2a + (1 - t2a_share) * a2t
 
 

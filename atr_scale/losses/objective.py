@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from atr_scale.errors import UserError
+from atr_scale.losses.directions import listening
 from atr_scale.losses.inputs import LossInputs
 from atr_scale.losses.terms import DEFAULT_BUDGET, LOSS_TERMS, Budget, LossTerm, TermSection
 
@@ -25,10 +26,18 @@ class Objective(nn.Module):
         self.inputs = frozenset(name for term in terms.values() for name in term.inputs)
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """Scalars by name: every term without its weight, and "loss", the weighted sum."""
-        values = {name: term(inputs, self.budget) for name, term in self.terms.items()}
+        """Scalars by name: every term without its weight, its directions, and "loss", the weighted sum of the terms.
+
+        A direction is called TERM/t2a or TERM/a2t, and has no gradient.
+        """
+        values: dict[str, Tensor] = {}
+        directions: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            with listening() as told:
+                values[name] = term(inputs, self.budget)
+            directions |= {f"{name}/{direction}": value for direction, value in told.items()}
         loss = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
-        return {**values, "loss": loss}
+        return {**values, **directions, "loss": loss}
 
 
 def build_objective(terms: Mapping[str, TermSection], budget: Budget = DEFAULT_BUDGET) -> Objective:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from atr_scale.errors import UserError
 from atr_scale.losses import dense, tiled
+from atr_scale.losses.directions import tell, weighed
 from atr_scale.losses.inputs import INPUTS, LossInputs
 from atr_scale.losses.soft_labels import SoftLabels
 from atr_scale.losses.targets import PositivesMean
@@ -330,28 +331,37 @@ class Distillation(LossTerm):
     def dense(self, scores: Tensor, soft_labels: SoftLabels[Tensor], temperature: Tensor) -> Tensor:
         own, share = self._temperature(temperature), soft_labels.share(len(scores))
         if not share:
-            return 0 * (scores.sum() + temperature.sum())  # every parameter keeps its place in the graph
+            return self._nothing(scores.sum() + temperature.sum())
         student, t2a_share = soft_labels.matrix(scores), self.section.t2a_share
-        losses = [
-            teacher.weight
-            * dense.distillation(student, teacher.t2a, own, teacher.temperature_or(own), teacher.a2t, t2a_share)
-            for teacher in (each.map(soft_labels.matrix) for each in soft_labels.teachers)
-        ]
+        losses = []
+        for teacher in (each.map(soft_labels.matrix) for each in soft_labels.teachers):
+            of_teacher = teacher.temperature_or(own)
+            with weighed(share * teacher.weight):
+                loss = dense.distillation(student, teacher.t2a, own, of_teacher, teacher.a2t, t2a_share)
+            losses.append(teacher.weight * loss)
         return share * torch.stack(losses).sum()
 
     def tiled(self, inputs: LossInputs, kept_bytes: int | None) -> Tensor:
         own, labels = self._temperature(inputs.temperature), inputs.soft_labels
         share = labels.share(inputs.block.shape[0])
         if not share:
-            return 0 * torch.stack([tensor.sum() for tensor in (inputs.temperature, *inputs.block.tensors)]).sum()
+            return self._nothing(
+                torch.stack([tensor.sum() for tensor in (inputs.temperature, *inputs.block.tensors)]).sum()
+            )
         student, t2a_share, least = labels.block(inputs.block), self.section.t2a_share, inputs.lowest_temperature
         losses = []
         for teacher in (each.map(labels.block) for each in labels.teachers):
             a2t = None if teacher.a2t is teacher.t2a else teacher.a2t
             temperature = teacher.temperature_or(own)
-            loss = tiled.distillation(student, teacher.t2a, own, temperature, a2t, kept_bytes, t2a_share, least)
+            with weighed(share * teacher.weight):
+                loss = tiled.distillation(student, teacher.t2a, own, temperature, a2t, kept_bytes, t2a_share, least)
             losses.append(teacher.weight * loss)
         return share * torch.stack(losses).sum()
+
+    def _nothing(self, value: Tensor) -> Tensor:
+        """0, in which every parameter that `value` depends on keeps its place in the graph."""
+        tell(0 * value, 0 * value, self.section.t2a_share)
+        return 0 * value
 
     def _temperature(self, temperature: Tensor) -> float | Tensor:
         return temperature if self.section.temperature is None else self.section.temperature

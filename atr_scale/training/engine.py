@@ -18,9 +18,8 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
-from atr_scale.batch import Batch
+from atr_scale.batch import Batch, on_device
 from atr_scale.config_train import TrainSection
 from atr_scale.distributed.start import device_as_local_rank
 from atr_scale.distributed.world import World
@@ -79,6 +78,8 @@ class Engine:
             )
         self.deepspeed.train()
         self._passes: Passes
+        self._counts: list[int] = []  # of gradients in each group
+        self._outside = torch.empty(0, device=device)  # [groups, gradients] bool: which are not in a group
         if train.zero_stage == 3:
             self._passes = ShardedPasses(self.deepspeed, chunked or train.accum_steps > 1, world, device)
         else:
@@ -114,22 +115,24 @@ class Engine:
             group["lr"] = learning_rates[group["name"]] * group.get("lr_scale", 1.0)
         if not self.model.training:  # a walk over all modules
             self.deepspeed.train()
-        values: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         with self._passes.step():
             for number, (batch, seed) in enumerate(zip(batches, seeds, strict=True), start=1):
                 own = replace(context, augment_seed=seed.augmentation)
                 self._passes.last_loss = number == self.train.accum_steps
                 terms = self._add_gradients(batch, seed.dropout, own)
                 for name, value in terms.items():
-                    part = value.detach().float() / self.train.accum_steps
-                    values[name] = values[name] + part if name in values else part
-        norm, agreed = self._agree(values["loss"], stop)
+                    part = value.detach().float()
+                    sums[name] = sums[name] + part if name in sums else part
+        norms, agreed = self._agree(sums["loss"], stop)
         found_inf = agreed[1:].any().float()
-        self._mask(norm, found_inf)
+        self._mask(norms[0], found_inf)
         self.deepspeed.step()
-        self._passes.owned = []  # frees the gradients
-        norm = norm / self.scale.value
-        return StepResult(values, norm, self.scale.update(found_inf), agreed)
+        groups = tuple(self._passes.owned)
+        self._passes.owned = {}  # frees the gradients
+        norms = norms / self.scale.value
+        means = torch.stack(list(sums.values())) / self.train.accum_steps
+        return StepResult(tuple(sums), means, groups, norms, self.scale.update(found_inf), agreed)
 
     def _add_gradients(self, batch: Batch, seed: int, context: StepContext) -> dict[str, Tensor]:
         """Add the gradient of one loss to the parameters. Returns the terms of the loss."""
@@ -142,21 +145,33 @@ class Engine:
     def _agree(self, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor]:
         """What ranks must know of each other, in one small all-reduce.
 
-        Returns the norm of the scaled gradient, and float64 [1 + ranks] of 0 and 1: whether any rank is to stop, and on
-        which ranks a loss or gradient of this step is not finite.
+        Returns the norms of the scaled gradient, of all of it and of each group of parameters, and float64 [1 + ranks]
+        of 0 and 1: whether any rank is to stop, and on which ranks a loss or gradient of this step is not finite.
         """
-        rank, sharded = self.world.rank, self.train.zero_stage > 0
-        own = torch.zeros(2 + self.world.size, dtype=torch.float64, device=self.device)
+        rank, sharded, groups = self.world.rank, self.train.zero_stage > 0, len(self._passes.owned)
+        own = torch.zeros(groups + 1 + self.world.size, dtype=torch.float64, device=self.device)
         if sharded or self.world.is_main:  # without ZeRO every rank has the whole gradient
-            own[0] = get_total_norm(self._passes.owned).double().square()
+            own[:groups] = self._squares(list(self._passes.owned.values()))
         if stop:
-            own[1] = 1.0
-        own[2 + rank] = _not_finite(self._passes.local_sum() + loss)
+            own[groups] = 1.0
+        own[groups + 1 + rank] = _not_finite(self._passes.local_sum() + loss)
         found = self.world.sum(own)
-        norm, stops, bad = found[0].sqrt().float(), found[1:2].clamp(max=1), found[2:]
+        squares, stops, bad = found[:groups], found[groups : groups + 1].clamp(max=1), found[groups + 1 :]
+        norms = torch.cat((squares.sum(0, keepdim=True), squares)).sqrt().float()
         # Finite gradients whose sum over ranks is not: the fault of all of them.
-        bad = bad + (_not_finite(norm) & ~bad.any())
-        return norm, torch.cat((stops, bad))
+        bad = bad + (_not_finite(norms[0]) & ~bad.any())
+        return norms, torch.cat((stops, bad))
+
+    def _squares(self, owned: list[list[Tensor]]) -> Tensor:
+        """Sums of squares of some groups of gradients, float64 [groups], added up in a fixed order."""
+        counts = [len(gradients) for gradients in owned]
+        if counts != self._counts:
+            group = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+            outside = group != torch.arange(len(counts))[:, None]
+            self._counts, self._outside = counts, on_device(outside, self.device)
+        norms = torch.stack(torch._foreach_norm([gradient for group in owned for gradient in group]))
+        # Filled and not multiplied: a group that is not finite leaves the others' numbers alone.
+        return norms.double().square().expand(len(counts), -1).masked_fill(self._outside, 0).sum(1)
 
     def _mask(self, norm: Tensor, found_inf: Tensor) -> None:
         """Tell the optimizer what to divide gradients by, and whether to change anything."""

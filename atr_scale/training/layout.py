@@ -20,6 +20,7 @@ def layout(validation: Iterable[str]) -> dict[str, dict[str, list[str | list[str
         "loss": {
             "loss": ["train/loss$"],
             "loss by term": ["train/loss/[^/]+$"],
+            "loss by term and direction": ["train/loss/[^/]+/(?:t2a|a2t)$"],
         },
         "validation": _results(own),
         "test": _results(test),
@@ -27,6 +28,7 @@ def layout(validation: Iterable[str]) -> dict[str, dict[str, list[str | list[str
             "temperature": ["train/temperature$"],
             "learning rate": ["train/lr/.+"],
             "gradient norm": ["train/grad_norm$"],
+            "gradient norm by group": ["train/grad_norm/.+"],
             "skipped steps, failed saves": ["train/(?:skipped_steps|fp16_overflows)$", "saving/failed$"],
         },
         "speed": {

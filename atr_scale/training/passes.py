@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from atr_scale.batch import Batch
@@ -26,15 +26,25 @@ class Passes(ABC):
     """Adds up the gradients of a step and reduces them over ranks.
 
     forward: the retriever's call. last_loss: whether the loss that is computed now is the last one of the step.
-    factor: of a loss; what the reduction divides by. owned: after a step, the gradients that this rank owns.
+    factor: of a loss; what the reduction divides by. owned: after a step, the gradients that this rank owns, by group
+    of parameters ("audio", "text", "heads"); all ranks have the same groups.
     """
 
     factor = 1.0
 
-    def __init__(self, forward: Any) -> None:
+    def __init__(self, forward: Any, model: Retriever) -> None:
         self.forward = forward
         self.last_loss = True
-        self.owned: list[Tensor] = []
+        self.owned: dict[str, list[Tensor]] = {}
+        self._group = {
+            parameter: group for group, members in model.parameter_groups().items() for _, parameter in members
+        }
+
+    def _own(self, gradients: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        """The gradients that this rank owns, each with a parameter of its group."""
+        self.owned = {group: [] for group in dict.fromkeys(self._group.values())}
+        for parameter, gradient in gradients:
+            self.owned[self._group[parameter]].append(gradient)
 
     @abstractmethod
     def step(self) -> Any:
@@ -57,7 +67,7 @@ class ReducedPasses(Passes):
     """ZeRO 0 to 2: `GradientReduction` sums gradients during the last backward pass, and DeepSpeed shares the state."""
 
     def __init__(self, model: Retriever, engine: Any, train: TrainSection, world: World) -> None:
-        super().__init__(model)
+        super().__init__(model, model)
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._reduction = GradientReduction(
             learned,
@@ -66,12 +76,14 @@ class ReducedPasses(Passes):
             sharding=Partitions(engine.optimizer).sharding if train.zero_stage > 0 else None,
             most_in_flight=STAGE_2_BUCKETS if train.zero_stage == 2 else None,
         )
+        # Of each partition a parameter of its group, or the parameters themselves.
+        self._owners = [group[0] for group in engine.optimizer.bit16_groups] if train.zero_stage > 0 else learned
         self._model = model
 
     @contextmanager
     def step(self) -> Iterator[None]:
         yield
-        self.owned = self._reduction.finish()
+        self._own(zip(self._owners, self._reduction.finish(), strict=True))
 
     def loss(self, batch: Batch, context: StepContext, factor: float | Tensor) -> dict[str, Tensor]:
         # By itself autograd takes the audio encoder first, and the texts' gradients are summed over ranks beside it.
@@ -100,7 +112,7 @@ class ShardedPasses(Passes):
 
     def __init__(self, engine: Any, several: bool, world: World, device: torch.device) -> None:
         """several: whether a step has more than one backward pass."""
-        super().__init__(engine)
+        super().__init__(engine, engine.module)
         self._engine, self._several = engine, several
         self.factor = float(world.size)  # DeepSpeed averages over ranks
         self._probe = torch.zeros((), device=device)
@@ -117,7 +129,12 @@ class ShardedPasses(Passes):
             if self._several:
                 own = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
                 self._probe += get_total_norm(own) * 0
-        self.owned = [part for group in self._engine.optimizer.averaged_gradients.values() for part in group]
+        optimizer = self._engine.optimizer
+        self._own(
+            pair
+            for number, gradients in optimizer.averaged_gradients.items()
+            for pair in zip(optimizer.fp16_groups[number], gradients, strict=True)
+        )
 
     def loss(self, batch: Batch, context: StepContext, factor: float | Tensor) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = self.forward(batch, context)

@@ -202,6 +202,7 @@ class Record:
             **{f"lr/{name}": rate for name, rate in update.rates.items()},
             "temperature": result.temperature,
             "grad_norm": result.gradient_norm,
+            **{f"grad_norm/{name}": norm for name, norm in result.gradient_norms.items()},
             "samples_per_s": samples / seconds,
             "audio_s_per_s": sum(rank.audio for rank in ranks) / seconds,
             "data_wait": max(waits),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -14,14 +15,22 @@ class StepResult:
     All ranks read the same, except for loss terms that depend on the rank.
     """
 
-    def __init__(self, values: dict[str, Tensor], norm: Tensor, overflow: Tensor, agreed: Tensor) -> None:
-        """values: loss terms (means over the losses of the step) and "temperature", scalars. norm: of the whole
-        gradient, before clipping. overflow: 1 if the loss scale of fp16 was too large. agreed: equal on all ranks, 1 or
-        0 each: whether a rank is to stop, then for each rank whether it saw a non-finite loss or gradient.
+    def __init__(
+        self,
+        names: Sequence[str],
+        values: Tensor,
+        groups: Sequence[str],
+        norms: Tensor,
+        overflow: Tensor,
+        agreed: Tensor,
+    ) -> None:
+        """names, values: loss terms, means over the losses of the step, and "temperature". groups, norms: of the whole
+        gradient, then of each group of parameters, before clipping. overflow: 1 if the loss scale of fp16 was too
+        large. agreed: float64, equal on all ranks, 1 or 0 each: whether a rank is to stop, then for each rank whether
+        it saw a non-finite loss or gradient.
         """
-        self._names = list(values)
-        numbers = torch.stack([norm, overflow, *values.values()]).double()
-        self._numbers, self._copied = _to_host(torch.cat((numbers, agreed.double())))
+        self._names, self._groups, self._ranks = names, groups, len(agreed) - 1
+        self._numbers, self._copied = _to_host(torch.cat((norms, values, overflow[None], agreed)))
 
     @cached_property
     def _read(self) -> list[float]:
@@ -31,7 +40,7 @@ class StepResult:
 
     @cached_property
     def _values(self) -> dict[str, float]:
-        return dict(zip(self._names, self._read[2:], strict=False))
+        return dict(zip(self._names, self._read[1 + len(self._groups) :], strict=False))
 
     @property
     def terms(self) -> dict[str, float]:
@@ -46,19 +55,24 @@ class StepResult:
         return self._read[0]
 
     @property
+    def gradient_norms(self) -> dict[str, float]:
+        """By group of parameters; the root of the sum of their squares is `gradient_norm`."""
+        return dict(zip(self._groups, self._read[1:], strict=False))
+
+    @property
     def overflow(self) -> bool:
         """Whether the loss scale of fp16 was too large."""
-        return bool(self._read[1])
+        return bool(self._read[-self._ranks - 2])
 
     @property
     def stop(self) -> bool:
         """Whether any rank was told to stop before this step."""
-        return bool(self._read[2 + len(self._names)])
+        return bool(self._read[-self._ranks - 1])
 
     @property
     def bad_ranks(self) -> tuple[int, ...]:
         """Ranks that saw a non-finite value."""
-        return tuple(rank for rank, bad in enumerate(self._read[3 + len(self._names) :]) if bad)
+        return tuple(rank for rank, bad in enumerate(self._read[-self._ranks :]) if bad)
 
     @property
     def applied(self) -> bool:

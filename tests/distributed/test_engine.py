@@ -48,6 +48,38 @@ def test_ranks_and_zero_stages_agree(folder: Path, objective: str) -> None:
                 )
 
 
+@pytest.mark.slow
+def test_gradient_norms_by_group_are_those_of_one_backward_pass(folder: Path) -> None:
+    """1 and 2 ranks, ZeRO 0 to 3, fp16, in chunks, and with frozen layers; together they are the whole norm."""
+    config = with_train(tiny_config(folder, folder / "run"), gradient_clipping=0.1)
+    gradients = run_ranks(gradients_of_batches, 1, config)[0][0]
+    squares = dict.fromkeys(("audio", "text", "heads"), 0.0)
+    for name, gradient in gradients.items():
+        group = next((kind for kind in ("audio", "text") if name.startswith(f"{kind}_encoder.")), "heads")
+        squares[group] += float(np.square(gradient, dtype=np.float64).sum())
+    expected = {group: square**0.5 for group, square in squares.items()}
+    every: list[dict[str, Any]] = [{"zero_stage": stage} for stage in (0, 1, 2, 3)]
+    every += [{"zero_stage": stage, "micro_batch_size": 2, "kept_chunks": 1} for stage in (1, 3)]
+    every += [{"zero_stage": 0, "precision": "fp16"}, {"zero_stage": 2, "precision": "fp16"}]
+    every += [{"zero_stage": 1, "lr_text": 0.0}]
+    for size in (1, 2):
+        for rank in run_ranks(norms_of_first_updates, size, [with_train(config, **train) for train in every]):
+            for train, (whole, by_group) in zip(every, rank, strict=True):
+                wanted = {group: norm for group, norm in expected.items() if f"lr_{group}" not in train}
+                assert by_group == pytest.approx(wanted, rel=2e-2 if "precision" in train else 1e-4), (size, train)
+                assert whole == pytest.approx(np.linalg.norm(list(by_group.values())), rel=1e-6), (size, train)
+
+
+def norms_of_first_updates(configs: list[RunConfig]) -> list[tuple[float, dict[str, float]]]:
+    found = []
+    for config in configs:
+        engine, batches = start(config)
+        engine.scale.value.clamp_(max=256.0)  # fp16: no overflow
+        result = engine.update([next(batches)], RATES, seeds(0, 0, 1, engine.world.rank))
+        found.append((result.gradient_norm, result.gradient_norms))
+    return found
+
+
 def test_a_run_without_a_parameter_of_this_version_does_not_go_on() -> None:
     """One of version 0.2 with X-Pool's block, which had no biases. What is frozen may be missing."""
     model = build_scorer("tap", dim=8, attention_dim=4, residual=True)

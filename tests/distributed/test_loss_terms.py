@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from atr_scale.batch import TokenSequence
 from atr_scale.distributed.world import World
 from atr_scale.losses import LOSS_TERMS, Budget, LossInputs, LossTerm, TermSection
+from atr_scale.losses.directions import listening
 from atr_scale.losses.soft_labels import SoftLabels, Teacher
 from atr_scale.losses.targets import positives_mask
 from atr_scale.losses.temperature import Temperature
@@ -106,8 +107,11 @@ def ids() -> Tensor:
     return torch.stack([clip, caption], 1)
 
 
-def on_ranks(name: str, way: str, stored: bool) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss and the sum over ranks of the gradients."""
+Found = tuple[float, dict[str, float], dict[str, np.ndarray]]  # loss, its directions, gradients
+
+
+def on_ranks(name: str, way: str, stored: bool) -> Found:
+    """Gradients: their sum over ranks."""
     world, model = World.current(), Towers(name)
     share = B // world.size
     rows = slice(world.rank * share, (world.rank + 1) * share)
@@ -128,12 +132,17 @@ def on_ranks(name: str, way: str, stored: bool) -> tuple[float, dict[str, np.nda
         positives="clip",
         positives_mean="pairs",
     )
-    loss = model.term(given, WAYS[way])
+    with listening() as told:
+        loss = model.term(given, WAYS[way])
     loss.backward()
-    return loss.item(), {n: world.sum(torch.from_numpy(g)).numpy() for n, g in model.gradients().items()}
+    return loss.item(), numbers(told), {n: world.sum(torch.from_numpy(g)).numpy() for n, g in model.gradients().items()}
 
 
-def in_one_process(name: str) -> tuple[float, dict[str, np.ndarray]]:
+def numbers(told: dict[str, Tensor]) -> dict[str, float]:
+    return {direction: value.item() for direction, value in told.items()}
+
+
+def in_one_process(name: str) -> Found:
     """The term's own formula on whole matrices, without anything of what makes it a term of several ranks."""
     model = Towers(name)
     text, audio = model.vectors(slice(None))
@@ -156,9 +165,10 @@ def in_one_process(name: str) -> tuple[float, dict[str, np.ndarray]]:
         "audio_tokens": lambda: frames,
         "step": lambda: STEP,
     }
-    loss = model.term.dense(**{key: whole[key]() for key in model.term.inputs})
+    with listening() as told:
+        loss = model.term.dense(**{key: whole[key]() for key in model.term.inputs})
     loss.backward()
-    return loss.item(), model.gradients()
+    return loss.item(), numbers(told), model.gradients()
 
 
 def cases() -> list[tuple[str, str, bool]]:
@@ -174,14 +184,17 @@ def worker(example: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_terms_equal_one_process(size: int, example: str) -> None:
-    """Value and gradients of both sides, of the temperature and of the term's own parameters; duplicates over ranks."""
+    """Value, directions, and gradients of both sides, of the temperature and of the term's own parameters; duplicates
+    over ranks."""
     found = run_ranks(worker, size, example)
     alone = found[0]["alone"]
-    assert {"term.bias", "term.log_scale"} < alone["sigmoid"][1].keys() and "term.gate" in alone["gated"][1]
+    assert {"term.bias", "term.log_scale"} < alone["sigmoid"][2].keys() and "term.gate" in alone["gated"][2]
+    assert {name for name in TERMS if alone[name][1]} == {"nt_xent", "pmr", "cmsc", "distillation"}
     for rank in found:
-        for case, (loss, gradients) in rank["ranks"].items():
-            want, expected = alone[case[0]]
+        for case, (loss, directions, gradients) in rank["ranks"].items():
+            want, wanted, expected = alone[case[0]]
             assert abs(loss - want) < 1e-13, case
+            assert directions == pytest.approx(wanted, rel=0, abs=1e-12), case
             assert gradients.keys() == expected.keys(), case
             for name, gradient in expected.items():
                 assert np.abs(gradients[name] - gradient).max() < 1e-13, (case, name)

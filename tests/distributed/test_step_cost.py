@@ -92,7 +92,7 @@ def test_a_step_is_few_kernels_and_reads_nothing(tmp_path: Path) -> None:
             assert found["reads"] == 0, train
             assert found["launches"].total() <= MOST_LAUNCHES, (train, found["launches"])
             gradient = (2 if "gradient_dtype" in train else 4) * found["values"]
-            small = 8 * (2 + 2)  # norm, stop, a flag of each rank
+            small = 8 * (3 + 1 + 2)  # norms of three groups, stop, a flag of each rank
             sent = found["sent"]
             statistics = sent["allreduce"] - small
             if train["zero_stage"] == 0:

@@ -72,6 +72,6 @@ def test_a_browser_shows_the_charts(address: str, tmp_path: Path) -> None:
     with browser_page(1300) as page:
         for mode in ("false", "true"):
             page.goto(f"{address}/?darkMode={mode}#custom_scalars")
-            page.get_by_text("loss by term", exact=False).first.wait_for(timeout=90_000)
+            page.get_by_text("seconds of saving", exact=False).first.wait_for(timeout=90_000)
             page.wait_for_timeout(2000)
             page.screenshot(path=tmp_path / f"dark-{mode}.png")

@@ -15,7 +15,7 @@ from atr_scale.batch import TokenSequence
 from atr_scale.errors import UserError
 from atr_scale.losses import LOSS_TERMS, Budget, LossInputs, LossTerm, TermSection, build_objective, dense, tiled
 from atr_scale.losses.inputs import INPUTS
-from atr_scale.losses.soft_labels import SoftLabels
+from atr_scale.losses.soft_labels import SoftLabels, Teacher
 from atr_scale.losses.targets import positives_mask
 from atr_scale.losses.terms import PMR, PMRSection
 from atr_scale.score_block import EmbeddingScores
@@ -78,7 +78,9 @@ def test_terms_are_named_and_the_loss_is_their_weighted_sum(way: str) -> None:
     weights = {name: 2.0**-n for n, name in enumerate(OPTIONS)}
     terms = {name: {"weight": weights[name], **options} for name, options in OPTIONS.items()}
     found = build_objective(sections(**terms), WAYS[way])(inputs(**all_inputs()))
-    assert list(found) == [*LOSS_TERMS, "loss"]
+    two_way = [name for name in OPTIONS if name != "intra_modal"]
+    directions = [f"{name}/{direction}" for name in two_way for direction in ("t2a", "a2t")]
+    assert list(found) == [*LOSS_TERMS, *directions, "loss"]
     want = expected()
     for name, value in want.items():
         assert abs(found[name] - value) < 1e-12, name
@@ -93,7 +95,44 @@ def test_terms_of_weight_zero_are_not_computed(name: str, way: str) -> None:
     weights = dict.fromkeys(OPTIONS, 0.0) | {name: 1.0}
     terms = {key: {"weight": weights[key], **options} for key, options in OPTIONS.items()}
     found = build_objective(sections(**terms), WAYS[way])(inputs())
-    assert list(found) == [name, "loss"] and found["loss"] == found[name]
+    assert list(found) == [name, f"{name}/t2a", f"{name}/a2t", "loss"] and found["loss"] == found[name]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "intra_modal"])
+def test_directions_of_a_term(name: str, way: str) -> None:
+    """They are the loss of each direction alone, whatever its share; a direction without a share has no value."""
+
+    def found(share: float) -> dict[str, Tensor]:
+        given = replace(inputs(**all_inputs()), temperature=TAU.clone().requires_grad_())
+        term = {"weight": 0.5, **OPTIONS[name], "t2a_share": share}
+        return build_objective(sections(**{name: term}), WAYS[way])(given)
+
+    both, t2a, a2t = found(0.3), found(1.0), found(0.0)
+    assert list(t2a) == [name, f"{name}/t2a", "loss"] and list(a2t) == [name, f"{name}/a2t", "loss"]
+    for direction, alone in (("t2a", t2a), ("a2t", a2t)):
+        assert abs(alone[name] - alone[f"{name}/{direction}"]) < 1e-12
+        assert abs(both[f"{name}/{direction}"] - alone[name]) < 1e-12 and not both[f"{name}/{direction}"].requires_grad
+    assert abs(0.3 * t2a[name] + 0.7 * a2t[name] - both[name]) < 1e-12 and abs(t2a[name] - a2t[name]) > 1e-6
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_directions_of_several_teachers_count_by_weight(way: str) -> None:
+    """Also if one of the batch's pairs has no teacher, and if none has one."""
+    known = torch.tensor([True] * (N - 1) + [False])
+
+    def found(share: float, known: Tensor) -> dict[str, Tensor]:
+        first, second = (EmbeddingScores(unit(N, 5, seed), unit(N, 5, seed + 1)) for seed in (4, 6))
+        labels = SoftLabels((Teacher(first, first, 0.8, 0.1), Teacher(second, second, 0.2, 0.1)), known)
+        term = {"weight": 1.0, "tables": ["given"], "t2a_share": share}
+        return build_objective(sections(nt_xent={"weight": 0.0}, distillation=term), WAYS[way])(
+            inputs(**{**all_inputs(), "teacher": lambda: labels})
+        )
+
+    for name, share in (("t2a", 1.0), ("a2t", 0.0)):
+        alone = found(share, known)["distillation"]
+        assert abs(found(0.3, known)[f"distillation/{name}"] - alone) < 1e-12 and alone > 0.1
+        assert found(0.3, known & False)[f"distillation/{name}"] == 0
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from atr_scale.errors import UserError
+from atr_scale.losses.directions import listening
 from atr_scale.losses.targets import Ids, Pairs, Positives, PositivesMean
 from atr_scale.losses.tiled.soft_cross_entropy import Logits, Targets, soft_cross_entropy
 from atr_scale.score_block import ScoreBlock
@@ -106,7 +107,8 @@ def intra_modal(
     pairs = same if same is None or isinstance(same, Pairs) else Pairs.agreeing(block, same)
     excluded = None if pairs is None else pairs.beside_itself(block)
     targets = Targets(Positives.of(block), excluded=excluded)
-    return soft_cross_entropy(block, temperature, targets, kept_bytes, least_temperature)
+    with listening():  # its directions lie inside one modality, and are told to nobody
+        return soft_cross_entropy(block, temperature, targets, kept_bytes, least_temperature)
 
 
 def _same_shape(block: ScoreBlock, name: str, other: ScoreBlock) -> None:

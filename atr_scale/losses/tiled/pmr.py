@@ -31,6 +31,7 @@ from atr_scale.losses.tiled.exponentials import (
 )
 from atr_scale.losses.tiled.statistics import (
     as_tensor,
+    both_directions,
     input_gradients,
     inverse,
     largest_inverse,
@@ -71,10 +72,10 @@ class _PMR(torch.autograd.Function):
     def forward(
         ctx: Any, sweeps: _Sweeps, largest_h: float, detach_prior: bool, temperature: Tensor, *tensors: Tensor
     ) -> Tensor:
-        loss = sweeps.loss(largest_h)
+        parts = sweeps.loss(largest_h)
         ctx.sweeps, ctx.detach_prior = sweeps, detach_prior
         ctx.save_for_backward(temperature, *tensors)
-        return loss.to(loss_dtype(sweeps.block, temperature))
+        return both_directions(parts, sweeps.t2a_share, loss_dtype(sweeps.block, temperature))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -116,7 +117,7 @@ class _Sweeps:
         candidates: tuple[float, float],
         t2a_share: float,
     ) -> None:
-        self.block, self.omega, self.candidates = block, omega, candidates
+        self.block, self.omega, self.candidates, self.t2a_share = block, omega, candidates, t2a_share
         self.h_x, self.h_y = (h * number for number in candidates)
         self.work = Workspace(block)
         self.stripes = stripes_of(block, times_smaller=2)  # up to six buffers of a tile's size are in use at once
@@ -129,7 +130,8 @@ class _Sweeps:
         self.T_a2t = of_audio * column_share[self.pairs.columns]
 
     def loss(self, largest_h: float) -> Tensor:
-        """The loss of all ranks, float64; sweeps six times more if constant shifts lose sums.
+        """The parts [2] of t2a and a2t in the loss of all ranks, float64; sweeps six times more if constant shifts lose
+        sums.
 
         largest_h: 1 / temperature is never larger.
         """
@@ -137,18 +139,19 @@ class _Sweeps:
         (bound,) = host_bounds(block, [block.bound() if block.largest is None else block.largest])
         self.E_shift = ConstantShift(abs(self.omega) * bound, block.dtype)
         self.x_shift = self.y_shift = ConstantShift(largest_h * bound, block.dtype)
-        positive_logits = self._sweep_t2a() + self._sweep_a2t()
+        positive_logits = self._sweep_t2a(), self._sweep_a2t()
         largest = [abs(self.omega) * bound, largest_h * max(self.candidates) * bound]
         if not no_sum_is_lost(block, largest) and not all_in_range(block, self.r, self.k, self.X, self.Y):
             self.E_shift = MaximaShift(block, tiles, lambda tile: self.omega * self._s(tile))
             self._sweep_t2a()  # k and r under the new shift, which x and y need
             self.x_shift = MaximaShift(block, tiles, lambda tile: self._x(self._s(tile), tile))
             self.y_shift = MaximaShift(block, tiles, lambda tile: self._y(self._s(tile), tile))
-            positive_logits = self._sweep_t2a() + self._sweep_a2t()
+            positive_logits = self._sweep_t2a(), self._sweep_a2t()
         self.work.clear()
         from_rows = (self.w_t2a * log_sums(self.X, self.x_shift.rows)).sum()
         from_columns = (self.w_a2t * log_sums(self.Y, self.y_shift.columns)).sum()
-        return from_rows + block.sum(from_columns - positive_logits)
+        of_t2a, of_a2t = block.sum(torch.stack([-positive_logits[0], from_columns - positive_logits[1]]))
+        return torch.stack([from_rows + of_t2a, of_a2t])
 
     def _sweep_t2a(self) -> Tensor:
         """Computes k, r and X. Returns sum T_ij x_ij over this rank's positive pairs."""

@@ -30,6 +30,7 @@ from atr_scale.losses.tiled.exponentials import (
 )
 from atr_scale.losses.tiled.statistics import (
     as_tensor,
+    both_directions,
     input_gradients,
     inverse,
     largest_inverse,
@@ -125,10 +126,10 @@ class _SoftCrossEntropy(torch.autograd.Function):
         sweeps = _Sweeps(block, student, targets)
         if not any(ctx.needs_input_grad):
             kept_bytes = 0
-        loss = sweeps.loss(loss_bytes(block.device) if kept_bytes is None else kept_bytes)
+        parts = sweeps.loss(loss_bytes(block.device) if kept_bytes is None else kept_bytes)
         ctx.sweeps = sweeps
         ctx.save_for_backward(temperature, *tensors)
-        return loss.to(loss_dtype(block, temperature))
+        return both_directions(parts, targets.t2a_share, loss_dtype(block, temperature))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -169,7 +170,7 @@ class _Sweeps:
 
     pairs:             the P positive pairs.
     row_share [P], column_share [P]: a pair's part of its text's and of its audio's hard targets.
-    pair_weight [P]:   weight of a pair's logit in the loss, both directions together.
+    row_pair_weight [P], column_pair_weight [P]: weight of a pair's logit in t2a and in a2t; pair_weight is their sum.
     query_weights:     weight of a text and of an audio as a query in the loss.
     soft_weights:      weight of a text's and of an audio's soft targets in the loss.
     row_weight [B], column_weight [b]: weight of a query's log-sum-exp in the loss.
@@ -194,13 +195,16 @@ class _Sweeps:
         row_share, column_share = positives.shares()
         self.row_share, self.column_share = row_share[self.pairs.rows], column_share[self.pairs.columns]
         self.query_weights = of_text, of_audio = query_weights(block, targets.t2a_share)
-        self.pair_weight = (1 - beta) * (of_text * self.row_share + of_audio * self.column_share)
+        self.row_pair_weight = (1 - beta) * of_text * self.row_share
+        self.column_pair_weight = (1 - beta) * of_audio * self.column_share
+        self.pair_weight = self.row_pair_weight + self.column_pair_weight
         self.soft_weights = beta * of_text, beta * of_audio
         self.row_weight = (1 - beta) * of_text * row_share * positives.row_count + self.soft_weights[0]
         self.column_weight = (1 - beta) * of_audio * column_share * positives.column_count + self.soft_weights[1]
 
     def loss(self, kept_bytes: int) -> Tensor:
-        """The loss of all ranks, float64; sweeps twice more if a constant shift loses sums."""
+        """The parts [2] of t2a and a2t in the loss of all ranks, float64; sweeps twice more if a constant shift loses
+        sums."""
         block = self.block
         bounds = host_bounds(block, [each.bound for each in self.logits])
         self._sweep([ConstantShift(bound, block.dtype) for bound in bounds], kept_bytes)
@@ -284,38 +288,45 @@ class _Sweeps:
         student, shift = self.sums[0], self.shifts[0]
         rows = (self.row_weight * log_sums(student.rows, shift.rows)).sum()
         columns = (self.column_weight * log_sums(student.columns, shift.columns)).sum()
-        columns -= (self.pair_weight * self.positive_logits[0]).sum()
+        own_rows = -(self.row_pair_weight * self.positive_logits[0]).sum()
+        columns -= (self.column_pair_weight * self.positive_logits[0]).sum()
         if self.targets.teacher:
-            soft_rows, soft_columns = self._soft_loss()
-            rows, columns = rows + soft_rows, columns + soft_columns
-        return rows + self.block.sum(columns)
+            soft_rows, own_soft_rows, soft_columns = self._soft_loss()
+            rows, own_rows, columns = rows + soft_rows, own_rows + own_soft_rows, columns + soft_columns
+        own_rows, columns = self.block.sum(torch.stack([own_rows, columns]))
+        return torch.stack([rows + own_rows, columns])
 
-    def _soft_loss(self) -> tuple[Tensor, Tensor]:
-        """The soft targets' part of the loss: of all rows, the same on every rank, and of this rank's columns."""
+    def _soft_loss(self) -> tuple[Tensor, Tensor | float, Tensor]:
+        """The soft targets' part of the loss: of all rows, the same on every rank; this rank's part of them; and of its
+        columns."""
         sums, beta = self.sums[1], self.targets.beta
         row_weight, column_weight = self.soft_weights
         rows = -row_weight * (sums.row_products / sums.rows).sum()
         columns = -column_weight * (sums.column_products / sums.columns).sum()
+        own_rows: Tensor | float = 0.0
         if self.targets.divergence:
             row_log_sums = log_sums(sums.rows, self.shifts[1].rows)
             column_log_sums = log_sums(sums.columns, self.shifts[-1].columns)
-            # beta log beta of every query; the weights of all queries sum to 1.
-            rows += (beta * math.log(beta) if beta else 0.0) - row_weight * row_log_sums.sum()
-            columns += self._mixed_entropy(row_log_sums, column_log_sums) - column_weight * column_log_sums.sum()
-        return rows, columns
+            # beta log beta of every query; the weights of the queries of a direction sum to its share.
+            entropy, share = beta * math.log(beta) if beta else 0.0, self.targets.t2a_share
+            own_rows, own_columns = self._mixed_entropy(row_log_sums, column_log_sums)
+            rows += share * entropy - row_weight * row_log_sums.sum()
+            columns += own_columns - column_weight * column_log_sums.sum()
+            columns += (1 - share) * entropy / self.block.world.size
+        return rows, own_rows, columns
 
-    def _mixed_entropy(self, row_log_sums: Tensor, column_log_sums: Tensor) -> Tensor:
-        """sum T log T over this rank's positive pairs, less the same sum for the soft targets alone."""
+    def _mixed_entropy(self, row_log_sums: Tensor, column_log_sums: Tensor) -> list[Tensor]:
+        """Of t2a and of a2t: sum T log T over this rank's positive pairs, less that sum for the soft targets alone."""
         pairs, beta, (of_text, of_audio) = self.pairs, self.targets.beta, self.query_weights
-        total = zeros(self.block)
+        found = []
         for logits, log_sum, share, weight in (
             (self.positive_logits[1], row_log_sums[pairs.rows], self.row_share, of_text),
             (self.positive_logits[-1], column_log_sums[pairs.columns], self.column_share, of_audio),
         ):
             soft = beta * (logits - log_sum).exp()
             mixed = (1 - beta) * share + soft
-            total += weight * (torch.xlogy(mixed, mixed) - torch.xlogy(soft, soft)).sum()
-        return total
+            found.append(weight * (torch.xlogy(mixed, mixed) - torch.xlogy(soft, soft)).sum())
+        return found
 
     def gradients(self, by_temperature: bool) -> tuple[tuple[Tensor, ...], Tensor]:
         """(d loss / d u, as the block's tensors receive it from scores equal to u; d loss / d log h of this rank).

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from atr_scale.losses.directions import tell
 from atr_scale.score_block import ScoreBlock
 
 
@@ -19,6 +20,13 @@ def zeros(block: ScoreBlock, *size: int) -> Tensor:
 def query_weights(block: ScoreBlock, t2a_share: float) -> tuple[float, float]:
     """Weight of a text and of an audio as a query in the loss: the share of its direction / number of queries."""
     return t2a_share / block.shape[0], (1 - t2a_share) / block.num_columns
+
+
+def both_directions(parts: Tensor, t2a_share: float, dtype: torch.dtype) -> Tensor:
+    """The loss of its `parts` [2], t2a and a2t, each times its share. Tells them without it."""
+    t2a, a2t = parts.unbind()
+    tell(t2a / (t2a_share or 1), a2t / (1 - t2a_share or 1), t2a_share)
+    return parts.sum().to(dtype)
 
 
 def input_gradients(
