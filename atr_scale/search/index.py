@@ -2,6 +2,7 @@
 
 vectors.npy, .jsonl, .json      the embeddings of the sounds, as `Vectors.write` writes them
 captions.npy, .jsonl, .json     those of their captions, each text once, with the first sound that has it
+vectors.table.npy               where the lines of the .jsonl end, and which one has an id; the same for captions
 vectors.ivf.0, .1, ...           inverted lists of more than FLAT_MAX vectors; the same for captions
 index.json                      the model, the kind of search and its recall; written last
 """
@@ -26,11 +27,25 @@ from atr_scale.locks import hold
 from atr_scale.run_checkpoints import rename
 from atr_scale.search.embed import embed_files, need_embeddings
 from atr_scale.search.nearest import BLOCK, FLAT_MAX, Lists, build_ivf, import_faiss
-from atr_scale.search.vectors import SUFFIXES, Item, ModelId, Vectors, read_about, write_vectors
+from atr_scale.search.vectors import (
+    SUFFIXES,
+    Item,
+    ItemLines,
+    ModelId,
+    Vectors,
+    items_file,
+    read_about,
+    write_vectors,
+)
 
 VERSION = 1  # goes up if older versions can no longer read an index
 SOUNDS, CAPTIONS = "vectors", "captions"  # names of the two sets of vectors
 ABOUT = "index.json"
+
+
+def table_file(path: Path) -> Path:
+    """The file with the `ItemLines.table` of the items beside F.npy."""
+    return path.with_suffix(".table.npy")
 
 
 @dataclass(frozen=True)
@@ -174,6 +189,8 @@ def _build(model: TrainedModel, identity: ModelId, folder: Path, flat_max: int) 
     stored = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (SOUNDS, *([CAPTIONS] if texts else []))}
     sets = {}
     for name, vectors in stored.items():
+        path = folder / f"{name}.npy"
+        np.save(table_file(path), ItemLines(items_file(path)).table())
         other = stored.get(CAPTIONS) if name == SOUNDS else None
         large = len(vectors) > flat_max
         sets[name] = IndexedSet(len(vectors), build_ivf(vectors, folder / f"{name}.ivf", other) if large else None)

@@ -5,7 +5,6 @@ Shape suffixes: q queries, k candidates, d width of the embeddings.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Sequence
@@ -18,10 +17,10 @@ from numpy.typing import NDArray
 from atr_scale.errors import UserError
 from atr_scale.inference import Audio, TrainedModel, load_trained
 from atr_scale.search.embed import need_embeddings
-from atr_scale.search.index import CAPTIONS, SOUNDS, IndexInfo, refuse_other_model
+from atr_scale.search.index import CAPTIONS, SOUNDS, IndexInfo, refuse_other_model, table_file
 from atr_scale.search.nearest import Nearest
 from atr_scale.search.sources import item_audio
-from atr_scale.search.vectors import Item, ModelId
+from atr_scale.search.vectors import Item, ItemLines, ModelId
 
 logger = logging.getLogger(__name__)
 
@@ -42,27 +41,6 @@ class Hit:
     start: float | None
     stop: float | None
     caption: str | None
-
-
-class ItemLines(Sequence[Item]):
-    """The items of a .jsonl file, each parsed when it is asked for: a million of them would be slow to read."""
-
-    def __init__(self, path: Path) -> None:
-        self.lines = np.memmap(path, np.uint8, "r")
-        ends = [np.flatnonzero(self.lines[i : i + (1 << 24)] == 10) + i for i in range(0, len(self.lines), 1 << 24)]
-        self.ends = np.concatenate(ends)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, number):  # type: ignore[no-untyped-def]
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        if not -len(self) <= number < len(self):
-            raise IndexError(number)
-        number %= len(self)
-        start = int(self.ends[number - 1]) + 1 if number else 0
-        return Item.from_json(json.loads(self.lines[start : int(self.ends[number])].tobytes()))
 
 
 class Searcher:
@@ -105,7 +83,7 @@ class Searcher:
         self._sets = {name: self._open(name) for name in self.info.sets}
 
     @property
-    def items(self) -> Sequence[Item]:
+    def items(self) -> ItemLines:
         return self._sets[SOUNDS][1]
 
     def by_text(
@@ -153,7 +131,7 @@ class Searcher:
         path = self.folder / f"{name}.npy"
         try:
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-            items = ItemLines(path.with_suffix(".jsonl"))
+            items = ItemLines(path.with_suffix(".jsonl"), np.load(table_file(path), "r", allow_pickle=False))
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}): build the index again") from None
         if vectors.shape != (one.count, self.info.model.dim) or len(items) != one.count:

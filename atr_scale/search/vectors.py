@@ -9,8 +9,9 @@ Shape suffixes: n items, d width of the embeddings.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,7 @@ from atr_scale.run_files import read_json_object
 FORMAT = 1  # goes up if older versions can no longer read the files
 METADATA = b"atr_scale"  # key of the JSON in the schema of a parquet file
 SUFFIXES = (".npy", ".parquet")
+AT_ONCE = 16_384  # items that are read or written together
 
 
 @dataclass(frozen=True)
@@ -84,30 +86,108 @@ class Item:
         start, stop = (None if record[name] is None else float(record[name]) for name in ("start", "stop"))
         return cls(str(record["id"]), str(record["path"]), start, stop, tuple(map(str, record["captions"])))
 
+    def to_json(self) -> dict[str, Any]:
+        """What `asdict` gives, which is ten times slower."""
+        return {"id": self.id, "path": self.path, "start": self.start, "stop": self.stop, "captions": self.captions}
+
+
+class ItemLines(Sequence[Item]):
+    """The items of a .jsonl file, each parsed when it is asked for: a million of them take long, and much memory.
+
+    Reading an item raises UserError if its line is damaged.
+    """
+
+    def __init__(self, path: Path, table: NDArray[np.uint64] | None = None) -> None:
+        """table: what `table` has returned; with it the file is not read through. Raises OSError."""
+        self.path, self._table = path, table
+        # Slices of a plain array are faster than those of a memmap.
+        self._lines = np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
+        self._ends = _line_ends(self._lines) if table is None else table[0]
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, number):  # type: ignore[no-untyped-def]
+        if isinstance(number, slice):
+            first, stop, step = number.indices(len(self))
+            return list(self._parsed(first, stop)) if step == 1 else [self[i] for i in range(first, stop, step)]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        return next(self._parsed(number % len(self), number % len(self) + 1))
+
+    def __iter__(self) -> Iterator[Item]:
+        for first in range(0, len(self), AT_ONCE):
+            yield from self._parsed(first, min(first + AT_ONCE, len(self)))
+
+    def _parsed(self, first: int, stop: int) -> Iterator[Item]:
+        """Items that follow each other."""
+        if first >= stop:
+            return
+        start = int(self._ends[first - 1]) + 1 if first else 0
+        lines = self._lines[start : int(self._ends[stop - 1])].tobytes().split(b"\n")
+        for number, line in enumerate(lines, first + 1):
+            try:
+                yield Item.from_json(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self.path}, line {number}, cannot be read ({one_line(error)}): write it with `atr-scale embed`"
+                ) from None
+
+    def table(self) -> NDArray[np.uint64]:
+        """Three rows: where each line ends, the keys of the ids in ascending order, and the item of each key."""
+        keys = np.fromiter((_key(item.id) for item in self), np.uint64, len(self))
+        order = np.argsort(keys, kind="stable")
+        return np.stack([self._ends.astype(np.uint64), keys[order], order.astype(np.uint64)])
+
+    def find(self, id: str) -> Item | None:
+        """The first item with an id. It needs a table."""
+        assert self._table is not None
+        _, keys, numbers = self._table
+        place, key = int(np.searchsorted(keys, _key(id))), _key(id)
+        while place < len(keys) and keys[place] == key:
+            found: Item = self[int(numbers[place])]
+            if found.id == id:
+                return found
+            place += 1
+        return None
+
+
+def _line_ends(lines: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Where each line of a file's bytes ends, found part by part."""
+    parts = range(0, len(lines), 1 << 24)
+    return np.concatenate(
+        [np.flatnonzero(lines[i : i + (1 << 24)] == 10) + i for i in parts] or [np.zeros(0, np.int64)]
+    )
+
+
+def _key(id: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest()))
+
 
 @dataclass
 class Vectors:
-    """Embeddings float32 [n, d] with their items, memory-mapped if they come from a .npy file.
+    """Embeddings float32 [n, d] with their items; both stay in their files if they come from F.npy.
 
     about: what was embedded: source, windows, counts of clips and of those that were left out.
     """
 
     vectors: NDArray[np.float32]
-    items: list[Item]
+    items: Sequence[Item]
     model: ModelId
     about: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> Vectors:
-        """Read F.npy or F.parquet. Raises UserError if it is missing, damaged, or not written by `atr-scale embed`."""
+        """Read F.npy or F.parquet. Raises UserError if it is missing, damaged, or not written by `atr-scale embed`.
+
+        A damaged line of F.jsonl is found when its item is read.
+        """
         path = checked_suffix(path)
         try:
             if path.suffix == ".parquet":
                 return cls._from_parquet(path)
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-            with items_file(path).open(encoding="utf-8") as lines:
-                items = [Item.from_json(json.loads(line)) for line in lines]
-            found = cls(vectors, items, *_parse_about(about_file(path).read_bytes()))
+            found = cls(vectors, ItemLines(items_file(path)), *_parse_about(about_file(path).read_bytes()))
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -122,7 +202,9 @@ class Vectors:
 
     def write(self, path: str | Path) -> None:
         """Write F.npy with its two files, or F.parquet."""
-        write_vectors(path, [(self.vectors, self.items)], len(self.items), self.model, self.about)
+        starts = range(0, len(self.items), AT_ONCE)
+        parts = ((self.vectors[i : i + AT_ONCE], self.items[i : i + AT_ONCE]) for i in starts)
+        write_vectors(path, parts, len(self.items), self.model, self.about)
 
     @classmethod
     def _from_parquet(cls, path: Path) -> Vectors:
@@ -167,7 +249,7 @@ def read_about(path: str | Path) -> tuple[ModelId, dict[str, Any]] | None:
         return None
 
 
-Batches = Iterable[tuple[NDArray[np.float32], list[Item]]]  # vectors [k, d] and their k items
+Batches = Iterable[tuple[NDArray[np.float32], Sequence[Item]]]  # vectors [k, d] and their k items
 
 
 def write_vectors(path: str | Path, batches: Batches, count: int, model: ModelId, about: dict[str, Any]) -> None:
@@ -196,7 +278,7 @@ def _write_npy(vectors_out: IO[bytes], items_out: IO[str], batches: Batches, sha
     np.lib.format.write_array_header_1_0(vectors_out, header)
     for vectors, items in batches:
         vectors_out.write(np.ascontiguousarray(vectors, "<f4").tobytes())
-        items_out.writelines(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
+        items_out.writelines(json.dumps(item.to_json(), ensure_ascii=False) + "\n" for item in items)
 
 
 def _write_parquet(path: Path, batches: Batches, dim: int, document: str) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from atr_scale.errors import UserError
-from atr_scale.search.vectors import Item, ModelId, Vectors, read_about
+from atr_scale.search import vectors
+from atr_scale.search.vectors import Item, ItemLines, ModelId, Vectors, read_about
 
 MODEL = ModelId("runs/a/checkpoints/step-3", 3, "ab" * 32, 4, 16_000)
 
@@ -33,7 +34,7 @@ def test_what_is_written_is_read(tmp_path: Path, name: str) -> None:
     written.write(path)
     found = Vectors.read(path)
     assert np.array_equal(found.vectors, written.vectors) and found.vectors.dtype == np.float32
-    assert (found.items, found.model, found.about) == (written.items, MODEL, written.about)
+    assert (list(found.items), found.model, found.about) == (written.items, MODEL, written.about)
     assert read_about(path) == (MODEL, written.about)
     assert len(list(path.parent.iterdir())) == (3 if name == "v.npy" else 1)
 
@@ -47,6 +48,26 @@ def test_files_are_plain(tmp_path: Path) -> None:
         "id": "b.wav#t=10,20", "path": "s3://bucket/shard-000001.tar#b", "start": 10.0, "stop": 20.0, "captions": [],
     }  # fmt: skip
     assert json.loads((tmp_path / "v.json").read_text("utf-8"))["count"] == 3
+
+
+def test_items_are_read_one_by_one_and_found_by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "_key", lambda id: np.uint64(len(id) // 100))  # all ids share a key
+    written, path = some_vectors(), tmp_path / "v.jsonl"
+    written.write(tmp_path / "v.npy")
+    plain = ItemLines(path)
+    assert (
+        list(plain) == written.items
+        and plain[-1] == written.items[2]
+        and plain[1:] == written.items[1:]
+        and plain[::2] == written.items[::2]
+    )
+    found = ItemLines(path, plain.table())
+    assert [found.find(item.id) for item in written.items] == written.items
+    assert found.find("d") is None and found.find("d" * 100) is None
+    path.write_bytes(path.read_bytes().replace(b'"c.wav"', b'0c.wav"'))
+    assert found.find(written.items[1].id) == written.items[1]
+    with pytest.raises(UserError, match=r"v\.jsonl, line 3, cannot be read .*: write it with `atr-scale embed`"):
+        found.find("c")
 
 
 def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

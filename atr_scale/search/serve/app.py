@@ -54,6 +54,8 @@ class Library(Protocol):
     has_moments: bool
     sample_rate: int
 
+    def item(self, id: str) -> Item | None: ...
+
     def by_text(self, queries: list[str], top: int, captions: bool) -> list[list[Result]]: ...
 
     def by_audio(self, waveforms: list[NDArray[np.float32]], top: int, captions: bool) -> list[list[Result]]: ...
@@ -80,7 +82,6 @@ class _Search:
 
 def create_app(library: Library, marks: Marks, token: str | None = None, batcher: Batcher | None = None) -> FastAPI:
     """The application. token: what every request must bring; None if only this machine can reach it."""
-    items = {item.id: item for item in library.items}
     batches = batcher or Batcher(lambda key, arguments: _answer(library, key, arguments))
 
     @contextlib.asynccontextmanager
@@ -101,9 +102,9 @@ def create_app(library: Library, marks: Marks, token: str | None = None, batcher
     _add_error_answers(app)
 
     def item_of(id: str) -> Item:
-        if id not in items:
+        if (item := library.item(id)) is None:
             raise HTTPException(404, f"there is no sound {id!r} in the index")
-        return items[id]
+        return item
 
     @lru_cache(SOUNDS)
     def sound_of(id: str) -> PlayedPart:
@@ -114,7 +115,7 @@ def create_app(library: Library, marks: Marks, token: str | None = None, batcher
             raise HTTPException(410, f"the sound cannot be read any more: {one_line(error)}") from None
 
     def results(query: str, hits: list[Result], found: dict[str, Mark]) -> Results:
-        marked = [hit.model_copy(update={"mark": found.get(clip_id(items[hit.id]))}) for hit in hits]
+        marked = [hit.model_copy(update={"mark": found.get(clip_id(hit))}) for hit in hits]
         return Results(query=query, results=marked)
 
     @app.get("/api/about")
@@ -211,8 +212,8 @@ def create_app(library: Library, marks: Marks, token: str | None = None, batcher
     return app
 
 
-def clip_id(item: Item) -> str:
-    """The id of the clip that an item is, or is a window of."""
+def clip_id(item: Item | Result) -> str:
+    """The id of the clip that an item or a result is, or is a window of."""
     return item.id if item.start is None else item.id.rpartition("#t=")[0] or item.id
 
 

@@ -27,6 +27,9 @@ class IndexLibrary:
         self._locator = next((model for model in models if model.locates), None)
         self.has_moments = self._locator is not None
 
+    def item(self, id: str) -> Item | None:
+        return self.searcher.items.find(id)
+
     def by_text(self, queries: list[str], top: int, captions: bool) -> list[list[Result]]:
         return _results(self.searcher.by_text(queries, top, captions))
 
