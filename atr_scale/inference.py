@@ -132,10 +132,11 @@ class TrainedModel:
         return self.module.scorer.attends_over_frames
 
     def moments(self, text: str, audio: Audio, sample_rate: int | None = None, seconds: float | None = None) -> Moments:
-        """Where in a clip the words of a text, and the whole text, are heard: the attention of the scorer.
+        """Where in a clip a text and each of its words are heard.
 
         text: one text. audio: one path or waveform, as for `embed_audio`, with its sample_rate and seconds.
-        What the numbers are depends on the scorer (docs/math/moments.md).
+        The weights of words are attention of the scorer; parts and scores of the whole text are scores of single frames
+        (docs/math/moments.md).
         Raises UserError if the scorer has no attention over frames (`tap`, `lgmm` and `coattention` have), if the
         tokenizer cannot tell the places of words, or if text or audio cannot be used.
         """
@@ -164,14 +165,15 @@ class TrainedModel:
 
     def _moments(self, text: str, clip: TokenSequence, times: NDArray[np.float64]) -> Moments:
         """times: [T, 2] of the tokens of the one clip in `clip`."""
-        words = self.tokenizer.words(text)
-        if self.module.scorer.reads_text_tokens:
+        words, scorer = self.tokenizer.words(text), self.module.scorer
+        if scorer.reads_text_tokens:
             sentence = self._encode_captions([text])
         else:
             pooled = self._encode_captions([text, *(word.text for word in words)]).pooled
             sentence = TokenSequence.unpadded(pooled[None, 1:], pooled[:1])
             words = [ReadWord(word.text, [number]) for number, word in enumerate(words)]
-        return moments_of(self.module.scorer.attention(sentence, clip), words, clip.mask[0], times)
+        attention, scores = scorer.attention(sentence, clip), scorer.scores_of_frames(sentence, clip)
+        return moments_of(attention, scores, words, clip.mask[0], times)
 
     @torch.no_grad()
     def _encode_text(self, texts: Sequence[str], batch_size: int | None) -> TokenSequence:

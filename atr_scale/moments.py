@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atr_scale.data.tokenizer import ReadWord
-from atr_scale.scorers.scorer import FrameAttention
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Moments:
     words: [W] the words of the text as it was given.
     times: float64 [F, 2] start and stop of each frame in seconds from the start of the clip, in order of time.
     weights: float32 [W, F] attention of each word over the frames, from 0 to 1; the largest of a word is 1.
-    scores: float32 [F] how well each frame matches the whole text.
+    scores: float32 [F] score of the whole text with each frame, as if the clip were this frame alone.
     spans: the parts of the clip that match the whole text, best first.
     """
 
@@ -44,17 +43,20 @@ class Moments:
 
 
 def moments_of(
-    attention: FrameAttention, words: Sequence[ReadWord], mask_T: Tensor, times_T2: NDArray[np.float64]
+    attention_LT: Tensor,
+    scores_T: Tensor,
+    words: Sequence[ReadWord],
+    mask_T: Tensor,
+    times_T2: NDArray[np.float64],
 ) -> Moments:
     """The moments of one text in one clip.
 
-    attention: of the text's tokens [L, T] and of the text [T]. words: with their tokens; the attention of a word is the
-    mean over them. mask: which tokens of the clip are real. times: of all of them, as `AudioEncoder.token_times` gives
-    them; tokens without audio are left out.
+    attention: `Scorer.attention`; that of a word is the mean over its tokens. scores: `Scorer.scores_of_frames`. mask:
+    which tokens of the clip are real. times: of all of them, as `AudioEncoder.token_times` gives them; tokens without
+    audio are left out.
     """
-    words_LT = attention.words.float().cpu().numpy()
-    rows = [words_LT[word.tokens].mean(0) for word in words]
-    rows_RT = np.stack([attention.frames.float().cpu().numpy(), *rows])
+    words_LT = attention_LT.float().cpu().numpy()
+    rows_RT = np.stack([scores_T.float().cpu().numpy(), *(words_LT[word.tokens].mean(0) for word in words)])
     heard_T = mask_T.cpu().numpy() & (times_T2[:, 1] > times_T2[:, 0])
     times_F2, rows_RF = in_order_of_time(times_T2[heard_T], rows_RT[:, heard_T])
     scores_F, weights_WF = rows_RF[0], rows_RF[1:]

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from atr_scale.batch import TokenSequence
 from atr_scale.precision import autocast, encoder_products
 from atr_scale.score_block import at_least_fp32
-from atr_scale.scorers.scorer import FrameAttention, Scorer
+from atr_scale.scorers.scorer import Scorer
 from atr_scale.scorers.tiles import Tensors, in_groups, real_tokens, score_tiles
 from atr_scale.sections import Count, Section
 
@@ -113,23 +113,18 @@ class CoAttentionScorer(Scorer):
             text_part, audio_part = self._prepare(self.text, text), self._prepare(self.audio, audio)
             return score_tiles(self._tile, text_part, audio_part, (tile, tile))
 
-    def attention(self, text: TokenSequence, audio: TokenSequence) -> FrameAttention:
-        """See `Scorer`. All weights are those of the last guided layer, the mean over its heads.
+    def attention(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
+        """See `Scorer`: the mean over the heads of the last guided layer.
 
-        words: with mutual guidance the attention of tokens over frames, otherwise that of frames over tokens, read by
-        token. frames: the weights of the pooling of the guided clip.
+        With mutual guidance it is that of tokens over frames, otherwise that of frames over tokens, read by token.
         """
         autocast_to, tf32 = self.precision
         with encoder_products(tf32), autocast(audio.tokens.device, autocast_to):
-            (text_mask, own_text, *text_guides), (audio_mask, own_audio, *audio_guides) = (
-                self._prepare(self.text, text),
-                self._prepare(self.audio, audio),
-            )
-            over_text, pooling = self.audio.guided_weights(own_audio, audio_mask, text_guides, text_mask)
-            if not self.mutual:
-                return FrameAttention(over_text.T, pooling)
-            over_audio, _ = self.text.guided_weights(own_text, text_mask, audio_guides, audio_mask)
-            return FrameAttention(over_audio, pooling)
+            text_mask, own_text, *text_guides = self._prepare(self.text, text)
+            audio_mask, own_audio, *audio_guides = self._prepare(self.audio, audio)
+            if self.mutual:
+                return self.text.guided_weights(own_text, text_mask, audio_guides, audio_mask)
+            return self.audio.guided_weights(own_audio, audio_mask, text_guides, text_mask).T
 
     def _prepare(self, side: Side, sequence: TokenSequence) -> Tensors:
         """The part of the computation that needs no other side: mask [B, T] and the results of Side.forward."""
@@ -180,20 +175,13 @@ class Side(nn.Module):
         embeddings: Tensor = self.pooling(self._after(self.depth, tokens, mask, guides, guide_mask), mask)
         return embeddings
 
-    def guided_weights(
-        self, tokens: Tensor, mask: Tensor, guides: list[Tensor], guide_mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The same for one sequence [1, T, W] under one guide [1, T', W] -> weights [T, T'] and [T].
-
-        The first are those of the last layer's attention over the guide, the second those of the pooling.
-        """
+    def guided_weights(self, tokens: Tensor, mask: Tensor, guides: list[Tensor], guide_mask: Tensor) -> Tensor:
+        """Weights [T, T'] of the last layer's attention of one sequence [1, T, W] over its guide [1, T', W]."""
         last = self.depth - 1
-        x = self._after(last, tokens, mask, guides, guide_mask)
         block: Any = self.guided_blocks[last % len(self.guided_blocks)]
-        guide = guides[last % len(guides)]
-        asking = block.attend_to_itself(x, mask).flatten(1, 2)
-        over_guide = block.guided_attention.weights(asking, guide, guide_mask)
-        return over_guide[0], self.pooling.weights(block(x, mask, guide, guide_mask), mask)[0, 0]
+        x = block.attend_to_itself(self._after(last, tokens, mask, guides, guide_mask), mask)
+        weights: Tensor = block.guided_attention.weights(x.flatten(1, 2), guides[last % len(guides)], guide_mask)
+        return weights[0]
 
     def _after(self, layers: int, tokens: Tensor, mask: Tensor, guides: list[Tensor], guide_mask: Tensor) -> Tensor:
         """[P, T, W] -> [G or 1, P, T, W] after this number of guided layers."""
@@ -289,12 +277,9 @@ class AttFlat(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[..., P, T, W] with mask [P, T] -> unit vectors [..., P, J], fp32 or wider even under autocast."""
-        pooled = (self.weights(x, mask).unsqueeze(-1) * x).sum(-2)
+        logits = at_least_fp32(self.weight(x).squeeze(-1)).masked_fill(~mask, -math.inf)
+        pooled = (logits.softmax(-1).unsqueeze(-1) * x).sum(-2)
         return normalize(at_least_fp32(self.projection(pooled)), dim=-1)
-
-    def weights(self, x: Tensor, mask: Tensor) -> Tensor:
-        """The weights [..., P, T] of the tokens, in fp32 or wider."""
-        return at_least_fp32(self.weight(x).squeeze(-1)).masked_fill(~mask, -math.inf).softmax(-1)
 
 
 def _feed_forward(width: int, hidden: int, out: int, dropout: float) -> nn.Sequential:

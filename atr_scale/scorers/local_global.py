@@ -21,7 +21,7 @@ from torch.nn.functional import leaky_relu, normalize
 
 from atr_scale.batch import TokenSequence
 from atr_scale.products import product
-from atr_scale.scorers.scorer import FrameAttention, Scorer, exact_products
+from atr_scale.scorers.scorer import Scorer, exact_products
 from atr_scale.scorers.tiles import Tensors, real_tokens, score_tiles, tile_numbers
 from atr_scale.sections import Positive, Section
 
@@ -77,16 +77,11 @@ class LocalGlobalScorer(Scorer):
             return self._attend(words, frames)
         return (self._attend(frames, words).T + self._attend(words, frames)) / 2
 
-    def attention(self, text: TokenSequence, audio: TokenSequence) -> FrameAttention:
-        """See `Scorer`. words: the attention of words over frames. frames: r_m of frames over words.
-
-        Both are those of the score if it has that direction; in the other direction their formulas are the same.
-        """
+    def attention(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
+        """See `Scorer`: that of words over frames, also if the score is the one of frames over words."""
         words, frames = _unit_tokens(text), _unit_tokens(audio)
         with exact_products(frames[0]):
-            logits = self._compare(words, _context(*frames))[0]
-            cosine = self._compare(frames, _context(*words))[1]
-        return FrameAttention(logits[:, 0].softmax(-1), cosine[0, 0])
+            return self._compare(words, _context(*frames))[0][:, 0].softmax(-1)
 
     def _attend(self, query: Tensors, context: Tensors) -> Tensor:
         """[Q, C]."""

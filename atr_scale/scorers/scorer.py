@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +23,6 @@ from atr_scale.precision import Precision
 from atr_scale.products import HeadProducts, fp32_products
 from atr_scale.score_block import ScoreBlock, StoredScores, at_least_fp32
 from atr_scale.sections import Section
-
-
-class FrameAttention(NamedTuple):
-    """Where one text meets the frames of one clip, fp32 or wider.
-
-    words: [L, F] attention of each token of the text over the frames, not negative.
-    frames: [F] how well each frame matches the whole text; a higher number is a better match.
-    """
-
-    words: Tensor
-    frames: Tensor
 
 
 class Scorer(nn.Module, ABC):
@@ -97,15 +86,22 @@ class Scorer(nn.Module, ABC):
         """Embeddings [n, D] of unit length, fp32 or wider. Raises UserError for a pairwise scorer."""
         raise self._needs_pairs()
 
-    def attention(self, text: TokenSequence, audio: TokenSequence) -> FrameAttention:
-        """The attention between one text and one clip; docs/math/moments.md has the rules.
+    def attention(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
+        """[L, F]: attention of each token of one text over the frames of one clip, not negative, fp32 or wider.
 
         text: tokens [1, L, D] and pooled [1, D]. If the scorer does not read tokens of texts, they are the pooled
-        embeddings of the words, each encoded as a text of its own. audio: tokens [1, F, D]. Padding is honoured as
-        in `scores`; the rows of padding among the tokens of the text mean nothing.
+        embeddings of the words, each encoded as a text of its own. audio: tokens [1, F, D]. Padding is honoured as in
+        `scores`; rows and columns of padding mean nothing. docs/math/moments.md has the rule of each scorer.
         Only for scorers that set `attends_over_frames`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no attention over frames")
+
+    def scores_of_frames(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
+        """[F]: the score of one text with each frame of one clip, as if the clip were this frame alone."""
+        tokens, mask, pooled = audio
+        return self.scores(text, TokenSequence(tokens[0, :, None], mask[0, :, None], pooled.expand(len(mask[0]), -1)))[
+            0
+        ]
 
     def _needs_pairs(self) -> UserError:
         return UserError(

@@ -20,7 +20,7 @@ from atr_scale.products import HeadProducts, product
 from atr_scale.score_block import at_least_fp32
 from atr_scale.scorers.gram_pooling import GramScores, Tables, metrics_of
 from atr_scale.scorers.pooled_cosine import EPS, SHORTEST
-from atr_scale.scorers.scorer import FrameAttention, Scorer, exact_products
+from atr_scale.scorers.scorer import Scorer, exact_products
 from atr_scale.scorers.tiles import Tensors, kept_bytes, pair_tiles, recomputed, split, tile_numbers
 from atr_scale.sections import Count, Section
 
@@ -80,14 +80,13 @@ class TextAwarePoolingScorer(Scorer):
                 scores = self._from_grams(asked, unit, audio, key, value, behind)
             return scores.masked_fill(~audio.mask.any(1), 0)
 
-    def attention(self, text: TokenSequence, audio: TokenSequence) -> FrameAttention:
-        """See `Scorer`. frames: the attention w of the score. words: w with the word in the place of the caption."""
+    def attention(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
+        """See `Scorer`: the attention w of a score, with each word in the place of the caption."""
         with exact_products(audio.tokens):
             query, key, _, _ = self.weights()
-            asking = at_least_fp32(torch.cat([text.pooled, text.tokens[0]]))
+            asked = self._asked(at_least_fp32(text.tokens[0]), query)
             keys = product(_frames(audio.tokens, audio.mask)[0], key, self.products)
-            weight = product(self._asked(asking, query), keys.T, self.products).softmax(-1)
-        return FrameAttention(weight[1:], weight[0])
+            return product(asked, keys.T, self.products).softmax(-1)
 
     def extra_repr(self) -> str:
         form = f"Gram matrices up to {self.weights.most_frames} frames, beyond them a vector for each pair"
