@@ -60,34 +60,50 @@ def search_command(
         str | None, typer.Option(help="Run that scores the best candidates again, mostly one with a pairwise scorer.")
     ] = None,
     candidates: Annotated[int, typer.Option(min=1, help="Number of candidates that --rerank scores.")] = 50,
+    moments: Annotated[
+        bool, typer.Option("--moments", help="Tell when the text is heard in each result; by a run with attention.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plugins: Plugins = None,
 ) -> None:
     """Find sounds by a text or by a sound.
 
     With --captions it finds captions of the index in place of its sounds. A recording that was cut into windows is
-    found once, by its best window. Scores are cosines, or with --rerank those of that run.
+    found once, by its best window. Scores are cosines, or with --rerank those of that run. With --moments the times
+    are those of the best moment, by the attention over frames of the run of --rerank.
 
     \b
     Examples:
       atr-scale search clips.index "a dog barks in the rain"
       atr-scale search clips.index --audio clip.wav --top 5
       atr-scale search clips.index --audio clip.wav --captions --json
-      atr-scale search clips.index "rain on a roof" --rerank runs/tap
+      atr-scale search clips.index "rain on a roof" --rerank runs/tap --moments
     """
     from atr_scale.errors import UserError
+    from atr_scale.search.moments import locate_hits, locator_of
     from atr_scale.search.query import Searcher
 
     if (text is None) == (audio is None):
         raise UserError("give one query: a text, or --audio FILE")
+    if moments and (text is None or captions):
+        raise UserError("--moments tells when a text is heard in sounds: give a text, without --captions")
     searcher = Searcher(expanded_path(index), run, rerank, candidates, plugins=plugins or ())
+    located = None
+    if moments:
+        locator_of(searcher)  # before a long search
     if text is not None:
         hits = searcher.by_text([text], top, captions, all_windows)[0]
+        if moments:
+            located = locate_hits(searcher, text, hits)
+            hits = [one.hit for one in located]
     else:
         hits = searcher.by_audio([expanded_path(str(audio))], top, None, captions, all_windows)[0]
     if json:
         query = text if text is not None else str(audio)
-        print(json_module.dumps({"query": query, "results": [asdict(hit) for hit in hits]}, ensure_ascii=False))
+        results = [asdict(hit) for hit in hits]
+        for result, one in zip(results, located or (), strict=False):
+            result["moments"] = [asdict(moment) for moment in one.moments]
+        print(json_module.dumps({"query": query, "results": results}, ensure_ascii=False))
     else:
         print(_table(hits))
 

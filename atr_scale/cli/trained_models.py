@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from atr_scale.cli.common import Plugins, app, expanded_path
+from atr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from atr_scale.precision import Products
 
 EncoderPrecision = Annotated[
     Literal["fp32", "tf32", "bf16", "fp16"] | None,
@@ -38,19 +43,27 @@ def evaluate(
     candidates: Annotated[
         str | None, typer.Option(help="Run folder of the dual encoder that finds the candidates of --rerank.")
     ] = None,
+    moments: Annotated[
+        Path | None,
+        typer.Option(help="File of moments, JSON lines: measure how well the model finds them, in place of retrieval."),
+    ] = None,
+    audio: Annotated[
+        Path | None, typer.Option(help="Folder of the clips of --moments, by default that of the file; or --shards.")
+    ] = None,
     precision: EncoderPrecision = None,
     plugins: Plugins = None,
 ) -> None:
     """Measure retrieval of a trained model on a split.
 
     Both directions are measured, text to audio and audio to text. On labelled sets zero-shot classification is measured
-    too.
+    too. With --moments it is measured instead how well the span that a model finds for a query fits the true window.
 
     \b
     Examples:
       atr-scale evaluate runs/quickstart
       atr-scale evaluate runs/quickstart --shards shards/test --split clotho
       atr-scale evaluate runs/tap --rerank 100 --candidates runs/quickstart
+      atr-scale evaluate runs/tap --moments moments.jsonl --audio recordings
 
     \b
     Two processes:
@@ -59,6 +72,14 @@ def evaluate(
     from atr_scale.distributed.start import distributed
     from atr_scale.evaluation.evaluate import evaluate_run
 
+    if moments is not None:
+        given = {"class-prompt": class_prompt, "relevance": relevance, "rerank": rerank, "candidates": candidates}
+        if other := next((name for name, value in given.items() if value is not None), None):
+            raise UserError(f"--moments measures no retrieval, and --{other} is for retrieval: give one of them")
+        _evaluate_moments(run, moments, audio, shards, out, precision, plugins or ())
+        return
+    if audio is not None:
+        raise UserError("--audio is the folder of the clips of --moments: give both, or --shards alone")
     with distributed() as (world, device):
         evaluation = evaluate_run(
             run,
@@ -81,6 +102,35 @@ def evaluate(
                 record_evaluation(Path(run), evaluation.results[0].step, {split: evaluation.metrics})
             for name, value in evaluation.metrics.items():
                 print(f"{name:<20} {value:.4f}")
+
+
+def _evaluate_moments(
+    run: str,
+    file: Path,
+    audio: Path | None,
+    shards: str | None,
+    out: Path | None,
+    precision: Products | None,
+    plugins: Sequence[str],
+) -> None:
+    from atr_scale.distributed.start import distributed
+    from atr_scale.evaluation.moment_clips import evaluate_moments
+    from atr_scale.inference import load_trained
+
+    if audio is not None and shards is not None:
+        raise UserError("--audio and --shards both say where the clips are: give one of them")
+    with distributed() as (world, device):
+        result = evaluate_moments(
+            run,
+            load_trained(run, device, plugins, precision),
+            expanded_path(str(file)),
+            audio=audio and expanded_path(str(audio)),
+            shards=shards and expanded_path(shards),
+            out=out,
+            world=world,
+        )
+        if result is not None:
+            print(result.table())
 
 
 @app.command("estimate")

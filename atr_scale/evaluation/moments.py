@@ -81,12 +81,13 @@ class MomentResult:
         )
 
     def table(self) -> str:
-        """A line for the model and for every chance level."""
+        """A line for the model and for every chance level, under the number of queries."""
         rows = {"the model": self.metrics, **self.chance}
-        lines = [f"{'':<34}" + "".join(f"{key:<26}" for key in self.metrics)]
+        count = f"{self.queries} queries"
+        lines = [f"{count:<22}" + "".join(f"{key:<24}" for key in self.metrics)]
         for name, row in rows.items():
             cells = (f"{one['value']:.4f} ({one['low']:.4f}-{one['high']:.4f})" for one in row.values())
-            lines.append(f"{name:<34}" + "".join(f"{cell:<26}" for cell in cells))
+            lines.append(f"{name:<22}" + "".join(f"{cell:<24}" for cell in cells))
         return "\n".join(line.rstrip() for line in lines)
 
     def by_name(self) -> dict[str, Interval]:
