@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from atr_scale.errors import UserError
 from atr_scale.inference import Audio, TrainedModel, load_trained
+from atr_scale.run_checkpoints import newest_first
 from atr_scale.search.embed import need_embeddings
 from atr_scale.search.index import CAPTIONS, SOUNDS, IndexInfo, refuse_other_model, table_file
 from atr_scale.search.nearest import Nearest
@@ -70,7 +71,7 @@ class Searcher:
         except UserError as error:
             if run is not None:
                 raise
-            raise UserError(f"the model of {index_dir} cannot be loaded ({error}): give its place by --run") from None
+            raise UserError(self._without_model(error)) from None
         need_embeddings(self.model, run or self.info.model.run)
         refuse_other_model(
             self.info.model,
@@ -81,6 +82,17 @@ class Searcher:
         self.reranker: TrainedModel | None = load_trained(rerank, device, plugins) if rerank is not None else None
         self._models = threading.Lock()  # tokenizers are not made for several threads
         self._sets = {name: self._open(name) for name in self.info.sets}
+
+    def _without_model(self, error: UserError) -> str:
+        """Why the model of the index cannot be loaded, and what to do."""
+        checkpoint = Path(self.info.model.run)
+        run = checkpoint.parent.parent
+        if not checkpoint.exists() and newest_first(run):
+            return (
+                f"{self.folder} holds vectors of {checkpoint.name}, which {run} no longer has: build the index again "
+                "with that run, or name a copy of the checkpoint by --run"
+            )
+        return f"the model of {self.folder} cannot be loaded ({error}): give its place by --run"
 
     @property
     def items(self) -> ItemLines:

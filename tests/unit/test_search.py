@@ -130,6 +130,26 @@ def test_another_model_is_refused_by_name(world: World, tmp_path: Path) -> None:
         Searcher(tmp_path / "lost")
 
 
+def test_an_index_goes_on_with_its_own_checkpoint_until_the_run_removes_it(world: World, tmp_path: Path) -> None:
+    run, index = tmp_path / "run", tmp_path / "index"
+    save_run(world.config, run, seed=0)
+    build_index(run, world.file, index)
+    newer = save_run(world.config, tmp_path / "newer", seed=1) / "checkpoints" / "step-3"
+    newer.rename(run / "checkpoints" / "step-9")
+    (run / "best").unlink()
+    (run / "best").symlink_to(Path("checkpoints") / "step-9")
+    assert np.array_equal(Searcher(index).model.embed_text(["rain"]), world.model.embed_text(["rain"]))
+    shutil.move(run / "checkpoints" / "step-3", tmp_path / "copy")
+    message = (
+        r"index holds vectors of step-3, which .*run no longer has: build the index again with that run, or name a copy"
+    )
+    with pytest.raises(UserError, match=message):
+        Searcher(index)
+    with pytest.raises(UserError, match=r"not of .*step-9.*build the index again"):
+        Searcher(index, run=run)
+    assert Searcher(index, run=tmp_path / "copy").info.model.step == world.id.step
+
+
 def test_a_pairwise_scorer_has_no_index(world: World, tmp_path: Path) -> None:
     tap = save_run(world.config, tmp_path / "tap", 0, "tap")
     with pytest.raises(UserError, match=r"pairwise.*--rerank"):

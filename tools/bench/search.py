@@ -3,11 +3,13 @@
 The vectors are a mixture like embeddings of sounds: clusters of Zipf sizes whose spread lies in 32 directions each has
 its own mixture of, with noise in all directions. Queries by text are vectors with an offset that all texts share (the
 gap between the modalities) and noise. A query is one vector at a time, as in a terminal or on a page; times are wall
-clock, the files are in the page cache. Memory is what the process holds beside memory-mapped files.
+clock, the files are in the page cache. Memory is what the process holds beside memory-mapped files. The items of an
+index name its sounds; `search` and `serve` open them at their start.
 """
 
 from __future__ import annotations
 
+import json
 import resource
 import tempfile
 import threading
@@ -19,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atr_scale.search.nearest import BLOCK, FLAT_MAX, Nearest, build_ivf, import_faiss
+from atr_scale.search.vectors import Item, ItemLines
 from tools.bench.table import Row, run
 
 COUNT, WIDTH, CLUSTERS, RANK, TEXTS = 1_000_000, 512, 5_000, 32, 1_000
@@ -53,6 +56,33 @@ def rows() -> Iterator[Row]:
         )
         recall = float(np.mean([np.isin(a, b).mean() for a, b in zip(right, found, strict=True)]))
         yield Row(f"IVF, {size}, recall@10 of other queries", recall, 1.0, "flat", "", 0.93, at_least=True)
+        yield from opened(folder / "items.jsonl")
+
+
+def opened(path: Path) -> Iterator[Row]:
+    """The items of an index against a dictionary of all of them."""
+    windows = (
+        Item(f"recording-{n}.wav#t={10 * k},{10 * k + 10}", f"/archive/recording-{n}.wav", 10.0 * k, 10.0 * k + 10)
+        for n in range(COUNT // 5)
+        for k in range(5)
+    )
+    with path.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(item.to_json()) + "\n" for item in windows)
+    np.save(path.with_suffix(".npy"), ItemLines(path).table())
+    with AnonymousMemory() as ours:
+        start = time.perf_counter()
+        items = ItemLines(path, np.load(path.with_suffix(".npy"), "r"))
+        opening = time.perf_counter() - start
+        found = items.find("recording-77777.wav#t=20,30")
+        finding = time.perf_counter() - start - opening
+    with AnonymousMemory() as other:
+        start = time.perf_counter()
+        everything = {item.id: item for item in items}
+        parsing = time.perf_counter() - start
+    assert found is not None and everything[found.id] == found
+    yield Row(f"items of {COUNT:,} sounds, opening", opening, parsing, "all parsed", "s", 0.05)
+    yield Row(f"items of {COUNT:,} sounds, memory", ours.mib, other.mib, "all parsed", "MiB", 0.05)
+    yield Row("one of them by its id", 1e3 * finding, TARGET_MS, "the target of a query", "ms", 1.0)
 
 
 def clustered(path: Path) -> NDArray[np.float32]:
