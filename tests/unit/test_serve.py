@@ -15,12 +15,17 @@ import soundfile
 
 from atr_scale.errors import UserError
 from atr_scale.evaluation.relevance import Texts, pairs_of_csv
+from atr_scale.inference import load_trained
+from atr_scale.search.query import Searcher
 from atr_scale.search.serve.app import create_app
 from atr_scale.search.serve.batching import Batcher
 from atr_scale.search.serve.guard import is_loopback
+from atr_scale.search.serve.library import IndexLibrary
 from atr_scale.search.serve.marks import Marks
 from atr_scale.search.serve.sounds import Refused, byte_range
+from atr_scale.search.sources import item_audio
 from tests.serving import EVIL, SOUNDS, WithMoments, make_index
+from tests.tiny_run import save_run, tiny_config
 
 testing = pytest.importorskip("fastapi.testclient")
 HERE = "http://127.0.0.1:8000"
@@ -69,6 +74,21 @@ def test_a_result_is_heard_and_drawn(client: Any) -> None:
     assert client.get("/api/spectrogram.png", params=ask).content[:4] == b"\x89PNG"
     moments = client.get("/api/moments", params={"q": "low tone", **ask}).json()
     assert moments["words"] == ["low", "tone"] and moments["times"][1] == [1, 2]
+
+
+def test_the_page_draws_the_attention_of_a_model(tmp_path: Path) -> None:
+    index = make_index(tmp_path)
+    lgmm = save_run(tiny_config(tmp_path, tmp_path / "unused"), tmp_path / "lgmm", 0, "lgmm")
+    library = IndexLibrary(Searcher(index, rerank=lgmm))
+    with testing.TestClient(create_app(library, Marks(tmp_path / "marks.csv")), base_url=HERE) as client:
+        assert client.get("/api/about").json()["has_moments"]
+        found = client.get("/api/moments", params={"q": "A low tone", "id": "tone-5.wav#t=1,3"}).json()
+    samples, rate = item_audio(library.items[5])
+    expected = load_trained(lgmm).moments("A low tone", samples, rate)
+    assert found["words"] == ["A", "low", "tone"] and found["times"][-1][1] == 2
+    np.testing.assert_allclose(found["weights"], expected.weights, atol=1e-4)
+    assert [part["start"] for part in found["spans"]] == [span.start for span in expected.spans]
+    assert not IndexLibrary(Searcher(index)).has_moments
 
 
 @pytest.mark.parametrize(
