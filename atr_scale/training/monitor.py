@@ -220,9 +220,9 @@ class Monitor:
         self._unwritten.clear()
 
     def _scalars(self, prefix: str, step: int, values: Mapping[str, float]) -> None:
-        assert self._writer is not None
-        for key, value in values.items():
-            self._writer.add_scalar(f"{prefix}/{key}", value, step)
+        # All in one event: half the bytes of one each.
+        scalars = [Summary.Value(tag=f"{prefix}/{key}", simple_value=value) for key, value in values.items()]
+        self._file.add_summary(Summary(value=scalars), step)
 
     def _show(self, step: int, media: Summary) -> None:
         """Pictures or sounds."""

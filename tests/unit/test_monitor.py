@@ -190,6 +190,24 @@ def test_pictures_and_sounds_have_a_limit(
     assert sum(path.stat().st_size for path in (tmp_path / "tensorboard").iterdir()) < 65_000
 
 
+def test_the_curves_of_a_long_run_are_small(tmp_path: Path) -> None:
+    """9,153 steps, those of configs/pretrain_wavcaps.yaml: with the limit of pictures and sounds at most 5 MB."""
+    keys = "loss loss/nt_xent loss/nt_xent/t2a loss/nt_xent/a2t lr/audio lr/text lr/heads temperature grad_norm"
+    keys += (
+        " grad_norm/audio grad_norm/text grad_norm/heads samples_per_s audio_s_per_s data_wait data_wait/mean saving_s"
+    )
+    keys += " duplicates/clips duplicates/captions memory_gb samples_seen epoch skipped_steps fp16_overflows"
+    keys += " dropped/silent_audio dropped/broken_audio"
+    monitor = Monitor(tmp_path, True)
+    for step in range(0, 9153, 10):
+        monitor.train(step, dict.fromkeys(keys.split(), 0.123))
+    monitor.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert 300_000 < file.stat().st_size < 5_000_000 - media_budget.MEDIA_BYTES
+    board = events(tmp_path)
+    assert len(board.Tags()["scalars"]) == len(keys.split()) and len(board.Scalars("train/grad_norm/heads")) == 916
+
+
 def test_no_secret_reaches_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     canary = "canary-3f9a71c2d4"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", canary)
