@@ -31,7 +31,8 @@ from atr_scale.precision import Precision
 
 logger = logging.getLogger(__name__)
 
-Locate = Callable[[str, NDArray[np.float32]], list[Moment]]  # a text and a waveform -> the spans of it, best first
+# (texts, waveform) -> the spans of each text, best first
+Locate = Callable[[Sequence[str], NDArray[np.float32]], list[list[Moment]]]
 
 
 class Locator(Protocol):
@@ -44,9 +45,9 @@ class Locator(Protocol):
     @property
     def sample_rate(self) -> int: ...
 
-    def moments(
-        self, text: str, audio: NDArray[np.float32], sample_rate: int | None, seconds: float | None
-    ) -> Moments: ...
+    def locate(
+        self, texts: Sequence[str], audio: NDArray[np.float32], sample_rate: int | None, seconds: float | None
+    ) -> list[Moments]: ...
 
 
 def evaluate_moments(
@@ -67,8 +68,9 @@ def evaluate_moments(
     over frames, or if the file, the shards or all clips cannot be read.
     """
 
-    def locate(text: str, waveform: NDArray[np.float32]) -> list[Moment]:
-        return model.moments(text, waveform, model.sample_rate, len(waveform) / model.sample_rate).spans
+    def locate(texts: Sequence[str], waveform: NDArray[np.float32]) -> list[list[Moment]]:
+        seconds = len(waveform) / model.sample_rate
+        return [found.spans for found in model.locate(texts, waveform, model.sample_rate, seconds)]
 
     world = world or World()
     queries = read_moments(file)
@@ -200,7 +202,7 @@ def _located(
     rows: Sequence[MomentQuery], waveform: NDArray[np.float32], locate: Locate, sample_rate: int
 ) -> Iterator[LocatedQuery]:
     seconds = len(waveform) / sample_rate
-    for row in rows:
+    for row, spans in zip(rows, locate([row.query for row in rows], waveform), strict=True):
         if row.windows.min() >= seconds:
             logger.warning("line %d: all windows begin after the end of the clip, at %.1f s", row.line, seconds)
-        yield LocatedQuery(row, locate(row.query, waveform), seconds)
+        yield LocatedQuery(row, spans, seconds)

@@ -34,7 +34,7 @@ def locator_of(searcher: Searcher) -> TrainedModel:
     """
     models = [model for model in (searcher.reranker, searcher.model) if model is not None]
     for model in models:
-        if model.module.scorer.attends_over_frames:
+        if model.locates:
             return model
     names = " and ".join(model.config.model.scorer.name for model in models)
     raise UserError(

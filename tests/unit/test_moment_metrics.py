@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,8 @@ def queries_of(*names: str) -> list[MomentQuery]:
     return [MomentQuery(line, line, name, (name,), np.array([[0.0, 0.5]])) for line, name in rows]
 
 
-def locate(text: str, waveform: NDArray[np.float32]) -> list[Moment]:
-    return [Moment(0.0, len(waveform) / RATE, float(np.abs(waveform).max()))]
+def locate(texts: Sequence[str], waveform: NDArray[np.float32]) -> list[list[Moment]]:
+    return [[Moment(0.0, len(waveform) / RATE, float(np.abs(waveform).max()))] for _ in texts]
 
 
 def test_clips_of_a_folder_and_of_shards_are_found_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
