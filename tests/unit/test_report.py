@@ -89,6 +89,12 @@ def report(run_dir: Path) -> str:
         return write_report(run_dir).read_text(encoding="utf-8")
 
 
+def test_the_loss_figure_has_terms_without_their_directions() -> None:
+    line = {"step": 1, "loss": 3.0, "loss/a": 1.0, "loss/b": 2.0, "loss/b/t2a": 1.9, "loss/b/a2t": 2.1}
+    legend = plots.loss([line]).axes[0].get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["loss", "a", "b"]
+
+
 @pytest.mark.parametrize("result", [retrieval_result("clotho/test"), labelled_result()], ids=["captions", "labels"])
 def test_a_result_survives_the_disk(tmp_path: Path, result: EvaluationResult) -> None:
     path = result.save(tmp_path)
