@@ -98,10 +98,8 @@ class Scorer(nn.Module, ABC):
 
     def scores_of_frames(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
         """[F]: the score of one text with each frame of one clip, as if the clip were this frame alone."""
-        tokens, mask, pooled = audio
-        return self.scores(text, TokenSequence(tokens[0, :, None], mask[0, :, None], pooled.expand(len(mask[0]), -1)))[
-            0
-        ]
+        tokens, mask = audio.tokens[0].unsqueeze(1), audio.mask[0].unsqueeze(1)
+        return self.scores(text, TokenSequence(tokens, mask, audio.pooled.expand(len(mask), -1)))[0]
 
     def _needs_pairs(self) -> UserError:
         return UserError(

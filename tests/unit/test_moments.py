@@ -170,7 +170,7 @@ def test_words_are_means_of_their_pieces_and_scaled() -> None:
 
 def test_spans() -> None:
     times = np.array([[0, 1], [1, 2], [2, 4], [4, 5], [5, 6], [6, 7.0]])
-    best, other = spans_of(np.array([0, 0.6, 0.9, 0.1, 1, 0.2], np.float32), times)
+    best, other = spans_of(np.array([0, 0.6, 0.9, 0.4, 1, 0.3], np.float32), times)
     assert (best.start, best.stop, best.score) == (5, 6, 1)
     assert [other.start, other.stop, other.score] == pytest.approx([1, 4, 0.8])
     (everything,) = spans_of(np.full(6, 0.5, np.float32), times)
@@ -239,6 +239,13 @@ def test_the_pieces_of_words_belong_to_them(load: Loader) -> None:
     expected = rows[first:-1].mean(0)  # the last piece is [SEP]
     assert pieces[:3] == ["[CLS]", "low", "tone"] and len(rows[first:-1]) > 2
     np.testing.assert_allclose(found.weights[1], expected / expected.max(), rtol=1e-4)
+
+
+def test_tap_reads_each_word_as_a_text_of_its_own(load: Loader) -> None:
+    model = load("tap")
+    text, first, last = model.locate(["low tone", "low", "tone"], tone(2.0), RATE)
+    np.testing.assert_allclose(text.weights, [first.weights[0], last.weights[0]], rtol=1e-4)
+    assert abs(first.weights - last.weights).max() > 0.01 and abs(text.scores - last.scores).max() > 0.01
 
 
 def test_a_text_that_is_cut_and_a_clip_in_windows(load: Loader) -> None:

@@ -25,6 +25,10 @@ NAMES: dict[str, tuple[str, ...]] = {
         "atr_scale.inference:TrainedModel.embed_text",
         "atr_scale.inference:TrainedModel.embed_audio",
         "atr_scale.inference:TrainedModel.similarity",
+        "atr_scale.inference:TrainedModel.moments",
+        "atr_scale.inference:TrainedModel.locate",
+        "atr_scale.moments:Moments",
+        "atr_scale.moments:Moment",
     ),
     "Encoders": (
         "atr_scale.encoders:build_audio_encoder",
@@ -35,6 +39,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "atr_scale.scorers:build_scorer",
         "atr_scale.scorers.scorer:Scorer.scores",
         "atr_scale.scorers.scorer:Scorer.block",
+        "atr_scale.scorers.scorer:Scorer.attention",
     ),
     "Losses on whole matrices": tuple(
         f"atr_scale.losses.dense:{name}" for name in ("nt_xent", "pmr", "cmsc", "intra_modal", "distillation")
