@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.training.loop import Training
 from atr_scale.training.monitor import record_evaluation
+from tests.commands import ROOT
 from tests.integration.test_listening import browser_page
 from tests.integration.test_tensorboard_page import address, get_json
 from tests.tiny_run import tiny_config
@@ -78,6 +80,15 @@ def test_speeds_are_those_of_all_ranks_and_time_of_saving_is_told(run_dir: Path)
         assert line["duplicates/clips"] == 0
     assert [line["saving_s"] > 0 for line in train] == [False, False, True, False, False, False]
     assert all(line["seconds"] > 0 for line in lines if line["kind"] == "evaluation")
+
+
+def test_every_key_has_a_row_in_the_page_on_monitoring(run_dir: Path) -> None:
+    text = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    named = {key for row in re.findall(r"^\| (`.+?`) \|", text, re.MULTILINE) for key in re.findall("`(.+?)`", row)}
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    keys = {key for line in lines if line["kind"] == "train" for key in line} - {"kind", "step"}
+    keys = {re.sub("^loss/nt_xent", "loss/TERM", re.sub(r"/(audio|text|heads)$", "/GROUP", key)) for key in keys}
+    assert keys <= named, keys - named
 
 
 def test_a_browser_shows_the_charts(address: str, tmp_path: Path) -> None:
