@@ -111,7 +111,7 @@ def test_evaluate_refuses_what_has_no_moments(files: Files, tmp_path: Path) -> N
 
 
 def test_search_tells_the_moments_of_its_hits(files: Files) -> None:
-    query = ("search", files.index_dir, "a loud tone", "--rerank", files.tap, "--json")
+    query = ("search", files.index_dir, "a loud tone", "--rerank", files.tap, "--all-windows", "--json")
     plain = json.loads(call(*query).stdout)["results"]
     result = call(*query, "--moments")
     assert result.exit_code == 0, result.output
@@ -129,7 +129,7 @@ def test_search_tells_the_moments_of_its_hits(files: Files) -> None:
         for moment, span in zip(hit["moments"], spans, strict=True):
             assert moment["start"] == pytest.approx(window["start"] + span.start, abs=1e-6)
             assert window["start"] <= moment["start"] < moment["stop"] <= window["stop"] + 1e-6
-    assert result.stdout != call(*query, "--moments", "--all-windows").stdout
+    assert {window["start"] for window in plain} == {0.0, 2.0}
     assert call(*query[:-1], "--moments").stdout.splitlines()[0].split() == ["rank", "score", "time", "path", "caption"]
 
 
