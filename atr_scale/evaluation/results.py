@@ -82,7 +82,9 @@ def record_entries(folder: Path, run: str, config: RunConfig, entries: Sequence[
 def run_folder(location: str | Path, checkpoint: Path) -> Path:
     """The run folder of a run or a checkpoint that was given as `location`; checkpoint: the folder found there."""
     # A copied run folder may have lost its links, or have folders in their place.
-    return checkpoint.parent.parent if (Path(location) / WEIGHTS).is_file() else Path(location)
+    if not (Path(location) / WEIGHTS).is_file():
+        return Path(location)
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint  # an exported one
 
 
 def checkpoint_name(run_dir: Path, checkpoint: Path) -> str:
