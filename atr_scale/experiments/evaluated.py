@@ -168,6 +168,8 @@ def _evaluated(folder: Path, table: dict[str, Any], split: str) -> Evaluated:
         raise UserError(
             f"{folder} has no results of the split {split} (it has {have}): evaluate it with --split {split}"
         )
+    if found[0]["kind"] == "moments":
+        raise UserError(f"{folder}: {split} holds moments, in {found[0]['file']}; compare needs a split of captions")
     entry = min(found, key=lambda one: (*PREFERRED, one["checkpoint"]).index(one["checkpoint"]))
     result = EvaluationResult.load(folder / entry["file"])
     if result.facts is None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from atr_scale.cli import app
 from atr_scale.errors import UserError
 from atr_scale.evaluation.moments import window_ious
+from atr_scale.experiments.evaluated import read_experiments
 from atr_scale.inference import load_trained
 from atr_scale.search.index import build_index
 from tests.tiny import RATE
@@ -86,6 +87,9 @@ def test_evaluate_measures_and_records_moments(files: Files, tmp_path: Path) -> 
         ious.append(window_ious(np.array(best), np.array(line["relevant_windows"], np.float64)).max())
     assert [line["iou"] for line in lines] == pytest.approx(ious, abs=1e-3)
     assert table["metrics"]["mIoU"]["value"] == pytest.approx(np.mean(ious), abs=1e-3)
+
+    with pytest.raises(UserError, match=r"moments/night holds moments, in moments-night\.json; compare needs"):
+        read_experiments([tmp_path], "moments/night")
 
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert call(*arguments).exit_code == 0
