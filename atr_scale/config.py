@@ -123,6 +123,11 @@ class RunConfig(Section):
     objective: ObjectiveSection = Field(ObjectiveSection(), description="loss terms; the loss is their weighted sum")
     train: TrainSection = Field(description="batch, optimizer, schedule, precision, checkpoints")
     evaluation: EvaluationSection = Field(EvaluationSection(), description="evaluation during and after training")
+    monitor: list[str] = Field(
+        ["tensorboard"],
+        description="trackers that get the values of metrics.jsonl as well, of tensorboard, wandb and the others of "
+        "accelerate; a change does not hinder a resume",
+    )
     plugins: list[str] = Field([], description="plug-in modules, imported before the configuration is checked")
 
     def to_yaml(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 SYNONYMS = {
     name: key
     for key, names in {
+        "monitor": "report_to log_with loggers trackers tracker wandb",
         "run.dir": "output_dir out_dir save_dir log_dir exp_dir experiment_dir logdir workdir",
         "run.seed": "random_seed manual_seed",
         "data.train": "train_data train_set train_shards dataset",

@@ -96,7 +96,7 @@ def evaluate(
             device=device,
         )
         if world.is_main:
-            if out is None and (Path(run) / "tensorboard").is_dir():
+            if out is None:
                 from atr_scale.training.monitor import record_evaluation
 
                 record_evaluation(Path(run), evaluation.results[0].step, {split: evaluation.metrics})

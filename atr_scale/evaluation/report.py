@@ -51,7 +51,9 @@ def write_report(run_dir: Path, results: Sequence[EvaluationResult] | None = Non
     if train:
         parts += [pictures("schedule", plots.schedule(train), "learning rate, temperature, gradient norm")]
         parts += [pictures("speed", plots.speed(train), "throughput, data wait, memory"), _losses_of_data(train)]
-    parts += [_look_closer(run_dir), *_configuration(run_dir), *_environment(run_dir)]
+    if (run_dir / "tensorboard").is_dir():
+        parts.append(_look_closer(run_dir))
+    parts += [*_configuration(run_dir), *_environment(run_dir)]
     path = run_dir / "report.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     logger.info("report: %s", path)

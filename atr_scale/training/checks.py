@@ -19,7 +19,7 @@ from atr_scale.training.optimizer_state import OLD_FOLDER
 SOCKET_PATH = 107  # bytes, in Linux
 # Keys that may differ when a run is resumed. Any other difference would make it another run.
 FREE_TO_CHANGE = (
-    "run.dir", "run.allow_changed_data", "data.workers", "data.buffer_gb", "data.validation", "data.test",
+    "monitor", "run.dir", "run.allow_changed_data", "data.workers", "data.buffer_gb", "data.validation", "data.test",
     "data.max_drop_rate", "data.outage_seconds", "evaluation.",
     "train.steps", "train.epochs",
     "train.zero_stage", "train.micro_batch_size", "train.kept_chunks", "train.evaluate_every", "train.checkpoint_every",

@@ -52,6 +52,7 @@ from atr_scale.training.run_info import write_environment
 from atr_scale.training.run_lock import only_training
 from atr_scale.training.saving import Saver, full_disk_in_one_line
 from atr_scale.training.schedule import RunLength, describe_length, learning_rate, run_length, seeds
+from atr_scale.training.trackers import check_trackers
 from atr_scale.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Training:
         check_batch_size(config, world.size)
         check_temporary_folder(config.data.workers)
         check_run_folder(self.run_dir)
+        world.from_main(lambda: check_trackers(config.monitor))
         self.stop = stop or PreemptionFlag(world)
         validation = open_validation(config)
         resume_from = checkpoint_to_resume(config, world)
@@ -117,6 +119,7 @@ class Training:
             world.is_main,
             resume_step=self.progress.step if resume_from else None,
             total_steps=self.parts.length.steps,
+            trackers=config.monitor,
         )
         self.validator = Validator(
             config, validation, self.parts.tokenizer, world, device, self.monitor, self._is_told_to_stop
@@ -183,7 +186,8 @@ class Training:
                 self._save()  # first: an evaluation that fails must not cost what was trained
             if self._evaluation_is_due and not self._stopping:
                 self._validate()
-        self.monitor.close()
+        with self.heartbeat.wait("handing the last values to trackers"):
+            self.monitor.close()
         if self._evaluation_is_due or self.progress.step < length.steps:
             self._leave()
         elif self.world.is_main:

@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, TensorBoard and the progress bar."""
+"""The record of a run: metrics.jsonl, TensorBoard, other trackers and the progress bar."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from tqdm import tqdm
 from atr_scale import plots
 from atr_scale.errors import Failure
 from atr_scale.files import FULL, atomic_write, sync
-from atr_scale.redaction import redact
+from atr_scale.redaction import REDACTED, is_secret_name, redact
 from atr_scale.run_files import METRICS, append_json_lines
 from atr_scale.sections import flat
 from atr_scale.training.layout import layout
 from atr_scale.training.media_budget import MediaBudget
 from atr_scale.training.players import RetrievedClips, picture
+from atr_scale.training.trackers import TENSORBOARD, Trackers, log_results
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def _record(write: Callable[Concatenate[Monitor, P], None]) -> Callable[Concaten
 
     @functools.wraps(write)
     def written(self: Monitor, /, *args: P.args, **more: P.kwargs) -> None:
-        if self._writer is None:
+        if not self._open:
             return
         try:
             write(self, *args, **more)
@@ -55,7 +56,7 @@ def _record(write: Callable[Concatenate[Monitor, P], None]) -> Callable[Concaten
 
 
 class Monitor:
-    """Writes run_dir/metrics.jsonl and run_dir/tensorboard, and shows progress. Only the main rank does so.
+    """Writes run_dir/metrics.jsonl and to trackers, and shows progress. Only the main rank does so.
 
     On a full disk the lines are kept and written later; pictures and sounds of that time are lost. `lost`: why the
     folder cannot be written to if the reason is another one, which does not pass: training cannot save either.
@@ -63,12 +64,20 @@ class Monitor:
     resume_step: None starts a new record. N continues a run from its checkpoint of step N: lines of later steps are
     removed, so the file becomes the one of an uninterrupted run. Hence log and evaluate a step before saving it.
     total_steps: the end of the progress bar. Counters (`dropped/...`, `skipped_steps`) are totals since the start.
+    trackers: names; "tensorboard" writes run_dir/tensorboard, others get scalars and hyperparameters alone.
     """
 
     def __init__(
-        self, run_dir: Path, is_main: bool, *, resume_step: int | None = None, total_steps: int | None = None
+        self,
+        run_dir: Path,
+        is_main: bool,
+        *,
+        resume_step: int | None = None,
+        total_steps: int | None = None,
+        trackers: Sequence[str] = (TENSORBOARD,),
     ) -> None:
         self._writer: SummaryWriter | None = None
+        self._open = is_main
         self.lost: Failure | None = None
         if not is_main:
             return
@@ -82,7 +91,9 @@ class Monitor:
         threading.excepthook = _without_writers(self._hook)
         self._media = MediaBudget(run_dir / "tensorboard", total_steps)
         purge_step = 0 if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=20)
+        if TENSORBOARD in trackers:
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=20)
+        self._trackers = Trackers(run_dir, trackers, resumed=resume_step is not None)
         self._first = resume_step or 0
         self._total = total_steps
         self._started = time.monotonic()
@@ -123,14 +134,15 @@ class Monitor:
         split: str = "validation",
     ) -> None:
         """A picture of the similarity [texts, audios] of a few pairs, which lie on the diagonal. names: captions."""
-        if self._media.is_open(step):
+        if self._writer is not None and self._media.is_open(step):
             figure = plots.heatmap(_numpy(scores), f"similarity, {split}, step {step}", names=names)
             self._show(step, picture(f"{split}/similarity", figure))
 
     @_record
     def retrieved(self, step: int, queries: Sequence[RetrievedClips], split: str = "validation") -> None:
         """A few queries with their retrieved clips: a table, and a player for every clip."""
-        assert self._writer is not None
+        if self._writer is None:
+            return
         for number, query in enumerate(queries):
             self._writer.add_text(f"{split}/retrieved-{number}", redact(query.table()), step)
             if self._media.is_open(step):
@@ -140,32 +152,36 @@ class Monitor:
     @_record
     def text(self, tag: str, markdown: str) -> None:
         """Markdown, from which secrets are removed. Put YAML into a code fence."""
-        assert self._writer is not None
+        if self._writer is None:
+            return
         self._writer.add_text(tag, redact(markdown), 0)
 
     @_record
     def hyperparameters(self, config: Mapping[str, object]) -> None:
-        """The configuration, as nested dicts, for TensorBoard's HPARAMS tab, which shows the run as a row.
+        """The configuration, as nested dicts, for trackers and TensorBoard's HPARAMS tab, which shows the run as a row.
 
         The tab reads the metrics of a row from the last values of the run's scalars.
         """
-        assert self._writer is not None
-        _, start, _ = hparams(dict(_hyperparameters(config)), {})
-        self._file.add_summary(start)
+        values = dict(_hyperparameters(config))
+        self._trackers.configure(values)
+        if self._writer is not None:
+            _, start, _ = hparams(values, {})
+            self._file.add_summary(start)
 
     @_record
     def page(self, validation: Sequence[str]) -> None:
         """The charts of TensorBoard's CUSTOM SCALARS tab. validation: names of the sets that training evaluates."""
-        assert self._writer is not None
+        if self._writer is None:
+            return
         self._writer.add_custom_scalars(layout(validation))
 
     @_record
     def flush(self) -> None:
         """Write everything logged so far to the disk. Call this before a checkpoint becomes the latest one."""
-        assert self._writer is not None
         self._write_lines()
         sync(self._path)
-        self._writer.flush()
+        if self._writer is not None:
+            self._writer.flush()
 
     def check(self) -> None:
         """Raises Failure if the folder is lost."""
@@ -175,14 +191,17 @@ class Monitor:
     def close(self) -> None:
         """Write everything to the disk and close the files. Later calls do nothing."""
         self.flush()
+        if not self._open:
+            return
+        self._bar.close()
         if self._writer is not None:
-            self._bar.close()
             try:
                 self._writer.close()
             except OSError as error:
                 self._note(error)
-            threading.excepthook = self._hook
-            self._writer = None
+        self._trackers.close()
+        threading.excepthook = self._hook
+        self._writer, self._open = None, False
 
     @property
     def _file(self) -> FileWriter:
@@ -192,10 +211,8 @@ class Monitor:
 
     def _note(self, error: OSError) -> None:
         """A write has failed."""
-        assert self._writer is not None
-        self._writer.file_writer = self._writer.all_writers = (
-            None  # its thread may have ended; the next write makes one
-        )
+        if self._writer is not None:  # its thread may have ended; the next write makes one
+            self._writer.file_writer = self._writer.all_writers = None
         reason = f"{self._path.parent} cannot be written to ({error.strerror or error})"
         if error.errno not in FULL:
             self.lost = Failure(
@@ -220,8 +237,12 @@ class Monitor:
         self._unwritten.clear()
 
     def _scalars(self, prefix: str, step: int, values: Mapping[str, float]) -> None:
+        tagged = {f"{prefix}/{key}": value for key, value in values.items()}
+        self._trackers.log(tagged, step)
+        if self._writer is None:
+            return
         # All in one event: half the bytes of one each.
-        scalars = [Summary.Value(tag=f"{prefix}/{key}", simple_value=value) for key, value in values.items()]
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged.items()]
         self._file.add_summary(Summary(value=scalars), step)
 
     def _show(self, step: int, media: Summary) -> None:
@@ -249,17 +270,24 @@ def _without_writers(hook: Callable[[threading.ExceptHookArgs], object]) -> Call
 
 
 def record_evaluation(run_dir: Path, step: int, values: Mapping[str, Mapping[str, float]]) -> None:
-    """Add the metrics of finished evaluations to the run's scalars, by split, so that the HPARAMS tab shows them."""
-    with SummaryWriter(str(run_dir / "tensorboard")) as writer:
-        for split, metrics in values.items():
-            for key, value in metrics.items():
-                writer.add_scalar(f"{split}/{key}", value, step)
+    """Add the metrics of finished evaluations, by split, to the scalars of a run's TensorBoard files and trackers.
+
+    The HPARAMS tab shows them. Nothing is done if the run has neither.
+    """
+    if (run_dir / TENSORBOARD).is_dir():
+        with SummaryWriter(str(run_dir / TENSORBOARD)) as writer:
+            for split, metrics in values.items():
+                for key, value in metrics.items():
+                    writer.add_scalar(f"{split}/{key}", value, step)
+    log_results(run_dir, step, values)
 
 
 def _hyperparameters(config: Mapping[str, object]) -> Iterator[tuple[str, float | str]]:
     """Everything that has a value, except the name of the run folder; what is no number as text."""
     for key, value in flat(config):
-        if key != "run.dir" and value is not None:
+        if is_secret_name(key.rpartition(".")[2]) and value:
+            yield key, REDACTED
+        elif key != "run.dir" and value is not None:
             yield key, value if type(value) in (int, float) else redact(str(value))
 
 

@@ -56,6 +56,7 @@ def labelled_result() -> EvaluationResult:
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "my run"
     run.mkdir()
+    (run / "tensorboard").mkdir()
     lines: list[dict[str, object]] = []
     for step in range(1, 61):
         line: dict[str, object] = {"kind": "train", "step": step, "loss": 4 / step, "loss/nt_xent": 3 / step}
