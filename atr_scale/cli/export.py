@@ -17,7 +17,7 @@ def export_command(
     formats: Annotated[
         str | None,
         typer.Option(
-            help="Formats beside the model, separated by commas: model (none), sentence-transformers; by default all."
+            help="Formats beside the model, with commas: model (none), onnx, sentence-transformers; default: all."
         ),
     ] = None,
     plugins: Plugins = None,
@@ -39,5 +39,5 @@ def export_command(
     chosen = None if formats is None else [name.strip() for name in formats.split(",")]
     exported = export_run(expanded_path(run), expanded_path(str(out)), formats=chosen, plugins=plugins or ())
     for part in exported.parts:
-        print(f"{part.name:<22} {part.reason or f'{part.megabytes:.1f} MB'}")
+        print(f"{part.name:<22} {f'not exported: {part.reason}' if part.reason else f'{part.megabytes:.1f} MB'}")
     print(f"{exported.folder}: read README.md in it before you hand it on")

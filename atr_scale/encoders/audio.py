@@ -95,6 +95,7 @@ class AudioEncoder(nn.Module, ABC):
     dim: width of the tokens and of the pooled embedding.
     native_seconds: a longer clip is cut into windows of this length; None if one pass takes any length.
     pooled_is_mean: whether the pooled embedding is the mean of the tokens, also of a clip in windows.
+    shortest: `encode` pads clips of fewer samples with zeros to this number.
     reads_int16: whether `encode` takes waveforms of int16 too, as `front_end` and `spec_augment` do; otherwise they
     are float32.
     layouts: formats of the original files that the encoder loads.
@@ -113,6 +114,7 @@ class AudioEncoder(nn.Module, ABC):
     layouts: tuple[Layout, ...] = (Layout(),)
     native_seconds: ClassVar[float | None] = None
     pooled_is_mean: ClassVar[bool] = False
+    shortest: ClassVar[int] = 0
     reads_int16: ClassVar[bool] = False
     special_options: ClassVar[frozenset[str]] = frozenset()
     Options: ClassVar[type[AudioEncoderOptions]] = AudioEncoderOptions

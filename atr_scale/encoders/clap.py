@@ -29,8 +29,12 @@ class ClapMel(DecibelMel):
     A clip below ten seconds is repeated as often as it fits into ten seconds, then padded with zeros.
     """
 
+    def rounded(self, waveform_BS: Tensor) -> Tensor:
+        """The waveform as 16-bit samples hold it, in [-1, 1]."""
+        return (waveform_BS.clamp(-1, 1) * INT16).trunc() / INT16
+
     def prepare(self, waveform_BS: Tensor) -> Tensor:
-        waveform_BS = (waveform_BS.clamp(-1, 1) * INT16).trunc() / INT16
+        waveform_BS = self.rounded(waveform_BS)
         length, full = waveform_BS.shape[1], 10 * self.settings.sample_rate
         if 0 < length < full:
             waveform_BS = waveform_BS.repeat(1, full // length)

@@ -26,7 +26,6 @@ SAMPLE_RATE = 32_000
 HOP = 320
 NUM_MELS = 64
 FRAMES_PER_TOKEN = 32
-SHORTEST = (FRAMES_PER_TOKEN - 1) * HOP  # samples of one token
 
 RESNET_DEPTHS = (3, 4, 6, 3)
 
@@ -87,6 +86,7 @@ class Panns(AudioEncoder):
     """
 
     sample_rate = SAMPLE_RATE
+    shortest = (FRAMES_PER_TOKEN - 1) * HOP
     reads_int16 = True
     layouts = (
         Layout(
@@ -120,7 +120,7 @@ class Panns(AudioEncoder):
 
     def normalised_mel(self, waveform_BS: Tensor, augment_seed: int = 0) -> Tensor:
         """Waveform [B, S] -> input of the first block [B, M, F]."""
-        padded_BS = nn.functional.pad(waveform_BS, (0, max(0, SHORTEST - waveform_BS.shape[1])))
+        padded_BS = nn.functional.pad(waveform_BS, (0, max(0, self.shortest - waveform_BS.shape[1])))
         mel_BMF = self.bn0(self.mel(padded_BS, augment_seed).to(self.bn0.weight.dtype))
         return self.spec_augment(mel_BMF, padded_BS, augment_seed)
 
@@ -138,7 +138,7 @@ class Panns(AudioEncoder):
         return logits_BL
 
     def token_centres(self, samples: int) -> NDArray[np.float64]:
-        num_frames = 1 + max(samples, SHORTEST) // HOP
+        num_frames = 1 + max(samples, self.shortest) // HOP
         return regular_centres(num_frames // FRAMES_PER_TOKEN, (FRAMES_PER_TOKEN - 1) / 2 * HOP, FRAMES_PER_TOKEN * HOP)
 
     def compiled_parts(self) -> Iterable[nn.Module]:

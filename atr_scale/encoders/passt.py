@@ -28,7 +28,6 @@ from atr_scale.errors import UserError
 
 MEL = AUGMENT_MEL_STFT
 PATCH = 16
-SHORTEST = (PATCH - 1) * MEL.hop + 1  # samples of one column of patches
 
 
 class PaSST(AudioEncoder):
@@ -46,6 +45,7 @@ class PaSST(AudioEncoder):
 
     sample_rate = MEL.sample_rate
     native_seconds = 10.0
+    shortest = (PATCH - 1) * MEL.hop + 1
     reads_int16 = True
     special_options = frozenset({"s_patchout_t", "s_patchout_f", "fmin_aug_range", "fmax_aug_range", "attention"})
     layouts = (Layout(unused=(r"head_dist\.",)),)
@@ -77,8 +77,8 @@ class PaSST(AudioEncoder):
         super().configure(options, name)
 
     def encode(self, waveform_BS: Tensor, augment_seed: int = 0) -> TokenSequence:
-        if waveform_BS.shape[1] < SHORTEST:
-            waveform_BS = nn.functional.pad(waveform_BS, (0, SHORTEST - waveform_BS.shape[1]))
+        if waveform_BS.shape[1] < self.shortest:
+            waveform_BS = nn.functional.pad(waveform_BS, (0, self.shortest - waveform_BS.shape[1]))
         mel_BMF = self.spec_augment(self.mel(waveform_BS, augment_seed), waveform_BS, augment_seed)
         patches_BDRT = self.patchout(self.patches(mel_BMF), augment_seed)
         x_BND = self.transform(patches_BDRT)
@@ -105,14 +105,16 @@ class PaSST(AudioEncoder):
     def transform(self, patches_BDRT: Tensor) -> Tensor:
         """Patches [B, D, R, T] -> outputs of the transformer [B, 2 + R * T, D]."""
         special_1ND = torch.cat([self.cls_token, self.dist_token], 1) + self.new_pos_embed
-        x_BND = torch.cat([special_1ND.expand(len(patches_BDRT), -1, -1), patches_BDRT.flatten(2).transpose(1, 2)], 1)
+        x_BND = torch.cat(
+            [special_1ND.expand(patches_BDRT.shape[0], -1, -1), patches_BDRT.flatten(2).transpose(1, 2)], 1
+        )
         for block in self.blocks:
             x_BND = self.run(partial(block, attention=self.options.attention), x_BND)
         outputs_BND: Tensor = self.norm(x_BND)
         return outputs_BND
 
     def token_centres(self, samples: int) -> NDArray[np.float64]:
-        num_frames = 1 + (max(samples, SHORTEST) - 1) // MEL.hop
+        num_frames = 1 + (max(samples, self.shortest) - 1) // MEL.hop
         num_columns = (num_frames - PATCH) // self.stride + 1
         return regular_centres(num_columns, (PATCH - 1) / 2 * MEL.hop, self.stride * MEL.hop)
 

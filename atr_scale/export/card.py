@@ -8,7 +8,7 @@ from typing import Any
 
 from atr_scale.export.origin import Origin
 from atr_scale.export.provenance import data_section, hub_name, licence_section, markdown_table, reproduction_section
-from atr_scale.export.snippets import DUAL, NUMPY, PAIRWISE, SENTENCES, TORCH
+from atr_scale.export.snippets import DUAL, NUMPY, ONNX, PAIRWISE, SENTENCES, TORCH
 from atr_scale.inference import TrainedModel
 from atr_scale.model import count_parameters
 
@@ -113,6 +113,9 @@ def _examples(origin: Origin, model: TrainedModel, formats: Sequence[str]) -> It
         yield "Search with NumPy alone, after the sounds of a folder have been embedded:"
         yield f"    atr-scale embed {origin.names.model} FOLDER --out sounds.npy"
         yield f"```python\n{NUMPY.format(**values)}```"
+    if {"onnx/text.onnx", "onnx/audio.onnx"} <= set(formats):
+        yield "Both towers with onnxruntime, tokenizers and soundfile, without PyTorch:"
+        yield f"```python\n{ONNX.format(**values)}```"
     if "sentence-transformers" in formats:
         yield "Texts with the library sentence-transformers, without `atr-scale`:"
         yield f"```python\n{SENTENCES.format(**values)}```"

@@ -5,6 +5,7 @@
     OUT/config.resolved.yaml    configuration, without the places of the training machine
     OUT/text_encoder/           configuration and tokenizer of the text encoder
     OUT/state.json, score.json  step, fingerprints of the data, validation score
+    OUT/onnx/                   graphs of both towers
     OUT/sentence-transformers/  text tower for the library of that name
     OUT/manifest.json           size and sha256 of every file above but the card, which may be edited
 
@@ -27,6 +28,7 @@ from atr_scale.checkpoint import find_checkpoint
 from atr_scale.errors import UserError
 from atr_scale.evaluation.results import run_folder
 from atr_scale.export.card import write_card
+from atr_scale.export.onnx import export_onnx
 from atr_scale.export.origin import Origin
 from atr_scale.export.places import public_config, public_state, remove_local_paths
 from atr_scale.export.sentence_transformers import export_text_tower
@@ -43,8 +45,8 @@ from atr_scale.run_checkpoints import (
 )
 
 CARD = "README.md"
-MODEL, SENTENCE_TRANSFORMERS = "model", "sentence-transformers"
-FORMATS = (MODEL, SENTENCE_TRANSFORMERS)
+MODEL, ONNX, SENTENCE_TRANSFORMERS = "model", "onnx", "sentence-transformers"
+FORMATS = (MODEL, ONNX, SENTENCE_TRANSFORMERS)
 
 
 @dataclass(frozen=True)
@@ -102,17 +104,33 @@ def _write(
 ) -> list[ExportedPart]:
     _write_model(checkpoint, model, origin, folder)
     parts = [_part(MODEL, folder)]
-    if formats is None or SENTENCE_TRANSFORMERS in formats:
-        try:
-            parts.append(_part(SENTENCE_TRANSFORMERS, export_text_tower(model, folder / "sentence-transformers")))
-        except UserError as error:
-            if formats is not None:
-                raise
-            parts.append(ExportedPart(SENTENCE_TRANSFORMERS, reason=f"not exported: {error}"))
+    for name, write in ((ONNX, _graphs), (SENTENCE_TRANSFORMERS, _text_tower)):
+        if formats is None or name in formats:
+            try:
+                parts += write(model, folder / name)
+            except UserError as error:
+                parts.append(ExportedPart(name, reason=str(error)))
+    failed = next((part for part in parts if part.reason), None)
+    if formats is not None and failed is not None:
+        raise UserError(f"{failed.name} cannot be exported: {failed.reason}")
     write_card(origin, model, folder / CARD, [part.name for part in parts if not part.reason])
     inside = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     write_manifest(folder, sealed(folder, [name for name in inside if name != CARD]))
     return parts
+
+
+def _graphs(model: TrainedModel, folder: Path) -> list[ExportedPart]:
+    parts = []
+    for tower, graph in export_onnx(model, folder).items():
+        reason = "" if graph.file else graph.reason or "no reason is known"
+        parts.append(ExportedPart(f"{ONNX}/{tower}.onnx", graph.megabytes, reason))
+    if not any(folder.iterdir()):
+        folder.rmdir()
+    return parts
+
+
+def _text_tower(model: TrainedModel, folder: Path) -> list[ExportedPart]:
+    return [_part(SENTENCE_TRANSFORMERS, export_text_tower(model, folder))]
 
 
 def _part(name: str, folder: Path) -> ExportedPart:

@@ -56,3 +56,20 @@ from sentence_transformers import SentenceTransformer
 tower = SentenceTransformer("{name}/sentence-transformers")
 print(tower.encode(["a dog barks", "rain falls"]).shape)  # [2, {dim}], unit length
 """
+
+ONNX = """\
+import numpy as np
+import onnxruntime
+import soundfile
+from tokenizers import Tokenizer
+
+texts_of = onnxruntime.InferenceSession("{name}/onnx/text.onnx")
+sounds_of = onnxruntime.InferenceSession("{name}/onnx/audio.onnx")
+tokens = Tokenizer.from_file("{name}/text_encoder/tokenizer.json").encode("a dog barks")
+ids, mask = np.array([tokens.ids], np.int64), np.array([tokens.attention_mask], np.int64)
+text = texts_of.run(["text_embedding"], {{"input_ids": ids, "attention_mask": mask}})[0]  # [1, {dim}]
+waveform, rate = soundfile.read("dog.wav", dtype="float32")
+assert waveform.ndim == 1 and rate == int(sounds_of.get_modelmeta().custom_metadata_map["sample_rate"])
+sound = sounds_of.run(["audio_embedding"], {{"waveform": waveform[None]}})[0]  # [1, {dim}]
+print(text @ sound.T)
+"""
