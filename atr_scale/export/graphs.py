@@ -118,10 +118,11 @@ class GraphFrontEnd(nn.Module):
 
 
 def repeated(waveform_BS: Tensor, full: int) -> Tensor:
-    """Clips of at most `full` samples repeated as often as they fit into `full`, then padded with zeros to it."""
-    length = torch.full((), waveform_BS.shape[1])  # the exporter knows no remainder by a symbolic size
-    place = torch.arange(full)
-    return torch.where(place < full // length * length, waveform_BS[:, place % length], 0.0)
+    """Clips below `full` samples repeated as often as they fit into `full`, then padded with zeros to it."""
+    clips, samples = waveform_BS.shape
+    times = torch.sym_max(1, full // samples)
+    repeated_BS = waveform_BS.unsqueeze(1).expand(clips, times, samples).reshape(clips, times * samples)
+    return nn.functional.pad(repeated_BS, (0, torch.sym_max(0, full - times * samples)))
 
 
 def _at_least(waveform_BS: Tensor, samples: int) -> Tensor:
