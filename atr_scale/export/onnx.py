@@ -13,10 +13,7 @@ Shape suffixes: B batch, S samples, T tokens, D width.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +29,7 @@ from torch import Tensor, nn
 from atr_scale.data.tokenizer import CaptionTokenizer
 from atr_scale.errors import UserError, one_line
 from atr_scale.export.graphs import AudioGraph, TextGraph
+from atr_scale.export.quiet import quiet_libraries
 from atr_scale.inference import TrainedModel
 from atr_scale.model import Retriever
 from atr_scale.version import __version__
@@ -158,7 +156,7 @@ def export_tower(tower: Tower, path: Path) -> ExportedGraph:
 
 def _write_graph(tower: Tower, path: Path) -> None:
     sizes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1)}
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet_libraries():
         program = torch.onnx.export(
             tower.graph().eval(),
             tower.inputs[0],
@@ -204,17 +202,3 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return one_line(f"{type(error).__name__}: {error}", 200)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of the exporter, which are about other libraries and its own code."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -23,6 +23,7 @@ from torch import nn
 from atr_scale.data.tokenizer import WAVCAPS_MARKS
 from atr_scale.encoders.transformers_text import TransformersTextEncoder, quiet_transformers
 from atr_scale.errors import UserError, one_line
+from atr_scale.export.quiet import quiet_libraries
 from atr_scale.inference import TrainedModel
 from atr_scale.run_checkpoints import rename
 from atr_scale.scorers.pooling import CosineScorer
@@ -60,7 +61,7 @@ def export_text_tower(model: TrainedModel, folder: Path) -> Path:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), quiet_libraries():
             _write(model, partial)
             _compare(model, partial)
         rename(partial, folder)
