@@ -70,7 +70,8 @@ def test_every_command_of_the_page_is_run() -> None:
     shown = re.findall(r"^ {4}(atr-scale .*)", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     run_here = [line for section in range(1, 10) for line in commands(f"{section}. ") if line in shown]
     assert sorted(run_here) == sorted(shown)
-    assert {line.split()[1] for line in shown} >= {"shards", "train", "evaluate", "index", "search", "serve", "embed"}
+    verbs = {"shards", "train", "evaluate", "index", "search", "serve", "embed", "export"}
+    assert {line.split()[1] for line in shown} >= verbs
 
 
 def test_the_page_from_recordings_to_an_archive(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,3 +103,4 @@ def test_the_page_from_recordings_to_an_archive(place: Path, capsys: pytest.Capt
     lines = [json.loads(line) for line in (place / "archive.jsonl").read_text(encoding="utf-8").splitlines()]
     assert np.load(place / "archive.npy").shape == (3, 512)
     assert [line["start"] for line in lines] == [0.0, 10.0, 15.0]
+    assert "license: unknown" in (place / "models/own/README.md").read_text(encoding="utf-8")
