@@ -17,17 +17,13 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@60
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
-if [[ -z ${SLURM_JOB_ID:-} ]]; then
-    echo "error: this is a job script: sbatch $0 [RUN ...] [--shards DIR --out DIR]" >&2
-    exit 2
-fi
-# SLURM runs a copy of this file from elsewhere.
-cd "${SLURM_SUBMIT_DIR:?}"
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" # SLURM runs a copy of this file from elsewhere
 if [[ ! -e slurm/prologue.sh ]]; then
     echo "error: no slurm/prologue.sh in $PWD: submit from the folder that holds slurm/" >&2
     exit 2
@@ -37,4 +33,4 @@ source slurm/prologue.sh
 (($#)) || set -- runs/pretrain_wavcaps
 # --shards adds a set each time it is given, of --out the last one counts.
 [[ " $* " == *" --shards"[\ =]* ]] || set -- --shards shards/clotho/train "$@"
-exec srun --kill-on-bad-exit=1 python -m atr_scale.cli estimate --out correspondences/clotho "$@"
+work estimate python -m atr_scale.cli estimate --out correspondences/clotho "$@"

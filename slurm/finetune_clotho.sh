@@ -19,12 +19,7 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
-if [[ -z ${SLURM_JOB_ID:-} ]]; then
-    echo "error: this is a job script: sbatch $0 [key.sub=value ...]" >&2
-    exit 2
-fi
-# SLURM runs a copy of this file from elsewhere.
-cd "${SLURM_SUBMIT_DIR:?}"
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" # SLURM runs a copy of this file from elsewhere
 if [[ ! -e slurm/prologue.sh ]]; then
     echo "error: no slurm/prologue.sh in $PWD: submit from the folder that holds slurm/" >&2
     exit 2

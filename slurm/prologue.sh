@@ -1,27 +1,71 @@
 # shellcheck shell=bash
-# Shared part of the job scripts in this folder, which source it from the folder that holds slurm/. It sets the
-# environment's `python` and the variables with which ranks started by srun find each other, and defines `train`, which
-# survives preemption.
+# Shared part of the scripts in this folder, which source it from the folder that holds slurm/.
 #
-# INTERFACE=ib0 names the network interface for the ranks, if it is not the one that their host names lead to.
-# MAX_REQUEUES (100) and MAX_FAILURES (2) limit how often a job puts itself back into the queue.
+# Outside of a job it submits the script with the options of slurm/site.sh. In a job it sets the environment's `python` and
+# the variables with which ranks started by srun find each other, checks the nodes, and defines `train` and `work`. Both
+# survive preemption, the time limit and failures: the job puts itself back into the queue. The last line of the log says
+# what happened.
+#
+# RUN/preempted is how a run says that it was told to stop and has saved. The exit code alone does not say it: a rank that has
+# saved exits with 0, as one that is done, and launchers return 1 whatever their ranks return. srun, like a single process,
+# returns the ranks' own code: 0, 1 a failure, 2 the user's mistake.
+#
 # SWEEP=FOLDER is set by `atr-scale sweep --slurm`: each task of the array takes its run from this sweep folder, and
 # evaluates it after training.
 set -euo pipefail
+# shellcheck source=slurm/site.sh
+source slurm/site.sh
 
-export PATH="$PWD/.venv/bin:$PATH" # without .venv the environment that was active at submission is used
-if ! python -c 'import atr_scale' 2>/dev/null; then
-    echo "error: no environment in $PWD, and none with atr-scale is active: run launch/environment.sh there before sbatch" >&2
-    exit 2
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    if ! command -v sbatch >/dev/null; then
+        echo "error: no sbatch on this machine: call this on a login node of the cluster" >&2
+        exit 2
+    fi
+    while [[ ${1:-} == -* ]]; do
+        options+=("$1")
+        shift
+    done
+    exec sbatch "${options[@]}" "slurm/${0##*/}" "$@"
 fi
+
+# The name of this job alone: a task of an array may have the number of the whole array as its job number.
+job=$SLURM_JOB_ID
+[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+restarts=${SLURM_RESTART_COUNT:-0}
+failures=$PWD/.failures-$job # a line for each
+outcome="ended by SLURM" told=""
+say() { printf '%(%F %T)T job %s: %s\n' -1 "$job" "$1"; }
+tell() {
+    [[ -n $told ]] || say "$outcome"
+    told=yes
+}
+trap tell EXIT
+refuse() { # MESSAGE: the user's mistake
+    echo "error: $1" >&2
+    outcome="refused, see the error above; it is not tried again"
+    exit 2
+}
+((restarts == 0)) || say "start $((restarts + 1)), on $SLURM_JOB_NODELIST"
+
+load_modules
+inside=() step=(--kill-on-bad-exit=1) # words before each command, options of each srun
+if [[ -n $CONTAINER ]]; then
+    case $CONTAINER_RUNTIME in
+    apptainer) inside=(apptainer exec --nv --bind "$PWD${MOUNTS:+,$MOUNTS}" --pwd "$PWD" "$CONTAINER") ;;
+    pyxis) step+=(--container-image="$CONTAINER" --container-workdir="$PWD" --container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}") ;;
+    *) refuse "CONTAINER_RUNTIME=$CONTAINER_RUNTIME in slurm/site.sh: give apptainer or pyxis" ;;
+    esac
+fi
+export PATH="$PWD/.venv/bin:$PATH" # without .venv the environment that was active at submission is used
 
 # srun sets the number of each rank. RANK and the like, left over in the shell that submitted the job, would override it.
 # The address of rank 0 is set here. Jobs that share a node need different ports.
 unset RANK WORLD_SIZE LOCAL_RANK
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=$(head -n 1 <<<"$nodes")
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
-if [[ -n ${INTERFACE:-} ]]; then
+if [[ -n $INTERFACE ]]; then
     export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -30,39 +74,21 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
 
-# The name of this job alone: a task of an array may have the number of the whole array as its job number.
-job=$SLURM_JOB_ID
-[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-
 # srun runs in the background, for a shell that waits for a foreground command handles no signal. The ranks get USR2:
 # parts of NCCL use USR1 themselves, and on TERM srun would kill the ranks.
-srun_pid=
-signalled=
+srun_pid="" signalled=""
 forward() {
-    interrupted=yes signalled=yes
-    echo "$(date '+%F %T') job $job received $1: telling the ranks to save and stop"
+    interrupted=yes signalled=$1
+    say "received $1, telling the ranks to stop"
     [[ -z $srun_pid ]] || kill -USR2 "$srun_pid" 2>/dev/null || true
 }
 trap 'forward USR1' USR1
 trap 'forward TERM' TERM
 
-# requeue REASON COUNT CAP: put the job back into the queue, unless the cap is reached or the job is not RUNNING any more:
-# scancel is meant to end it, and SLURM itself requeues a job that it preempts or that has lost a node.
-requeue() {
-    if [[ $(squeue --noheader --jobs "$job" --format %T 2>/dev/null) != RUNNING ]]; then
-        echo "$1: SLURM is taking the job away itself, so it is not requeued here"
-    elif (($2 >= $3)); then
-        echo "$1, and the job was requeued $2 times already: sbatch again to go on" >&2
-    else
-        echo "$1: requeued ($(($2 + 1)) of at most $3)"
-        scontrol requeue "$job"
-    fi
-}
-
 # ranks COMMAND ...: a command on all ranks; its exit code.
 ranks() {
     local status
-    srun --kill-on-bad-exit=1 "$@" &
+    srun "${step[@]}" "${inside[@]}" "$@" &
     srun_pid=$!
     while true; do
         interrupted=
@@ -74,11 +100,62 @@ ranks() {
     return "$status"
 }
 
+# single COMMAND ...: a command on this node, or with pyxis on one of the nodes.
+single() {
+    if [[ -n $CONTAINER && $CONTAINER_RUNTIME == pyxis ]]; then
+        srun "${step[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 "$@"
+    else
+        "${inside[@]}" "$@"
+    fi
+}
+
+# requeue REASON COUNT CAP [NODES]: put the job back into the queue, without NODES, and exit; not if the cap is reached or
+# the job is not RUNNING any more: scancel is meant to end it, and SLURM itself requeues a job that it preempts or that
+# has lost a node.
+requeue() {
+    if [[ $(squeue --noheader --jobs "$job" --format %T 2>/dev/null) != RUNNING ]]; then
+        outcome="$1; SLURM takes the job away itself, so it is not requeued here"
+        exit 1
+    elif (($2 >= $3)); then
+        outcome="$1, and was requeued $2 times already: submit it again to go on"
+        exit 1 # also after a preemption: a job that waits for this one must not take the run for done
+    fi
+    outcome="$1: requeued ($(($2 + 1)) of at most $3)"
+    trap '' USR1 TERM # SLURM now ends this script
+    tell
+    scontrol requeue "$job"
+    # It is taken for a pending job from now on; a running one's nodes cannot be changed.
+    [[ -z ${4:-} ]] || scontrol update "JobId=$job" "ExcNodeList=$4" || true
+    exit 1
+}
+
+# failed REASON [NODES]: requeue after a failure.
+failed() {
+    outcome=$1
+    say "$1" >>"$failures"
+    requeue "$1" "$(($(wc -l <"$failures") - 1))" "$MAX_FAILURES" "${2:-}"
+}
+
+# check_nodes: that there is an environment, and that all nodes work, see slurm/site.sh.
+check_nodes() {
+    local said node bad=() status=0
+    single timeout "$HEALTH_SECONDS" python -c 'import atr_scale' 2>/dev/null || status=$?
+    ((status == 0 || status == 124)) || # 124: this node hangs
+        refuse "no environment in $PWD, and none with atr-scale is active: run launch/environment.sh there before sbatch"
+    ((HEALTH_SECONDS)) || return 0
+    said=$(timeout --kill-after=10 "$HEALTH_SECONDS" srun "${step[@]}" --kill-on-bad-exit=0 --ntasks="$SLURM_JOB_NUM_NODES" \
+        --ntasks-per-node=1 "${inside[@]}" python -m atr_scale.node_health "$PWD") || true
+    for node in $nodes; do
+        grep -qx "$node is healthy" <<<"$said" || bad+=("$node")
+    done
+    ((${#bad[@]} == 0)) || failed "the health check failed on ${bad[*]}" "$(IFS=,; echo "${bad[*]}")"
+}
+
 # of_sweep train|evaluate|dir: the arguments of the verb for this task of a sweep, or its run folder, in the array
 # `arguments`.
 of_sweep() {
     local lines
-    lines=$(python -m atr_scale.experiments.task "$1" "$SWEEP" "$SLURM_ARRAY_TASK_ID") || exit 2
+    lines=$(single python -m atr_scale.experiments.task "$1" "$SWEEP" "$SLURM_ARRAY_TASK_ID") || refuse "no task for this job"
     arguments=()
     [[ -z $lines ]] || mapfile -t arguments <<<"$lines"
 }
@@ -86,41 +163,59 @@ of_sweep() {
 # train CONFIG [key.sub=value ...]: one rank for each task. If a signal has stopped the ranks, they have saved, and the job
 # goes back into the queue. It also does so after a failure, a few times, but not after the user's mistake (exit code 2).
 train() {
-    local run_dir status failures arguments
+    local run status=0 arguments staged
+    check_nodes
     if [[ -n ${SWEEP:-} ]]; then
         of_sweep dir
-        run_dir=${arguments[0]}
+        run=${arguments[0]}
         of_sweep train
         set -- "${arguments[@]}"
     else
-        run_dir=$(python -c '
-import sys
-from atr_scale.config import load_config
-from atr_scale.errors import UserError
-try:
-    print(load_config(sys.argv[1], sys.argv[2:]).run.dir)
-except UserError as error:
-    sys.exit(f"error: {error}")' "$@") || exit 2
+        run=$(single python -m atr_scale.job_inputs dir "$@") || { outcome="refused, see the error above"; exit 2; }
     fi
-    mkdir -p "$run_dir"
-    rm -f "$run_dir/preempted" # of an earlier job
+    mkdir -p "$run"
+    rm -f "$run/preempted" # of an earlier job
+    if [[ -n $STAGE ]]; then
+        staged=$(srun "${step[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${inside[@]}" \
+            python -m atr_scale.job_inputs stage "$STAGE" "$@") || status=$?
+        ((status == 0)) || settle "$status" "copying of shards to $STAGE"
+        mapfile -t arguments < <(sort -u <<<"$staged")
+        set -- "$@" "${arguments[@]}"
+    fi
 
-    status=0
     ranks python -m atr_scale.train "$@" || status=$?
-    if [[ -n ${SWEEP:-} && $status == 0 && ! -e $run_dir/preempted ]]; then
+    if [[ -n ${SWEEP:-} && $status == 0 && ! -e $run/preempted ]]; then
         of_sweep evaluate
         ((${#arguments[@]} == 0)) || ranks python -m atr_scale.cli evaluate "${arguments[@]}" || status=$?
         if ((status)) && [[ -n $signalled ]]; then
-            echo "the evaluation" >"$run_dir/preempted" # it has nothing to save, and starts again
+            echo "the evaluation" >"$run/preempted" # it has nothing to save, and starts again
         fi
     fi
+    [[ ! -e $run/preempted ]] || requeue "preempted, saved in $run" "$restarts" "$MAX_REQUEUES"
+    settle "$status" training " in $run"
+}
 
-    failures=$run_dir/failures-$SLURM_JOB_ID
-    if [[ -e $run_dir/preempted ]]; then
-        requeue "saved in $run_dir" "${SLURM_RESTART_COUNT:-0}" "${MAX_REQUEUES:-100}"
-    elif ((status != 0 && status != 2)); then
-        echo "$(date '+%F %T') exit code $status" >>"$failures"
-        requeue "training failed with exit code $status" "$(($(wc -l <"$failures") - 1))" "${MAX_FAILURES:-2}"
+# work NAME COMMAND ...: a command on all ranks that starts anew after a signal or a failure.
+work() {
+    local name=$1 status=0
+    shift
+    check_nodes
+    ranks "$@" || status=$?
+    if ((status)) && [[ -n $signalled ]]; then
+        requeue "the $name was interrupted by $signalled" "$restarts" "$MAX_REQUEUES"
     fi
-    return "$status"
+    settle "$status" "$name"
+}
+
+# settle STATUS NAME [PLACE]: the end of a job that nothing has interrupted.
+settle() {
+    case $1 in
+    0)
+        outcome="done: $2${3:-}"
+        rm -f "$failures"
+        ;;
+    2) outcome="refused, see the error above; it is not tried again" ;;
+    *) failed "the $2 failed with exit code $1" ;;
+    esac
+    return "$1"
 }

@@ -47,7 +47,7 @@ def submit(
     limit = "" if at_once is None else f"%{at_once}"
     sweep.save()  # a task may start before this call returns
     log = sweep.logs.resolve() / "slurm-%A_%a.log"
-    command = ["sbatch", "--parsable", f"--array={numbers}{limit}", f"--output={log}"]
+    command = ["sbatch", "--parsable", *_site_options(script.parent), f"--array={numbers}{limit}", f"--output={log}"]
     job = _call([*command, *options, str(script)], SWEEP=str(sweep.folder.resolve())).partition(";")[0]
     sweep.table["jobs"].append({"job": job, "runs": [run.number for run in runs]})
     sweep.save()
@@ -57,6 +57,14 @@ def submit(
 def sbatch_options(texts: Sequence[str]) -> list[str]:
     """The words of the values of --sbatch."""
     return [word for text in texts for word in shlex.split(text)]
+
+
+def _site_options(folder: Path) -> list[str]:
+    """Options of sbatch that the site file in the folder of the job scripts asks for."""
+    site = folder / "site.sh"
+    if not site.is_file():
+        return []
+    return _call(["bash", "-c", 'source "$0" && printf "%s\\n" "${options[@]}"', str(site)]).splitlines()
 
 
 def _state(sweep: Sweep, run: SweepRun, queued: dict[tuple[str, int], str]) -> State:

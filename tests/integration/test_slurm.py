@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 class Cluster:
-    """Two nodes; jobs are submitted as users do."""
+    """Three nodes, one more than a job takes; jobs are submitted as users do."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -35,6 +35,7 @@ class Cluster:
             "SLURM_CONF": str(folder / "slurm.conf"),
             "OMP_NUM_THREADS": "1",
             "INTERFACE": "eth0",
+            "HEALTH_SECONDS": "120",
         }
 
     def call(self, *command: str, **variables: str) -> str:
@@ -54,6 +55,13 @@ class Cluster:
         path = str(ROOT / f"slurm/{script}.sh")
         return self.call("sbatch", "--parsable", *size, *order, log, path, *arguments, **variables)
 
+    def lab(self, action: str, node: str) -> None:
+        """What happens to a node, such as node2: see tools/slurm_lab.sh."""
+        self.call(str(LAB), str(self.folder), action, node.removeprefix("node"))
+
+    def nodes(self, number: str) -> list[str]:
+        return self.call("scontrol", "show", "hostnames", self.job(number)["NodeList"]).split()
+
     def job(self, number: str) -> dict[str, str]:
         words = self.call("scontrol", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
@@ -61,6 +69,9 @@ class Cluster:
     def log(self, number: str) -> str:
         path = self.folder / f"job-{number}.log"
         return path.read_text() if path.exists() else ""
+
+    def last_line(self, number: str) -> str:
+        return self.log(number).splitlines()[-1]
 
     def wait(self, number: str, reached: Callable[[], bool], seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
@@ -83,8 +94,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
     folder = tmp_path_factory.mktemp("cluster") / "lab"
+    for path in ROOT.glob(".failures-*"):  # of an earlier cluster, whose jobs had the same numbers
+        path.unlink()
     try:
-        subprocess.run([LAB, folder, "start", "2"], check=True, timeout=240)
+        subprocess.run([LAB, folder, "start", "3"], check=True, timeout=240)
         yield Cluster(folder)
     finally:
         subprocess.run([LAB, folder, "stop"], check=True, timeout=120)
@@ -137,8 +150,10 @@ def test_both_stages_in_one_chain(cluster: Cluster, tiny: TinyInputs, tmp_path: 
         after=second,
         CONFIG=str(config),
     )
-    for number in (first, second, third):
+    fourth = cluster.sbatch("evaluate", str(stage2), "--shards", str(tiny.shards), after=third)
+    for number in (first, second, third, fourth):
         assert cluster.finish(number)["JobState"] == "COMPLETED", cluster.log(number)
+    assert " done: " in cluster.last_line(third) and (stage2 / "results.json").exists(), cluster.log(fourth)
     assert "t2a/mAP@10" in cluster.log(second)
     assert all("loss/distillation" in line for line in read_training(stage2))
     assert steps(stage2) == [1, 2, 3, 4]
@@ -215,3 +230,71 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, tiny: TinyInputs, tmp_p
     time.sleep(2)
     assert (job["JobState"], cluster.job(number)["JobState"]) == ("CANCELLED", "CANCELLED"), cluster.log(number)
     assert cluster.job(number)["Restarts"] == "0"
+
+
+def test_a_lost_node_is_replaced_by_the_spare_one(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
+    run_dir, total = tmp_path / "run", 150
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, run_dir, steps=total, checkpoint_every=5)
+    number = cluster.submit(config)
+    cluster.wait(number, lambda: len(steps(run_dir)) >= 12)
+    lost = cluster.nodes(number)[1]
+    cluster.lab("kill", lost)
+    try:
+        job = cluster.finish(number)
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), cluster.log(number)
+        assert lost not in cluster.nodes(number)
+        assert steps(run_dir) == list(range(1, total + 1))
+        assert "start 2, on " in cluster.log(number) and " done: " in cluster.last_line(number)
+    finally:
+        cluster.lab("boot", lost)
+
+
+def test_a_node_that_hangs_is_left_out(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
+    """Its Python never answers. The health check ends, names the node, and the next start goes without it."""
+    run_dir = tmp_path / "run"
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, run_dir)
+    hanging = tmp_path / "python"
+    hanging.write_text("#!/bin/sh\nexec sleep 600\n")
+    hanging.chmod(0o755)
+    within = ["nsenter", "--mount", "--target", (cluster.folder / "node1.pid").read_text().strip()]
+    python = str(Path(sys.executable).resolve())
+    subprocess.run([*within, "mount", "--bind", str(hanging), python], check=True)
+    try:
+        number = cluster.submit(config, HEALTH_SECONDS="40", SBATCH_NODELIST="node1,node2")
+        cluster.wait(number, lambda: "start 2, on " in cluster.log(number), seconds=150)
+    finally:
+        cluster.lab("kill", "node1")
+        cluster.lab("boot", "node1")
+    job = cluster.finish(number)
+    log = cluster.log(number)
+    assert "the health check failed on node1: requeued (1 of at most 2)" in log, log
+    assert (job["JobState"], cluster.nodes(number)) == ("COMPLETED", ["node2", "node3"]), log
+    assert steps(run_dir) == [1, 2, 3, 4]
+
+
+def test_the_time_limit_requeues_until_the_cap(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
+    """A limit of a minute, which SLURM announces to the script; a job that waits for this one must not start then."""
+    run_dir, total = tmp_path / "run", 100_000
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, run_dir, steps=total, checkpoint_every=total)
+    number = cluster.submit(config, MAX_REQUEUES="0", SBATCH_TIMELIMIT="1", SBATCH_SIGNAL="B:USR1@30")
+    job = cluster.finish(number)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "1:0"), cluster.log(number)
+    assert "submit it again to go on" in cluster.last_line(number)
+    assert (run_dir / "preempted").exists() and list((run_dir / "checkpoints").glob("step-*"))
+
+
+def test_shards_are_copied_to_a_disk_of_each_node(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
+    """Submitted by the script itself; the second start of the run copies nothing."""
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run")
+    script = (str(ROOT / "slurm/pretrain_wavcaps.sh"), "--parsable", "--nodes=2", "--ntasks-per-node=1")
+    size = ("--gpus-per-node=0", "--cpus-per-task=1", f"--output={cluster.folder}/job-%j.log")
+    stage = tmp_path / "local"
+    for total, copied in ((4, True), (6, False)):
+        number = cluster.call(*script, *size, f"train.steps={total}", CONFIG=str(config), STAGE=str(stage))
+        before = {path: path.stat().st_mtime_ns for path in stage.rglob("*.tar")}
+        assert cluster.finish(number)["JobState"] == "COMPLETED", cluster.log(number)
+        after = {path: path.stat().st_mtime_ns for path in stage.rglob("*.tar")}
+        assert after and (before != after) == copied
+        assert steps(tmp_path / "run") == list(range(1, total + 1))
+        resolved = (tmp_path / f"run/checkpoints/step-{total}/config.resolved.yaml").read_text()
+        assert f"shards: {stage}/" in resolved

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("launch", "slurm", "tools")
 SCRIPTS = sorted([*(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.sh")), *(ROOT / ".ci").iterdir()])
-SOURCED = {"slurm/prologue.sh", "launch/demo.sh"}
+SOURCED = {"slurm/prologue.sh", "slurm/site.sh", "launch/demo.sh"}
 
 
 def name(path: Path) -> str:
@@ -91,9 +91,28 @@ def test_cloud_script_says_what_it_wants() -> None:
     assert "MACHINES" in one_line(call(ROOT / "launch/cloud.sh", "configs/pretrain_wavcaps.yaml"))
 
 
-@pytest.mark.parametrize("script", ["pretrain_wavcaps", "estimate_correspondences", "finetune_clotho"])
-def test_job_script_outside_of_a_job(script: str) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    command = [str(ROOT / f"slurm/{script}.sh")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert "sbatch" in one_line(result)
+JOB_SCRIPTS = ["pretrain_wavcaps", "estimate_correspondences", "finetune_clotho", "evaluate"]
+
+
+def outside_of_a_job(script: str, *arguments: str, path: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")} | {"PATH": path}
+    command = [str(ROOT / f"slurm/{script}.sh"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize("script", JOB_SCRIPTS)
+def test_job_script_on_a_machine_without_slurm(script: str, tmp_path: Path) -> None:
+    for program in ("bash", "env", "dirname"):
+        (tmp_path / program).symlink_to(shutil.which(program) or "")
+    assert "no sbatch on this machine" in one_line(outside_of_a_job(script, path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("script", JOB_SCRIPTS)
+def test_job_script_submits_itself(script: str, tmp_path: Path) -> None:
+    """Options of sbatch come first, arguments of the job behind the script."""
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    result = outside_of_a_job(
+        script, "--parsable", "--nodes=2", "one", "--two", path=f"{tmp_path}:{os.environ['PATH']}"
+    )
+    assert result.stdout.splitlines() == ["--parsable", "--nodes=2", f"slurm/{script}.sh", "one", "--two"]

@@ -283,14 +283,17 @@ def test_states_on_a_cluster(config: str, monkeypatch: pytest.MonkeyPatch) -> No
     def call(command: list[str], **variables: Any) -> str:
         calls.append(command)
         assert command[0] != "sbatch" or variables == {"SWEEP": str(sweep.folder)}
-        return "17" if command[0] == "sbatch" else "17 1 RUNNING\n9 0 PENDING\n12 N/A RUNNING"
+        queue = "17 1 RUNNING\n9 0 PENDING\n12 N/A RUNNING"
+        return {"sbatch": "17", "bash": "--account=sound", "squeue": queue}[command[0]]
 
     monkeypatch.setattr(slurm, "_call", call)
     assert [one.state for one in slurm.states(sweep)] == ["not submitted"] * 4 and not calls
     script = ROOT / "slurm/pretrain_wavcaps.sh"
     assert slurm.submit(sweep, sweep.runs[:3], script=script, at_once=2, options=["--nodes=1"]) == "17"
     log = f"--output={sweep.logs}/slurm-%A_%a.log"
-    assert calls == [["sbatch", "--parsable", "--array=0,1,2%2", log, "--nodes=1", str(script)]]
+    site, submitted = calls
+    assert site[-1] == str(ROOT / "slurm/site.sh")
+    assert submitted == ["sbatch", "--parsable", "--account=sound", "--array=0,1,2%2", log, "--nodes=1", str(script)]
     finish(sweep.runs[0])
     (sweep.logs / "slurm-17_2.log").write_text("error: out of memory\n")
     again = plan_sweep(config, ["train.lr=[1,2,3,4]"])
