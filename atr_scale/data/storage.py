@@ -49,6 +49,8 @@ def is_remote(location: str) -> bool:
         return False
     if scheme[1] == "s3" and location.startswith("s3://"):
         bucket, slash, key = location[5:].partition("/")
+        if not bucket:
+            raise UserError(f"{location} names no bucket: give s3://bucket/prefix")
         if slash and key.startswith("/"):  # S3 has such keys, but their folder cannot be listed
             raise UserError(f"{location}: a key cannot begin with a slash; give s3://{bucket}/{key.lstrip('/')}")
         return True

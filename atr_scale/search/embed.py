@@ -91,7 +91,8 @@ def need_embeddings(model: TrainedModel, run: str | Path) -> None:
     """Raises UserError if the model is a pairwise scorer."""
     if model.module.scorer.is_dual_encoder:
         return
-    able = ", ".join(name for name, scorer in SCORERS.items() if getattr(scorer, "is_dual_encoder", False))
+    makers = {name: getattr(maker, "func", maker) for name, maker in SCORERS.items()}  # of a partial, its class
+    able = ", ".join(name for name, maker in makers.items() if getattr(maker, "is_dual_encoder", False))
     raise UserError(
         f"{run}: its scorer {model.config.model.scorer.name} is pairwise, so a sound alone has no embedding: take a "
         f"run of another scorer ({able}), and re-rank what it finds with this one (`atr-scale search --rerank`)"

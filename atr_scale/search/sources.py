@@ -140,7 +140,8 @@ def open_source(location: str | Path) -> SoundSource:
             "captions, or the folder of shards"
         )
     if not source.entries:
-        first = f"; {source.dropped[0].path}: {source.dropped[0].reason}" if source.dropped else ""
+        drop = source.dropped[0] if source.dropped else None
+        first = f"; {drop.path or drop.clip_id}: {drop.reason}, {drop.detail}" if drop else ""
         raise UserError(f"no audio files in {location}{first}: give a folder with .wav, .flac, .mp3 or other audio")
     return source
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import mmap
 import struct
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -351,3 +353,17 @@ def test_damaged_headers_end_in_audio_or_a_reason(data: st.DataObject) -> None:
     except BadSample:
         return
     assert np.isfinite(waveform).all() and waveform.any()
+
+
+@pytest.mark.parametrize("extension", ["wav", "flac", "mp3"])
+def test_a_mapped_file_is_not_copied(tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"long.{extension}"
+    soundfile.write(path, 0.3 * np.random.default_rng(0).standard_normal(120 * RATE), RATE)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as audio:
+        tracemalloc.start()
+        try:
+            know_length(audio)  # type: ignore[arg-type]
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < path.stat().st_size / 10

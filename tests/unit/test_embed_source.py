@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import soundfile
 
@@ -141,6 +143,30 @@ def test_links_and_pipes_do_not_hold_it_up(sounds: Path) -> None:
         "sounds/gone.wav": "unreadable_file",
         "sounds/pipe.wav": "unreadable_file",
     }
+
+
+def test_a_table_is_a_source(tmp_path: Path) -> None:
+    tone = 0.1 * np.random.default_rng(0).standard_normal(RATE)
+    (tmp_path / "audio").mkdir()
+    for name in ("a.wav", "b, c.wav"):
+        soundfile.write(tmp_path / "audio" / name, tone, RATE)
+    rows = ['file_name,caption_1,caption_2', 'a.wav,"a dog, ""loud"", barks",far', '"b, c.wav",rain,',
+            './audio/a.wav,again,', 'gone.wav,nothing,']  # fmt: skip
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    found = open_source(tmp_path / "t.csv")
+    captions = {Path(entry.path).name: entry.captions for entry in found.entries}
+    assert captions == {"a.wav": ('a dog, "loud", barks', "far", "again"), "b, c.wav": ("rain",)}
+    assert [clip.reason for clip in found.dropped] == ["missing_audio"]
+    (tmp_path / "t.tsv").write_text("file_name\tcaption\na.wav\tx, y\n")
+    (tmp_path / "t.jsonl").write_text('{"file_name": "a.wav", "caption": "x, y"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"file_name": ["a.wav"], "caption": ["x, y"]}), tmp_path / "t.parquet")
+    for name in ("t.tsv", "t.jsonl", "t.parquet"):
+        assert [entry.captions for entry in open_source(tmp_path / name).entries] == [("x, y",)]
+    for text, words in (("file_name\na.wav\n", "no column caption"), ("name,caption\na,b\n", "no column file_name"),
+                        ("file_name,caption\n../x.wav,b\n", r"x\.wav: missing_audio, tried")):  # fmt: skip
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(UserError, match=words):
+            open_source(tmp_path / "bad.csv")
 
 
 def test_mistakes_are_one_line(model: TrainedModel, run: Path, sounds: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -152,8 +153,12 @@ def test_an_index_goes_on_with_its_own_checkpoint_until_the_run_removes_it(world
 
 def test_a_pairwise_scorer_has_no_index(world: World, tmp_path: Path) -> None:
     tap = save_run(world.config, tmp_path / "tap", 0, "tap")
-    with pytest.raises(UserError, match=r"pairwise.*--rerank"):
-        build_index(tap, world.file, tmp_path / "index")
+    able = "pooled, mean, max, meanmax, netrvlad, attention"
+    for verb, out in (("embed", "v.npy"), ("index", "index")):
+        refused = CliRunner().invoke(app, [verb, str(tap), str(tmp_path), "--out", str(tmp_path / out)])
+        assert isinstance(refused.exception, UserError) and "\n" not in str(refused.exception)
+        assert re.search(rf"pairwise.*another scorer \({able}\).*--rerank", str(refused.exception))
+    assert not (tmp_path / "v.npy.parts").exists() and not (tmp_path / "index").exists()
 
 
 def test_a_killed_build_leaves_no_index(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,3 +177,8 @@ def test_missing_credentials_are_the_users_mistake(monkeypatch: pytest.MonkeyPat
     use(monkeypatch, [NoCredentialsError()])
     with pytest.raises(UserError, match="Unable to locate credentials; set AWS_PROFILE or AWS_ACCESS_KEY_ID"):
         storage.read_range("s3://b/k", 0, 5)
+
+
+def test_a_location_without_a_bucket_is_refused() -> None:
+    with pytest.raises(UserError, match="names no bucket"):
+        storage.is_remote("s3://")
