@@ -39,6 +39,13 @@ class InitialCheckpoint(Section):
         return {"from": self.from_, "parts": self.parts}
 
 
+class ProfileSection(Section):
+    start: Count = Field(description="first optimizer step of the trace, counted from 1; the first ones are slow")
+    steps: Annotated[int, Field(ge=1, le=100)] = Field(
+        3, description="optimizer steps in the trace, of which each takes some megabytes"
+    )
+
+
 class TrainSection(Section):
     steps: Count | None = Field(None, description="length of the run in optimizer steps; give this or epochs")
     epochs: Positive | None = Field(None, description="length of the run in epochs of the training data; see epoch_of")
@@ -128,6 +135,9 @@ class TrainSection(Section):
     )
     keep_checkpoints: Count = Field(2, description="newest checkpoints that are kept, besides the best one")
     log_every: Count = Field(10, description="optimizer steps between log lines; the first and last step have one too")
+    profile: ProfileSection | None = Field(
+        None, description="writes a trace of some optimizer steps of every rank to RUN/profile"
+    )
     max_bad_steps: Count = Field(
         3, description="optimizer steps in a row with a non-finite loss or gradient after which the run stops"
     )

@@ -23,7 +23,7 @@ FREE_TO_CHANGE = (
     "data.max_drop_rate", "data.outage_seconds", "evaluation.",
     "train.steps", "train.epochs",
     "train.zero_stage", "train.micro_batch_size", "train.kept_chunks", "train.evaluate_every", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.log_every", "train.max_bad_steps", "train.hang_seconds",
+    "train.keep_checkpoints", "train.log_every", "train.max_bad_steps", "train.hang_seconds", "train.profile",
     "train.initial_checkpoint", "model.audio.attention", "model.text.attention",
 )  # fmt: skip
 

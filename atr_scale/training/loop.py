@@ -47,6 +47,7 @@ from atr_scale.training.heartbeat import LEAST_HANG_S, Heartbeat, longest_silenc
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
 from atr_scale.training.preemption import PreemptionFlag, preemptible
+from atr_scale.training.profile import StepProfile
 from atr_scale.training.record import Progress, Record, Taken, Update
 from atr_scale.training.run_info import write_environment
 from atr_scale.training.run_lock import only_training
@@ -126,6 +127,7 @@ class Training:
         )
         self.saver = Saver(config, world, self.monitor, resume_from)
         self.record = Record(config, self.progress, self.parts.length, self.monitor, world, device)
+        self.profile = StepProfile(config.train.profile, self.run_dir, world.rank, device)
         self.heartbeat.tell(steps=self.parts.length.steps)
         self.heartbeat.step = self.progress.step
         self._unread: Update | None = None
@@ -176,7 +178,11 @@ class Training:
         if self._evaluation_is_due:
             self._validate()
         while self.progress.step < length.steps and not self._stopping:
-            self._step(batches)
+            self.profile.begin(self.progress.step + 1)
+            with self.profile.named(f"optimizer step {self.progress.step + 1}"):
+                self._step(batches)
+            if self.profile.ends():
+                self._write_profile()
             last = self.progress.step == length.steps
             due = self._due(self._evaluate_every), self._due(self._save_every)
             if last or self._stopping or any(due):
@@ -186,6 +192,7 @@ class Training:
                 self._save()  # first: an evaluation that fails must not cost what was trained
             if self._evaluation_is_due and not self._stopping:
                 self._validate()
+        self._write_profile()  # of a run that ends within the steps of the trace
         with self.heartbeat.wait("handing the last values to trackers"):
             self.monitor.close()
         if self._evaluation_is_due or self.progress.step < length.steps:
@@ -195,6 +202,12 @@ class Training:
             with unless_full(run, "results"):
                 record_training(run, self.config, length.steps, length.steps)
             logger.info("%s: trained to step %d; measure it with `atr-scale evaluate %s`", run, length.steps, run)
+
+    def _write_profile(self) -> None:
+        start = time.perf_counter()
+        with self.heartbeat.wait("writing a trace"), unless_full(self.run_dir, "the trace"):
+            self.profile.write()
+        self.record.leave_out(time.perf_counter() - start)
 
     @property
     def _evaluate_every(self) -> int:
@@ -287,7 +300,7 @@ class Training:
         """
         for _ in range(self.config.train.accum_steps):
             start = time.perf_counter()
-            with self.heartbeat.reading():
+            with self.heartbeat.reading(), self.profile.named("reading a batch"):
                 batch = next(batches)
             taken.waited += time.perf_counter() - start
             taken.keys += batch.keys

@@ -101,6 +101,7 @@ UNITS = {
     "num_clusters": "clusters",
     "s_patchout_f": "rows",
     "s_patchout_t": "columns",
+    "start": "optimizer steps",
     "steps": "optimizer steps",
     "time_drop_width": "mel frames",
     "workers": "processes",
