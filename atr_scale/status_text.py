@@ -98,8 +98,8 @@ def _checkpoint(status: RunStatus) -> str:
     found = f"step {status.checkpoint_step:,}, {_ago(status.checkpoint_age_s)}"
     if status.best_step is not None:
         found += f"; best: step {status.best_step:,}"
-        if status.best_metric and status.best_value is not None:
-            found += f" ({status.best_metric} {status.best_value:.4g})"
+        if status.best_value is not None:  # without a metric: the default of evaluation.select
+            found += f" ({status.best_metric or 'validation score'} {status.best_value:.4g})"
     return found
 
 

@@ -61,7 +61,7 @@ def locate_hits(searcher: Searcher, text: str, hits: Sequence[Hit]) -> list[Loca
             waveform = waveform[: round(model.config.data.evaluation_seconds * rate)]
         first = hit.start or 0.0
         spans = model.moments(text, waveform, rate, len(waveform) / rate).spans
-        moments = [Moment(first + span.start, first + span.stop, span.score) for span in spans]
+        moments = [Moment(round(first + span.start, 6), round(first + span.stop, 6), span.score) for span in spans]
         best = replace(hit, start=moments[0].start, stop=moments[0].stop) if moments else hit
         found.append(LocatedHit(best, moments))
     if gone:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from atr_scale.errors import UserError
 from atr_scale.evaluation.moments import window_ious
 from atr_scale.experiments.evaluated import read_experiments
 from atr_scale.inference import load_trained
+from atr_scale.moments import Moment
 from atr_scale.search.index import build_index
 from tests.tiny import RATE
 from tests.tiny_run import save_run, tiny_config
@@ -156,3 +159,14 @@ def test_a_hit_whose_sound_is_gone_has_no_moments(files: Files, tmp_path: Path) 
     hits = [Hit("x", 0.5, str(tmp_path / "x.wav"), 0.0, 2.0, None), searcher.by_text(["a tone"], 1)[0][0]]
     gone, there = locate_hits(searcher, "a tone", hits)
     assert gone.hit == hits[0] and gone.moments == [] and there.moments
+
+
+def test_times_have_no_digits_that_a_sum_of_floats_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from atr_scale.search import moments
+    from atr_scale.search.query import Hit
+
+    model = SimpleNamespace(moments=lambda *_: SimpleNamespace(spans=[Moment(8.51, 9.31, 0.5)]))
+    monkeypatch.setattr(moments, "locator_of", lambda _: model)
+    monkeypatch.setattr(moments, "item_audio", lambda _: (np.zeros(10 * RATE, np.float32), RATE))
+    (located,) = moments.locate_hits(Mock(), "a tone", [Hit("x", 0.5, "x.wav", 10.0, 20.0, None)])
+    assert (located.hit.start, located.hit.stop) == (18.51, 19.31)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,7 @@ def test_counts_and_checkpoints_are_shown(tmp_path: Path) -> None:
     assert "training, step 40 of 100 (40 %)" in page and "7 silent_audio" in page and "2 non-finite" in page
     assert "step 30, 0 s ago; best: step 20 (t2a/R@1 0.25)" in page and "123.4 samples/s, 2 s a step, ETA" in page
     assert "2 of 2 give signs of life; last in line: rank 1" in page
+    assert "step 20 (validation score 0.25)" in status_page(replace(found, best_metric=None))
 
 
 @pytest.mark.parametrize(("step", "expected"), [(100, "done"), (60, "unknown")])
