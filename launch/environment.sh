@@ -3,6 +3,7 @@
 # launch/cuda.txt where pip's index gives torch's CUDA build.
 #   launch/environment.sh          for training
 #   launch/environment.sh search   for training and for search (an extra of pyproject.toml)
+#   launch/environment.sh export   for training and for ONNX and sentence-transformers
 #   launch/environment.sh dev      for training and the tests
 # Later calls return at once, until pyproject.toml or the constraints change. pip's own settings apply, for example
 # PIP_EXTRA_INDEX_URL for an index that has torch's CPU build. PYTHON names the interpreter to use.
