@@ -236,6 +236,8 @@ def _media(audio: bytes, extension: str, reason: str, keep_cut: bool) -> AudioSo
         channels = samples.data.numpy()  # [channels, samples]
     except (RuntimeError, ValueError, IndexError) as error:
         text = re.sub(r"^.*\.cpp:\d+, ", "", _reason(error))  # without a place in its source
+        if "best audio stream is unknown" in text:  # it says that this is a bug, but a video may have no sound
+            text = "no audio in it"
         raise BadSample("undecodable_audio", f"torchcodec: {text}") from None
     seconds = channels.shape[1] / rate if rate else 0
     if not keep_cut and seconds < min(promised, MAX_SECONDS) - MEDIA_SHORTFALL:

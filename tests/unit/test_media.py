@@ -57,6 +57,18 @@ def test_other_containers_are_decoded(extension: str) -> None:
     assert len(crop) == 16_000 and crop.any()
 
 
+def test_a_video_without_sound_is_named() -> None:
+    try:
+        from torchcodec.encoders import VideoEncoder
+    except (ImportError, RuntimeError, OSError):
+        pytest.skip("torchcodec or ffmpeg is not installed")
+    frames = torch.zeros(4, 3, 64, 64, dtype=torch.uint8)
+    video = bytes(VideoEncoder(frames, frame_rate=4).to_tensor("mp4").numpy())
+    with pytest.raises(BadSample) as refused:
+        decode(video, "mp4", RATE)
+    assert str(refused.value.detail) == "torchcodec: no audio in it"
+
+
 @pytest.mark.parametrize("extension", ["m4a", "oga"])
 def test_a_cut_file_is_refused(extension: str) -> None:
     audio = encode(extension)
