@@ -11,6 +11,8 @@ from atr_scale.planner.measure import features
 from atr_scale.planner.transfer import Phase, Transfer
 from atr_scale.planner.zero_memory import FP32
 
+NORMS = 3  # of parameters, each with a norm of its gradient: audio, text, heads; fewer if an encoder is frozen
+
 
 def transfers(costs: Costs, split: BatchSplit) -> list[Transfer]:
     """The transfers of one optimizer step, by kind; none on a single rank."""
@@ -32,7 +34,7 @@ def transfers(costs: Costs, split: BatchSplit) -> list[Transfer]:
         found.append(Transfer("rounds", "all_gather", 8 * passes, passes))
     sent_as = FP32 // 2 if train.gradient_dtype == "bf16" else FP32
     found += costs.parameters.transfers(train.zero_stage, world_size, passes, sent_as)
-    found.append(Transfer("norm and flags", "all_reduce", 8 * (2 + world_size)))
+    found.append(Transfer("norms and flags", "all_reduce", 8 * (NORMS + 1 + world_size)))
     return _by_kind(found)
 
 
