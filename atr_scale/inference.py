@@ -131,6 +131,14 @@ class TrainedModel:
         """Whether `moments` works: the scorer has attention over frames."""
         return self.module.scorer.attends_over_frames
 
+    def need_moments(self) -> None:
+        """Raises UserError if `moments` does not work."""
+        if not self.locates:
+            raise UserError(
+                f"moments: the scorer {self.config.model.scorer.name} of this model has no attention over frames: "
+                "use a model with the scorer tap, lgmm or coattention"
+            )
+
     def moments(self, text: str, audio: Audio, sample_rate: int | None = None, seconds: float | None = None) -> Moments:
         """Where in a clip a text and each of its words are heard.
 
@@ -148,11 +156,7 @@ class TrainedModel:
         self, texts: Sequence[str], audio: Audio, sample_rate: int | None = None, seconds: float | None = None
     ) -> list[Moments]:
         """`moments` of each of several texts in one clip, which is encoded once."""
-        if not self.locates:
-            raise UserError(
-                f"moments: the scorer {self.config.model.scorer.name} of this model has no attention over frames: "
-                "use a model with the scorer tap, lgmm or coattention"
-            )
+        self.need_moments()
         texts = _checked_texts(texts)
         limit, cut = self._seconds(seconds), list[str]()
         waveform = self._read(audio, "audio", sample_rate, limit, cut)

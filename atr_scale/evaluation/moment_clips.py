@@ -45,6 +45,8 @@ class Locator(Protocol):
     @property
     def sample_rate(self) -> int: ...
 
+    def need_moments(self) -> None: ...
+
     def locate(
         self, texts: Sequence[str], audio: NDArray[np.float32], sample_rate: int | None, seconds: float | None
     ) -> list[Moments]: ...
@@ -73,6 +75,7 @@ def evaluate_moments(
         return [found.spans for found in model.locate(texts, waveform, model.sample_rate, seconds)]
 
     world = world or World()
+    model.need_moments()  # all ranks, also one without clips
     queries = read_moments(file)
     where = Path(audio or Path(file).parent) if shards is None else open_shards(shards)
     if isinstance(where, Path) and not where.is_dir():
@@ -121,13 +124,14 @@ class MomentClips:
 
     def _read_file(self, folder: Path, names: Sequence[str]) -> NDArray[np.float32]:
         tried = (folder / f"{name}{ending}" for name in names for ending in ("", *SOURCE_EXTENSIONS))
-        path = next((path for path in tried if path.is_file()), None)
-        if path is None:
-            raise BadSample("missing_audio", f"{folder} has no audio file {' or '.join(names)}")
+        path: Path | None = None
         try:
+            path = next((path for path in tried if path.is_file()), None)
+            if path is None:
+                raise BadSample("missing_audio", f"{folder} has no audio file {' or '.join(names)}")
             return decode(path.read_bytes(), path.suffix[1:].lower(), self.sample_rate)
         except OSError as error:
-            raise BadSample("unreadable_file", f"{path}: {error.strerror}") from None
+            raise BadSample("unreadable_file", f"{path or names[0]}: {error.strerror}") from None
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -161,8 +165,8 @@ def locate_all(
 ) -> list[LocatedQuery]:
     """The spans of all queries, in their order. All ranks call this and share the clips; the main rank has the result.
 
-    file: the name of the file of moments, for messages. A query whose clip cannot be read is left out with a warning.
-    Raises UserError if no clip can be read.
+    file: the name of the file of moments, for messages. A query whose clip cannot be read, or is
+    refused by `locate`, is left out with a warning. Raises UserError if no clip can be used.
     """
     by_clip: dict[tuple[str, ...], list[MomentQuery]] = {}
     for row in queries:
@@ -179,10 +183,14 @@ def locate_all(
     faults: list[tuple[int, str, int]] = []
     hidden = None if world.is_main else True
     for part in tqdm(load_ahead(read, own), "locating moments", len(own), unit="clip", disable=hidden):
-        if part.waveform is None:
-            faults.append((part.rows[0].line, part.fault, len(part.rows)))
-        else:
-            found += _located(part.rows, part.waveform, locate, clips.sample_rate)
+        try:
+            if part.waveform is not None:
+                found += _located(part.rows, part.waveform, locate, clips.sample_rate)
+                continue
+            fault = part.fault
+        except UserError as error:  # of this clip; the other ranks must not wait for this one
+            fault = str(error)
+        faults.append((part.rows[0].line, fault, len(part.rows)))
     results = world.gather_objects((found, faults))
     found = sorted((one for some, _ in results for one in some), key=lambda one: one.row.line)
     faults = sorted(fault for _, some in results for fault in some)
@@ -190,7 +198,7 @@ def locate_all(
         first = f"the first is line {faults[0][0]}: {faults[0][1]}"
         if not found:
             raise UserError(
-                f"{file}: none of its clips can be read ({first}): tell where they are, --audio or --shards"
+                f"{file}: none of its clips can be used ({first}): tell where they are, --audio or --shards"
             )
         if world.is_main:
             count = sum(number for _, _, number in faults)

@@ -80,6 +80,8 @@ def export_run(
         raise UserError(f"no format is called {unknown[0]!r}: choose of {', '.join(FORMATS)}")
     _check_free(out)
     checkpoint = find_checkpoint(location)
+    if out.parent.resolve() == checkpoint.resolve().parent and out.parent.name == "checkpoints":
+        raise UserError(f"{out} is among the checkpoints of a run, which would be taken for one: choose another --out")
     model = load_trained(checkpoint, "cpu", plugins)
     origin = Origin.of(run_folder(location, checkpoint), checkpoint, model.config, out.name, plugins)
     partial = out.with_name(f".{out.name}.partial")
@@ -138,7 +140,7 @@ def _part(name: str, folder: Path) -> ExportedPart:
 
 
 def _check_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out} is there and not an empty folder: choose another --out, or remove it")
 
 

@@ -13,6 +13,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from atr_scale.data.corpora.audio_files import audio_stem
+from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_reader import open_shards
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
@@ -174,10 +175,26 @@ def test_clips_of_a_folder_and_of_shards_are_found_by_name(tmp_path: Path, caplo
     assert files[1].spans[0].score == pytest.approx(found[1].spans[0].score, abs=1e-3)
     assert "m.jsonl: 2 of 5 rows are left out, the first is line 4: " in caplog.text
     assert "has no audio file nothing" in caplog.text
-    with pytest.raises(UserError, match=r"none of its clips can be read \(the first is line 1: .*--audio or --shards"):
+    with pytest.raises(BadSample, match="File name too long"):
+        folder.read(("x" * 300,))
+    with pytest.raises(UserError, match=r"none of its clips can be used \(the first is line 1: .*--audio or --shards"):
         locate_all(queries_of("nothing"), folder, locate, "m.jsonl", World())
     with pytest.raises(UserError, match="has no clip nothing"):
         locate_all(queries_of("nothing"), clips, locate, "m.jsonl", World())
+
+
+def test_a_clip_that_the_model_refuses_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, samples in (("a", 10), ("b", RATE)):
+        soundfile.write(tmp_path / f"{name}.wav", np.full(samples, 0.1), RATE)
+
+    def strict(texts: Sequence[str], waveform: NDArray[np.float32]) -> list[list[Moment]]:
+        if len(waveform) < RATE:
+            raise UserError("audio is too short for one frame")
+        return locate(texts, waveform)
+
+    found = locate_all(queries_of("a", "b"), MomentClips(tmp_path, RATE), strict, "m.jsonl", World())
+    assert [one.row.line for one in found] == [2]
+    assert "m.jsonl: 1 of 2 rows are left out, the first is line 1: audio is too short" in caplog.text
 
 
 def test_windows_behind_the_end_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
