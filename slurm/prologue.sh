@@ -191,7 +191,7 @@ train() {
             echo "the evaluation" >"$run/preempted" # it has nothing to save, and starts again
         fi
     fi
-    [[ ! -e $run/preempted ]] || requeue "preempted, saved in $run" "$restarts" "$MAX_REQUEUES"
+    [[ ! -e $run/preempted ]] || requeue "told to stop, $run goes on from its last checkpoint" "$restarts" "$MAX_REQUEUES"
     settle "$status" training " in $run"
 }
 

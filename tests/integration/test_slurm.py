@@ -280,7 +280,7 @@ def test_the_time_limit_requeues_until_the_cap(cluster: Cluster, tiny: TinyInput
     job = cluster.finish(number)
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "1:0"), cluster.log(number)
     assert "submit it again to go on" in cluster.last_line(number)
-    assert (run_dir / "preempted").exists() and list((run_dir / "checkpoints").glob("step-*"))
+    assert (run_dir / "preempted").exists(), "also if the first step has not been made yet"
 
 
 def test_shards_are_copied_to_a_disk_of_each_node(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from atr_scale.batch import DroppedSample
 from atr_scale.data import loader_memory as module
@@ -17,6 +19,7 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.training.heartbeat import Heartbeat
 from atr_scale.training.loop import Training
+from atr_scale.training.profile import StepProfile
 from atr_scale.training.record import Taken
 
 TEN_S = 320_000  # at 32 kHz
@@ -101,6 +104,7 @@ class Numbered:
 
     def __init__(self, number: int) -> None:
         self.keys, self.dropped = [str(number)], [DroppedSample(f"corpus/shard/{number}", "broken", "")]
+        self.ids, self.lengths = torch.tensor([number]), torch.tensor([8000])
 
 
 def test_a_step_of_several_losses_holds_one_batch_at_a_time() -> None:
@@ -115,10 +119,16 @@ def test_a_step_of_several_losses_holds_one_batch_at_a_time() -> None:
             yield batch
             del batch
 
-    training: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(accum_steps=3)), heartbeat=Heartbeat())
+    training: Any = SimpleNamespace(
+        config=SimpleNamespace(train=SimpleNamespace(accum_steps=3)),
+        heartbeat=Heartbeat(),
+        profile=StepProfile(None, Path("run"), 0, torch.device("cpu")),
+        parts=SimpleNamespace(model=SimpleNamespace(sample_rate=16_000)),
+    )
     taken = Taken()
     for batch in Training._take(training, batches(), taken):
         assert batch.keys == taken.keys[-1:]
         del batch
     assert taken.keys == ["0", "1", "2"] and len(alive) == 3
+    assert taken.audio == 1.5 and [ids.tolist() for ids in taken.ids] == [[0], [1], [2]]
     assert [sample.place[-1] for sample in taken.dropped] == taken.keys
