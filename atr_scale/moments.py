@@ -1,4 +1,4 @@
-"""Where in a clip a text is heard, by the attention of a scorer over the frames of the clip.
+"""Where in a clip a text is heard: by the scores of single frames, and for its words by the attention of a scorer.
 
 Shape suffixes: W words of the text, L its tokens, F frames of the clip, T tokens of the audio encoder.
 """

@@ -61,7 +61,10 @@ def search_command(
     ] = None,
     candidates: Annotated[int, typer.Option(min=1, help="Number of candidates that --rerank scores.")] = 50,
     moments: Annotated[
-        bool, typer.Option("--moments", help="Tell when the text is heard in each result; by a run with attention.")
+        bool,
+        typer.Option(
+            "--moments", help="Tell when the text is heard in each result; needs a run with tap, lgmm or coattention."
+        ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plugins: Plugins = None,
@@ -70,7 +73,7 @@ def search_command(
 
     With --captions it finds captions of the index in place of its sounds. A recording that was cut into windows is
     found once, by its best window. Scores are cosines, or with --rerank those of that run. With --moments the times
-    are those of the best moment, by the attention over frames of the run of --rerank.
+    are those of the best moment, which is found by the run of --rerank: its scorer is tap, lgmm or coattention.
 
     \b
     Examples:
@@ -80,7 +83,7 @@ def search_command(
       atr-scale search clips.index "rain on a roof" --rerank runs/tap --moments
     """
     from atr_scale.errors import UserError
-    from atr_scale.search.moments import locate_hits, locator_of
+    from atr_scale.search.moments import locate_hits, needed_locator
     from atr_scale.search.query import Searcher
 
     if (text is None) == (audio is None):
@@ -90,7 +93,7 @@ def search_command(
     searcher = Searcher(expanded_path(index), run, rerank, candidates, plugins=plugins or ())
     located = None
     if moments:
-        locator_of(searcher)  # before a long search
+        needed_locator(searcher)  # before a long search
     if text is not None:
         hits = searcher.by_text([text], top, captions, all_windows)[0]
         if moments:

@@ -116,6 +116,8 @@ def _examples(origin: Origin, model: TrainedModel, formats: Sequence[str]) -> It
     if {"onnx/text.onnx", "onnx/audio.onnx"} <= set(formats):
         yield "Both towers with onnxruntime, tokenizers and soundfile, without PyTorch:"
         yield f"```python\n{ONNX.format(**values)}```"
+        if (cleaning := origin.config.data.captions.cleaning) != "none":
+            yield f"This model was trained on texts cleaned by the rule `{cleaning}`: clean texts for the graph so too."
     if "sentence-transformers" in formats:
         yield "Texts with the library sentence-transformers, without `atr-scale`:"
         yield f"```python\n{SENTENCES.format(**values)}```"

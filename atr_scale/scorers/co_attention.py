@@ -68,7 +68,6 @@ class CoAttentionScorer(Scorer):
 
     Options = CoAttentionOptions
     reads_text_tokens = True
-    attends_over_frames = True
     largest = 1.0
 
     def __init__(

@@ -60,7 +60,6 @@ class LocalGlobalScorer(Scorer):
 
     Options = LocalGlobalOptions
     reads_text_tokens = True
-    attends_over_frames = True
 
     def __init__(self, dim: int, lambda1: float, lambda2: float, direction: str, normalise: str, pooling: str) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ class Scorer(nn.Module, ABC):
       number, which costs each loss a wait for the GPU.
     - `reads_audio_tokens` and `reads_text_tokens`: whether `scores` uses tokens and mask of that side, or `pooled`
       alone. Tokens that are not read are not projected and, for texts, not sent between ranks: they arrive empty.
-    - `attends_over_frames` and `attention`, if there is attention over the frames: `TrainedModel.moments` reads it.
+    - `attention`, if there is attention over the frames: `TrainedModel.moments` reads it.
     - A dual encoder sets `is_dual_encoder`, has `embed_text` and `embed_audio`, and overrides `start_gather` and
       `block_of` (or `block` alone) to return `EmbeddingScores`; `CosineScorer` does all of this and needs a function
       that pools the frames.
@@ -52,7 +52,6 @@ class Scorer(nn.Module, ABC):
     Options: ClassVar[type[Section]] = Section
     reads_audio_tokens = True  # whether the tokens of audio are read
     reads_text_tokens = False  # whether the tokens of text are read
-    attends_over_frames = False  # whether `attention` can be asked for
     is_dual_encoder = False  # whether scores are dot products of embeddings
     largest: float | None = None  # bound of the absolute value of a score
     products: HeadProducts = "ieee"  # precision of large fp32 products, `train.head_products`; a Retriever sets it
@@ -86,13 +85,18 @@ class Scorer(nn.Module, ABC):
         """Embeddings [n, D] of unit length, fp32 or wider. Raises UserError for a pairwise scorer."""
         raise self._needs_pairs()
 
+    @property
+    def attends_over_frames(self) -> bool:
+        """Whether the scorer has an `attention` of its own."""
+        return type(self).attention is not Scorer.attention
+
     def attention(self, text: TokenSequence, audio: TokenSequence) -> Tensor:
         """[L, F]: attention of each token of one text over the frames of one clip, not negative, fp32 or wider.
 
         text: tokens [1, L, D] and pooled [1, D]. If the scorer does not read tokens of texts, they are the pooled
         embeddings of the words, each encoded as a text of its own. audio: tokens [1, F, D]. Padding is honoured as in
         `scores`; rows and columns of padding mean nothing. docs/math/moments.md has the rule of each scorer.
-        Only for scorers that set `attends_over_frames`.
+        Only a scorer with attention over the frames has it, see `attends_over_frames`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no attention over frames")
 

@@ -59,7 +59,6 @@ class TextAwarePoolingScorer(Scorer):
     """
 
     Options = TextAwarePoolingOptions
-    attends_over_frames = True
     largest = 1.0
 
     def __init__(self, dim: int, attention_dim: int, residual: bool, dropout: float) -> None:

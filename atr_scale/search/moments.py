@@ -27,16 +27,11 @@ class LocatedHit:
     moments: list[Moment]
 
 
-def locator_of(searcher: Searcher) -> TrainedModel:
-    """The model that tells the moments: the re-ranker, else the model of the index, if it has attention over frames.
-
-    Raises UserError if neither has.
-    """
-    models = [model for model in (searcher.reranker, searcher.model) if model is not None]
-    for model in models:
-        if model.locates:
-            return model
-    names = " and ".join(model.config.model.scorer.name for model in models)
+def needed_locator(searcher: Searcher) -> TrainedModel:
+    """`Searcher.locator`. Raises UserError if there is none."""
+    if searcher.locator is not None:
+        return searcher.locator
+    names = " and ".join(model.config.model.scorer.name for model in searcher.models)
     raise UserError(
         f"moments: the scorer {names} of this search has no attention over frames: re-rank with a run that has "
         "the scorer tap, lgmm or coattention (--rerank RUN)"
@@ -46,9 +41,9 @@ def locator_of(searcher: Searcher) -> TrainedModel:
 def locate_hits(searcher: Searcher, text: str, hits: Sequence[Hit]) -> list[LocatedHit]:
     """The hits with the moments at which the text is heard in each, inside its window if it has one.
 
-    Raises UserError like `locator_of`.
+    Raises UserError like `needed_locator`.
     """
-    model = locator_of(searcher)
+    model = needed_locator(searcher)
     found, gone = [], []
     for hit in hits:
         try:

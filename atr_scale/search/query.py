@@ -95,6 +95,16 @@ class Searcher:
         return f"the model of {self.folder} cannot be loaded ({error}): give its place by --run"
 
     @property
+    def models(self) -> list[TrainedModel]:
+        """The re-ranker, if there is one, and the model of the index."""
+        return [model for model in (self.reranker, self.model) if model is not None]
+
+    @property
+    def locator(self) -> TrainedModel | None:
+        """The first of `models` that tells the moments of a text."""
+        return next((model for model in self.models if model.locates), None)
+
+    @property
     def items(self) -> ItemLines:
         return self._sets[SOUNDS][1]
 

@@ -143,7 +143,8 @@ class ItemLines(Sequence[Item]):
         """The first item with an id. It needs a table."""
         assert self._table is not None
         _, keys, numbers = self._table
-        place, key = int(np.searchsorted(keys, _key(id))), _key(id)
+        key = _key(id)
+        place = int(np.searchsorted(keys, key))
         while place < len(keys) and keys[place] == key:
             found: Item = self[int(numbers[place])]
             if found.id == id:

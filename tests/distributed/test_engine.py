@@ -166,6 +166,7 @@ def test_a_non_finite_rank_makes_all_skip(folder: Path) -> None:
             assert applied and np.isfinite(loss) and np.isfinite(norm), case
 
 
+@pytest.mark.slow
 def test_fp16_halves_its_scale_after_an_overflow(folder: Path) -> None:
     config = with_train(tiny_config(folder, folder / "run"), precision="fp16")
     before, after, overflow = run_ranks(overflow_once, 1, config)[0]

@@ -168,6 +168,7 @@ def orders() -> list[list[str]]:
     return [recorded(one_pass), recorded(two_passes)]
 
 
+@pytest.mark.slow
 def test_a_bucket_is_sent_as_soon_as_it_is_full() -> None:
     """And once, in the last backward pass; what that pass does not reach is sent at the end."""
     layers = [f"layers.{number}.weight" for number in reversed(range(LAYERS))]

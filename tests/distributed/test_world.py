@@ -43,6 +43,7 @@ def beside_nccl() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_host_has_its_own_group() -> None:
     for found in run_ranks(beside_nccl, 2):
         assert found == {

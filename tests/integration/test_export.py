@@ -130,6 +130,7 @@ def test_a_pairwise_model_exports_and_says_why_not_more(place: Path, tmp_path: P
         export_run(place / "pairwise", tmp_path / "pairs")
 
 
+@pytest.mark.slow
 def test_places_that_would_be_taken_for_something_else_are_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="among the checkpoints of a run"):
         export_run(place / "pairwise", place / "pairwise" / "checkpoints" / "step-9")

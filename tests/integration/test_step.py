@@ -36,6 +36,7 @@ def steps_seen(config: RunConfig) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 def test_the_model_knows_the_step(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tmp_path / "run", steps=3, accum_steps=2, zero_stage=0)
     config.data.validation = None

@@ -38,6 +38,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return counted("small", tmp_path_factory.mktemp("counts") / "small.json")
 
 
+@pytest.mark.slow
 def test_small_cases_keep_their_budgets(small: dict[str, Any]) -> None:
     found = budgets.complaints(small["cases"], budgets.read())
     assert not found, "\n".join(found)

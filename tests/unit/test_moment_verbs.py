@@ -166,7 +166,7 @@ def test_times_have_no_digits_that_a_sum_of_floats_adds(monkeypatch: pytest.Monk
     from atr_scale.search.query import Hit
 
     model = SimpleNamespace(moments=lambda *_: SimpleNamespace(spans=[Moment(8.51, 9.31, 0.5)]))
-    monkeypatch.setattr(moments, "locator_of", lambda _: model)
+    monkeypatch.setattr(moments, "needed_locator", lambda _: model)
     monkeypatch.setattr(moments, "item_audio", lambda _: (np.zeros(10 * RATE, np.float32), RATE))
     (located,) = moments.locate_hits(Mock(), "a tone", [Hit("x", 0.5, "x.wav", 10.0, 20.0, None)])
     assert (located.hit.start, located.hit.stop) == (18.51, 19.31)

@@ -23,9 +23,7 @@ class IndexLibrary:
         self.items: Sequence[Item] = searcher.items
         self.has_captions = CAPTIONS in searcher.info.sets
         self.sample_rate = searcher.model.sample_rate
-        models = [model for model in (searcher.reranker, searcher.model) if model is not None]
-        self._locator = next((model for model in models if model.locates), None)
-        self.has_moments = self._locator is not None
+        self.has_moments = searcher.locator is not None
 
     def item(self, id: str) -> Item | None:
         return self.searcher.items.find(id)
@@ -40,8 +38,8 @@ class IndexLibrary:
         return item_audio(item)
 
     def moments(self, text: str, waveform: NDArray[np.float32], rate: int) -> WordMoments:
-        assert self._locator is not None, "the page asks for moments only if `has_moments`"
-        found = self._locator.moments(text, waveform, sample_rate=rate)
+        assert self.searcher.locator is not None, "the page asks for moments only if `has_moments`"
+        found = self.searcher.locator.moments(text, waveform, sample_rate=rate)
         return WordMoments(
             words=found.words,
             times=found.times.tolist(),
