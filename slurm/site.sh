@@ -6,14 +6,14 @@ set -euo pipefail
 # Options of sbatch for every job that a script of this folder, or `atr-scale sweep --slurm`, submits. `sbatch SCRIPT`
 # alone does not read them. One task for each GPU. For example:
 #   options=(--account=sound --partition=gpu --qos=normal --gpus-per-node=4 --ntasks-per-node=4 --mem=200G)
-#   options=(--partition=gpu --gpus-per-node=0 --gres=gpu:a100:4 --ntasks-per-node=4)    where GPUs are asked for by gres
+#   options=(--partition=gpu --gpus-per-node=0 --gres=gpu:a100:4 --ntasks-per-node=4)    if the cluster wants gres
 options=()
 
 # Called in the job before anything else, for example: module purge; module load cuda/12.8
 load_modules() { :; }
 
 # An image that holds the environment, instead of .venv: a file or address, and what runs it, apptainer or pyxis. The
-# folder of the job is bound at its own path; MOUNTS are further paths, separated by commas.
+# folder of the job is bound at its own path; MOUNTS are further ones, as FROM:TO, separated by commas.
 CONTAINER=${CONTAINER:-}
 CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-apptainer}
 MOUNTS=${MOUNTS:-}
