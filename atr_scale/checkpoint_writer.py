@@ -25,7 +25,7 @@ from torch import Tensor
 from atr_scale.distributed.world import World
 from atr_scale.encoders.text import TextEncoder
 from atr_scale.errors import Failure, one_line
-from atr_scale.files import atomic_write, is_full
+from atr_scale.files import atomic_write, give_usual_mode, is_full
 from atr_scale.model import Retriever
 from atr_scale.run_checkpoints import (
     CONFIG,
@@ -167,6 +167,7 @@ class Writing:
             path = self._folder / name
             path.parent.mkdir(exist_ok=True)
             save_file(tensors, path)
+            give_usual_mode(path)
         for name, text in self._snapshot.texts.items():
             (self._folder / name).write_text(text, encoding="utf-8")
         names = [*self._snapshot.tensors, *self._snapshot.texts]

@@ -126,8 +126,8 @@ def _examples(origin: Origin, model: TrainedModel, formats: Sequence[str]) -> It
 def _results(origin: Origin) -> Iterator[str]:
     if not origin.results:
         yield (
-            f"Nothing has been measured at step {origin.state.get('step', 0)}. "
-            "`atr-scale evaluate RUN --split test` measures the run; export it again after that."
+            f"No results of step {origin.state.get('step', 0)} were there at the export. "
+            "`atr-scale evaluate RUN --split test` measures the run; export the run again after that."
         )
         return
     yield "In percent, ranks excepted. In brackets: 95 % bootstrap intervals over clips."

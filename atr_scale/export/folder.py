@@ -21,17 +21,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from atr_scale.checkpoint import find_checkpoint
-from atr_scale.errors import UserError
+from atr_scale.errors import UserError, one_line
 from atr_scale.evaluation.results import run_folder
 from atr_scale.export.card import write_card
 from atr_scale.export.onnx import export_onnx
 from atr_scale.export.origin import Origin
 from atr_scale.export.places import public_config, public_state, remove_local_paths
 from atr_scale.export.sentence_transformers import export_text_tower
+from atr_scale.files import give_usual_mode
 from atr_scale.inference import TrainedModel, load_trained
 from atr_scale.locks import hold
 from atr_scale.run_checkpoints import (
@@ -96,8 +97,9 @@ def export_run(
                 os.replace(partial, out)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out} ({error.strerror or error}): choose another --out") from None
+    except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"cannot write {out} ({cause}): choose another --out") from None
     return ExportedModel(out, parts)
 
 
@@ -116,7 +118,10 @@ def _write(
     if formats is not None and failed is not None:
         raise UserError(f"{failed.name} cannot be exported: {failed.reason}")
     write_card(origin, model, folder / CARD, [part.name for part in parts if not part.reason])
-    inside = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        give_usual_mode(path)
+    inside = [str(path.relative_to(folder)) for path in files]
     write_manifest(folder, sealed(folder, [name for name in inside if name != CARD]))
     return parts
 

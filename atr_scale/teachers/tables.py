@@ -27,6 +27,7 @@ from atr_scale.batch import on_device
 from atr_scale.data import storage
 from atr_scale.data.shard_reader import ShardSet
 from atr_scale.errors import UserError
+from atr_scale.files import give_usual_mode
 from atr_scale.score_block import at_least_fp32
 from atr_scale.teachers.keys import TableKeys
 
@@ -173,6 +174,7 @@ class TeacherTable:
         parts = ((name, x.dtype, list(x.shape), [x.numpy().data]) for name, x in tensors.items())
         with storage.atomic_file(str(path)) as partial:
             save_file(tensors, partial, {**self.metadata, CHECKSUM: _checksum(parts)})
+            give_usual_mode(partial)
         return path
 
     @staticmethod

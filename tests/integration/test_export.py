@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 import atr_scale
+import atr_scale.export.folder
 from atr_scale.config import load_config
 from atr_scale.data.storage import read_bytes
 from atr_scale.errors import UserError
@@ -122,7 +123,8 @@ def test_a_pairwise_model_exports_and_says_why_not_more(place: Path, tmp_path: P
     made = export_run(place / "pairwise", tmp_path / "pairs")
     assert all("pairwise" in part.reason for part in made.parts[1:])
     text = (made.folder / "README.md").read_text()
-    assert "Nothing has been measured" in text and "similarity(" in text and "sounds.npy" not in text
+    assert "No results of step 0 were there at the export" in text
+    assert "similarity(" in text and "sounds.npy" not in text
     with pytest.raises(UserError, match="is pairwise"):
         export_run(place / "pairwise", tmp_path / "more", formats=["sentence-transformers"])
     assert [path.name for path in tmp_path.iterdir()] == ["pairs"]
@@ -138,6 +140,25 @@ def test_places_that_would_be_taken_for_something_else_are_refused(place: Path, 
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(UserError, match="not an empty folder"):
         export_run(place / "pairwise", tmp_path / "link")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_only_for_a_library_is_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(atr_scale.export.folder, "export_text_tower", full)
+    with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
+        export_run(place / "pairwise", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_everybody_can_read_weights(place: Path, exported: Path) -> None:
+    for path in (place / "run" / "best" / "model.safetensors", *exported.rglob("*.safetensors")):
+        assert path.stat().st_mode == (place / "tiny.yaml").stat().st_mode, path
 
 
 def test_places_become_names() -> None:
