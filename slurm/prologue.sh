@@ -22,6 +22,16 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
         exit 2
     fi
     while [[ ${1:-} == -* ]]; do
+        if [[ $1 =~ ^(--[^=]+|-.)$ && ${2:-} =~ ^[^-=/~+][^=/]*$ && ! -e $2 ]]; then
+            case $1 in
+            --parsable | --hold | -H | --exclusive | --wait | -W | --test-only | --quiet | -Q | --verbose | -v | --no-requeue) ;;
+            *)
+                with="$1$([[ $1 != --* ]] || printf '=')$2"
+                echo "error: sbatch would take $2 for an argument of the job: write $with instead of $1 $2" >&2
+                exit 2
+                ;;
+            esac
+        fi
         options+=("$1")
         shift
     done

@@ -25,8 +25,11 @@ def evaluate(
     run: Annotated[str, typer.Argument(help="Run folder (its best checkpoint is used) or a checkpoints/step-N.")],
     shards: Annotated[str | None, typer.Option(help="Shards of the split; by default those of the run.")] = None,
     split: Annotated[
-        str, typer.Option(help="Split: validation, test, or a name of your own for the split in --shards.")
-    ] = "test",
+        str | None,
+        typer.Option(
+            help="Split: validation, test (default), or a name for that in --shards, or for the result of --moments."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for results and report.md; by default the run folder.")
     ] = None,
@@ -76,10 +79,11 @@ def evaluate(
         given = {"class-prompt": class_prompt, "relevance": relevance, "rerank": rerank, "candidates": candidates}
         if other := next((name for name, value in given.items() if value is not None), None):
             raise UserError(f"--moments measures no retrieval, and --{other} is for retrieval: give one of them")
-        _evaluate_moments(run, moments, audio, shards, out, precision, plugins or ())
+        _evaluate_moments(run, moments, split, audio, shards, out, precision, plugins or ())
         return
     if audio is not None:
         raise UserError("--audio is the folder of the clips of --moments: give both, or --shards alone")
+    split = split or "test"
     with distributed() as (world, device):
         evaluation = evaluate_run(
             run,
@@ -107,6 +111,7 @@ def evaluate(
 def _evaluate_moments(
     run: str,
     file: Path,
+    name: str | None,
     audio: Path | None,
     shards: str | None,
     out: Path | None,
@@ -124,6 +129,7 @@ def _evaluate_moments(
             run,
             load_trained(run, device, plugins, precision),
             expanded_path(str(file)),
+            name=name,
             audio=audio and expanded_path(str(audio)),
             shards=shards and expanded_path(shards),
             out=out,

@@ -24,10 +24,12 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import load_ahead
 from atr_scale.evaluation.moments import LocatedQuery, MomentQuery, MomentResult, read_moments
+from atr_scale.evaluation.result import file_stem
 from atr_scale.evaluation.results import checkpoint_name, record_entries, run_folder
 from atr_scale.model import Retriever
 from atr_scale.moments import Moment, Moments
 from atr_scale.precision import Precision
+from atr_scale.run_files import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ def evaluate_moments(
     model: Locator,
     file: str | Path,
     *,
+    name: str | None = None,
     audio: str | Path | None = None,
     shards: str | None = None,
     out: str | Path | None = None,
@@ -64,7 +67,8 @@ def evaluate_moments(
 ) -> MomentResult | None:
     """Measure how well a model finds the moments of a file, and save the result. All ranks call this.
 
-    location: of the model, a run folder or a checkpoint. file: as for `read_moments`. audio: folder of the clips, by
+    location: of the model, a run folder or a checkpoint. file: as for `read_moments`. name: of the result, by default
+    that of the file without its ending; an older result of this name is replaced. audio: folder of the clips, by
     default that of the file. shards: where the clips are instead. out: folder of the result, by default the run folder.
     Clips are read whole. Returns None on other ranks than the main one. Raises UserError if the scorer has no attention
     over frames, or if the file, the shards or all clips cannot be read.
@@ -85,7 +89,7 @@ def evaluate_moments(
         return None
     result = MomentResult.of(located)
     checkpoint = find_checkpoint(location)
-    run_dir, name = run_folder(location, checkpoint), Path(file).stem
+    run_dir, name = run_folder(location, checkpoint), name or Path(file).stem
     about: dict[str, Any] = {
         "checkpoint": checkpoint_name(run_dir, checkpoint),
         "step": read_state(checkpoint)["step"],
@@ -94,8 +98,11 @@ def evaluate_moments(
         "counts": {"clips": result.clips, "queries": result.queries, "left_out": len(queries) - result.queries},
     }
     target = Path(out or run_dir)
+    older = read_json_object(target / f"moments-{file_stem(name)}.json") or {}
+    if (before := older.get("file", str(file))) != str(file):
+        logger.warning("%s: the result %s of %s is replaced; --split NAME keeps both", target, name, before)
     options = {"file": str(file), "audio": str(where) if shards is None else None, "shards": shards}
-    path = result.save(target, name, located, about | options)
+    path = result.save(target, file_stem(name), located, about | options)
     entry = {"split": f"moments/{name}", "kind": "moments", **about, "test_set": {}, "metrics": result.by_name()}
     record_entries(target, run_dir.resolve().name, model.config, [{**entry, "file": path.name}])
     return result

@@ -127,7 +127,7 @@ class Training:
         )
         self.saver = Saver(config, world, self.monitor, resume_from)
         self.record = Record(config, self.progress, self.parts.length, self.monitor, world, device)
-        self.profile = StepProfile(config.train.profile, self.run_dir, world.rank, device)
+        self.profile = StepProfile(config.train.profile, self.run_dir, world.rank, device, self.parts.length.steps)
         self.heartbeat.tell(steps=self.parts.length.steps)
         self.heartbeat.step = self.progress.step
         self._unread: Update | None = None

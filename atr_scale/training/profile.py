@@ -25,7 +25,14 @@ class StepProfile:
     A start of the run that begins behind the first of these steps records nothing. None: nothing is recorded.
     """
 
-    def __init__(self, section: ProfileSection | None, run_dir: Path, rank: int, device: torch.device) -> None:
+    def __init__(
+        self, section: ProfileSection | None, run_dir: Path, rank: int, device: torch.device, steps: int
+    ) -> None:
+        """steps: of the whole run."""
+        if section is not None and section.start > steps and rank == 0:
+            logger.warning(
+                "train.profile.start = %d is behind the last step, %d: no trace is written", section.start, steps
+            )
         self.section, self.folder, self.rank, self.device = section, run_dir / FOLDER, rank, device
         self._recording: profile | None = None
         self._first = self._steps = 0

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from atr_scale.config_train import ProfileSection
 from atr_scale.training.loop import train
+from atr_scale.training.profile import StepProfile
 from tests.tiny import read_training
 from tests.tiny_run import tiny_config
 
@@ -42,6 +45,13 @@ def test_a_trace_of_two_steps(tmp_path: Path) -> None:
 def test_a_run_that_ends_earlier_writes_what_it_has(tmp_path: Path) -> None:
     losses(tmp_path, "run", profile={"start": 6, "steps": 100})
     assert "optimizer step 6" in traced(tmp_path / "run/profile/step-6-rank-0.json.gz")
+
+
+def test_a_trace_of_no_step_of_the_run_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    StepProfile(ProfileSection(start=7, steps=1), tmp_path, 0, torch.device("cpu"), 7)
+    assert not caplog.messages
+    StepProfile(ProfileSection(start=8, steps=1), tmp_path, 0, torch.device("cpu"), 7)
+    assert caplog.messages == ["train.profile.start = 8 is behind the last step, 7: no trace is written"]
 
 
 def test_a_resume_may_ask_for_a_trace(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_step_of_several_losses_holds_one_batch_at_a_time() -> None:
     training: Any = SimpleNamespace(
         config=SimpleNamespace(train=SimpleNamespace(accum_steps=3)),
         heartbeat=Heartbeat(),
-        profile=StepProfile(None, Path("run"), 0, torch.device("cpu")),
+        profile=StepProfile(None, Path("run"), 0, torch.device("cpu"), 1),
         parts=SimpleNamespace(model=SimpleNamespace(sample_rate=16_000)),
     )
     taken = Taken()

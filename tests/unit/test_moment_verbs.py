@@ -99,6 +99,22 @@ def test_evaluate_measures_and_records_moments(files: Files, tmp_path: Path) -> 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_results_of_two_files_of_one_name(files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = tmp_path / "other" / files.moments.name
+    other.parent.mkdir()
+    other.write_text(files.moments.read_text().splitlines()[0])
+    arguments = ("evaluate", files.tap, "--audio", files.audio, "--out", tmp_path, "--moments")
+    for more in ((files.moments,), (files.moments,), (other, "--split", "my/own")):
+        assert call(*arguments, *more).exit_code == 0
+    assert not caplog.messages
+    assert json.loads((tmp_path / "moments-night.json").read_text())["queries"] == 3
+    assert json.loads((tmp_path / "moments-my-own.json").read_text())["queries"] == 1
+    splits = [entry["split"] for entry in json.loads((tmp_path / "results.json").read_text())["results"]]
+    assert splits == ["moments/night", "moments/my/own"]
+    call(*arguments, other)
+    assert f"the result night of {files.moments} is replaced" in caplog.text
+
+
 def test_evaluate_refuses_what_has_no_moments(files: Files, tmp_path: Path) -> None:
     cases: list[tuple[tuple[object, ...], str]] = [
         ((files.dual, "--moments", files.moments, "--audio", files.audio), "meanmax.* has no attention over frames"),

@@ -116,3 +116,8 @@ def test_job_script_submits_itself(script: str, tmp_path: Path) -> None:
         script, "--parsable", "--nodes=2", "one", "--two", path=f"{tmp_path}:{os.environ['PATH']}"
     )
     assert result.stdout.splitlines() == ["--parsable", "--nodes=2", f"slurm/{script}.sh", "one", "--two"]
+    result = outside_of_a_job(script, "--parsable", "one", path=f"{tmp_path}:{os.environ['PATH']}")
+    assert result.stdout.splitlines() == ["--parsable", f"slurm/{script}.sh", "one"]
+    for words, better in ((("--nodes", "4"), "write --nodes=4"), (("-p", "gpu"), "write -pgpu")):
+        result = outside_of_a_job(script, "--hold", *words, "a=1", path=f"{tmp_path}:{os.environ['PATH']}")
+        assert better in one_line(result)
