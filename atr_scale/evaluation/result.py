@@ -105,7 +105,7 @@ class EvaluationResult:
             table = json.loads(path.read_text(encoding="utf-8"))
             with np.load(path.with_name(path.stem.replace("evaluation-", "ranks-", 1) + ".npz")) as file:
                 arrays = dict(file)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} or its ranks are missing or damaged ({error}): evaluate the run again") from None
         if table.get("format") != FORMAT:
             raise UserError(f"{path}: format {table.get('format')} instead of {FORMAT}; evaluate the checkpoint again")

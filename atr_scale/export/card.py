@@ -157,7 +157,7 @@ def _metrics(entry: dict[str, Any]) -> str:
 
 def _value(name: str, metric: dict[str, float]) -> str:
     def show(value: float) -> str:
-        return f"{value:g}" if name.endswith("median_rank") else f"{100 * value:.1f}"
+        return f"{round(value, 1):g}" if name.endswith("median_rank") else f"{100 * value:.1f}"
 
     interval = f" [{show(metric['low'])}, {show(metric['high'])}]" if "low" in metric else ""
     return show(metric["value"]) + interval

@@ -154,7 +154,7 @@ class Searcher:
         try:
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)
             items = ItemLines(path.with_suffix(".jsonl"), np.load(table_file(path), "r", allow_pickle=False))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:  # EOFError: of an empty file
             raise UserError(f"{path} cannot be read ({error}): build the index again") from None
         if vectors.shape != (one.count, self.info.model.dim) or len(items) != one.count:
             raise UserError(f"{path} does not have the {one.count} vectors of the index: build the index again")

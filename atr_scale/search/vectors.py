@@ -189,7 +189,7 @@ class Vectors:
                 return cls._from_parquet(path)
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)
             found = cls(vectors, ItemLines(items_file(path)), *_parse_about(about_file(path).read_bytes()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path} cannot be read ({one_line(error)}): write it with `atr-scale embed`") from None

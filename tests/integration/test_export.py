@@ -22,6 +22,7 @@ import atr_scale.export.folder
 from atr_scale.config import load_config
 from atr_scale.data.storage import read_bytes
 from atr_scale.errors import UserError
+from atr_scale.export.card import _value
 from atr_scale.export.folder import export_run
 from atr_scale.export.places import PublicNames, public_config
 from atr_scale.run_checkpoints import verify
@@ -159,6 +160,10 @@ def test_a_disk_that_is_full_only_for_a_library_is_one_line(
 def test_everybody_can_read_weights(place: Path, exported: Path) -> None:
     for path in (place / "run" / "best" / "model.safetensors", *exported.rglob("*.safetensors")):
         assert path.stat().st_mode == (place / "tiny.yaml").stat().st_mode, path
+
+
+def test_ranks_of_a_card_have_one_digit() -> None:
+    assert _value("a2t/median_rank", {"value": 121.5, "low": 107.9875, "high": 135.0}) == "121.5 [108, 135]"
 
 
 def test_places_become_names() -> None:

@@ -113,6 +113,13 @@ def test_an_index_can_be_moved_and_is_built_the_same(world: World, searcher: Sea
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
 
+def test_an_empty_table_is_one_line(world: World, tmp_path: Path) -> None:
+    build_index(world.run, world.file, tmp_path / "index")
+    (tmp_path / "index" / "vectors.table.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot be read .*: build the index again"):
+        Searcher(tmp_path / "index").by_text(["rain"])
+
+
 def test_another_model_is_refused_by_name(world: World, tmp_path: Path) -> None:
     other = save_run(world.config, tmp_path / "other", seed=1)
     with pytest.raises(UserError, match=r"v\.npy holds vectors of the model .*run.*not of .*other.*step-3"):

@@ -81,6 +81,10 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "v.jsonl").write_text((tmp_path / "v.jsonl").read_text("utf-8").splitlines()[0] + "\n", "utf-8")
     with pytest.raises(UserError, match=r"holds float32 \[3, 4\], but .* say float32 \[1, 4\]"):
         Vectors.read(path)
+    path.write_bytes(b"")  # numpy raises EOFError, which the command line would call "Aborted!"
+    with pytest.raises(UserError, match=r"v\.npy cannot be read .*: write it with `atr-scale embed`"):
+        Vectors.read(path)
+    some_vectors().write(path)
     (tmp_path / "v.json").write_text('{"format": 9}')
     with pytest.raises(UserError, match="format 9, this version reads 1"):
         Vectors.read(path)
