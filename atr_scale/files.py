@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from atr_scale.errors import Failure
+
 logger = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -96,6 +98,18 @@ def unless_full(folder: Path, what: str) -> Iterator[None]:
         if not is_full(error, folder):
             raise
         logger.error("%s: the disk is full, %s cannot be written", folder, what)
+
+
+@contextlib.contextmanager
+def full_disk_in_one_line(place: Path) -> Iterator[None]:
+    """Failure if something that the command cannot go without does not fit on the disk of `place`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        disk = disk_of(Path(error.filename or place))
+        raise Failure(f"the disk {disk} is full: make space there for {place}, and start the command again") from None
 
 
 def disk_of(place: Path) -> Path:

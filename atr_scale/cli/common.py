@@ -15,7 +15,8 @@ import typer
 from typer.core import TyperCommand
 
 from atr_scale.console import ConsoleHandler
-from atr_scale.errors import OneLineError, UserError, exit_with_line
+from atr_scale.errors import Failure, OneLineError, UserError, exit_with_line
+from atr_scale.files import FULL
 from atr_scale.redaction import redact
 from atr_scale.sections import expanded
 from atr_scale.version import __version__
@@ -115,3 +116,8 @@ def _run(arguments: Sequence[str] | None) -> None:
         app(arguments, prog_name="atr-scale")
     except OneLineError as error:
         exit_with_line(error)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        place = error.filename or "what the command writes"
+        exit_with_line(Failure(f"no space is left on the disk for {place}: make space, and start it again"))

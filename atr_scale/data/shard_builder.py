@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from atr_scale.data.shard_writer import ENCODINGS, RECORDS, Task, finished_shard
 from atr_scale.data.values import valid_unicode
 from atr_scale.distributed.lifeline import end_with
 from atr_scale.errors import UserError
+from atr_scale.files import full_disk_in_one_line
 from atr_scale.locks import hold
 from atr_scale.version import __version__
 
@@ -122,9 +123,14 @@ def build_shards(
         return manifest
 
 
-def _only_build(location: str) -> AbstractContextManager[None]:
+@contextmanager
+def _only_build(location: str) -> Iterator[None]:
     """Two builds would write the same shards. On S3 there is no lock: they write equal objects, one after the other."""
-    return nullcontext() if storage.is_remote(location) else hold(Path(location) / LOCK_FILE, f"the folder {location}")
+    if storage.is_remote(location):
+        yield
+        return
+    with full_disk_in_one_line(Path(location)), hold(Path(location) / LOCK_FILE, f"the folder {location}"):
+        yield
 
 
 def _check_settings(encoding: str, shard_size: int, sample_rate: int | None) -> None:

@@ -74,7 +74,7 @@ def embed_files(
         return
     world.from_main(lambda: _make(folder))
     lock = hold(folder / ".lock", f"the folder {folder}") if world.is_main else nullcontext()
-    with lock, _on_disk(out):
+    with on_disk(out), lock:
         todo = world.from_main(lambda: missing_parts(plan, folder))
         log, progress = DropLog(dropped_file(out).name), EmbeddingProgress(plan, todo, world)
         reader = Reader(plan.source, model.sample_rate, plan.settings["seconds"], windows)
@@ -134,7 +134,7 @@ def _is_unfinished(out: Path) -> bool:
 
 
 @contextmanager
-def _on_disk(out: Path) -> Iterator[None]:
+def on_disk(out: Path) -> Iterator[None]:
     """A disk that is full or gone is one line."""
     try:
         yield

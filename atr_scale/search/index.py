@@ -25,7 +25,7 @@ from atr_scale.files import atomic_write
 from atr_scale.inference import TrainedModel, load_trained
 from atr_scale.locks import hold
 from atr_scale.run_checkpoints import rename
-from atr_scale.search.embed import embed_files, need_embeddings
+from atr_scale.search.embed import embed_files, need_embeddings, on_disk
 from atr_scale.search.nearest import BLOCK, FLAT_MAX, Lists, build_ivf, import_faiss
 from atr_scale.search.vectors import (
     SUFFIXES,
@@ -130,7 +130,7 @@ def build_index(
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {partial} ({error.strerror}): choose another --out") from None
-    with hold(out.with_name(f".{out.name}.lock"), f"the index {out}"):
+    with on_disk(out), hold(out.with_name(f".{out.name}.lock"), f"the index {out}"):
         if vectors is None:
             _embed(model, run, source, partial, windows)
         else:

@@ -109,7 +109,8 @@ def build_ivf(vectors: NDArray[np.float32], path: Path, texts: NDArray[np.float3
         for first in range(start, min(start + PART, count), BLOCK):
             block = np.ascontiguousarray(vectors[first : min(first + BLOCK, start + PART)])
             index.add_with_ids(block, np.arange(first, first + len(block)))
-        faiss.write_index(index, str(path.with_name(f"{path.name}.{part}")))
+        with path.with_name(f"{path.name}.{part}").open("wb") as file:  # faiss itself does not tell a full disk
+            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
         index.reset()
     own = _some(count, QUERIES)
     sets = {"sounds": (vectors[own], own)}

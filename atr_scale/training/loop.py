@@ -28,7 +28,7 @@ from atr_scale.distributed.world import World
 from atr_scale.evaluation.parallel import Abandoned
 from atr_scale.evaluation.results import record_training
 from atr_scale.evaluation.selection import selection_score
-from atr_scale.files import unless_full
+from atr_scale.files import full_disk_in_one_line, unless_full
 from atr_scale.model import StepContext, count_parameters
 from atr_scale.precision import Precision, encoder_products
 from atr_scale.run_checkpoints import Score
@@ -51,7 +51,7 @@ from atr_scale.training.profile import StepProfile
 from atr_scale.training.record import Progress, Record, Taken, Update
 from atr_scale.training.run_info import write_environment
 from atr_scale.training.run_lock import only_training
-from atr_scale.training.saving import Saver, full_disk_in_one_line
+from atr_scale.training.saving import Saver
 from atr_scale.training.schedule import RunLength, describe_length, learning_rate, run_length, seeds
 from atr_scale.training.trackers import check_trackers
 from atr_scale.training.validation import Validator

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from atr_scale.distributed.world import World
 from atr_scale.errors import OneLineError, UserError
+from atr_scale.files import full_disk_in_one_line
 from atr_scale.locks import hold
 from atr_scale.run_files import LOCK
 from atr_scale.training.checks import check_run_folder
-from atr_scale.training.saving import full_disk_in_one_line
 
 
 @contextlib.contextmanager

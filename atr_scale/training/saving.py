@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from atr_scale.checkpoint_writer import DiskFull, Trained, Writing
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import Failure
-from atr_scale.files import FULL, disk_of
+from atr_scale.files import disk_of
 from atr_scale.memory import as_text
 from atr_scale.training.monitor import Monitor
 
@@ -26,18 +25,6 @@ MARGIN = 1.02  # of the last checkpoint's size
 MARGIN_BYTES = 1 << 20
 BYTES_OF_A_PARAMETER = 4  # of its weight, in fp32
 BYTES_OF_A_LEARNED_PARAMETER = 8  # of its two moments
-
-
-@contextmanager
-def full_disk_in_one_line(run: Path) -> Iterator[None]:
-    """Failure if something that the run `run` cannot go without does not fit on its disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        place = disk_of(Path(error.filename or run))
-        raise Failure(f"the disk {place} is full: make space there for {run}, and start the command again") from None
 
 
 class Saver:

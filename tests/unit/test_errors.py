@@ -159,6 +159,18 @@ def test_a_failure_of_any_verb_is_one_line(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == "error: the store is away\n"
 
 
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def write(*_: object, **__: object) -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    monkeypatch.setattr(common, "app", write)
+    with pytest.raises(SystemExit, match="1"):
+        main(["evaluate", "runs/one"])
+    said = capsys.readouterr().err
+    assert said == "error: no space is left on the disk for what the command writes: make space, and start it again\n"
+
+
 def test_an_unexpected_error_of_any_verb_is_a_traceback_without_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,10 +17,10 @@ from atr_scale.checkpoint_writer import DiskFull
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import Failure
-from atr_scale.files import is_full, unless_full
+from atr_scale.files import full_disk_in_one_line, is_full, unless_full
 from atr_scale.run_checkpoints import Score, newest_first, write_score
 from atr_scale.training.monitor import Monitor
-from atr_scale.training.saving import Saver, full_disk_in_one_line
+from atr_scale.training.saving import Saver
 from tests.tiny_run import tiny_config
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +17,7 @@ import soundfile
 from typer.testing import CliRunner
 
 from atr_scale.cli import app
-from atr_scale.errors import UserError
+from atr_scale.errors import Failure, UserError
 from atr_scale.inference import TrainedModel, load_trained
 from atr_scale.search.index import IndexInfo, build_index
 from atr_scale.search.nearest import Nearest, build_ivf
@@ -233,6 +234,20 @@ def test_inverted_lists_reach_their_recall(tmp_path: Path) -> None:
     share = np.mean([np.isin(right[i], found[i]).mean() for i in range(50)])
     assert share == pytest.approx(lists.recall["captions"], abs=0.03)
     assert np.allclose(scores[3], vectors[found[3]] @ texts[3], atol=1e-5)
+
+
+def test_an_index_that_cannot_be_written_is_one_line(world: World, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # bytes of a file, as little as on a full disk
+    try:
+        with pytest.raises(Failure, match=r"cannot write .*index \(.+\): start the same command again"):
+            build_index(world.run, world.file, tmp_path / "index")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert build_index(world.run, world.file, tmp_path / "index") == world.info
+    (tmp_path / "v.ivf.0").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        build_ivf(world.vectors.vectors, tmp_path / "v.ivf")
 
 
 def test_a_large_index_is_searched_by_lists(world: World, searcher: Searcher, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from atr_scale.data.decode import decode
 from atr_scale.data.shard_builder import build_shards
 from atr_scale.data.shard_check import check_shards
 from atr_scale.data.shard_reader import open_shards
-from atr_scale.errors import UserError
+from atr_scale.errors import Failure, UserError
 
 RATE = 8000
 BUILD: dict[str, Any] = {"shard_size": 4, "sample_rate": RATE, "workers": 1}
@@ -306,3 +307,16 @@ def test_real_esc50(real_data: Path, tmp_path: Path) -> None:
     assert (manifest["num_samples"], manifest["split"], manifest["dropped"]) == (50, "test", {})
     shards = open_shards(str(tmp_path / "out"))
     assert all((s := shards.read(i)).captions == [f"The sound of {s.label}"] for i in range(50))
+
+
+def test_a_full_disk_is_one_line(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with (
+        monkeypatch.context() as context,
+        pytest.raises(Failure, match=r"the disk .+ is full: make space there for .*out"),
+    ):
+        context.setattr(shard_builder, "_run", full)
+        build_shards("folder", corpus, tmp_path / "out", **BUILD)
+    assert build_shards("folder", corpus, tmp_path / "out", **BUILD)["shards"]

@@ -94,8 +94,8 @@ class Folder(Corpus):
             rename_columns(path, rows, options.columns)
         if "file_name" not in rows[0]:
             raise UserError(
-                f"{path} has no column file_name: its columns are {', '.join(rows[0])}; name yours, for example with "
-                "--columns file=path,caption=text"
+                f"{path} has no column file_name: its columns are {', '.join(rows[0])}; rename yours, or tell "
+                "`shards build` theirs, for example --columns file=path,caption=text"
             )
         usable = []
         for row in rows:
