@@ -157,7 +157,7 @@ class Record:
             self._dropped.add(samples)
 
     def _count_skipped(self, update: Update) -> None:
-        """Count skipped steps. After too many in a row all ranks raise RuntimeError."""
+        """Count skipped steps. After too many in a row all ranks raise Failure."""
         result, step = update.result, update.step
         if result.applied:
             self._bad_in_a_row = 0
@@ -178,7 +178,7 @@ class Record:
                 step, list(result.bad_ranks), self.run_dir / f"nonfinite-step-{step}-rank-*.json",
             )  # fmt: skip
         if self._bad_in_a_row >= self.config.train.max_bad_steps:
-            raise RuntimeError(
+            raise Failure(
                 f"{self._bad_in_a_row} non-finite steps in a row up to step {step}: lower train.lr, or look at the "
                 f"samples in {self.run_dir}/nonfinite-step-*.json; the last checkpoint is untouched"
             )
