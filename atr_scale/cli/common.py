@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -59,6 +60,13 @@ def expanded_path(path: str) -> str:
         return expanded(path)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def local_path(path: str | Path) -> str:
+    """`expanded_path` of what a verb writes to a local disk. Of the slashes in s3:// a Path keeps one."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise UserError(f"{path} is not a local path, which is needed here: write it to a disk, and copy it afterwards")
+    return expanded_path(str(path))
 
 
 def _show_version(wanted: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from atr_scale.cli.common import Plugins, app, expanded_path
+from atr_scale.cli.common import Plugins, app, expanded_path, local_path
 from atr_scale.errors import UserError
 
 shards_app = typer.Typer(help="Build and check WebDataset shards.", no_args_is_help=True, rich_markup_mode=None)
@@ -149,6 +149,7 @@ def demo_data(
     from atr_scale.demo.clips import Sizes
     from atr_scale.demo.corpora import training_captions, write_demo_corpora
 
+    out = Path(local_path(out))
     write_demo_corpora(out, seed=seed, sample_rate=sample_rate, workers=workers, sizes=Sizes().scaled(clips_scale))
     if not (out / "text_encoder" / "model.safetensors").exists():
         from atr_scale.demo.text_encoder import build_demo_text_encoder

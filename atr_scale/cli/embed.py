@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atr_scale.cli.common import Plugins, app, expanded_path
+from atr_scale.cli.common import Plugins, app, expanded_path, local_path
 
 
 @app.command("embed")
@@ -38,13 +38,14 @@ def embed_command(
     from atr_scale.inference import load_trained
     from atr_scale.search.embed import embed_files
 
+    place = local_path(out)
     with distributed() as (world, device):
         model = load_trained(expanded_path(run), device, plugins or ())
         embed_files(
             model,
             expanded_path(run),
             expanded_path(source),
-            expanded_path(str(out)),
+            place,
             windows=windows,
             world=world,
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atr_scale.cli.common import Plugins, app, expanded_path
+from atr_scale.cli.common import Plugins, app, expanded_path, local_path
 
 
 @app.command("export")
@@ -37,7 +37,7 @@ def export_command(
     from atr_scale.export.folder import export_run
 
     chosen = None if formats is None else [name.strip() for name in formats.split(",")]
-    exported = export_run(expanded_path(run), expanded_path(str(out)), formats=chosen, plugins=plugins or ())
+    exported = export_run(expanded_path(run), local_path(out), formats=chosen, plugins=plugins or ())
     for part in exported.parts:
         print(f"{part.name:<22} {f'not exported: {part.reason}' if part.reason else f'{part.megabytes:.1f} MB'}")
     print(f"{exported.folder}: read README.md in it before you hand it on")

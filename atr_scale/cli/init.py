@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atr_scale.cli.common import app, expanded_path
+from atr_scale.cli.common import app, local_path
 from atr_scale.errors import UserError
 
 
@@ -29,7 +29,7 @@ def init_command(
 
     from atr_scale.shipped import FOLDERS, shipped_files
 
-    target = Path(expanded_path(folder))
+    target = Path(local_path(folder))
     files = [(path, target / name) for path, name in shipped_files()]
     changed = [copy for path, copy in files if copy.exists() and not _same(path, copy)]
     if changed:

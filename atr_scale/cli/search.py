@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atr_scale.cli.common import Plugins, app, expanded_path
+from atr_scale.cli.common import Plugins, app, expanded_path, local_path
 
 if TYPE_CHECKING:
     from atr_scale.search.query import Hit
@@ -38,7 +38,7 @@ def index_command(
     """
     from atr_scale.search.index import build_index
 
-    info = build_index(run, expanded_path(source), expanded_path(str(out)), windows=windows, plugins=plugins or ())
+    info = build_index(run, expanded_path(source), local_path(out), windows=windows, plugins=plugins or ())
     for name, one in info.sets.items():
         print(f"{'sounds' if name == 'vectors' else name:<10} {one}")
 

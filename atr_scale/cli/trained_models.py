@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from atr_scale.cli.common import Plugins, app, expanded_path
+from atr_scale.cli.common import Plugins, app, expanded_path, local_path
 from atr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def evaluate(
             run,
             shards=shards and expanded_path(shards),
             split=split,
-            out=out,
+            out=out and Path(local_path(out)),
             class_prompt=class_prompt,
             relevance=relevance,
             rerank_top=rerank,
@@ -132,7 +132,7 @@ def _evaluate_moments(
             name=name,
             audio=audio and expanded_path(str(audio)),
             shards=shards and expanded_path(shards),
-            out=out,
+            out=out and Path(local_path(out)),
             world=world,
         )
         if result is not None:
@@ -187,7 +187,7 @@ def estimate_command(
         comparison = write_teacher_tables(
             runs,
             shards=[expanded_path(place) for place in shards],
-            out=out,
+            out=out and Path(local_path(out)),
             batch_size=batch_size,
             top_k=top_k,
             cross_fit=cross_fit,

@@ -187,3 +187,25 @@ def test_an_unexpected_error_of_any_verb_is_a_traceback_without_secrets(
         main(["evaluate", "runs/one"])
     for said in (file.read_text(), capsys.readouterr().err):
         assert "Traceback" in said and "RuntimeError: out of order at [redacted]" in said and "canary" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "embed run sounds --out s3://bucket/v.npy",
+        "index run sounds --out=s3://bucket/sounds.index",
+        "export run --out s3://bucket/model",
+        "evaluate run --out s3://bucket/results",
+        "estimate run --shards shards --out s3://bucket/tables",
+        "demo-data --out s3://bucket/demo",
+        "init s3://bucket/project",
+    ],
+)
+def test_a_result_that_must_be_local_is_not_written_into_a_folder_s3(
+    arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments.split())
+    assert "/bucket/" in (said := capsys.readouterr().err) and "is not a local path" in said
+    assert not list(tmp_path.iterdir())
