@@ -20,6 +20,7 @@ from atr_scale.data.corpora.audio_files import SOURCE_EXTENSIONS, audio_stem
 from atr_scale.data.decode import decode
 from atr_scale.data.sample import BadSample
 from atr_scale.data.shard_reader import READ_THREADS, ShardSet, open_shards
+from atr_scale.data.storage import make_folder
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.evaluation.embed import load_ahead
@@ -87,6 +88,8 @@ def evaluate_moments(
     located = locate_all(queries, MomentClips(where, model.sample_rate), locate, file, world)
     if not world.is_main:
         return None
+    if out is not None:
+        make_folder(str(out))
     result = MomentResult.of(located)
     checkpoint = find_checkpoint(location)
     run_dir, name = run_folder(location, checkpoint), name or Path(file).stem

@@ -21,12 +21,16 @@ SCHEMA = 1
 RESULTS = "results.json"
 # Keys of `run` in which repetitions of one experiment differ.
 NOT_OF_AN_EXPERIMENT = ("dir", "seed", "allow_changed_data")
+# Keys that say how a run is watched: its result does not depend on them.
+WATCHING = ("monitor", "train.profile")
 
 
 def config_digest(config: dict[str, Any]) -> str:
-    """Equal for repetitions of one experiment: of all values except run.dir and run.seed."""
+    """Equal for repetitions of one experiment: of all values except run.dir, run.seed and those of WATCHING."""
     run = {key: value for key, value in config["run"].items() if key not in NOT_OF_AN_EXPERIMENT}
-    text = json.dumps({**config, "run": run}, sort_keys=True, ensure_ascii=False)
+    train = {key: value for key, value in config["train"].items() if f"train.{key}" not in WATCHING}
+    others = {key: value for key, value in config.items() if key not in WATCHING}
+    text = json.dumps({**others, "run": run, "train": train}, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

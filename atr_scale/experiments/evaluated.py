@@ -21,7 +21,7 @@ from atr_scale.errors import UserError
 from atr_scale.evaluation.facts import Facts
 from atr_scale.evaluation.metrics import Queries
 from atr_scale.evaluation.result import EvaluationResult
-from atr_scale.evaluation.results import read_results
+from atr_scale.evaluation.results import WATCHING, read_results
 from atr_scale.experiments.sweep_file import read_sweep
 from atr_scale.sections import flat
 
@@ -221,13 +221,18 @@ def differing_values(experiments: Sequence[Experiment]) -> dict[str, list[str]]:
     """
     configs = [
         {"evaluated": one.runs[0].entry["method"], "checkpoint": one.runs[0].entry["checkpoint"]}
-        | {key: str(value) for key, value in flat(one.runs[0].config) if key not in ("run.dir", "run.seed")}
+        | {key: str(value) for key, value in flat(one.runs[0].config) if not _is_of_the_run(key)}
         for one in experiments
     ]
     keys = dict.fromkeys(key for config in configs for key in config)
     table = {key: [config.get(key, "") for config in configs] for key in keys}
     filled = {key: values for key, values in table.items() if len(set(values)) > 1}
     return {key: values for key, values in filled.items() if not (_is_empty(values) and _has_keys(key, filled))}
+
+
+def _is_of_the_run(key: str) -> bool:
+    """Whether a key tells nothing of the experiment, but of one of its runs."""
+    return any(key == name or key.startswith(f"{name}.") for name in ("run.dir", "run.seed", *WATCHING))
 
 
 def _is_empty(values: list[str]) -> bool:

@@ -17,7 +17,7 @@ from atr_scale.config import RunConfig, parse_config
 from atr_scale.errors import UserError
 from atr_scale.evaluation.facts import Facts
 from atr_scale.evaluation.result import evaluate_retrieval
-from atr_scale.evaluation.results import record_results, record_training
+from atr_scale.evaluation.results import config_digest, record_results, record_training
 from atr_scale.evaluation.retrieval_scores import ScoreMatrix
 from atr_scale.experiments.compare import ALL, bootstrap_means, compare_runs, split_by
 from atr_scale.experiments.evaluated import read_experiments
@@ -97,6 +97,23 @@ def test_one_run_evaluated_in_two_ways_is_two_experiments(runs: list[Path], tmp_
         found = compare_runs([runs[0], runs[1], other])
         assert [len(one.runs) for one in found.experiments] == [2, 1]
         assert list(found.differing.values()) == [[table["results"][0][key], value]]
+
+
+def test_how_a_run_is_watched_makes_no_other_experiment(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, lr=1e-3, seed=0, noise=1.0) for name in ("plain", "traced")]
+    digests = []
+    for run, profile in zip(runs, (None, {"start": 3}), strict=True):
+        table = json.loads((run / "results.json").read_text())
+        table["config"] = {
+            "run": {},
+            "train": {"lr": float(profile is None), "profile": profile},
+            "monitor": [run.name],
+        }
+        digests.append(config_digest({**table["config"], "train": {"lr": 1.0, "profile": profile}}))
+        table["config_digest"] = run.name
+        (run / "results.json").write_text(json.dumps(table))
+    assert digests[0] == digests[1] == config_digest({"run": {}, "train": {"lr": 1.0}})
+    assert compare_runs(runs).differing == {"train.lr": ["1.0", "0.0"]}
 
 
 def test_a_section_that_one_experiment_fills_is_shown_by_its_keys(tmp_path: Path) -> None:

@@ -131,6 +131,19 @@ def test_evaluate_refuses_what_has_no_moments(files: Files, tmp_path: Path) -> N
         with pytest.raises(UserError, match=says):
             app([str(part) for part in ("evaluate", *arguments, "--out", tmp_path / "out")], standalone_mode=False)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot create .*choose another --out"):
+        arguments = (
+            "evaluate",
+            files.tap,
+            "--moments",
+            files.moments,
+            "--audio",
+            files.audio,
+            "--out",
+            tmp_path / "file",
+        )
+        app([str(part) for part in arguments], standalone_mode=False)
 
 
 def test_search_tells_the_moments_of_its_hits(files: Files) -> None:
