@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from atr_scale.export.origin import Origin
@@ -111,7 +112,7 @@ def _examples(origin: Origin, model: TrainedModel, formats: Sequence[str]) -> It
     yield f"```python\n{TORCH.format(**values)}```"
     if dual:
         yield "Search with NumPy alone, after the sounds of a folder have been embedded:"
-        yield f"    atr-scale embed {origin.names.model} FOLDER --out sounds.npy"
+        yield f"    atr-scale embed {quote(origin.names.model)} FOLDER --out sounds.npy"
         yield f"```python\n{NUMPY.format(**values)}```"
     if {"onnx/text.onnx", "onnx/audio.onnx"} <= set(formats):
         yield "Both towers with onnxruntime, tokenizers and soundfile, without PyTorch:"

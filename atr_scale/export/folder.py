@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ def export_run(
     out = Path(os.path.abspath(out))
     if unknown := [name for name in formats or () if name not in FORMATS]:
         raise UserError(f"no format is called {unknown[0]!r}: choose of {', '.join(FORMATS)}")
+    if re.search(r"[\"'`\\\x00-\x1f]", out.name):
+        raise UserError(f"--out: the model would be called {out.name!r}: give a name without quotes and backslashes")
     _check_free(out)
     checkpoint = find_checkpoint(location)
     if out.parent.resolve() == checkpoint.resolve().parent and out.parent.name == "checkpoints":

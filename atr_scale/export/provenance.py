@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from shlex import quote
 
 from atr_scale.encoders.pretrained.weights import WEIGHTS as PUBLISHED
 from atr_scale.encoders.text_encoders import TEXT_ENCODERS
@@ -118,7 +119,7 @@ def reproduction_section(origin: Origin) -> Iterator[str]:
         "", [(name, "not known" if value in (None, "") else str(value)) for name, value in rows.items()]
     )
     start = f"torchrun --nproc-per-node {world} -m atr_scale.train" if world and world > 1 else "atr-scale train"
-    yield f"    {start} {names.model}/config.resolved.yaml run.dir=runs/again"
+    yield f"    {start} {quote(names.model + '/config.resolved.yaml')} run.dir=runs/again"
     yield (
         "`config.resolved.yaml` is the whole configuration. Names such as "
         f"`{origin.data[0].label}`, `{OWN_TEXT_ENCODER}` and `{NOT_EXPORTED}` in it stand for files and folders of the "

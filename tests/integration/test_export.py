@@ -121,16 +121,17 @@ def test_the_card_is_complete_and_its_examples_run(place: Path, exported: Path) 
 
 @pytest.mark.slow
 def test_a_pairwise_model_exports_and_says_why_not_more(place: Path, tmp_path: Path) -> None:
-    made = export_run(place / "pairwise", tmp_path / "pairs")
+    made = export_run(place / "pairwise", tmp_path / "two pairs")
     assert all("pairwise" in part.reason for part in made.parts[1:])
     text = (made.folder / "README.md").read_text()
     assert "No results of step 0 were there at the export" in text
     assert "similarity(" in text and "sounds.npy" not in text
+    assert "train 'two pairs/config.resolved.yaml' run.dir=" in text
     with pytest.raises(UserError, match="is pairwise"):
         export_run(place / "pairwise", tmp_path / "more", formats=["sentence-transformers"])
-    assert [path.name for path in tmp_path.iterdir()] == ["pairs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["two pairs"]
     with pytest.raises(UserError, match="not an empty folder"):
-        export_run(place / "pairwise", tmp_path / "pairs")
+        export_run(place / "pairwise", tmp_path / "two pairs")
 
 
 @pytest.mark.slow
@@ -160,6 +161,12 @@ def test_a_disk_that_is_full_only_for_a_library_is_one_line(
 def test_everybody_can_read_weights(place: Path, exported: Path) -> None:
     for path in (place / "run" / "best" / "model.safetensors", *exported.rglob("*.safetensors")):
         assert path.stat().st_mode == (place / "tiny.yaml").stat().st_mode, path
+
+
+@pytest.mark.parametrize("name", ['a"b', "a'b", "a\\b", "a\nb"])
+def test_names_that_the_examples_of_a_card_cannot_hold_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="without quotes"):
+        export_run(tmp_path / "run", tmp_path / name)
 
 
 def test_ranks_of_a_card_have_one_digit() -> None:
