@@ -13,10 +13,12 @@ _SECRET_NAME = (
 )
 _SECRET_NAME_ONLY = re.compile(rf"{_SECRET_NAME}\Z", re.IGNORECASE)
 _ASSIGNMENT = re.compile(rf"""(\b{_SECRET_NAME}["']?\s*[:=]\s*)("[^"\n]+"|'[^'\n]+'|[^\s,;&}}\]"']+)""", re.IGNORECASE)
+_HEADER = re.compile(r"""(\bAuthorization["']?\s*[:=]\s*["']?)[^"'\n]+""", re.IGNORECASE)  # of HTTP
 _RECOGNISABLE = re.compile(
     r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS access key ids
     r"|\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"  # hub, OpenAI, GitHub tokens
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password in an address
+    r"|(?<=\bBearer )[\w.~+/=-]{16,}|(?<=PRIVATE KEY-----)[^-]+"
     r"|(?<=X-Amz-Signature=)\w+|(?<=X-Amz-Credential=)[^&\s]+|(?<=X-Amz-Security-Token=)[^&\s]+"  # pre-signed addresses
 )
 
@@ -31,6 +33,7 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     values = {value for name, value in environ.items() if is_secret_name(name) and len(value) >= SHORTEST_SECRET}
     for value in sorted(values, key=len, reverse=True):  # a secret may contain another
         text = text.replace(value, REDACTED)
+    text = _HEADER.sub(rf"\1{REDACTED}", text)
     return _RECOGNISABLE.sub(REDACTED, _ASSIGNMENT.sub(_redact_assignment, text))
 
 

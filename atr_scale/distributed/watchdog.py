@@ -288,8 +288,9 @@ class Watchdog:
         self._on_hang(reason, first)
         if first:
             report(Failure(reason))
-        if self.world.size > 1 and (first or self.world.rank == 0):
-            # The others write their stacks before a launcher ends them. Rank 0 may serve the store that they ask why.
+        if self.world.size > 1:
+            # Until every rank has read the verdict: the end of one breaks the collective in which the others wait, and
+            # makes a launcher end them. Rank 0 may serve the store.
             time.sleep(max(2 * self._tick, POST_S))
         os._exit(1)
 

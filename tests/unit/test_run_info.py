@@ -61,6 +61,10 @@ def test_names_that_are_no_secrets(name: str) -> None:
         f"HF_TOKEN={CANARY} python train.py",
         f"https://user:{CANARY.replace('/', '')}@host/x",
         f"https://host/x?X-Amz-Signature={'ab' * 32}&X-Amz-Security-Token={CANARY}",
+        f"Authorization: Basic {CANARY}",
+        f"{{'Authorization': 'AWS4-HMAC-SHA256 Credential={CANARY}, Signature={'ab' * 32}', 'Date': 'x'}}",
+        f"refused: Bearer {CANARY}",
+        f"-----BEGIN RSA PRIVATE KEY-----\n{CANARY}\n{'ab' * 32}\n-----END RSA PRIVATE KEY-----",
     ],
 )
 def test_values_beside_secret_names_are_removed(text: str) -> None:
@@ -83,6 +87,7 @@ def test_ordinary_text_is_kept() -> None:
     text = (
         "train:\n  lr: 0.0001\n  temperature: 0.07\ntext:\n  tokenizer: bert\n  max_tokens: 64\n"
         "git: 88ac05c1c2b0d9a9f7e6d5c4b3a29180706f5e4d\ntoken: null\ns3://bucket/key@v2/clotho\nhttp://127.0.0.1:6006"
+        "\nBasic education, the bearer of news\na dog barks: authorization of the owner"
     )
     assert redact(text, {"A_SECRET": "1", "DEBUG_TOKEN": "true"}) == text
 
