@@ -91,7 +91,7 @@ def test_cloud_script_says_what_it_wants() -> None:
     assert "MACHINES" in one_line(call(ROOT / "launch/cloud.sh", "configs/pretrain_wavcaps.yaml"))
 
 
-JOB_SCRIPTS = ["pretrain_wavcaps", "estimate_correspondences", "finetune_clotho", "evaluate"]
+JOB_SCRIPTS = ["train", "pretrain_wavcaps", "estimate_correspondences", "finetune_clotho", "evaluate"]
 
 
 def outside_of_a_job(script: str, *arguments: str, path: str) -> subprocess.CompletedProcess[str]:

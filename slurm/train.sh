@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Trains any configuration:
+#   sbatch slurm/train.sh configs/esc50.yaml
+#   sbatch slurm/train.sh configs/esc50.yaml run.seed=1 run.dir=runs/esc50-1
+#   sbatch --nodes 1-4 slurm/train.sh configs/own_recordings.yaml       on as many nodes as are free, at each start anew
+#   one=$(sbatch --parsable slurm/train.sh configs/esc50.yaml)
+#   sbatch --dependency=afterok:$one slurm/evaluate.sh runs/esc50 --split test
+# One task for each GPU. Options of sbatch override those below, for example --gpus-per-node 4 --ntasks-per-node 4. Five
+# minutes before the time limit, or whenever USR1 arrives, the job saves and requeues itself; the run then continues, also
+# on another number of nodes. A lost node costs the steps since the last checkpoint: see train.checkpoint_every.
+#SBATCH --job-name=train
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" # SLURM runs a copy of this file from elsewhere
+if [[ ! -e slurm/prologue.sh ]]; then
+    echo "error: no slurm/prologue.sh in $PWD: submit from the folder that holds slurm/" >&2
+    exit 2
+fi
+# shellcheck source=slurm/prologue.sh
+source slurm/prologue.sh
+[[ -n ${SWEEP:-} ]] || (($#)) || refuse "no configuration: sbatch slurm/train.sh CONFIG [key.sub=value ...]"
+train "$@"
