@@ -2,105 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from atr_scale.experiments.sweep import last_error
 from tests.tiny import TinyInputs, make_tiny_inputs, read_training, write_tiny_config
-
-ROOT = Path(__file__).parents[2]
-LAB = ROOT / "tools/slurm_lab.sh"
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "nsenter", "ip")
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+from tools.cluster import ROOT, Cluster, no_cluster, running_cluster
 
 pytestmark = pytest.mark.slow
 
 
-class Cluster:
-    """Three nodes, one more than a job takes; jobs are submitted as users do."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        variables = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-        self.environment = variables | {
-            "PATH": PATH,
-            "SLURM_CONF": str(folder / "slurm.conf"),
-            "OMP_NUM_THREADS": "1",
-            "INTERFACE": "eth0",
-            "HEALTH_SECONDS": "120",
-        }
-
-    def call(self, *command: str, **variables: str) -> str:
-        environment = self.environment | variables
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, f"{command}: {result.stderr}"
-        return result.stdout.strip()
-
-    def submit(self, config: Path, *overrides: str, **variables: str) -> str:
-        return self.sbatch("pretrain_wavcaps", *overrides, CONFIG=str(config), **variables)
-
-    def sbatch(self, script: str, *arguments: str, after: str | None = None, **variables: str) -> str:
-        """Two nodes without GPUs, a rank on each, once the job `after` has succeeded; the job's number."""
-        size = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
-        log = f"--output={self.folder}/job-%j.log"
-        order = [f"--dependency=afterok:{after}"] if after else []
-        path = str(ROOT / f"slurm/{script}.sh")
-        return self.call("sbatch", "--parsable", *size, *order, log, path, *arguments, **variables)
-
-    def lab(self, action: str, node: str) -> None:
-        """What happens to a node, such as node2: see tools/slurm_lab.sh."""
-        self.call(str(LAB), str(self.folder), action, node.removeprefix("node"))
-
-    def nodes(self, number: str) -> list[str]:
-        return self.call("scontrol", "show", "hostnames", self.job(number)["NodeList"]).split()
-
-    def job(self, number: str) -> dict[str, str]:
-        words = self.call("scontrol", "show", "job", number).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
-
-    def log(self, number: str) -> str:
-        path = self.folder / f"job-{number}.log"
-        return path.read_text() if path.exists() else ""
-
-    def last_line(self, number: str) -> str:
-        return self.log(number).splitlines()[-1]
-
-    def wait(self, number: str, reached: Callable[[], bool], seconds: float = 300) -> None:
-        deadline = time.monotonic() + seconds
-        while not reached():
-            assert time.monotonic() < deadline, f"{self.job(number)}\n{self.log(number)}"
-            time.sleep(0.3)
-
-    def finish(self, number: str) -> dict[str, str]:
-        """The job's last state."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.wait(number, lambda: self.job(number)["JobState"] in over)
-        return self.job(number)
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if os.geteuid() != 0:
-        pytest.skip("a cluster in a box needs root")
-    missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    folder = tmp_path_factory.mktemp("cluster") / "lab"
-    for path in ROOT.glob(".failures-*"):  # of an earlier cluster, whose jobs had the same numbers
-        path.unlink()
-    try:
-        subprocess.run([LAB, folder, "start", "3"], check=True, timeout=240)
-        yield Cluster(folder)
-    finally:
-        subprocess.run([LAB, folder, "stop"], check=True, timeout=120)
+    """Three nodes, one more than a job takes."""
+    if reason := no_cluster():
+        pytest.skip(reason)
+    with running_cluster(tmp_path_factory.mktemp("cluster") / "lab", 3) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
