@@ -2,12 +2,13 @@
 # Trains any configuration:
 #   sbatch slurm/train.sh configs/esc50.yaml
 #   sbatch slurm/train.sh configs/esc50.yaml run.seed=1 run.dir=runs/esc50-1
-#   sbatch --nodes 1-4 slurm/train.sh configs/own_recordings.yaml       on as many nodes as are free, at each start anew
+#   sbatch --nodes 1-4 --gpus-per-node 4 --ntasks-per-node 4 slurm/train.sh configs/esc50.yaml
 #   one=$(sbatch --parsable slurm/train.sh configs/esc50.yaml)
 #   sbatch --dependency=afterok:$one slurm/evaluate.sh runs/esc50 --split test
-# One task for each GPU. Options of sbatch override those below, for example --gpus-per-node 4 --ntasks-per-node 4. Five
-# minutes before the time limit, or whenever USR1 arrives, the job saves and requeues itself; the run then continues, also
-# on another number of nodes. A lost node costs the steps since the last checkpoint: see train.checkpoint_every.
+# One task for each GPU. Options of sbatch override those below. Five minutes before the time limit, or whenever USR1 arrives,
+# the job saves and requeues itself; the run then continues. With --nodes 1-4 each start takes as many nodes as are free, but
+# SLURM gives no more than the fewest nodes have tasks, which are 4 above. A lost node costs the steps since the last
+# checkpoint: see train.checkpoint_every.
 #SBATCH --job-name=train
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1

@@ -37,8 +37,8 @@ class Cluster:
     variables: further environment of what is submitted.
     """
 
-    def __init__(self, folder: Path, **variables: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, root: Path = ROOT, **variables: str) -> None:
+        self.folder, self.root = folder, root
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         self.environment = inherited | {
             "PATH": PATH,
@@ -52,7 +52,7 @@ class Cluster:
     def call(self, *command: str, **variables: str) -> str:
         """What a command prints. Raises Failure if it fails."""
         environment = self.environment | variables
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=120)
         if result.returncode != 0:
             raise Failure(f"{command}: {result.stderr}")
         return result.stdout.strip()
@@ -60,16 +60,28 @@ class Cluster:
     def submit(self, config: Path, *overrides: str, **variables: str) -> str:
         return self.sbatch("pretrain_wavcaps", *overrides, CONFIG=str(config), **variables)
 
-    def sbatch(self, script: str, *arguments: str, after: str | None = None, nodes: str = "2", **variables: str) -> str:
-        """Nodes without GPUs, a rank on each, once the job `after` has succeeded; the job's number.
+    def sbatch(
+        self,
+        script: str,
+        *arguments: str,
+        after: str | None = None,
+        nodes: str = "2",
+        ranks: str = "1",
+        **variables: str,
+    ) -> str:
+        """Nodes without GPUs, once the job `after` has succeeded; the job's number.
 
-        nodes: how many, or "least-most".
+        nodes: how many, or "least-most". ranks: on each node.
         """
-        size = (f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
+        size = (f"--nodes={nodes}", f"--ntasks-per-node={ranks}", "--gpus-per-node=0", "--cpus-per-task=1")
         log = f"--output={self.folder}/job-%j.log"
         order = [f"--dependency=afterok:{after}"] if after else []
-        path = str(ROOT / f"slurm/{script}.sh")
+        path = str(self.root / f"slurm/{script}.sh")
         return self.call("sbatch", "--parsable", *size, *order, log, path, *arguments, **variables)
+
+    def idle(self) -> int:
+        """How many nodes have nothing to do."""
+        return int(self.call("sinfo", "--noheader", "--states=idle", "--format=%D") or 0)
 
     def lab(self, action: str, node: str) -> None:
         """What happens to a node, such as node2: see tools/slurm_lab.sh."""
@@ -99,19 +111,19 @@ class Cluster:
                 raise Failure(f"not reached within {seconds} s: {self.job(number)}\n{self.log(number)}")
             time.sleep(0.3)
 
-    def finish(self, number: str) -> dict[str, str]:
-        """Wait for the end of a job; its last state."""
-        self.wait(number, lambda: self.job(number)["JobState"] in OVER)
+    def finish(self, number: str, seconds: float = 300) -> dict[str, str]:
+        """Wait for the end of a job; its last state. Raises Failure if that takes longer."""
+        self.wait(number, lambda: self.job(number)["JobState"] in OVER, seconds)
         return self.job(number)
 
 
 @contextmanager
-def running_cluster(folder: Path, nodes: int, **variables: str) -> Iterator[Cluster]:
+def running_cluster(folder: Path, nodes: int, root: Path = ROOT, **variables: str) -> Iterator[Cluster]:
     """A new cluster of so many nodes. At the end all that runs on them is ended."""
-    for path in ROOT.glob(".failures-*"):  # of an earlier cluster, whose jobs had the same numbers
+    for path in root.glob(".failures-*"):  # of an earlier cluster, whose jobs had the same numbers
         path.unlink()
     try:
         subprocess.run([LAB, folder, "start", str(nodes)], check=True, timeout=240)
-        yield Cluster(folder, **variables)
+        yield Cluster(folder, root, **variables)
     finally:
         subprocess.run([LAB, folder, "stop"], check=True, timeout=120)
