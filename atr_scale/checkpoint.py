@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from atr_scale.checkpoint_writer import Trained, Writing, take
+from atr_scale.checkpoint_writer import HostCopies, Trained, Writing, take
 from atr_scale.config import RunConfig, load_config
 from atr_scale.distributed.world import World
 from atr_scale.encoders.text import TextEncoder
@@ -62,10 +62,15 @@ def start_saving(
     world: World,
     config_yaml: str,
     state: dict[str, Any],
-    afterwards: Callable[[], object] | None = None,
+    copies: HostCopies | None = None,
+    **calls: Callable[..., object],
 ) -> Writing:
-    """`save` that waits for a copy of the state alone; the files are written behind. afterwards: see `Writing`."""
-    return Writing(run, folder_of(run, state["step"]), take(trained, world, config_yaml, state), world, afterwards)
+    """`save` that waits for a copy of the state alone; the files are written behind.
+
+    copies: see `take`. calls: `afterwards` and `failed` of `Writing`.
+    """
+    snapshot = take(trained, world, config_yaml, state, copies)
+    return Writing(run, folder_of(run, state["step"]), snapshot, world, **calls)
 
 
 def folder_of(run: Path, step: int) -> Path:

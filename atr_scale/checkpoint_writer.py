@@ -9,6 +9,7 @@ checkpoint before it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,6 +44,24 @@ from atr_scale.run_checkpoints import (
 
 PATIENCE_S = 20.0  # for the files of other ranks, after this one has failed
 POLL_S = 0.05  # between two looks at whether the other ranks have written
+LISTEN_S = 0.5  # between two looks at whether one of them cannot
+
+
+class HostCopies:
+    """Copies of tensors in main memory, which is kept: new pages take three times as long as the copy itself.
+
+    So the next copies of the same names replace those before.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """A contiguous copy, complete on return."""
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return kept.copy_(tensor.detach())
 
 
 class Trained(Protocol):
@@ -52,11 +72,11 @@ class Trained(Protocol):
     def state(self) -> dict[str, Any]:
         """What a resume needs beside the files, equal on all ranks."""
 
-    def files(self) -> dict[str, dict[str, Tensor]]:
-        """What this rank writes for a resume beside the weights: copies on the host, by file and by name."""
+    def files(self, copies: HostCopies) -> dict[str, dict[str, Tensor]]:
+        """What this rank writes for a resume beside the weights: copies, by file and by name."""
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """Copies of the weights on the host of the main rank, {} on the others."""
+    def full_weights(self, copies: HostCopies) -> dict[str, Tensor]:
+        """Copies of the weights on the main rank, {} on the others."""
 
 
 class DiskFull(Failure):
@@ -72,10 +92,16 @@ class Snapshot:
     text_encoder: TextEncoder | None  # on the main rank; its configuration and tokenizer do not change
 
 
-def take(trained: Trained, world: World, config_yaml: str, state: dict[str, Any]) -> Snapshot:
-    """Copy the state of all ranks into their main memory. All ranks call this together."""
-    tensors, texts = trained.files(), dict[str, str]()
-    weights = trained.full_weights()
+def take(
+    trained: Trained, world: World, config_yaml: str, state: dict[str, Any], copies: HostCopies | None = None
+) -> Snapshot:
+    """Copy the state of all ranks into their main memory. All ranks call this together, between two steps.
+
+    copies: the memory of the save before, whose files must have been written.
+    """
+    copies = copies or HostCopies()
+    tensors, texts = trained.files(copies), dict[str, str]()
+    weights = trained.full_weights(copies)
     if not world.is_main:
         return Snapshot(tensors, texts, None)
     tensors[WEIGHTS] = weights
@@ -92,18 +118,22 @@ class Writing:
         final: Path,
         snapshot: Snapshot,
         world: World,
-        afterwards: Callable[[], object] | None = None,
+        afterwards: Callable[[], object] = lambda: None,
+        failed: Callable[[Failure], object] = lambda fault: None,
     ) -> None:
-        """afterwards: called by the thread of the main rank when the checkpoint is there; None: nothing is.
+        """afterwards, failed: called by the thread of the main rank, when the checkpoint is there or when it is known
+        that a rank could not write, within a second. The run may be at any step then.
 
         Raises Failure, DiskFull if the disk is full, if the folder cannot be made.
         """
-        self.run, self.final, self.world, self._afterwards = run, final, world, afterwards
+        self.run, self.final, self.world, self._afterwards, self._failed = run, final, world, afterwards, failed
         self._snapshot: Snapshot | None = snapshot
         self._folder = final.with_name(f".{final.name}.partial")
         self._fault: Failure | None = None
         self._error: BaseException | None = None  # any other, which is ours
         self._ended: float | None = None
+        self._store: Any = None  # a connection of the thread's own
+        self._listens = 0.0  # the next time
         self._own_done, self._abandoned = threading.Event(), threading.Event()
         self._together(self._make_folder() if world.is_main else None)
         self._thread = threading.Thread(target=self._write, name="checkpoint")  # a process that fails ends after it
@@ -157,9 +187,14 @@ class Writing:
                 self._finish(written)
         except (OSError, SafetensorError) as error:
             self._fault = self._as_failure(error)
+            self._tell()
+        except Failure as fault:  # of another rank
+            self._fault = fault
         except BaseException as error:
             self._error = error
         self._own_done.set()
+        if self._fault is not None and self.world.is_main:
+            self._failed(self._fault)
 
     def _own_files(self) -> Files:
         assert self._snapshot is not None
@@ -184,19 +219,45 @@ class Writing:
         return written
 
     def _finish(self, files: Files) -> None:
-        """Wait until all ranks have written, and make a checkpoint of their files."""
+        """Wait until all ranks have written, and make a checkpoint of their files. Failure if one of them cannot."""
         for rank in range(1, self.world.size):
             said = self._said(rank)
             while not said.is_file():
                 if self._abandoned.wait(POLL_S) or self._has_ended():
                     return
+                if fault := self._told():
+                    raise fault
             files |= json.loads(said.read_text(encoding="utf-8"))
             said.unlink()
         write_manifest(self._folder, files)
         rename(self._folder, self.final)
         link(self.run, "latest", self.final)
-        if self._afterwards is not None:
-            self._afterwards()
+        self._afterwards()
+
+    def _tell(self) -> None:
+        """The main rank is told now that this one has failed; without a store, when both ask for the result."""
+        if not self.world.is_main and self.world.store is not None:
+            told = json.dumps([isinstance(self._fault, DiskFull), str(self._fault)])
+            with contextlib.suppress(RuntimeError):  # the store is gone, and so is the run
+                self.world.store.clone().set(self._key, told)
+
+    def _told(self) -> Failure | None:
+        """The fault of another rank, if one has told of it."""
+        if self.world.store is None or time.monotonic() < self._listens:
+            return None
+        self._listens = time.monotonic() + LISTEN_S
+        try:
+            self._store = self._store or self.world.store.clone()
+            if not self._store.check([self._key]):
+                return None
+            full, text = json.loads(self._store.get(self._key))
+        except RuntimeError:  # the store is gone, and so is the run
+            return None
+        return DiskFull(text) if full else Failure(text)
+
+    @property
+    def _key(self) -> str:
+        return f"{self.final.name} cannot be written"
 
     def _has_ended(self) -> bool:
         """Whether this process has ended, but for this thread, and other ranks have had time to write."""

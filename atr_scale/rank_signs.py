@@ -48,6 +48,7 @@ class RankSign:
     skipped_steps: int | None
     fp16_overflows: int | None
     retries: int
+    failed_saves: int
     reason: str | None
 
     @property
@@ -98,6 +99,7 @@ def _sign(values: Mapping[str, Any], path: Path) -> RankSign | None:
         skipped_steps=int_in(values, "skipped_steps"),
         fp16_overflows=int_in(values, "fp16_overflows"),
         retries=int_in(values, "retries") or 0,
+        failed_saves=int_in(values, "failed_saves") or 0,
         reason=text_in(values, "reason"),
     )
 

@@ -101,6 +101,7 @@ class RunStatus:
     skipped_steps: int
     fp16_overflows: int
     retries: int
+    failed_saves: int
     world_size: int | None
     ranks: list[RankSign]
     silent_ranks: list[int]
@@ -190,6 +191,7 @@ def read_status(run: Path) -> RunStatus:
         skipped_steps=_count("skipped_steps", main, logged),
         fp16_overflows=_count("fp16_overflows", main, logged),
         retries=sum(sign.retries for sign in signs),
+        failed_saves=max((sign.failed_saves for sign in signs), default=0),
         world_size=world_size,
         ranks=signs,
         silent_ranks=[rank for rank in range(world_size or 0) if rank not in answering] if state in RUNNING else [],

@@ -93,9 +93,10 @@ def _rate(status: RunStatus) -> str:
 
 
 def _checkpoint(status: RunStatus) -> str:
+    failed = f"; failed since: {_many(status.failed_saves, 'save')}" if status.failed_saves else ""
     if status.checkpoint_step is None:
-        return "none yet" if status.running else "none"
-    found = f"step {status.checkpoint_step:,}, {_ago(status.checkpoint_age_s)}"
+        return f"none{' yet' if status.running else ''}{failed}"
+    found = f"step {status.checkpoint_step:,}, {_ago(status.checkpoint_age_s)}{failed}"
     if status.best_step is not None:
         found += f"; best: step {status.best_step:,}"
         if status.best_value is not None:  # without a metric: the default of evaluation.select

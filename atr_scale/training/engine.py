@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from atr_scale.batch import Batch, on_device
+from atr_scale.checkpoint_writer import HostCopies
 from atr_scale.config_train import TrainSection
 from atr_scale.distributed.start import device_as_local_rank
 from atr_scale.distributed.world import World
@@ -179,26 +180,29 @@ class Engine:
         clip = ((norm / scale + 1e-6) / limit).clamp(min=1.0) if limit else torch.ones_like(norm)
         self.optimizer.grad_scale, self.optimizer.found_inf = scale * clip, found_inf
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """The model's state as fp32 CPU tensors on the main rank ({} on others); sharded parameters are gathered."""
-        out = {}
+    def full_weights(self, copies: HostCopies | None = None) -> dict[str, Tensor]:
+        """The model's state as fp32 CPU tensors on the main rank ({} on others); sharded parameters are gathered.
+
+        copies: whose memory is used, by default new one.
+        """
+        copies, out = copies or HostCopies(), {}
         for name, value in self.model.state_dict(keep_vars=True).items():
             shards = [value] if hasattr(value, "ds_id") else []
             with deepspeed.zero.GatheredParameters(shards, enabled=bool(shards)):
                 if self.world.is_main:
-                    out[name] = value.detach().cpu().clone().contiguous()
+                    out[name] = copies.copy(name, value)
         return out
 
     def state(self) -> dict[str, Any]:
         """What a resume needs beside weights and moments, equal on all ranks."""
         return {"updates": updates_made(self.optimizer.state), **self.scale.state()}
 
-    def files(self) -> dict[str, dict[str, Tensor]]:
+    def files(self, copies: HostCopies) -> dict[str, dict[str, Tensor]]:
         """This rank's part of the optimizer's moments, for `checkpoint_writer`."""
         own = self._pieces()
         if self.train.zero_stage == 0:
             own = share(own, self.world.rank, self.world.size)
-        return {file_of(self.world.rank): moments(own, self.optimizer.state)}
+        return {file_of(self.world.rank): moments(own, self.optimizer.state, copies)}
 
     def load(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Load the optimizer's moments and the loss scale of a checkpoint whose weights the model has already.

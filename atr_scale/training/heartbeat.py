@@ -74,6 +74,7 @@ class Heartbeat:
         self._started = self._progressed = time.time()
         self._fields: dict[str, Any] = {
             "steps": None, "samples_seen": 0, "dropped": {}, "skipped_steps": 0, "fp16_overflows": 0, "retries": 0,
+            "failed_saves": 0,
         }  # fmt: skip
         self._reason: str | None = None
         self._ended, self._written = threading.Event(), False
@@ -93,7 +94,7 @@ class Heartbeat:
         self._last_step, self.step, self.batches_read = now, step, 0
 
     def tell(self, **fields: Any) -> None:
-        """Set fields of the file: steps, samples_seen, dropped, skipped_steps, fp16_overflows, retries."""
+        """Set fields of the file: steps, samples_seen, dropped, counts of faults."""
         self._fields.update(fields)
 
     @contextlib.contextmanager

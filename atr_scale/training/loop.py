@@ -125,7 +125,7 @@ class Training:
         self.validator = Validator(
             config, validation, self.parts.tokenizer, world, device, self.monitor, self._is_told_to_stop
         )
-        self.saver = Saver(config, world, self.monitor, resume_from)
+        self.saver = Saver(config, world, self.monitor, resume_from, self.heartbeat)
         self.record = Record(config, self.progress, self.parts.length, self.monitor, world, device)
         self.profile = StepProfile(config.train.profile, self.run_dir, world.rank, device, self.parts.length.steps)
         self.heartbeat.tell(steps=self.parts.length.steps)
@@ -275,6 +275,7 @@ class Training:
             ended,
         )
         self.heartbeat.beat(self.progress.step)
+        self.saver.record()
 
     def _read(self) -> None:
         """Read the result of the step that has not been read yet: count, log, and learn whether to stop."""
@@ -343,7 +344,7 @@ class Training:
         select = self.config.evaluation.select
         score = selection_score({name: each.metrics for name, each in found.items()}, select)
         folder = checkpoint.folder_of(self.run_dir, self.progress.step)
-        saved = self._finish_save() and folder == self.saver.last  # else the disk was full
+        saved = self._finish_save() and folder == self.saver.last  # else it has failed
         improved = saved and score > self.progress.best
         if improved:
             self.progress.best, self.progress.best_metric = score, select
@@ -377,7 +378,7 @@ class Training:
         self.record.saved(time.perf_counter() - start)
 
     def _finish_save(self) -> bool:
-        """Wait for the files of the last save. Returns whether there was space for it."""
+        """Wait for the files of the last save. Returns whether it is there."""
         with self.heartbeat.wait("saving"):
             return self.saver.finish(self._ends)
 

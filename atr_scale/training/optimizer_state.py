@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from atr_scale.checkpoint_writer import HostCopies
 from atr_scale.errors import UserError
 from atr_scale.training.partitions import Partitions
 
@@ -78,14 +79,17 @@ def share(whole: list[HeldPiece], rank: int, ranks: int) -> list[HeldPiece]:
     return [cut(piece) for piece in whole]
 
 
-def moments(own: list[HeldPiece], state: Mapping[Tensor, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Copies of the moments of the pieces on the host, by the names of the file. state: that of torch's optimizer."""
-    return {
-        f"{kind}/{piece.start}/{piece.name}": piece.of(state[piece.holder][kind]).to("cpu", copy=True)
+def moments(
+    own: list[HeldPiece], state: Mapping[Tensor, Mapping[str, Tensor]], copies: HostCopies
+) -> dict[str, Tensor]:
+    """Copies of the moments of the pieces, by the names of the file. state: that of torch's optimizer."""
+    held = {
+        f"{kind}/{piece.start}/{piece.name}": piece.of(state[piece.holder][kind])
         for piece in own
         if piece.stop > piece.start and piece.holder in state
         for kind in MOMENTS
     }
+    return {name: copies.copy(name, moment) for name, moment in held.items()}
 
 
 def updates_made(state: Mapping[Tensor, Mapping[str, Tensor]]) -> int:

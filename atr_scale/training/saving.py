@@ -1,4 +1,6 @@
-"""Saving on a disk that may be full: training goes on without the checkpoint, and the next save tries again."""
+"""Saving behind training, on a disk that may fail: training goes on without the checkpoint, and the next save tries
+again.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,13 @@ from typing import Any
 from torch import nn
 
 from atr_scale import checkpoint, run_checkpoints
-from atr_scale.checkpoint_writer import DiskFull, Trained, Writing
+from atr_scale.checkpoint_writer import DiskFull, HostCopies, Trained, Writing
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import Failure
 from atr_scale.files import disk_of
 from atr_scale.memory import as_text
+from atr_scale.training.heartbeat import Heartbeat
 from atr_scale.training.monitor import Monitor
 
 logger = logging.getLogger(__name__)
@@ -30,15 +33,22 @@ BYTES_OF_A_LEARNED_PARAMETER = 8  # of its two moments
 class Saver:
     """Saves the checkpoints of a run. Every rank has one, and all call it together.
 
-    last: the newest sound checkpoint, None before the first one. failed: saves since then that had no space.
+    last: the newest sound checkpoint, None before the first one. failed: saves in a row since then that have failed.
+    heartbeat: is told of them.
     """
 
-    def __init__(self, config: RunConfig, world: World, monitor: Monitor, last: Path | None) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, monitor: Monitor, last: Path | None, heartbeat: Heartbeat | None = None
+    ) -> None:
         self.config, self.world, self.monitor, self.last = config, world, monitor, last
+        self.heartbeat = heartbeat or Heartbeat()
         self.run, self.keep = Path(config.run.dir), config.train.keep_checkpoints
         self.failed = 0
+        self._copies = HostCopies()
         self._writing: Writing | None = None
         self._unsaved = 0, 0  # step and bytes of the save that is being made
+        self._fault: str | None = None  # of this save, when it is known
+        self._recorded = 0  # `failed` of the last line of metrics
 
     def start(self, trained: Trained, state: dict[str, Any], ends: Callable[[], bool]) -> None:
         """Copy the state of all ranks; threads write it while training goes on. The save before is finished first.
@@ -48,17 +58,18 @@ class Saver:
         """
         self.finish(lambda: False)  # this one is still to be tried
         needed = self.world.from_main(lambda: self._bytes(trained.model))
-        self._unsaved = state["step"], needed
+        self._unsaved, self._fault = (state["step"], needed), None
         try:
             self.world.from_main(lambda: self._make_space(needed))
             self._writing = checkpoint.start_saving(
-                self.run, trained, self.world, self.config.to_yaml(), state, self._prune
-            )
-        except DiskFull:
-            self._not_saved(ends())
+                self.run, trained, self.world, self.config.to_yaml(), state, self._copies,
+                afterwards=self._prune, failed=self._note,
+            )  # fmt: skip
+        except Failure as fault:
+            self._not_saved(fault, ends())
 
     def finish(self, ends: Callable[[], bool]) -> bool:
-        """Wait for the save that is being written, and say whether there was space for the last one that was started.
+        """Wait for the save that is being written, and say whether the last one that was started is there.
 
         ends: whether the run ends after this save; all ranks call it together. Raises Failure if the run ends and
         cannot be saved.
@@ -68,13 +79,19 @@ class Saver:
             return not self.failed
         try:
             self.last = writing.result()
-        except DiskFull:
-            self._not_saved(ends())
+        except Failure as fault:
+            self._not_saved(fault, ends())
             return False
-        if self.failed:
-            self.failed = 0
-            self.monitor.saving(self._unsaved[0], 0)
+        self.failed = 0
+        self.heartbeat.tell(failed_saves=0)
+        self.record()
         return True
+
+    def record(self) -> None:
+        """Write to the metrics that the save has failed, if that is new. No rank waits for another."""
+        if self.failed != self._recorded:
+            self._recorded = self.failed
+            self.monitor.saving(self._unsaved[0], self.failed)
 
     def _prune(self) -> None:
         newest = checkpoint.folder_of(self.run, self._unsaved[0])
@@ -98,16 +115,27 @@ class Saver:
         if shutil.disk_usage(self.run).free < needed:
             raise DiskFull("no space")
 
-    def _not_saved(self, ends: bool) -> None:
-        self.failed += 1
+    def _note(self, fault: Failure) -> None:
+        """Say that this save has failed. Called by any thread, by that of the main rank as soon as it is known."""
+        if self._fault is not None:
+            return
         step, needed = self._unsaved
-        self.monitor.saving(step, self.failed)
+        reason = str(fault).removeprefix(f"cannot save to {self.run}: ")
+        if isinstance(fault, DiskFull):
+            reason = (
+                f"the disk {disk_of(self.run)} is full: a checkpoint needs {as_text(needed)}, "
+                f"{as_text(shutil.disk_usage(self.run).free)} are free"
+            )
         since = f"nothing is saved since {self.last.name if self.last else 'the start'}"
-        fault = (
-            f"step {step} of {self.run} cannot be saved: the disk {disk_of(self.run)} is full: a checkpoint needs "
-            f"{as_text(needed)}, {as_text(shutil.disk_usage(self.run).free)} are free; {since}"
-        )
-        if ends:
-            raise Failure(f"{fault}: make space, and start the same command again")
+        self._fault = f"step {step} of {self.run} cannot be saved: {reason}; {since}"
+        self.failed += 1
+        self.heartbeat.tell(failed_saves=self.failed)
         if self.world.is_main:
-            logger.error("%s; training goes on, and the next save tries again", fault)
+            logger.error("%s; training goes on, and the next save tries again", self._fault)
+
+    def _not_saved(self, fault: Failure, ends: bool) -> None:
+        self._note(fault)
+        self.record()
+        if ends:
+            remedy = "make space" if isinstance(fault, DiskFull) else "mend that"
+            raise Failure(f"{self._fault}: {remedy}, and start the same command again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from atr_scale import checkpoint
+from atr_scale.checkpoint_writer import Writing
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
+from atr_scale.run_checkpoints import Files
 from atr_scale.training.schedule import seeds
 from tests.tiny_run import tiny_config
 from tools.parity import parameters, start, with_train
@@ -91,3 +94,51 @@ def test_moments_pass_through_every_stage_to_the_bit(folder: Path, tmp_path: Pat
         for name, vector in expected.items():
             assert np.array_equal(found[name], vector), (ranks, stage, name)
         assert any(vector.any() for vector in found.values())
+
+
+def saved_behind(config: RunConfig) -> dict[int, tuple[set[str], set[str]]]:
+    """By ZeRO stage: the tensors that a save behind training has other values of than one that training waits for, and
+    those that training has changed meanwhile.
+    """
+    world, found, may_write = World.current(), dict[int, tuple[set[str], set[str]]](), threading.Event()
+    own_files = Writing._own_files
+
+    def later(self: Writing) -> Files:
+        may_write.wait()
+        return own_files(self)
+
+    Writing._own_files = later  # type: ignore[method-assign]
+    for stage in range(4):
+        engine, batches = start(with_train(config, zero_stage=stage))
+
+        def train(number: int, engine: Any = engine, batches: Any = batches) -> None:
+            engine.update([next(batches)], RATES, seeds(config.run.seed, number, 1, world.rank))
+
+        run = Path(config.run.dir) / str(stage)
+        train(0)
+        may_write.set()
+        waited_for = checkpoint.save(run, engine, world, config.to_yaml(), {"step": 0})
+        may_write.clear()
+        writing = checkpoint.start_saving(run, engine, world, config.to_yaml(), {"step": 1})
+        train(1)
+        may_write.set()
+        behind = writing.result()
+        after = checkpoint.save(run, engine, world, config.to_yaml(), {"step": 2})
+        found[stage] = different(waited_for, behind), different(behind, after)
+    return found
+
+
+def different(one: Path, other: Path) -> set[str]:
+    names = [path.relative_to(one) for path in one.rglob("*.safetensors")]
+    assert len(names) == 3  # weights, and the moments of two ranks
+    pairs = [(load_file(one / name), load_file(other / name)) for name in names]
+    assert all(a.keys() == b.keys() for a, b in pairs)
+    return {key for a, b in pairs for key in a if not np.array_equal(a[key], b[key])}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_has_the_state_of_its_step_while_training_goes_on(folder: Path, tmp_path: Path) -> None:
+    found = run_ranks(saved_behind, 2, tiny_config(folder, tmp_path / "run"))[0]
+    for stage, (wrong, trained) in found.items():
+        assert not wrong, stage
+        assert len(trained) > 10, stage

@@ -13,6 +13,7 @@ import pytest
 
 from atr_scale.run_checkpoints import newest_first, verify
 from atr_scale.run_files import CHANGED_DATA, METRICS, read_json_lines
+from atr_scale.status import read_status
 from tests.faults.runs import TinyRuns, steps_of
 from tests.tiny import make_tiny_inputs
 
@@ -125,6 +126,37 @@ def test_a_disk_that_becomes_full(runs: TinyRuns, small_disk: Path, outcome: Cal
     (kept,) = newest_first(small_disk)
     assert verify(kept) == [] and [path.name for path in kept.parent.iterdir()] == [kept.name]
     outcome(f"went on without a save, rc 1 at the end, {kept.name} intact")
+
+
+NOT_ALLOWED = """
+import errno, os
+from atr_scale.checkpoint_writer import Writing
+write = Writing._own_files
+def fails_once(self):
+    if self.world.rank == 1 and self.final.name == "step-16":
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.final.parent))
+    return write(self)
+Writing._own_files = fails_once
+"""
+
+
+@pytest.mark.fault(
+    "one of two ranks may not write its part of a checkpoint",
+    expected="said within seconds by the log, the metrics and `status`; training goes on, and the next save works",
+)
+def test_a_part_that_cannot_be_written(runs: TinyRuns, outcome: Callable[[str], None]) -> None:
+    launcher = runs.start(ranks=2, steps=40, checkpoint_every=16, log_every=1, zero_stage=1, hooks=SLOW + NOT_ALLOWED)
+    run = runs.folder()
+    runs.until_said(f"ERROR rank 0 atr_scale.training.saving: step 16 of {run} cannot be saved: [Errno 13] Permission")
+    runs.until(lambda: read_status(run).failed_saves == 1, "the status tells of it")
+    runs.until(lambda: saves(run) == [1], "the metrics tell of it")
+    assert steps_of(run)[-1] < 32, "before the next save asks for the result"
+    runs.ends_with(0, launcher)
+    assert saves(run) == [1, 0] and read_status(run).failed_saves == 0 and "Traceback" not in runs.said()
+    lines = [line for line in read_json_lines(run / METRICS) if line["kind"] in ("saving", "train")]
+    said = next(number for number, line in enumerate(lines) if line["kind"] == "saving")
+    assert [path.name for path in newest_first(run)] == ["step-40", "step-32"]
+    outcome(f"said {lines[said - 1]['step'] - 16} steps of 0.3 s later; the saves of steps 32 and 40 are there")
 
 
 @pytest.mark.fault("the disk is full when a run starts", expected="one line, exit code 1: a restart may succeed")

@@ -20,7 +20,7 @@ from atr_scale import checkpoint, run_checkpoints
 from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.run_checkpoints import Score
-from tests.faults.runs import TinyRuns
+from tests.faults.runs import TinyRuns, steps_of
 
 METRIC = "t2a/R@1"
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "open"}
@@ -31,8 +31,8 @@ def save(run: Path, step: int, value: float | None, keep: int = 1) -> None:
     trained: Any = SimpleNamespace(
         model=SimpleNamespace(text_encoder=SimpleNamespace(save_files=lambda folder: None)),
         state=dict,
-        files=dict,
-        full_weights=lambda: {"weight": torch.tensor([float(step)])},
+        files=lambda copies: {},
+        full_weights=lambda copies: {"weight": torch.tensor([float(step)])},
     )
     folder = checkpoint.save(run, trained, World(), "", {"step": step})
     run_checkpoints.prune(run, keep)
@@ -93,6 +93,41 @@ def test_a_kill_anywhere_in_a_save_loses_nothing(
     assert operations > 20
     assert checkpoint.find_checkpoint(run).name == (f"step-{step}" if value > 0.5 else "step-1")
     outcome(f"so after a kill at each of {operations} operations")
+
+
+NO_MANIFEST = """
+import sys, time
+from atr_scale import checkpoint_writer
+write = checkpoint_writer.write_manifest
+def waits(folder, files):
+    if folder.name == ".step-4.partial":
+        print("the files of step 4 are written", file=sys.stderr, flush=True)
+        time.sleep(600)
+    write(folder, files)
+checkpoint_writer.write_manifest = waits
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.fault(
+    "kill -9 of both ranks while a checkpoint is written behind training",
+    expected="the checkpoint before it is whole, and the same command goes on from it",
+)
+def test_a_kill_while_training_goes_on(runs: TinyRuns, outcome: Callable[[str], None]) -> None:
+    run, partial = runs.folder(), runs.folder() / "checkpoints" / ".step-4.partial"
+    schedule: dict[str, Any] = {"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 1, "log_every": 1}
+    runs.start(ranks=2, hooks=NO_MANIFEST, **schedule)
+    runs.until_said("the files of step 4 are written")
+    runs.until(lambda: 5 in steps_of(run), "training has gone on")
+    runs.kill_all()
+    assert (partial / "model.safetensors").is_file() and (partial / "optimizer" / "rank-1.safetensors").is_file()
+    before = run_checkpoints.newest_sound(run)
+    assert before is not None and before.name == "step-2" == (run / "latest").resolve().name
+    runs.ends_with(0, runs.start(ranks=2, **schedule))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-6"]
+    assert run_checkpoints.verify(run / "latest") == []
+    outcome("killed with the files of step 4 written and not yet linked; went on from step 2 to the end")
 
 
 def test_the_best_follows_from_the_scores(tmp_path: Path) -> None:

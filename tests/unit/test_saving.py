@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,13 @@ import torch
 from safetensors import SafetensorError
 
 from atr_scale import checkpoint_writer
-from atr_scale.checkpoint_writer import DiskFull
+from atr_scale.checkpoint import read_weights
+from atr_scale.checkpoint_writer import DiskFull, HostCopies, Writing
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import Failure
 from atr_scale.files import full_disk_in_one_line, is_full, unless_full
-from atr_scale.run_checkpoints import Score, newest_first, write_score
+from atr_scale.run_checkpoints import Score, newest_first, verify, write_score
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.saving import Saver
 from tests.tiny_run import tiny_config
@@ -49,11 +52,11 @@ class Fake:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def files(self) -> dict[str, dict[str, torch.Tensor]]:
+    def files(self, copies: HostCopies) -> dict[str, dict[str, torch.Tensor]]:
         return {"optimizer/rank-0.safetensors": {"moment": torch.zeros(1000)}}
 
-    def full_weights(self) -> dict[str, torch.Tensor]:
-        return {name: value.clone() for name, value in self.model.state_dict().items()}
+    def full_weights(self, copies: HostCopies) -> dict[str, torch.Tensor]:
+        return {name: copies.copy(name, value) for name, value in self.model.state_dict().items()}
 
 
 def saved(saver: Saver, fault: Exception | None = None, step: int = 1, ends: bool = False) -> bool:
@@ -84,11 +87,56 @@ def test_a_save_without_space_is_tried_again(config: RunConfig, caplog: pytest.L
     ]
 
 
-def test_another_fault_of_writing_is_one_line(config: RunConfig) -> None:
-    with pytest.raises(Failure, match=r"cannot save to .*Input/output error") as error:
-        saved(saver(config), OSError(errno.EIO, "Input/output error"), 1, False)
+def test_another_fault_of_writing_is_tried_again_too(config: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    tried, fault = saver(config), OSError(errno.EIO, "Input/output error")
+    assert not saved(tried, fault, 1, False)
+    assert "cannot be saved: [Errno 5] Input/output error; nothing is saved since the start" in caplog.text
+    with pytest.raises(Failure, match="nothing is saved since the start: mend that, and start the same") as error:
+        saved(tried, fault, 2, True)
     assert not isinstance(error.value, DiskFull)
     assert names(config) == []
+    assert saved(tried, None, 3, False)
+    assert (tried.failed, tried.heartbeat.fields()["failed_saves"]) == (0, 0)
+
+
+def test_a_fault_is_said_when_it_happens(config: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    """Not when the next save asks for the result."""
+    tried = saver(config)
+    tried.start(Fake(NO_SPACE), {"step": 4}, lambda: False)
+    end = time.monotonic() + 20
+    while not tried.heartbeat.fields()["failed_saves"] and time.monotonic() < end:
+        time.sleep(0.01)
+    tried.record()
+    assert caplog.text.count("step 4 of ") == 1
+    line = json.loads((Path(config.run.dir) / "metrics.jsonl").read_text())
+    assert (line["kind"], line["step"], line["failed"]) == ("saving", 4, 1)
+    assert not tried.finish(lambda: False)
+    assert caplog.text.count("step 4 of ") == 1 and tried.failed == 1
+
+
+def test_a_save_waits_for_the_one_before(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are written, each with the weights of its own moment, although they share the memory of the copies."""
+    own_files, order = Writing._own_files, list[str]()
+
+    def slowly(writing: Writing) -> Any:
+        time.sleep(0.3)
+        order.append(f"{writing.final.name} is written")
+        return own_files(writing)
+
+    monkeypatch.setattr(Writing, "_own_files", slowly)
+    tried, trained = saver(config), Fake()
+    for step in (1, 2):
+        trained.model.weight.data.fill_(step)
+        tried.start(trained, {"step": step}, lambda: False)
+        order.append(f"training goes on from step {step}")
+    trained.model.weight.data.fill_(3)
+    assert tried.finish(lambda: True)
+    assert order == [
+        "training goes on from step 1", "step-1 is written", "training goes on from step 2", "step-2 is written",
+    ]  # fmt: skip
+    for step in (1, 2):
+        folder = Path(config.run.dir) / "checkpoints" / f"step-{step}"
+        assert verify(folder) == [] and set(read_weights(folder)["weight"].unique().tolist()) == {step}
 
 
 @pytest.mark.parametrize("suffices", [True, False])
