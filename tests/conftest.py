@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Files whose tests measure the memory of a process, or start services with fixed resources (a SLURM cluster, a
 # browser): one worker runs them one after another.
-ALONE = ("test_soak", "test_slurm", "test_tensorboard_page")
+ALONE = ("test_soak", "test_slurm", "test_rehearsal", "test_tensorboard_page")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -6,6 +6,7 @@ tools/slurm_lab.sh makes the nodes: network, process and mount namespaces of thi
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,12 @@ class Cluster:
             "HEALTH_SECONDS": "120",
             **variables,
         }
+
+    @property
+    def head(self) -> str:
+        """The address of this machine, as the nodes see it."""
+        (address,) = re.findall(r"SlurmctldHost=.*\((.*)\)", (self.folder / "slurm.conf").read_text(encoding="utf-8"))
+        return str(address)
 
     def call(self, *command: str, **variables: str) -> str:
         """What a command prints. Raises Failure if it fails."""

@@ -45,8 +45,9 @@ class FaultProxy:
     set at any time. requests: (method, path, fault) of all requests so far.
     """
 
-    def __init__(self, server: tuple[str, int]) -> None:
-        self.server = server
+    def __init__(self, server: tuple[str, int], host: str = "127.0.0.1") -> None:
+        """host: the address to listen on."""
+        self.server, self.host = server, host
         self.fault: Callable[[str, str], Fault | None] = lambda method, path: None
         self.requests: list[tuple[str, str, Fault | None]] = []
         self._loop = asyncio.new_event_loop()
@@ -57,7 +58,7 @@ class FaultProxy:
 
     def accept(self) -> None:
         """Listen, again on the same port."""
-        self._listener = self._run(asyncio.start_server(self._serve, "127.0.0.1", self.port))
+        self._listener = self._run(asyncio.start_server(self._serve, self.host, self.port))
         self.port = self._listener.sockets[0].getsockname()[1]
 
     def refuse(self) -> None:
@@ -89,6 +90,8 @@ class FaultProxy:
             writer.write(f"Content-Type: application/xml\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
             await writer.drain()
             return
+        if b"\r\nexpect:" in head.lower():  # the client sends the body only after this
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await reader.readexactly(_length(head))
         source, sink = await asyncio.open_connection(*self.server)
         sink.write(_closing(head) + body)
@@ -116,7 +119,7 @@ def _length(head: bytes) -> int:
 
 def _closing(head: bytes) -> bytes:
     """The head of a request or answer after which the connection is closed."""
-    lines = [line for line in head.split(b"\r\n") if line and not line.lower().startswith(b"connection:")]
+    lines = [line for line in head.split(b"\r\n") if line and not line.lower().startswith((b"connection:", b"expect:"))]
     return b"\r\n".join([*lines, b"Connection: close", b"", b""])
 
 
@@ -164,7 +167,7 @@ def _listens(address: tuple[str, int]) -> bool:
 def s3_variables(proxy: FaultProxy) -> dict[str, str]:
     """The environment in which s3:// is the server behind `proxy`."""
     return {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
+        "AWS_ENDPOINT_URL": f"http://{proxy.host}:{proxy.port}",
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_DEFAULT_REGION": "us-east-1",
