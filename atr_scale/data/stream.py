@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import groupby, islice
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ from atr_scale.data.shard_reader import ShardSet, open_shards
 from atr_scale.data.shared_buffers import Parcel, SharedBuffers, WaveformRows
 from atr_scale.data.storage import join
 from atr_scale.data.tokenizer import CaptionTokenizer
-from atr_scale.distributed.lifeline import end_with
+from atr_scale.distributed.lifeline import deaf_children, end_with, obey
 from atr_scale.distributed.world import World
 from atr_scale.errors import OneLineError, UserError
 
@@ -316,6 +317,9 @@ def read_batches(
     if workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # imported once, not by every worker
+        for helper in (resource_tracker, forkserver):
+            with deaf_children():
+                helper.ensure_running()
     size = stream.local_batch_size
     memory = memory or loader_memory(stream.width, size, workers, pinned=pin_memory)
     stream.keep_int16, stream.piece = keep_int16, memory.rows
@@ -347,6 +351,7 @@ def read_batches(
 
 def _init_worker(rank_process: int, worker: int) -> None:
     end_with(rank_process)
+    obey(rank_process)
 
 
 def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:

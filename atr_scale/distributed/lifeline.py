@@ -1,17 +1,23 @@
 """Processes end with the one they work for, also if it is killed: ranks with their launcher, readers with their rank.
 
 Nobody else ends them: a killed process cannot, and a launcher that was killed has no successor that knows its ranks.
+They do not end before it either: SLURM sends the signals that ask a rank to stop to all processes of a job, but a rank
+needs its readers for the step after which it saves.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+# A rank saves and leaves. SLURM scripts commonly ask for USR1; USR2 is for NCCL, parts of which use USR1 themselves.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LOOK_S = 2.0
 # Set by torchrun and accelerate, by accelerate for a single process, and by deepspeed. Below srun SLURM ends all ranks.
 OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_RANK")
@@ -54,6 +60,27 @@ def _end_without(process: int) -> None:
         os._exit(1)
     select.select([handle], [], [])
     os._exit(1)
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes that this thread starts meanwhile, and those that they start, get none of STOP_SIGNALS."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey(process: int) -> None:
+    """End this process, a child of `deaf_children`, if another one on this machine sends it TERM."""
+    threading.Thread(target=_obey, args=(process,), name="obey", daemon=True).start()
+
+
+def _obey(process: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != process:
+        pass
+    os._exit(0)
 
 
 def _exists(process: int) -> bool:

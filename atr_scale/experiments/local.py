@@ -20,10 +20,10 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
+from atr_scale.distributed.lifeline import STOP_SIGNALS
 from atr_scale.errors import UserError
 from atr_scale.experiments.sweep import Sweep, SweepRun, last_error
 from atr_scale.run_files import PREEMPTED
-from atr_scale.training.preemption import SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,8 @@ def _signals() -> Iterator[Stop]:
     def receive(number: int, frame: FrameType | None) -> None:
         stop.received += 1
 
-    heard = [n for n in (signal.SIGINT, signal.SIGHUP, *SIGNALS) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
+    signals = (signal.SIGINT, signal.SIGHUP, *STOP_SIGNALS)
+    heard = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
     before = {number: signal.signal(number, receive) for number in heard}
     try:
         yield stop

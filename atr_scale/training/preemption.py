@@ -16,14 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from atr_scale.distributed.lifeline import STOP_SIGNALS
 from atr_scale.distributed.world import World
 from atr_scale.run_files import PREEMPTED
 from atr_scale.training.attempts import Attempt
 
 logger = logging.getLogger(__name__)
 
-# SLURM scripts commonly ask for USR1. USR2 is for NCCL, parts of which use USR1 themselves.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TOLD = "told to stop"  # key of the store
 LEAVE_S = 5.0  # for a process that leaves before training, as what it opens may have threads that go on
 
@@ -43,7 +42,7 @@ class PreemptionFlag:
 
     def __enter__(self) -> PreemptionFlag:
         if threading.current_thread() is threading.main_thread():  # no other thread, of a notebook say, gets signals
-            self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            self._handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:

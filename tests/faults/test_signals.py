@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.runs import ENVIRONMENT, TinyRuns, free_port, ranks_of
+from tests.faults.runs import ENVIRONMENT, TinyRuns, alive, family, free_port, ranks_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 KILL_S = 30.0  # after which launchers kill
@@ -47,6 +47,16 @@ def slowly(*args):
     print("data is being opened", file=sys.stderr, flush=True)
     time.sleep(120)
 loop.open_parts = slowly
+"""
+SLOW_READING = """
+import time
+from atr_scale.data.stream import TrainingStream
+parcels = TrainingStream.parcels
+def slowly(*args):
+    for parcel in parcels(*args):
+        time.sleep(0.5)
+        yield parcel
+TrainingStream.parcels = slowly
 """
 JUMPING_CLOCK = """
 import time
@@ -143,6 +153,28 @@ def test_while_waiting_for_other_ranks(runs: TinyRuns, outcome: Callable[[str], 
     assert runs.ended(process, KILL_S) == -signal.SIGTERM
     assert not runs.folder().exists()
     outcome("it was ended by the signal, and had written nothing")
+
+
+@pytest.mark.fault(
+    "TERM or USR2 to all processes of a run, as SLURM sends it, while the rank waits for the reader",
+    expected="the ranks save and leave; the reader and its helpers go on until then",
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_to_all_processes(runs: TinyRuns, outcome: Callable[[str], None], number: signal.Signals) -> None:
+    process = runs.start(
+        hooks=SLOW_READING, steps=100, checkpoint_every=100, log_every=1, overrides=("data.workers=1",)
+    )
+    runs.until_step(3)
+    others = family(process.pid)
+    assert len(others) >= 3, "the reader, its server, and the tracker of resources"
+    for one in (*others, process):
+        one.send_signal(number)
+    assert runs.ended(process, KILL_S) == 0
+    said = runs.said()
+    assert "told to stop: saved at step" in said
+    assert "Traceback" not in said and "died" not in said, said
+    runs.until(lambda: not alive(others), "they have ended", 10)
+    outcome("saved; nothing else was said, and no process was left")
 
 
 @pytest.mark.fault("the clock jumps by a day, to and fro", expected="nothing")

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
+from atr_scale.distributed.lifeline import STOP_SIGNALS
 from atr_scale.distributed.world import World
 from atr_scale.evaluation.parallel import Abandoned, Parallel
 from atr_scale.run_files import PREEMPTED, read_json_lines
 from atr_scale.training.attempts import Attempt, attempted
-from atr_scale.training.preemption import SIGNALS, PreemptionFlag, preemptible
+from atr_scale.training.preemption import PreemptionFlag, preemptible
 from atr_scale.training.record import Progress
 
 
@@ -25,9 +26,9 @@ def no_timers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "Timer", lambda *_: threading.Thread(target=lambda: None))
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_sets_the_flag_and_another_changes_nothing(number: int) -> None:
-    before = [signal.getsignal(each) for each in SIGNALS]
+    before = [signal.getsignal(each) for each in STOP_SIGNALS]
     with PreemptionFlag() as flag:
         flag.begin()
         assert not flag.is_up()
@@ -37,7 +38,7 @@ def test_a_signal_sets_the_flag_and_another_changes_nothing(number: int) -> None
         assert flag.received == signal.Signals(number).name
         assert flag.is_up()
         assert flag.agree()
-    assert [signal.getsignal(each) for each in SIGNALS] == before
+    assert [signal.getsignal(each) for each in STOP_SIGNALS] == before
 
 
 def test_before_training_the_process_leaves_at_once(tmp_path: Path) -> None:
