@@ -44,6 +44,7 @@ class Saver:
         self.heartbeat = heartbeat or Heartbeat()
         self.run, self.keep = Path(config.run.dir), config.train.keep_checkpoints
         self.failed = 0
+        self._config_yaml = config.to_yaml()  # takes as long as the copy of a small model
         self._copies = HostCopies()
         self._writing: Writing | None = None
         self._unsaved = 0, 0  # step and bytes of the save that is being made
@@ -62,7 +63,7 @@ class Saver:
         try:
             self.world.from_main(lambda: self._make_space(needed))
             self._writing = checkpoint.start_saving(
-                self.run, trained, self.world, self.config.to_yaml(), state, self._copies,
+                self.run, trained, self.world, self._config_yaml, state, self._copies,
                 afterwards=self._prune, failed=self._note,
             )  # fmt: skip
         except Failure as fault:

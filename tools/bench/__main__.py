@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from atr_scale.plots import BLUE, GREY, ORANGE
 from tools.bench.table import HEAD, Row
 
-NAMES = ("losses", "scorers", "gradcache", "loader", "step", "evaluation", "scaling", "overlap", "search")
+NAMES = ("losses", "scorers", "gradcache", "loader", "step", "evaluation", "scaling", "overlap", "search", "saving")
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 PICTURE = Path("figures") / "performance.png"
 BEGIN, END = "<!-- figures: written by tools.bench -->", "<!-- figures: end -->"
