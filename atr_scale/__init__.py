@@ -35,6 +35,7 @@ def load(
     """Load a trained model that embeds and scores texts and audio.
 
     run_or_checkpoint: a run folder (its best checkpoint is loaded, else the latest) or the folder of a checkpoint.
+    One on S3 (s3://bucket/run) is downloaded, without the state of its optimizer.
     device: default a GPU if there is one, else the CPU.
     plugins: names of the modules outside this package that define parts of the model. A checkpoint names them, but they
     are imported only if they are given here.

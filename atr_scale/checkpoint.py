@@ -34,6 +34,9 @@ from atr_scale.encoders.text_encoders import build_text_encoder, load_text_encod
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.precision import Precision, Products
+from atr_scale.remote.fetch import bring_model
+from atr_scale.remote.nodes import SharedBy
+from atr_scale.remote.places import address_of
 from atr_scale.run_checkpoints import (
     CONFIG,
     STATE,
@@ -63,14 +66,15 @@ def start_saving(
     config_yaml: str,
     state: dict[str, Any],
     copies: HostCopies | None = None,
+    shared: SharedBy | None = None,
     **calls: Callable[..., object],
 ) -> Writing:
     """`save` that waits for a copy of the state alone; the files are written behind.
 
-    copies: see `take`. calls: `afterwards` and `failed` of `Writing`.
+    copies: see `take`. shared: see `Writing`. calls: `afterwards` and `failed` of `Writing`.
     """
     snapshot = take(trained, world, config_yaml, state, copies)
-    return Writing(run, folder_of(run, state["step"]), snapshot, world, **calls)
+    return Writing(run, folder_of(run, state["step"]), snapshot, world, shared, **calls)
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -142,12 +146,14 @@ def read_config(folder: Path, plugins: Sequence[str] = ()) -> RunConfig:
 def find_checkpoint(location: str | Path) -> Path:
     """Find the checkpoint of a run: the one with the best score, else the links best or latest, else the newest one.
 
-    The folder of a checkpoint is found as itself.
+    The folder of a checkpoint is found as itself. What is on S3 is downloaded, without the optimizer's state.
 
     Raises UserError if there is none.
     """
     if not isinstance(location, str | os.PathLike):
         raise UserError(f"no checkpoint at {location!r}: give the path of a run folder or of one of its checkpoints")
+    if address := address_of(location):
+        return bring_model(address).resolve()
     location = Path(location)
     try:
         found = (location, best_of(location), location / "best", location / "latest", *newest_first(location))
@@ -157,6 +163,14 @@ def find_checkpoint(location: str | Path) -> Path:
     except OSError as error:  # for example a name that is too long
         raise UserError(f"no checkpoint at {location!s:.200} ({error.strerror}): give a run folder") from None
     raise UserError(f"no checkpoint at {location}: give a run folder or one of its checkpoints/step-N")
+
+
+def name_of(location: str | Path, folder: Path) -> str:
+    """What to call the checkpoint that `find_checkpoint` has found: its address on S3, or its folder."""
+    address = address_of(location)
+    if address is None or address.endswith(f"/{folder.name}"):
+        return address or str(folder)
+    return f"{address.removesuffix('/best').removesuffix('/latest')}/checkpoints/{folder.name}"
 
 
 def read_weights(location: str | Path) -> dict[str, Tensor]:

@@ -5,6 +5,9 @@
 Each rank writes, syncs and hashes its own files in a temporary folder, and then says so in a small file there. When all
 have, the main rank writes the manifest, renames the folder and links it as latest. A crash before the rename leaves the
 checkpoint before it.
+
+If each node has a folder of its own (a run on S3), the first rank of each does this for the ranks of its node. Then
+nobody has all files, and the manifest is written when all are in the bucket (`remote.mirror`).
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from atr_scale.encoders.text import TextEncoder
 from atr_scale.errors import Failure, one_line
 from atr_scale.files import atomic_write, give_usual_mode, is_full
 from atr_scale.model import Retriever
+from atr_scale.remote.nodes import SharedBy
 from atr_scale.run_checkpoints import (
     CONFIG,
     STATE,
@@ -118,15 +122,21 @@ class Writing:
         final: Path,
         snapshot: Snapshot,
         world: World,
-        afterwards: Callable[[], object] = lambda: None,
+        shared: SharedBy | None = None,
+        afterwards: Callable[[Files], object] = lambda files: None,
         failed: Callable[[Failure], object] = lambda fault: None,
     ) -> None:
-        """afterwards, failed: called by the thread of the main rank, when the checkpoint is there or when it is known
-        that a rank could not write, within a second. The run may be at any step then.
+        """shared: the ranks of the folders, default one folder for all.
+
+        afterwards: called by the thread of the first rank of each folder when the folder has the checkpoint's files,
+        with what the manifest says of them. failed: called by the thread of the main rank when it is known that a rank
+        could not write, within a second. The run may be at any step then.
 
         Raises Failure, DiskFull if the disk is full, if the folder cannot be made.
         """
         self.run, self.final, self.world, self._afterwards, self._failed = run, final, world, afterwards, failed
+        self._shared = shared or SharedBy.all_ranks(world)
+        self._leads = world.rank == self._shared.leader
         self._snapshot: Snapshot | None = snapshot
         self._folder = final.with_name(f".{final.name}.partial")
         self._fault: Failure | None = None
@@ -135,7 +145,7 @@ class Writing:
         self._store: Any = None  # a connection of the thread's own
         self._listens = 0.0  # the next time
         self._own_done, self._abandoned = threading.Event(), threading.Event()
-        self._together(self._make_folder() if world.is_main else None)
+        self._together(self._make_folder() if self._leads else None)
         self._thread = threading.Thread(target=self._write, name="checkpoint")  # a process that fails ends after it
         self._thread.start()
 
@@ -153,7 +163,7 @@ class Writing:
         except Failure:
             self._abandoned.set()
             self._thread.join()
-            if self.world.is_main:
+            if self._leads:
                 remove_partial(self.run)
             raise
         return self.final
@@ -183,7 +193,7 @@ class Writing:
         try:
             written = self._own_files()
             self._own_done.set()
-            if self.world.is_main:
+            if self._leads:
                 self._finish(written)
         except (OSError, SafetensorError) as error:
             self._fault = self._as_failure(error)
@@ -213,14 +223,17 @@ class Writing:
             names += [str(path.relative_to(self._folder)) for path in place.rglob("*") if path.is_file()]
         self._snapshot = None  # frees its memory
         written = sealed(self._folder, names)
-        if not self.world.is_main:
+        if not self._leads:
             with atomic_write(self._said(self.world.rank)) as temporary:
                 temporary.write_text(json.dumps(written), encoding="utf-8")
         return written
 
     def _finish(self, files: Files) -> None:
-        """Wait until all ranks have written, and make a checkpoint of their files. Failure if one of them cannot."""
-        for rank in range(1, self.world.size):
+        """Wait until all ranks of the folder have written, and make a checkpoint of their files.
+
+        Failure if one of them cannot.
+        """
+        for rank in self._shared.ranks[1:]:
             said = self._said(rank)
             while not said.is_file():
                 if self._abandoned.wait(POLL_S) or self._has_ended():
@@ -229,10 +242,11 @@ class Writing:
                     raise fault
             files |= json.loads(said.read_text(encoding="utf-8"))
             said.unlink()
-        write_manifest(self._folder, files)
+        if len(self._shared.leaders) == 1:
+            write_manifest(self._folder, files)
         rename(self._folder, self.final)
         link(self.run, "latest", self.final)
-        self._afterwards()
+        self._afterwards(files)
 
     def _tell(self) -> None:
         """The main rank is told now that this one has failed; without a store, when both ask for the result."""

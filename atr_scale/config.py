@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 
@@ -28,11 +29,15 @@ from atr_scale.losses import LOSS_TERMS, TermSection, check_loss_terms
 from atr_scale.losses.targets import PositivesMean, PositivesRule
 from atr_scale.losses.terms import CMSCSection, DistillationSection, IntraModalSection, NTXentSection, PMRSection
 from atr_scale.plugins import import_plugins
+from atr_scale.remote.places import address_of, training_folder
 from atr_scale.sections import Count, Location, Positive, Section, explain
 
 
 class RunSection(Section):
-    dir: Location = Field(min_length=1, description="run folder: checkpoints, metrics, TensorBoard files, report")
+    dir: Location = Field(
+        min_length=1,
+        description="run folder: checkpoints, metrics, TensorBoard files, report; a path, or s3://bucket/prefix",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="seed of initial weights, sample order, crops, captions, augmentation, dropout"
     )
@@ -41,6 +46,17 @@ class RunSection(Section):
         description="resume although shards, teacher tables or other inputs have changed since the checkpoint; it is "
         "logged and recorded in changed_data.jsonl",
     )
+
+    @field_validator("dir")
+    @classmethod
+    def _is_a_place(cls, value: str) -> str:
+        address_of(value)  # refuses other schemes
+        return value
+
+    @property
+    def folder(self) -> Path:
+        """The local folder that training writes to: `dir`, or what is uploaded to it."""
+        return training_folder(self.dir)
 
 
 class TemperatureSection(Section):

@@ -29,7 +29,7 @@ def _main() -> None:
     folder = Path(given.pop(0)) if verb == "stage" else None
     try:
         config = load_config(given[0], given[1:])
-        for line in [config.run.dir] if folder is None else staged(config, folder):
+        for line in [config.run.folder] if folder is None else staged(config, folder):
             print(line, flush=True)
     except (UserError, Failure) as error:
         exit_with_line(error)

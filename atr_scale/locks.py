@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -66,8 +66,16 @@ class Holder:
     def of(lock: Path) -> Holder | None:
         """The holder of a lock, None if there is no lock or it cannot be read."""
         try:
-            return Holder(**json.loads(lock.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return Holder.parse(lock.read_bytes())
+        except OSError:
+            return None
+
+    @staticmethod
+    def parse(content: bytes) -> Holder | None:
+        """The holder that a lock's content names, None if it cannot be read."""
+        try:
+            return Holder(**json.loads(content))
+        except (ValueError, TypeError):
             return None
 
     def __str__(self) -> str:
@@ -93,7 +101,10 @@ def hold(lock: Path, what: str) -> Iterator[None]:
     """
     me = Holder.me()
     while not _create(lock, me):
-        _wait_until_dead(lock, what)
+        if _is_copied(lock):
+            logger.warning("%s has the lock of the folder that it was copied from: going on", what)
+        else:
+            wait_until_dead(what, str(lock), lambda: _touched(lock), lambda: Holder.of(lock))
         _put_aside(lock)
     released = threading.Event()
     touching = threading.Thread(target=_touch, args=(lock, me, what, released), name="lock", daemon=True)
@@ -129,27 +140,35 @@ def _create(lock: Path, me: Holder) -> bool:
     return True
 
 
-def _wait_until_dead(lock: Path, what: str) -> None:
-    """Return when the lock is gone or its holder is dead. Raises UserError if the holder lives."""
-    began, touched = time.monotonic(), _touched(lock)
+def _is_copied(lock: Path) -> bool:
+    holder = Holder.of(lock)
+    return holder is not None and holder.folder not in (0, lock.parent.stat().st_ino)
+
+
+def wait_until_dead(
+    what: str, lock: str, touched: Callable[[], Hashable | None], holder_of: Callable[[], Holder | None]
+) -> None:
+    """Return when a lock is gone or its holder is dead. Raises UserError if the holder lives.
+
+    what, lock: names of the thing and of its lock. touched: something that the holder changes regularly, None if there
+    is no lock.
+    """
+    began, first = time.monotonic(), touched()
     said = False
-    while touched is not None:
-        holder = Holder.of(lock)
+    while first is not None:
+        holder = holder_of()
         waited = time.monotonic() - began
-        if holder and holder.folder not in (0, lock.parent.stat().st_ino):
-            logger.warning("%s has the lock of the folder that it was copied from: going on", what)
-            return
         if holder and holder.is_here():
             if not holder.lives():
                 logger.warning("%s was in use by %s, which is dead: going on", what, holder)
                 return
             if waited > GRACE_S:
-                raise _in_use(what, holder)
+                raise in_use(what, holder)
             if not said:
                 said = True
                 logger.warning("%s is in use by %s: waiting %.0f s for its end", what, holder, GRACE_S)
-        elif _touched(lock) not in (touched, None):
-            raise _in_use(what, holder)
+        elif touched() not in (first, None):
+            raise in_use(what, holder)
         elif waited > STALE_S or (holder and _restarted(holder)):
             logger.warning("%s was in use by %s, which shows no sign of life: going on", what, holder or "a process")
             return
@@ -160,11 +179,12 @@ def _wait_until_dead(lock: Path, what: str) -> None:
                 "the lock %s is void", what, holder or "a process", ALIVE_S, STALE_S, lock,
             )  # fmt: skip
         time.sleep(min(1.0, TOUCH_S / 4))
-        if _touched(lock) is None:
+        if touched() is None:
             return
 
 
-def _in_use(what: str, holder: Holder | None) -> UserError:
+def in_use(what: str, holder: Holder | None) -> UserError:
+    """That another process holds a lock and lives."""
     return UserError(
         f"{what} is in use by {holder or 'another process'}: wait for its end, stop it, or use another folder"
     )

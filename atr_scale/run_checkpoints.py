@@ -57,6 +57,11 @@ def newest_first(run: Path) -> list[Path]:
     return [run / "checkpoints" / name for _, name in sorted(found, reverse=True)]
 
 
+def step_of(name: str) -> int:
+    """The step of a checkpoint by its name step-N, or by that of a file in it, step-N/FILE."""
+    return int(name.partition("/")[0].removeprefix("step-"))
+
+
 def newest_sound(run: Path) -> Path | None:
     """The newest checkpoint of a run with correct checksums, None if the run has no checkpoint.
 
@@ -104,7 +109,8 @@ def verify(checkpoint: Path, only: tuple[str, ...] = ("",)) -> list[str]:
     and cannot be read: they are not broken.
     """
     try:
-        files = _listed(checkpoint / MANIFEST)
+        manifest = checkpoint / MANIFEST
+        files = listed_files(manifest.read_bytes() if manifest.exists() else None)
         if isinstance(files, str):
             return [files]
         # Two names that differ in one bit may become one.
@@ -128,13 +134,13 @@ def verify(checkpoint: Path, only: tuple[str, ...] = ("",)) -> list[str]:
         raise _unreadable(checkpoint, error) from None
 
 
-def _listed(manifest: Path) -> dict[str, tuple[int, str]] | str:
-    """Size and sha256 by name as the manifest lists them, or what is wrong with it."""
-    try:
-        files = json.loads(manifest.read_bytes())["files"]
-        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except FileNotFoundError:
+def listed_files(manifest: bytes | None) -> dict[str, tuple[int, str]] | str:
+    """Size and sha256 by name as a manifest lists them, or what is wrong with it. manifest: None if there is none."""
+    if manifest is None:
         return f"no {MANIFEST}"
+    try:
+        files = json.loads(manifest)["files"]
+        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"no readable {MANIFEST}: {type(error).__name__} {error}"
     odd = [
@@ -241,7 +247,7 @@ def prune(run: Path, keep: int, needed: Path | None = None) -> None:
     found = newest_first(run)
     for aside in run.glob("checkpoints/step-*.broken"):
         step = re.fullmatch(r"step-(\d+)\.broken", aside.name)
-        if step and found and int(step[1]) <= int(found[0].name.removeprefix("step-")):
+        if step and found and int(step[1]) <= step_of(found[0].name):
             shutil.rmtree(aside)
     for checkpoint in found[keep:]:
         if checkpoint.is_symlink() and checkpoint.resolve() not in kept:  # it lies on another disk, and stays there

@@ -82,7 +82,7 @@ class AttemptFacts:
 class RunStatus:
     """What `atr-scale status` tells of a run; docs/operations.md explains it. None is unknown."""
 
-    run: Path
+    run: Path | str  # an address on S3 is a str
     state: str
     reason: str | None
     step: int

@@ -22,6 +22,9 @@ MOUNTS=${MOUNTS:-}
 # where they are. What is there already and has not changed is not copied again.
 STAGE=${STAGE:-}
 
+# A folder on a disk of each node in which runs on S3 train (run.dir=s3://bucket/run); empty: ~/.cache/atr-scale.
+export ATR_SCALE_SCRATCH=${ATR_SCALE_SCRATCH:-$STAGE}
+
 # Where pretrained models of the Hugging Face hub are, if not in the home folder; compute nodes often have no network:
 #   export HF_HOME=/project/huggingface HF_HUB_OFFLINE=1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -131,7 +132,7 @@ def plan_command(
 
 @app.command("status")
 def status_command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, also on S3.")],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: an object for one run, a list for several.")
     ] = False,
@@ -139,7 +140,8 @@ def status_command(
     """Tell how runs go, and why they ended.
 
     State, progress, attempts, lost time, checkpoints, dropped samples and silent ranks come from the files of the run
-    folders alone, while the runs train or after their end, on any machine that sees the folders.
+    folders alone, while the runs train or after their end, on any machine that sees the folders. Of a run on S3 the
+    files of the last seconds may be missing.
     docs/operations.md explains the states and the JSON.
 
     \b
@@ -147,13 +149,17 @@ def status_command(
       atr-scale status runs/pretrain_wavcaps
       atr-scale status runs/*
       atr-scale status runs/pretrain_wavcaps --json
+      atr-scale status s3://bucket/runs/pretrain_wavcaps
     """
+    from atr_scale.remote.fetch import bring_files
+    from atr_scale.remote.places import address_of
     from atr_scale.status import is_run, read_status
     from atr_scale.status_text import status_page, status_table
 
-    if len(runs) > 1 and any(map(is_run, runs)):
-        runs = [run for run in runs if is_run(run)]  # a pattern also meets other folders
-    found = [read_status(run) for run in runs]
+    folders = {run: bring_files(address) if (address := address_of(run)) else Path(run) for run in runs}
+    if len(runs) > 1 and any(map(is_run, folders.values())):
+        folders = {run: folder for run, folder in folders.items() if is_run(folder)}  # a pattern meets other folders
+    found = [replace(read_status(folder), run=address_of(run) or folder) for run, folder in folders.items()]
     if as_json:
         values = [status.as_json() for status in found]
         print(json.dumps(values[0] if len(values) == 1 else values, indent=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,7 +23,9 @@ EncoderPrecision = Annotated[
 
 @app.command()
 def evaluate(
-    run: Annotated[str, typer.Argument(help="Run folder (its best checkpoint is used) or a checkpoints/step-N.")],
+    run: Annotated[
+        str, typer.Argument(help="Run folder (its best checkpoint is used) or a checkpoints/step-N, a path or s3://.")
+    ],
     shards: Annotated[str | None, typer.Option(help="Shards of the split; by default those of the run.")] = None,
     split: Annotated[
         str | None,
@@ -65,6 +68,7 @@ def evaluate(
     Examples:
       atr-scale evaluate runs/quickstart
       atr-scale evaluate runs/quickstart --shards shards/test --split clotho
+      atr-scale evaluate s3://bucket/runs/pretrain_wavcaps
       atr-scale evaluate runs/tap --rerank 100 --candidates runs/quickstart
       atr-scale evaluate runs/tap --moments moments.jsonl --audio recordings
 
@@ -74,6 +78,7 @@ def evaluate(
     """
     from atr_scale.distributed.start import distributed
     from atr_scale.evaluation.evaluate import evaluate_run
+    from atr_scale.remote.fetch import results_of
 
     if moments is not None:
         given = {"class-prompt": class_prompt, "relevance": relevance, "rerank": rerank, "candidates": candidates}
@@ -84,7 +89,8 @@ def evaluate(
     if audio is not None:
         raise UserError("--audio is the folder of the clips of --moments: give both, or --shards alone")
     split = split or "test"
-    with distributed() as (world, device):
+    with distributed() as (world, device), ExitStack() as held:
+        folder = None if out else world.from_main(lambda: held.enter_context(results_of(run)))
         evaluation = evaluate_run(
             run,
             shards=shards and expanded_path(shards),
@@ -100,10 +106,10 @@ def evaluate(
             device=device,
         )
         if world.is_main:
-            if out is None:
+            if folder is not None:
                 from atr_scale.training.monitor import record_evaluation
 
-                record_evaluation(Path(run), evaluation.results[0].step, {split: evaluation.metrics})
+                record_evaluation(folder, evaluation.results[0].step, {split: evaluation.metrics})
             for name, value in evaluation.metrics.items():
                 print(f"{name:<20} {value:.4f}")
 
@@ -121,10 +127,13 @@ def _evaluate_moments(
     from atr_scale.distributed.start import distributed
     from atr_scale.evaluation.moment_clips import evaluate_moments
     from atr_scale.inference import load_trained
+    from atr_scale.remote.fetch import results_of
 
     if audio is not None and shards is not None:
         raise UserError("--audio and --shards both say where the clips are: give one of them")
-    with distributed() as (world, device):
+    with distributed() as (world, device), ExitStack() as held:
+        if out is None:
+            world.from_main(lambda: held.enter_context(results_of(run)))
         result = evaluate_moments(
             run,
             load_trained(run, device, plugins, precision),

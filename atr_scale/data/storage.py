@@ -77,7 +77,7 @@ def list_versions(location: str) -> dict[str, tuple[int, str | int]]:
     try:
         if is_remote(location):
             prefix = location.rstrip("/") + "/"
-            entries = _retry(lambda: _filesystem().ls(prefix, detail=True), prefix)
+            entries = retried(lambda: filesystem().ls(prefix, detail=True), prefix)
             found: dict[str, tuple[int, str | int]] = {
                 entry["name"].rsplit("/", 1)[-1]: (int(entry["size"]), str(entry.get("ETag", "")))
                 for entry in entries
@@ -108,7 +108,7 @@ def _file_stat(item: os.DirEntry[str]) -> os.stat_result | None:
 def size(location: str) -> int:
     """Bytes of a file or object. Raises FileNotFoundError if there is none."""
     if is_remote(location):
-        return int(_retry(lambda: _filesystem().info(location), location)["size"])
+        return int(retried(lambda: filesystem().info(location), location)["size"])
     return os.stat(location).st_size
 
 
@@ -131,7 +131,7 @@ def read_range(location: str, start: int, stop: int) -> bytes:
     if stop <= start:
         return b""
     if is_remote(location):
-        data = _retry(lambda: _remote_range(location, start, stop), location, lambda: _another_answers(location))
+        data = retried(lambda: _remote_range(location, start, stop), location, lambda: _another_answers(location))
         _remember(location)
         return data
     return LocalFile(location).read(start, stop)
@@ -209,7 +209,7 @@ def atomic_file(location: str) -> Iterator[Path]:
             path = Path(folder) / location.rsplit("/", 1)[-1]
             yield path
             try:
-                _retry(lambda: _filesystem().put_file(str(path), location), location)
+                retried(lambda: filesystem().put_file(str(path), location), location)
             except (FileNotFoundError, PermissionError) as error:
                 raise UserError(f"cannot write {location}: {error}; check the bucket and its permissions") from None
         return
@@ -230,7 +230,7 @@ def remove_folder(location: str) -> None:
     """Delete a folder or prefix with everything in it, if it exists."""
     if is_remote(location):
         with contextlib.suppress(FileNotFoundError):
-            _retry(lambda: _filesystem().rm(location, recursive=True), location)
+            retried(lambda: filesystem().rm(location, recursive=True), location)
     else:
         shutil.rmtree(location, ignore_errors=True)
 
@@ -239,14 +239,14 @@ def remove_file(location: str) -> None:
     """Delete one file or object, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         if is_remote(location):
-            _retry(lambda: _filesystem().rm_file(location), location)
+            retried(lambda: filesystem().rm_file(location), location)
         else:
             os.unlink(location)
 
 
 def _remote_range(location: str, start: int, stop: int) -> bytes:
     try:
-        data: bytes = _filesystem().cat_file(location, start=start, end=stop)
+        data: bytes = filesystem().cat_file(location, start=start, end=stop)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -275,13 +275,13 @@ def _another_answers(location: str) -> bool:
     if other is None:
         return False
     try:
-        _filesystem().cat_file(other, start=0, end=1)
+        filesystem().cat_file(other, start=0, end=1)
     except Exception:
         return False
     return True
 
 
-def _filesystem() -> Any:
+def filesystem() -> Any:
     """The S3 file system of this process: s3fs has an event loop, which does not survive a fork."""
     return _filesystem_of(os.getpid())
 
@@ -293,17 +293,17 @@ def _filesystem_of(pid: int) -> Any:
     for name in ("botocore", "aiobotocore"):  # they log at level INFO in every process where they found the credentials
         logging.getLogger(name).setLevel(logging.WARNING)
     timeouts = {"read_timeout": READ_TIMEOUT_S, "connect_timeout": CONNECT_TIMEOUT_S}
-    filesystem = s3fs.S3FileSystem(
+    made = s3fs.S3FileSystem(
         config_kwargs={**timeouts, "retries": {"total_max_attempts": 1}},
         skip_instance_cache=True,
         use_listings_cache=False,
     )
-    # Only `_retry` below repeats: nested retries would multiply to minutes.
-    filesystem.retries = 1
-    return filesystem
+    # Only `retried` below repeats: nested retries would multiply to minutes.
+    made.retries = 1
+    return made
 
 
-def _retry(action: Callable[[], T], location: str, others: Callable[[], bool] = lambda: False) -> T:
+def retried(action: Callable[[], T], location: str, others: Callable[[], bool] = lambda: False) -> T:
     """Run `action`, at most ATTEMPTS times with growing, jittered pauses, and wait if the store does not answer.
 
     others: whether another object can be read now, which would mean that this one alone is bad. Raises OSError if every

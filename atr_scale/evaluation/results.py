@@ -15,6 +15,7 @@ from atr_scale.config import RunConfig
 from atr_scale.errors import UserError
 from atr_scale.evaluation.result import EvaluationResult, file_stem
 from atr_scale.files import atomic_write
+from atr_scale.remote.places import address_of
 from atr_scale.run_checkpoints import WEIGHTS
 
 SCHEMA = 1
@@ -86,7 +87,7 @@ def record_entries(folder: Path, run: str, config: RunConfig, entries: Sequence[
 def run_folder(location: str | Path, checkpoint: Path) -> Path:
     """The run folder of a run or a checkpoint that was given as `location`; checkpoint: the folder found there."""
     # A copied run folder may have lost its links, or have folders in their place.
-    if not (Path(location) / WEIGHTS).is_file():
+    if not address_of(location) and not (Path(location) / WEIGHTS).is_file():
         return Path(location)
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint  # an exported one
 

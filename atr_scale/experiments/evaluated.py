@@ -23,6 +23,8 @@ from atr_scale.evaluation.metrics import Queries
 from atr_scale.evaluation.result import EvaluationResult
 from atr_scale.evaluation.results import WATCHING, read_results
 from atr_scale.experiments.sweep_file import read_sweep
+from atr_scale.remote.fetch import bring_files
+from atr_scale.remote.places import address_of
 from atr_scale.sections import flat
 
 logger = logging.getLogger(__name__)
@@ -107,7 +109,7 @@ def read_experiments(locations: Sequence[str | Path], split: str | None = None) 
     first validation set that all runs have. Raises UserError if a run has no results, or if they are of different test
     sets or relevance.
     """
-    folders = list(dict.fromkeys(folder for place in locations for folder in _runs_of(Path(place), split)))
+    folders = list(dict.fromkeys(folder for place in locations for folder in _runs_of(_local(place), split)))
     tables = {folder: _read(folder) for folder in folders}
     split = split or _common_split(tables)
     runs = [_evaluated(folder, table, split) for folder, table in tables.items()]
@@ -118,6 +120,11 @@ def read_experiments(locations: Sequence[str | Path], split: str | None = None) 
         groups.setdefault((run.digest, run.entry["method"], run.entry["checkpoint"]), []).append(run)
     names = _names(list(groups.values()))
     return [Experiment(name, tuple(group)) for name, group in zip(names, groups.values(), strict=True)]
+
+
+def _local(place: str | Path) -> Path:
+    address = address_of(place)
+    return bring_files(address) if address else Path(place)
 
 
 def _runs_of(place: Path, split: str | None) -> list[Path]:

@@ -23,6 +23,7 @@ from atr_scale.evaluation.results import config_digest, read_results
 from atr_scale.experiments.grid import SEED, Axis, combinations, parse_arguments, run_names
 from atr_scale.experiments.sweep_file import SWEEP, read_sweep
 from atr_scale.files import atomic_write
+from atr_scale.remote.places import address_of
 from atr_scale.run_files import last_logged_step
 
 TEST = "test"
@@ -110,6 +111,8 @@ def plan_sweep(config: str, arguments: Sequence[str], *, seeds: int | None = Non
         if any(axis.key == SEED for axis in axes):
             raise UserError(f"--seeds and {SEED}=[...] both name seeds: give one of them")
         axes = [*axes, Axis(SEED, tuple(str(first.run.seed + number) for number in range(seeds)))]
+    if address_of(out or first.run.dir):
+        raise UserError("the folder of a sweep is on a disk: give --out a local folder")
     folder = out or Path(first.run.dir) / "sweep"
     table = _table(folder, config, shared, axes)
     numbers = {run["name"]: number for number, run in enumerate(table["runs"])}

@@ -36,6 +36,8 @@ from atr_scale.export.sentence_transformers import export_text_tower
 from atr_scale.files import give_usual_mode
 from atr_scale.inference import TrainedModel, load_trained
 from atr_scale.locks import hold
+from atr_scale.remote.fetch import bring_files
+from atr_scale.remote.places import address_of, run_of
 from atr_scale.run_checkpoints import (
     CONFIG,
     SCORE,
@@ -87,7 +89,9 @@ def export_run(
     if out.parent.resolve() == checkpoint.resolve().parent and out.parent.name == "checkpoints":
         raise UserError(f"{out} is among the checkpoints of a run, which would be taken for one: choose another --out")
     model = load_trained(checkpoint, "cpu", plugins)
-    origin = Origin.of(run_folder(location, checkpoint), checkpoint, model.config, out.name, plugins)
+    address = address_of(location)
+    run_dir = bring_files(run_of(address)) if address else run_folder(location, checkpoint)
+    origin = Origin.of(run_dir, checkpoint, model.config, out.name, plugins)
     partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atr_scale.checkpoint import find_checkpoint, read_state
+from atr_scale.checkpoint import find_checkpoint, name_of, read_state
 from atr_scale.errors import UserError, one_line
 from atr_scale.files import atomic_write, sha256_of
 from atr_scale.inference import TrainedModel
@@ -56,7 +56,7 @@ class ModelId:
         except (KeyError, TypeError):  # a checkpoint without a manifest, for example an exported one
             weights = sha256_of(folder / WEIGHTS)
         step = int(read_state(folder)["step"]) if (folder / STATE).is_file() else 0
-        return cls(str(folder), step, weights, model.module.audio_projection.dim, model.sample_rate)
+        return cls(name_of(location, folder), step, weights, model.module.audio_projection.dim, model.sample_rate)
 
     def same(self, other: ModelId) -> bool:
         """Whether both are the same weights, wherever their folders are."""

@@ -78,13 +78,14 @@ def checkpoint_to_resume(config: RunConfig, world: World) -> Path | None:
 
     UserError if the run folder's checkpoint is of another configuration or if all are damaged.
     """
-    run_dir = Path(config.run.dir)
+    run_dir = config.run.folder
 
     def newest() -> Path | None:
         run_checkpoints.remove_partial(run_dir)
         return run_checkpoints.newest_sound(run_dir)
 
-    found = world.from_main(newest)
+    newest_here = world.from_main(newest)
+    found = newest_here and run_dir / "checkpoints" / newest_here.name  # the folder may have another path on each node
     if found is not None:
         _check_same_run(config, found, world.size)
     if world.is_main:

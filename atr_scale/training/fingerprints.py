@@ -84,7 +84,7 @@ def _compared(config: RunConfig, found: dict[str, Input], resume_from: Path | No
         logger.warning("from step %d on the run reads other data than before: %s", state["step"], places)
         changes = {name: {"was": saved[name]._asdict(), "now": found[name]._asdict()} for name in changed}
         append_json_lines(
-            Path(config.run.dir) / CHANGED_DATA, [{"time": time.time(), "step": state["step"], "changed": changes}]
+            config.run.folder / CHANGED_DATA, [{"time": time.time(), "step": state["step"], "changed": changes}]
         )
     return {name: each._asdict() for name, each in found.items()}
 

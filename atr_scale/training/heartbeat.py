@@ -224,9 +224,14 @@ def longest_silence(config: RunConfig) -> float:
 
 
 @contextlib.contextmanager
-def watched_rank(config: RunConfig, world: World, attempt: Attempt) -> Iterator[Heartbeat]:
-    """The heartbeat of this rank, with a watchdog that ends it if the run hangs. All ranks enter this together."""
-    run = Path(config.run.dir)
+def watched_rank(
+    config: RunConfig, world: World, attempt: Attempt, last_words: Callable[[], None] = lambda: None
+) -> Iterator[Heartbeat]:
+    """The heartbeat of this rank, with a watchdog that ends it if the run hangs. All ranks enter this together.
+
+    last_words: called before it ends, when the reason is written.
+    """
+    run = config.run.folder
     compiled = config.model.audio.compile or config.model.text.compile
     heartbeat = Heartbeat(
         run,
@@ -241,6 +246,7 @@ def watched_rank(config: RunConfig, world: World, attempt: Attempt) -> Iterator[
         heartbeat.end(reason)
         if reports:
             attempt.end(reason, 1)
+        last_words()
 
     with heartbeat, Watchdog(world, heartbeat, stacks_file(run, attempt.number, world.rank), on_hang):
         yield heartbeat

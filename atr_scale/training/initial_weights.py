@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from atr_scale.checkpoint import find_checkpoint, misfits, read_weights
+from atr_scale.checkpoint import find_checkpoint, misfits, name_of, read_weights
 from atr_scale.config import RunConfig
 from atr_scale.config_train import MODEL_PARTS, InitialCheckpoint
 from atr_scale.encoders.text_encoders import load_text_encoder
@@ -84,7 +84,7 @@ def start_from(initial: InitialCheckpoint, config: RunConfig, **options: Any) ->
             model.load_state_dict(given[part], strict=False)
             taken.append(part)
     return model, InitialWeights(
-        checkpoint=str(folder),
+        checkpoint=name_of(initial.from_, folder),
         taken={part: sum(value.numel() for value in own[part].values()) for part in taken if own[part]},
         new={part: _origin(part, config) for part in MODEL_PARTS if own[part] and part not in taken},
         left_out=[part for part in MODEL_PARTS if given[part] and part not in taken],

@@ -31,6 +31,8 @@ from atr_scale.evaluation.selection import selection_score
 from atr_scale.files import full_disk_in_one_line, unless_full
 from atr_scale.model import StepContext, count_parameters
 from atr_scale.precision import Precision, encoder_products
+from atr_scale.remote.mirror import Mirror
+from atr_scale.remote.resume import mirrored
 from atr_scale.run_checkpoints import Score
 from atr_scale.run_files import PREEMPTED
 from atr_scale.training.attempts import attempted
@@ -65,18 +67,24 @@ def train(config: RunConfig) -> None:
     with (
         distributed(longest_silence(config)) as (world, device),
         encoder_products(precision.tf32),
-        only_training(Path(config.run.dir), world),
-        attempted(Path(config.run.dir), world) as attempt,
-        full_disk_in_one_line(Path(config.run.dir)),
-        preemptible(Path(config.run.dir), world, attempt) as stop,
-        watched_rank(config, world, attempt) as heartbeat,
+        mirrored(config.run.dir, world, config.data.outage_seconds) as mirror,
+        only_training(config.run.folder, world),
+        attempted(config.run.folder, world) as attempt,
+        full_disk_in_one_line(config.run.folder),
+        preemptible(config.run.folder, world, attempt) as stop,
+        watched_rank(config, world, attempt, mirror.last_words if mirror else lambda: None) as heartbeat,
         STORE.waiting_with(config.data.outage_seconds, heartbeat.wait),
     ):
         logger.info(precision.describe(device, config.train.head_products))
-        training = Training(config, world, device, heartbeat, stop)
+        if mirror:
+            mirror.start()
+        training = Training(config, world, device, heartbeat, stop, mirror)
         attempt.follow(training.progress, training.parts.length.steps)
         stop.begin()
         training.run()
+        if mirror:
+            with heartbeat.wait("uploading"):
+                mirror.finish(config.data.outage_seconds, heartbeat.beat)
 
 
 class Training:
@@ -89,15 +97,16 @@ class Training:
         device: torch.device,
         heartbeat: Heartbeat | None = None,
         stop: PreemptionFlag | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         """Checks come first, cheap ones before expensive ones. DeepSpeed starts after all inputs have been opened.
 
         heartbeat: told of progress and declared waits, by default one that nobody reads. stop: a signal's flag, by
-        default one that no signal sets.
+        default one that no signal sets. mirror: uploads what is saved, if the run is on S3.
         """
         self.config, self.world, self.device = config, world, device
         self.heartbeat = heartbeat or Heartbeat()
-        self.run_dir = Path(config.run.dir)
+        self.run_dir = config.run.folder
         check_batch_size(config, world.size)
         check_temporary_folder(config.data.workers)
         check_run_folder(self.run_dir)
@@ -125,7 +134,7 @@ class Training:
         self.validator = Validator(
             config, validation, self.parts.tokenizer, world, device, self.monitor, self._is_told_to_stop
         )
-        self.saver = Saver(config, world, self.monitor, resume_from, self.heartbeat)
+        self.saver = Saver(config, world, self.monitor, resume_from, self.heartbeat, mirror)
         self.record = Record(config, self.progress, self.parts.length, self.monitor, world, device)
         self.profile = StepProfile(config.train.profile, self.run_dir, world.rank, device, self.parts.length.steps)
         self.heartbeat.tell(steps=self.parts.length.steps)
@@ -198,9 +207,9 @@ class Training:
         if self._evaluation_is_due or self.progress.step < length.steps:
             self._leave()
         elif self.world.is_main:
-            run = self.run_dir
-            with unless_full(run, "results"):
-                record_training(run, self.config, length.steps, length.steps)
+            run = self.config.run.dir
+            with unless_full(self.run_dir, "results"):
+                record_training(self.run_dir, self.config, length.steps, length.steps)
             logger.info("%s: trained to step %d; measure it with `atr-scale evaluate %s`", run, length.steps, run)
 
     def _write_profile(self) -> None:

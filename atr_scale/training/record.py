@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -117,7 +116,7 @@ class Record:
     ) -> None:
         self.config, self.progress, self.length, self.monitor = config, progress, length, monitor
         self.world, self.device = world, device
-        self.run_dir = Path(config.run.dir)
+        self.run_dir = config.run.folder
         self._bad_in_a_row, self._logged_step = 0, progress.step
         self._interval = Interval()
         self._dropped = DroppedSamples(self.run_dir, progress.step) if world.is_main else None

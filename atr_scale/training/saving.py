@@ -19,6 +19,7 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import Failure
 from atr_scale.files import disk_of
 from atr_scale.memory import as_text
+from atr_scale.remote.mirror import Mirror
 from atr_scale.training.heartbeat import Heartbeat
 from atr_scale.training.monitor import Monitor
 
@@ -38,11 +39,18 @@ class Saver:
     """
 
     def __init__(
-        self, config: RunConfig, world: World, monitor: Monitor, last: Path | None, heartbeat: Heartbeat | None = None
+        self,
+        config: RunConfig,
+        world: World,
+        monitor: Monitor,
+        last: Path | None,
+        heartbeat: Heartbeat | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
+        """mirror: uploads what is saved, if the run is on S3."""
         self.config, self.world, self.monitor, self.last = config, world, monitor, last
-        self.heartbeat = heartbeat or Heartbeat()
-        self.run, self.keep = Path(config.run.dir), config.train.keep_checkpoints
+        self.heartbeat, self._mirror = heartbeat or Heartbeat(), mirror
+        self.run, self.keep = config.run.folder, config.train.keep_checkpoints
         self.failed = 0
         self._config_yaml = config.to_yaml()  # takes as long as the copy of a small model
         self._copies = HostCopies()
@@ -64,7 +72,7 @@ class Saver:
             self.world.from_main(lambda: self._make_space(needed))
             self._writing = checkpoint.start_saving(
                 self.run, trained, self.world, self._config_yaml, state, self._copies,
-                afterwards=self._prune, failed=self._note,
+                afterwards=self._saved, failed=self._note, shared=self._mirror.shared if self._mirror else None,
             )  # fmt: skip
         except Failure as fault:
             self._not_saved(fault, ends())
@@ -94,9 +102,11 @@ class Saver:
             self._recorded = self.failed
             self.monitor.saving(self._unsaved[0], self.failed)
 
-    def _prune(self) -> None:
-        newest = checkpoint.folder_of(self.run, self._unsaved[0])
-        run_checkpoints.prune(self.run, self.keep, newest)
+    def _saved(self, files: run_checkpoints.Files) -> None:
+        step = self._unsaved[0]
+        run_checkpoints.prune(self.run, self.keep, checkpoint.folder_of(self.run, step))
+        if self._mirror:
+            self._mirror.written(step, files)
 
     def _bytes(self, model: nn.Module) -> int:
         """Of a checkpoint: like the last one, which holds the files of all ranks; before that by the parameters."""

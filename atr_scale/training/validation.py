@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -64,7 +63,7 @@ class Validator:
         """Add what `evaluate` has found to results.json; of the best step also the results' own files."""
         if not self.world.is_main:
             return
-        run_dir = Path(self.config.run.dir)
+        run_dir = self.config.run.folder
         results = [result for each in found.values() for result in each.results]
         for each in found.values() if best else ():
             for result in each.results:

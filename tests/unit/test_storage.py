@@ -113,7 +113,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def use(monkeypatch: pytest.MonkeyPatch, faults: Any) -> FakeS3:
     fake = FakeS3(faults)
-    monkeypatch.setattr(storage, "_filesystem", lambda: fake)
+    monkeypatch.setattr(storage, "filesystem", lambda: fake)
     return fake
 
 
