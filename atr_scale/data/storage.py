@@ -281,13 +281,16 @@ def _another_answers(location: str) -> bool:
     return True
 
 
-def filesystem() -> Any:
-    """The S3 file system of this process: s3fs has an event loop, which does not survive a fork."""
-    return _filesystem_of(os.getpid())
+def filesystem(attempts: int = 1) -> Any:
+    """The S3 file system of this process: s3fs has an event loop, which does not survive a fork.
+
+    attempts: of each request, the parts of a large file among them.
+    """
+    return _filesystem_of(os.getpid(), attempts)
 
 
-@functools.lru_cache(maxsize=1)
-def _filesystem_of(pid: int) -> Any:
+@functools.lru_cache(maxsize=2)
+def _filesystem_of(pid: int, attempts: int) -> Any:
     import s3fs
 
     for name in ("botocore", "aiobotocore"):  # they log at level INFO in every process where they found the credentials
@@ -298,8 +301,8 @@ def _filesystem_of(pid: int) -> Any:
         skip_instance_cache=True,
         use_listings_cache=False,
     )
-    # Only `retried` below repeats: nested retries would multiply to minutes.
-    made.retries = 1
+    # By default only `retried` below repeats: nested retries would multiply to minutes.
+    made.retries = attempts
     return made
 
 

@@ -61,6 +61,7 @@ class Mirror:
         self._away: float | None = None  # since when uploads fail
         self._waits = False  # for other nodes
         self._fault = ""
+        self._beat: Callable[[], None] = lambda: None
         self._pass = threading.Lock()
         self._wake, self._ends = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
@@ -88,11 +89,11 @@ class Mirror:
         """Upload the rest. All ranks call this, at the normal end. Raises Failure if the store is away for so long."""
         if not self.leads:
             return
+        self._beat = beat
         self._stop()
         began, pause = time.monotonic(), FIRST_PAUSE_S
         self._try(self.upload)
         while self._away is not None:
-            beat()
             waited = time.monotonic() - max(began, self._away)
             if waited > budget_s and not self._waits:
                 last = max(self._committed, default=None)
@@ -103,6 +104,8 @@ class Mirror:
                     f"{self._fault}; what is missing there is in {self.folder}, and its last checkpoint is "
                     f"{f'step-{last}' if last is not None else 'none'}: start the same command again on this machine"
                 )
+            if self._waits:
+                beat()  # the other node's watchdog looks after it
             time.sleep(pause)
             pause = min(LONGEST_PAUSE_S, 2 * pause)
             self._try(self.upload)
@@ -181,8 +184,12 @@ class Mirror:
 
     def _send(self, name: str, path: Path, state: tuple[int, int]) -> None:
         if self._sent.get(name) != state:
-            put_file(path, join(self.address, name))
+            self._put(path, name)
             self._sent[name] = state
+
+    def _put(self, path: Path, name: str, sha256: str | None = None) -> None:
+        put_file(path, join(self.address, name), sha256)
+        self._beat()
 
     def _upload_checkpoints(self) -> None:
         """Those that the bucket lacks, the newest one first."""
@@ -217,7 +224,7 @@ class Mirror:
                 same = name in there and there[name].size == size
                 if not (same and checksum_of(join(place, name)) == sha256):
                     try:
-                        put_file(folder / name, join(place, name), sha256)
+                        self._put(folder / name, f"{CHECKPOINTS}/step-{step}/{name}", sha256)
                     except FileNotFoundError:
                         if not folder.exists():  # pruned meanwhile
                             return
@@ -236,7 +243,7 @@ class Mirror:
                 write_manifest(folder, files)
         self._upload_files(all_of_them=True)  # the metrics up to this step, and all else
         self._check_lock()
-        put_file(folder / MANIFEST, join(place, MANIFEST))
+        self._put(folder / MANIFEST, f"{CHECKPOINTS}/step-{step}/{MANIFEST}")
         self._committed.add(step)
         self._grown = True
         logger.info("%s has the checkpoint of step %d", self.address, step)
@@ -291,7 +298,7 @@ class Mirror:
         """Delete what the bucket has of older checkpoints that are not kept here, when it has the newest one."""
         here = {step_of(path.name) for path in newest_first(self.folder)}
         newest = max(self._committed, default=None)
-        if not self._grown or newest is None or newest != max(here, default=None):
+        if not self._grown or newest is None:
             return
         place = join(self.address, CHECKPOINTS)
         names = list_below(place)
@@ -303,5 +310,5 @@ class Mirror:
         self._check_lock()
         for name in sorted(gone, key=lambda name: not name.endswith(f"/{MANIFEST}")):
             remove(join(place, name))
-        self._committed &= here
+        self._committed &= here | {newest}
         self._grown = False

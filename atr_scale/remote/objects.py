@@ -14,6 +14,7 @@ from atr_scale.data.storage import filesystem
 from atr_scale.files import sha256_of
 
 SHA256 = "sha256"  # key of the metadata of an object
+PART_ATTEMPTS = 3  # or all parts of a large file would be sent again after one has failed
 
 
 class StoredObject(NamedTuple):
@@ -40,7 +41,7 @@ def list_below(address: str) -> dict[str, StoredObject]:
 
 def put_file(path: Path, location: str, sha256: str | None = None) -> None:
     """Upload a file, in parts if it is large; it is visible when it is complete. sha256: becomes its metadata."""
-    filesystem().put_file(str(path), location, **({"Metadata": {SHA256: sha256}} if sha256 else {}))
+    filesystem(PART_ATTEMPTS).put_file(str(path), location, **({"Metadata": {SHA256: sha256}} if sha256 else {}))
 
 
 def put_bytes(content: bytes, location: str, only_new: bool = False) -> bool:

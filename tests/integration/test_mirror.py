@@ -1,0 +1,184 @@
+"""A run folder and its copy in a bucket of a real S3 server (rclone), without a training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from atr_scale.data import storage
+from atr_scale.distributed.world import World
+from atr_scale.errors import UserError
+from atr_scale.remote.fetch import RemoteRun, bring_model
+from atr_scale.remote.mirror import Mirror
+from atr_scale.remote.nodes import SharedBy
+from atr_scale.remote.objects import list_below
+from atr_scale.remote.resume import _prepare
+from atr_scale.run_checkpoints import Score, link, seal, verify, write_score
+from atr_scale.run_files import append_json_lines
+from tests.faults.proxy import RCLONE, FaultProxy, s3_server, s3_variables
+
+needs_rclone = pytest.mark.skipif(not RCLONE.exists(), reason="needs rclone: .ci/rclone installs it")
+pytestmark = [needs_rclone, pytest.mark.slow]
+LARGE = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
+    root = tmp_path_factory.mktemp("s3")
+    (root / "bucket").mkdir()
+    with s3_server(root) as address, pytest.MonkeyPatch.context() as patch:
+        proxy = FaultProxy(address)
+        for name, value in s3_variables(proxy).items():
+            patch.setenv(name, value)
+        storage._filesystem_of.cache_clear()
+        yield proxy
+        storage._filesystem_of.cache_clear()
+        proxy.close()
+
+
+@pytest.fixture
+def address(request: pytest.FixtureRequest) -> str:
+    return f"s3://bucket/{request.node.name}"
+
+
+def mirror(address: str, folder: Path) -> Mirror:
+    world = World()
+    return Mirror(address, folder, world, SharedBy.all_ranks(world), None)
+
+
+def save(run: Path, step: int, score: float | None = None) -> Path:
+    """A checkpoint with as many files as it needs, of some bytes each."""
+    folder = run / "checkpoints" / f"step-{step}"
+    (folder / "optimizer").mkdir(parents=True)
+    for name in (LARGE, "config.resolved.yaml", "state.json", "optimizer/rank-0.safetensors"):
+        (folder / name).write_text(f"{name} of step {step}")
+    seal(folder)
+    link(run, "latest", folder)
+    if score is not None:
+        write_score(folder, Score("mAP", score))
+        link(run, "best", folder)
+    return folder
+
+
+def attempt(run: Path, number: int) -> None:
+    append_json_lines(run / "attempts.jsonl", [{"event": "start", "attempt": number, "host": run.name}])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with two checkpoints, the first of which is the best one."""
+    run = tmp_path / "run"
+    run.mkdir()
+    attempt(run, 1)
+    save(run, 10, score=0.5)
+    save(run, 20)
+    return run
+
+
+def test_the_bucket_follows_the_folder(run: Path, address: str, proxy: FaultProxy) -> None:
+    uploads = mirror(address, run)
+    uploads.upload()
+    objects = list_below(address)
+    assert {"attempts.jsonl", "latest", "best", "checkpoints/step-20/manifest.json"} < set(objects)
+    written = [path for method, path, _ in proxy.requests if method == "PUT"]
+    newest = [path for path in written if "step-20" in path or path.endswith("latest")]
+    assert newest[-2].endswith("step-20/manifest.json") and newest[-1].endswith("latest"), "in this order"
+    made = len(proxy.requests)
+    uploads.upload()
+    assert len(proxy.requests) == made, "nothing has changed"
+
+    shutil.rmtree(run / "checkpoints" / "step-20")
+    save(run, 30)
+    (run / "checkpoints" / "step-30" / "manifest.json").rename(run / "aside")  # not yet complete
+    uploads.upload()
+    assert RemoteRun(address).checkpoints() == ["step-20", "step-10"], "deleted only when the newest one is there"
+    other = f"{address}/checkpoints/step-40/optimizer/rank-1.safetensors"  # another node is ahead
+    storage.write_bytes(other, b"of step 40")
+    (run / "aside").rename(run / "checkpoints" / "step-30" / "manifest.json")
+    uploads.upload()
+    assert RemoteRun(address).checkpoints() == ["step-30", "step-10"]
+    assert not any("step-20" in name for name in list_below(address)) and storage.exists(other)
+    assert storage.read_bytes(f"{address}/latest") == b"checkpoints/step-30\n"
+    assert storage.read_bytes(f"{address}/best") == b"checkpoints/step-10\n"
+
+
+def test_an_interrupted_upload_goes_on(run: Path, address: str, proxy: FaultProxy) -> None:
+    """Another process, which knows nothing of the first one, sends what is missing alone."""
+    uploads = mirror(address, run)
+    uploads.upload()
+    storage.remove_file(f"{address}/checkpoints/step-20/manifest.json")
+    storage.remove_file(f"{address}/checkpoints/step-20/state.json")
+    storage.write_bytes(f"{address}/checkpoints/step-20/{LARGE}", b"x" * len(f"{LARGE} of step 20"))  # of another run
+    proxy.requests.clear()
+    again = mirror(address, run)
+    again.knows(RemoteRun(address))
+    again.upload()
+    sent = {path.rpartition("/")[2] for method, path, _ in proxy.requests if method == "PUT" and "step-20/" in path}
+    assert sent == {"state.json", LARGE, "manifest.json"}
+
+
+def test_a_resume_from_the_bucket_alone(run: Path, address: str, tmp_path: Path, proxy: FaultProxy) -> None:
+    mirror(address, run).upload()
+    storage.write_bytes(f"{address}/checkpoints/step-30/{LARGE}", b"without a manifest")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert _prepare(address, elsewhere, mirror(address, elsewhere)) == "step-20"
+    assert verify(elsewhere / "checkpoints" / "step-20") == []
+    assert [path.name for path in (elsewhere / "checkpoints" / "step-10").iterdir()] == ["score.json"]
+    assert (elsewhere / "attempts.jsonl").read_bytes() == (run / "attempts.jsonl").read_bytes()
+
+    storage.write_bytes(f"{address}/checkpoints/step-20/{LARGE}", b"damaged")
+    other = tmp_path / "other"
+    other.mkdir()
+    assert _prepare(address, other, mirror(address, other)) == "step-10"
+
+
+def test_what_a_machine_has_left_counts_unless_the_run_went_on_elsewhere(
+    run: Path, address: str, tmp_path: Path, proxy: FaultProxy
+) -> None:
+    mirror(address, run).upload()
+    save(run, 30)
+    assert _prepare(address, run, mirror(address, run)) == "step-30", "it is uploaded"
+    assert RemoteRun(address).checkpoints()[0] == "step-30"
+
+    attempt(run, 2)
+    save(run, 40)  # its process ends before it is uploaded
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert _prepare(address, elsewhere, mirror(address, elsewhere)) == "step-30"
+    attempt(elsewhere, 2)
+    mirror(address, elsewhere).upload()
+    assert _prepare(address, run, mirror(address, run)) == "step-30"
+    assert not (run / "checkpoints" / "step-40").exists()
+    assert [json.loads(line)["host"] for line in (run / "attempts.jsonl").read_text().splitlines()] == [
+        "run",
+        "elsewhere",
+    ]
+
+
+def test_a_model_is_brought_once_and_checked(
+    run: Path, address: str, tmp_path: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATR_SCALE_SCRATCH", str(tmp_path / "scratch"))
+    mirror(address, run).upload()
+    best = bring_model(address)
+    assert best.name == "step-10" and not (best / "optimizer").exists()
+    assert bring_model(f"{address}/latest").name == bring_model(f"{address}/checkpoints/step-20").name == "step-20"
+    proxy.requests.clear()
+    assert bring_model(address) == best
+    assert not any(path.endswith(LARGE) and method == "GET" for method, path, _ in proxy.requests)
+    (best / LARGE).write_text("damaged on this machine")
+    bring_model(address)
+    assert (best / LARGE).read_text() == f"{LARGE} of step 10"
+    storage.write_bytes(f"{address}/checkpoints/step-20/{LARGE}", b"damaged")
+    with pytest.raises(UserError, match=rf"step-20 is damaged \({LARGE} has another checksum\)"):
+        shutil.rmtree(tmp_path / "scratch")
+        bring_model(f"{address}/checkpoints/step-20")
+    storage.remove_file(f"{address}/checkpoints/step-20/manifest.json")
+    assert bring_model(f"{address}/latest").name == "step-10", "a checkpoint without a manifest is none"
+    with pytest.raises(UserError, match="no checkpoint at s3://bucket/nothing"):
+        bring_model("s3://bucket/nothing")
