@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from itertools import islice
 from pathlib import Path
@@ -69,8 +70,8 @@ def test_a_run_goes_on_with_other_ranks_and_stages(folder: Path, tmp_path: Path,
         np.testing.assert_allclose(found[-1]["weights"][name], value, atol=2e-4, err_msg=name)
 
 
-def moments_of(config: RunConfig, resume_from: Path) -> dict[str, np.ndarray]:
-    """All moments, by name, after they went through an engine and its checkpoint."""
+def passed_on(config: RunConfig, resume_from: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """All moments, by name, and the state, after they went through an engine and its checkpoint."""
     engine, _ = start(config, resume_from)
     saved = checkpoint.save(Path(config.run.dir), engine, World.current(), config.to_yaml(), {"step": STEPS})
     stored: dict[str, dict[int, np.ndarray]] = {}
@@ -78,22 +79,27 @@ def moments_of(config: RunConfig, resume_from: Path) -> dict[str, np.ndarray]:
         for key, vector in load_file(path).items():
             kind, first, name = key.split("/", 2)
             stored.setdefault(f"{kind} {name}", {})[int(first)] = vector
-    return {name: np.concatenate([at[first] for first in sorted(at)]) for name, at in stored.items()}
+    moments = {name: np.concatenate([at[first] for first in sorted(at)]) for name, at in stored.items()}
+    return moments, checkpoint.read_state(saved)
 
 
 @pytest.mark.slow
-def test_moments_pass_through_every_stage_to_the_bit(folder: Path, tmp_path: Path) -> None:
+def test_moments_and_loss_scale_pass_through_every_stage_to_the_bit(folder: Path, tmp_path: Path) -> None:
     config = tiny_config(folder, tmp_path / "run")
     saved = run_in_parts(config, tmp_path / "run", [(1, 0)])[-1]["saved"]
+    state = {**checkpoint.read_state(saved), "scale": 512.0, "good_steps": 7}
+    (saved / "state.json").write_text(json.dumps(state))
+    config = with_train(config, precision="fp16")
     expected: dict[str, np.ndarray] = {}
-    for number, (ranks, stage) in enumerate([(1, 0), (3, 0), (3, 1), (3, 3)]):
+    for number, (ranks, stage) in enumerate([(1, 0), (3, 0), (3, 1), (2, 2), (3, 3)]):
         again = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(tmp_path / str(number))})})
-        found = run_ranks(moments_of, ranks, with_train(again, zero_stage=stage), saved)[0]
+        found, state_now = run_ranks(passed_on, ranks, with_train(again, zero_stage=stage), saved)[0]
         expected = expected or found
         assert found.keys() == expected.keys() and len(found) > 10
         for name, vector in expected.items():
             assert np.array_equal(found[name], vector), (ranks, stage, name)
         assert any(vector.any() for vector in found.values())
+        assert [state_now[key] for key in ("updates", "scale", "good_steps")] == [STEPS, 512.0, 7]
 
 
 def saved_behind(config: RunConfig) -> dict[int, tuple[set[str], set[str]]]:
