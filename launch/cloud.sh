@@ -1,31 +1,97 @@
 #!/usr/bin/env bash
 # Trains on several machines without a scheduler. Start the same command on every machine, within ten minutes:
 #   launch/cloud.sh MACHINES FIRST_MACHINE CONFIG.yaml [key.sub=value ...]
-#     MACHINES        number of machines
+#     MACHINES        number of machines, or LEAST:MOST to go on with fewer if some are lost
 #     FIRST_MACHINE   address of one of them that all others reach on port 29500 (or MASTER_PORT)
 #   for example: launch/cloud.sh 4 10.0.0.11 configs/pretrain_wavcaps.yaml data.train[0].shards=s3://bucket/audiocaps/train
 # One process for each GPU (PROCESSES sets another number; 1 without GPUs). The run folder must be a folder that all
-# machines share, or at least the same path on each. If a machine fails, the others wait for it, and all start again from
-# the last checkpoint, up to MAX_RESTARTS (3) times. On TERM or USR1 this script saves a checkpoint and ends; the same
-# command continues from there.
+# machines share, or at least the same path on each.
+#
+# If a rank or a machine fails, all ranks end and start again from the last checkpoint, at most MAX_RESTARTS (3) times, as
+# soon as enough machines have met again: start the same command on a machine that was lost, or on another one. There is
+# no further start after the user's mistake (exit code 2). On TERM or USR1 the ranks save and end, on all machines, with exit
+# code 0; the same command goes on from there. RUN/preempted says that it was so.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-if (($# < 3)) || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
+if (($# < 3)) || ! [[ $1 =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then
     echo "error: usage: launch/cloud.sh MACHINES FIRST_MACHINE CONFIG.yaml [key.sub=value ...]" >&2
     exit 2
 fi
-machines=$1 first=$2
+machines=$1 place=$2:${MASTER_PORT:-29500}
 shift 2
 cd "$root"
 launch/environment.sh
 export PATH="$root/.venv/bin:$PATH"
-export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 # by default USR1 kills torchrun, and its workers stay behind
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+most=${MAX_RESTARTS:-3}
+meet_seconds=600
 
+say() { printf '%(%F %T)T machine %s: %s\n' -1 "$HOSTNAME" "$1"; }
+
+# The ranks run in the background, for a shell that waits for a foreground command handles no signal.
+pid="" told=""
+forward() {
+    interrupted=yes told=$1
+    say "received $1, telling the ranks to stop"
+    [[ -z $pid ]] || kill "-$1" "$pid" 2>/dev/null || true
+}
+trap 'forward USR1' USR1
+trap 'forward TERM' TERM
+trap 'forward INT' INT
+
+# once: the ranks of this machine, until they end; their exit code.
+once() {
+    local status
+    python -m atr_scale.machine_ranks "$machines" "$place" "$processes" "$@" &
+    pid=$!
+    while true; do
+        interrupted=
+        status=0
+        wait "$pid" || status=$?
+        [[ -n $interrupted ]] || break # otherwise it was the signal that ended the wait
+    done
+    pid=
+    return "$status"
+}
+
+run=$(python -m atr_scale.job_inputs dir "$@")
+rm -f "$run/preempted" # of an earlier start
 processes=${PROCESSES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-# With these short timeouts a lost machine is noticed within seconds, not minutes.
-exec torchrun --nnodes "$machines" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-3}" \
-    --rdzv-backend c10d --rdzv-endpoint "$first:${MASTER_PORT:-29500}" --rdzv-id atr-scale \
-    --rdzv-conf join_timeout=600,last_call_timeout=2,keep_alive_interval=2,keep_alive_max_attempt=5,read_timeout=60 \
-    -m atr_scale.train "$@"
+restarts=0 since=$SECONDS # since when this machine tries to meet the others
+while true; do
+    status=0 began=$SECONDS
+    [[ -n $told ]] || once "$@" || status=$?
+    if [[ -e $run/preempted ]]; then
+        say "told to stop, $run goes on from its last checkpoint with the same command"
+        exit 0
+    elif [[ -n $told ]]; then
+        say "told to stop, and nothing was saved; the same command starts again"
+        exit 0
+    fi
+    case $status in
+    0)
+        say "done: training in $run"
+        exit 0
+        ;;
+    2)
+        say "refused, see the error above; it is not tried again"
+        exit 2
+        ;;
+    75)
+        ((SECONDS - began < 120)) || since=$SECONDS # they had met
+        if ((SECONDS - since > meet_seconds)); then
+            echo "error: nobody answers at $place for $meet_seconds s: is launch/cloud.sh running on the first machine?" >&2
+            exit 1
+        fi
+        sleep 1
+        continue
+        ;;
+    esac
+    if ((restarts == most)); then
+        say "failed with exit code $status, and was started again $restarts times already: call this again to go on"
+        exit 1
+    fi
+    restarts=$((restarts + 1)) since=$SECONDS
+    say "failed with exit code $status: starting again ($restarts of at most $most)"
+done

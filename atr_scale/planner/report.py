@@ -54,6 +54,7 @@ def plan_as_json(plan: RunPlan) -> dict[str, Any]:
             "shared_memory": plan.loader.shared * plan.gpus_per_node,
             "main_memory": plan.loader.total * plan.gpus_per_node,
         },
+        "checkpoint_copy_bytes": dict(zip(("first_node", "other_nodes"), _copies(plan), strict=True)),
         "advice": [{"setting": one.setting, "gain": one.gain, "step_s": one.planned.step} for one in plan.advice],
         "sizes": [_row_json(plan, row) for row in plan.rows],
     }
@@ -140,7 +141,7 @@ def _step(plan: RunPlan) -> list[str]:
     assert e is not None
     lines = [f"memory     {e.peak / GIB:.1f} GiB a GPU at the peak, of {plan.gpu.memory / GIB:.0f}"]
     lines += [f"           {size / GIB:8.2f}  {name}" for name, size in e.memory.items() if size >= MIB]
-    lines += _loader(plan)
+    lines += _node(plan)
     total = sum(t.sent(e.split.world_size) for t in e.transfers)
     lines.append(f"network    {total / MIB:.1f} MiB sent by a GPU in a step")
     for t in sorted(e.transfers, key=lambda t: -t.sent(e.split.world_size)):
@@ -165,8 +166,8 @@ def _step(plan: RunPlan) -> list[str]:
     return lines
 
 
-def _loader(plan: RunPlan) -> list[str]:
-    """The memory of a node's loaders, beside that of the machine on which the plan is made."""
+def _node(plan: RunPlan) -> list[str]:
+    """Main memory of a node, beside that of the machine on which the plan is made."""
     memory, ranks, data = plan.loader, plan.gpus_per_node, plan.config.data
     given = "" if data.buffer_gb is None else f", within data.buffer_gb = {data.buffer_gb:g} a rank"
     here = [f"{free_memory() / GIB:.0f} GiB of main memory free"]
@@ -176,7 +177,15 @@ def _loader(plan: RunPlan) -> list[str]:
         f"node       {ranks * memory.total / GIB:.1f} GiB of main memory for the loaders of {ranks} GPUs, "
         f"{ranks * memory.shared / GIB:.1f} of them in /dev/shm{given}; this machine has {' and '.join(here)}",
         f"           {memory.describe()}",
+        f"           {_copies(plan)[0] / GIB:.2f} GiB on the first node for the copies of a checkpoint, "
+        f"{_copies(plan)[1] / GIB:.2f} on the others",
     ]
+
+
+def _copies(plan: RunPlan) -> tuple[int, int]:
+    """Bytes of main memory for the copies of a checkpoint: on the first node, and on any other."""
+    first, other = plan.costs.parameters.copies(plan.nodes * plan.gpus_per_node)
+    return first + (plan.gpus_per_node - 1) * other, plan.gpus_per_node * other
 
 
 def _advice(plan: RunPlan) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import tempfile
@@ -15,6 +16,8 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.training.fingerprints import INPUTS, without_places
 from atr_scale.training.optimizer_state import OLD_FOLDER
+
+logger = logging.getLogger(__name__)
 
 SOCKET_PATH = 107  # bytes, in Linux
 # Keys that may differ when a run is resumed. Any other difference would make it another run.
@@ -31,13 +34,14 @@ FREE_TO_CHANGE = (
 def check_batch_size(config: RunConfig, world_size: int) -> None:
     """UserError if the global batch cannot be divided among the ranks, or a local batch must not be cut."""
     train = config.train
-    if train.global_batch_size % world_size:
+    batch = train.global_batch_size
+    if batch % world_size:
         raise UserError(
-            f"train.global_batch_size = {train.global_batch_size} does not divide among {world_size} ranks: start "
-            f"{_largest_divisor(train.global_batch_size, world_size)}, which a run in progress can also go on with, or "
-            f"set it to a multiple, for example {-(-train.global_batch_size // world_size) * world_size}"
+            f"train.global_batch_size = {batch} does not divide among {world_size} ranks: start "
+            f"{_numbers_that_fit(batch, world_size)}, with any of which a run in progress goes on too, or set it to "
+            f"a multiple in a new run, for example {-(-batch // world_size) * world_size}"
         )
-    local = train.global_batch_size // world_size
+    local = batch // world_size
     micro = train.micro_batch_size or local
     if micro < local and config.model.audio.batch_norm == "local":
         raise UserError(
@@ -46,8 +50,12 @@ def check_batch_size(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _largest_divisor(number: int, limit: int) -> int:
-    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
+def _numbers_that_fit(batch: int, ranks: int) -> str:
+    """The largest numbers of ranks below `ranks` and the next one above it that divide a batch."""
+    fit = [number for number in range(1, batch + 1) if batch % number == 0]
+    below, above = [n for n in fit if n < ranks][-3:], [n for n in fit if n > ranks][:1]
+    *others, last = map(str, below + above)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def check_temporary_folder(workers: int) -> None:
@@ -74,7 +82,7 @@ def check_run_folder(folder: Path) -> None:
 def checkpoint_to_resume(config: RunConfig, world: World) -> Path | None:
     """The checkpoint that a run continues, None if it starts anew. All ranks call this and get the same answer.
 
-    Sets broken checkpoints aside, and mends the links of the run folder.
+    Sets broken checkpoints aside, and mends the links of the run folder. Sets train.micro_batch_size if that is needed.
 
     UserError if the run folder's checkpoint is of another configuration or if all are damaged.
     """
@@ -88,11 +96,29 @@ def checkpoint_to_resume(config: RunConfig, world: World) -> Path | None:
     found = newest_here and run_dir / "checkpoints" / newest_here.name  # the folder may have another path on each node
     if found is not None:
         _check_same_run(config, found, world.size)
+        _keep_forward_size(config, found, world.size)
     if world.is_main:
         if found is not None:
             run_checkpoints.set_aside(run_dir, found)
         run_checkpoints.mend(run_dir, config.evaluation.select)
     return found
+
+
+def _keep_forward_size(config: RunConfig, folder: Path, world_size: int) -> None:
+    """Set train.micro_batch_size if it is null and fewer ranks go on from a checkpoint, whose parts of the batch are
+    larger: one forward pass then holds no more pairs than it did, and needs no more memory.
+    """
+    train, saved = config.train, checkpoint.read_config(folder, config.plugins).train
+    before = train.global_batch_size // checkpoint.read_state(folder)["world_size"]
+    before = min(before, saved.micro_batch_size or before)
+    if train.micro_batch_size is None and train.global_batch_size // world_size > before:
+        if config.model.audio.batch_norm == "local":
+            return  # its statistics are those of the forward pass
+        train.micro_batch_size = before
+        logger.info(
+            "%d ranks have %d pairs each: train.micro_batch_size is %d, as many as a forward pass held before; set it "
+            "for another number", world_size, train.global_batch_size // world_size, before,
+        )  # fmt: skip
 
 
 def check_length(config: RunConfig, folder: Path, steps: int) -> None:

@@ -48,7 +48,7 @@ from atr_scale.training.fingerprints import INPUTS, of_validation, same_inputs
 from atr_scale.training.heartbeat import LEAST_HANG_S, Heartbeat, longest_silence, watched_rank
 from atr_scale.training.monitor import Monitor
 from atr_scale.training.parts import RunParts, announced, open_parts, open_validation
-from atr_scale.training.preemption import PreemptionFlag, preemptible
+from atr_scale.training.preemption import PreemptionFlag, leave_marker, preemptible
 from atr_scale.training.profile import StepProfile
 from atr_scale.training.record import Progress, Record, Taken, Update
 from atr_scale.training.run_info import write_environment
@@ -395,10 +395,8 @@ class Training:
         return self._stopping or self.progress.step == self.parts.length.steps or self.stop.agree()
 
     def _leave(self) -> None:
+        leave_marker(self.run_dir, self.stop.received)
         if self.world.is_main:
-            (self.run_dir / PREEMPTED).write_text(
-                f"{self.stop.received or 'another rank was told'}\n", encoding="utf-8"
-            )
             evaluation = ", whose evaluation is repeated" if self._evaluation_is_due else ""
             logger.warning(
                 "told to stop: saved at step %d of %d; the same command continues from there%s",

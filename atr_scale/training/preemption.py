@@ -79,6 +79,15 @@ class PreemptionFlag:
         raise SystemExit(0)
 
 
+def leave_marker(run: Path, told: str | None) -> None:
+    """Write RUN/preempted. told: the signal that this rank has received, if any. All ranks call this.
+
+    The first rank of each machine writes it, for machines may have run folders of their own.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        (run / PREEMPTED).write_text(f"{told or 'another rank was told'}\n", encoding="utf-8")
+
+
 def preemptible(run: Path, world: World, attempt: Attempt) -> PreemptionFlag:
     """The flag of a training in the folder `run`; a signal before it begins is noted there, like a later one."""
 

@@ -35,6 +35,7 @@ class TinyRuns:
         ranks: int = 1,
         torchrun: list[str] | None = None,
         launcher: Sequence[str] = (),
+        cloud: Sequence[str] = (),
         overrides: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
         hooks: str = "",
@@ -43,6 +44,7 @@ class TinyRuns:
         """Start to train in the folder `run`; with several ranks, or options for it, under torchrun.
 
         launcher: the words of another launcher, with its number of ranks.
+        cloud: the words of one that starts `atr_scale.train` itself, without hooks.
         hooks: Python code that every rank runs before it trains. train: keys of that section.
         """
         path = self.place / f"{run}.yaml"
@@ -57,6 +59,8 @@ class TinyRuns:
             launcher = [sys.executable, "-m", "torch.distributed.run", *options]
         if launcher:
             command = [*launcher, *command[1:]]
+        if cloud:
+            command = [*cloud, *command[2:]]
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 command,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -15,8 +16,9 @@ from atr_scale.distributed.world import World
 from atr_scale.errors import UserError
 from atr_scale.model import Retriever
 from atr_scale.planner.dry_run import dry_run
+from atr_scale.run_checkpoints import seal
 from atr_scale.training import parts
-from atr_scale.training.checks import check_batch_size, check_temporary_folder, differences
+from atr_scale.training.checks import check_batch_size, check_temporary_folder, checkpoint_to_resume, differences
 from atr_scale.training.loop import Training
 from atr_scale.training.param_groups import freeze
 from tests.tiny_run import tiny_config
@@ -66,7 +68,9 @@ def test_plan_counts_what_each_stage_splits(folder: Path) -> None:
 def test_batch_sizes_that_do_not_divide(folder: Path) -> None:
     config = tiny_config(folder, folder / "run")
     check_batch_size(config, 4)
-    with pytest.raises(UserError, match=r"among 5 ranks: start 4, .* or set it to a multiple, for example 15"):
+    with pytest.raises(
+        UserError, match=r"among 5 ranks: start 2, 3, 4 or 6, .* or set it to a multiple in a new run, for example 15"
+    ):
         check_batch_size(config, 5)
     for micro, ranks in ((3, 4), (3, 2), (1, 1), (12, 1), (5, 2)):
         config.train.micro_batch_size = micro
@@ -154,3 +158,41 @@ def test_a_temporary_folder_too_long_for_sockets_is_refused_before_workers_start
         return
     with pytest.raises(UserError, match=r"^TMPDIR=/t+ is longer than the 75 bytes"):
         check_temporary_folder(workers=2)
+
+
+def test_a_batch_that_no_number_of_ranks_divides(folder: Path) -> None:
+    config = tiny_config(folder, folder / "run", global_batch_size=48)
+    for ranks, start in ((5, "start 2, 3, 4 or 6,"), (100, "start 16, 24 or 48,"), (7, "start 3, 4, 6 or 8,")):
+        with pytest.raises(UserError, match=f"does not divide among {ranks} ranks: {start}"):
+            check_batch_size(config, ranks)
+
+
+@pytest.mark.parametrize(
+    ("saved", "before", "asked", "now", "expected"),
+    [
+        (None, 4, None, 2, 12),  # as many as the local batch was
+        (12, 2, None, 1, 12),  # fewer again: the number that was set then
+        (None, 2, None, 4, None),
+        (None, 4, 5, 2, 5),
+    ],
+)
+def test_fewer_ranks_need_no_larger_forward_pass(
+    folder: Path, tmp_path: Path, saved: int | None, before: int, asked: int | None, now: int, expected: int | None
+) -> None:
+    config = tiny_config(folder, tmp_path / "run", global_batch_size=48, micro_batch_size=saved)
+    step = tmp_path / "run" / "checkpoints" / "step-2"
+    step.mkdir(parents=True)
+    (step / "config.resolved.yaml").write_text(config.to_yaml())
+    (step / "state.json").write_text(json.dumps({"step": 2, "world_size": before}))
+    (step / "model.safetensors").touch()
+    seal(step)
+    config = tiny_config(folder, tmp_path / "run", global_batch_size=48, micro_batch_size=asked)
+    assert checkpoint_to_resume(config, Alone(0, now)) == step
+    assert config.train.micro_batch_size == expected
+
+
+class Alone(World):
+    """The first of several ranks, without the others."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value] * self.size

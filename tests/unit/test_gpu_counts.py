@@ -20,6 +20,8 @@ from tests.commands import ROOT
 from tools.gpu_counts import budgets, guard
 from tools.gpu_counts.__main__ import parse
 
+pytestmark = pytest.mark.slow  # most tests read one count, which takes a quarter of a minute
+
 
 def counted(cases: str, file: Path) -> dict[str, Any]:
     """What a process of its own counts: the guard must be loaded before torch is imported."""
@@ -38,13 +40,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return counted("small", tmp_path_factory.mktemp("counts") / "small.json")
 
 
-@pytest.mark.slow
 def test_small_cases_keep_their_budgets(small: dict[str, Any]) -> None:
     found = budgets.complaints(small["cases"], budgets.read())
     assert not found, "\n".join(found)
 
 
-@pytest.mark.slow
 def test_real_cases_keep_their_budgets(tmp_path: Path) -> None:
     found = budgets.complaints(counted("real", tmp_path / "real.json")["cases"], budgets.read())
     assert not found, "\n".join(found)

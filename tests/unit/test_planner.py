@@ -214,6 +214,13 @@ def test_what_each_stage_keeps() -> None:
     assert sizes.gathered(3) == 4 * 500_000 and sizes.gathered(2) == 0
 
 
+def test_copies_of_a_checkpoint() -> None:
+    """Weights on rank 0, and on each rank its part of the two moments of what is learned."""
+    sizes = Parameters([[100, 50]], [30])
+    assert sizes.copies(1) == (4 * 180 + 8 * 150, 8 * 150)
+    assert sizes.copies(4) == (4 * 180 + 8 * 38, 8 * 38)
+
+
 def test_gradients_that_wait_and_reduced_ones() -> None:
     sizes, world = Parameters([[200_000_000, 1000]]), 4
     whole, own, bucket = 4 * 200_001_000, 200_001_000, 32 * 2**20

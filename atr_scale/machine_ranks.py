@@ -1,0 +1,93 @@
+"""Starts the ranks of one machine once, for launch/cloud.sh, which starts them again after a failure.
+
+python -m atr_scale.machine_ranks MACHINES FIRST:PORT PROCESSES CONFIG [key.sub=value ...]
+
+Every machine runs this at about the same time. The machines meet at FIRST:PORT by torch's elastic agent, and each
+starts PROCESSES ranks. MACHINES is their number, or LEAST:MOST. If a rank ends with an error, the ranks of all machines
+end. Exit codes: 0, 1 and 2 are the ranks' own, 2 if any rank of this machine had it; NOT_MET if the machines have not
+met, or the process at FIRST:PORT has gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import psutil
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+NOT_MET = 75  # EX_TEMPFAIL of sysexits.h
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # handed on to the ranks, which save
+# With these short timeouts a lost machine is noticed within seconds, not minutes.
+MEETING: dict[str, Any] = {
+    "join_timeout": 600, "last_call_timeout": 2, "keep_alive_interval": 2, "keep_alive_max_attempt": 5,
+    "read_timeout": 60,
+}  # fmt: skip
+GATHER_S = 30  # for which the LEAST machines wait for more of them
+
+
+def start_ranks(machines: str, place: str, processes: int, arguments: list[str]) -> int:
+    """Run the ranks until they end and return the exit code. Prints one line if they fail."""
+    least, _, most = machines.partition(":")
+    meeting = {**MEETING, **({"last_call_timeout": GATHER_S} if most else {})}
+    config = LaunchConfig(
+        min_nodes=int(least), max_nodes=int(most or least), nproc_per_node=processes, run_id="atr-scale",
+        rdzv_backend="c10d", rdzv_endpoint=place, rdzv_configs=meeting, max_restarts=0,
+        signals_to_handle="",
+    )  # fmt: skip
+    launch = elastic_launch(config, sys.executable)
+    for number in SIGNALS:
+        signal.signal(number, _hand_on)
+    try:
+        launch("-u", "-m", "atr_scale.train", *arguments)
+    except ChildFailedError as error:
+        return _tell(error.failures)
+    except RendezvousTimeoutError:
+        print(f"error: fewer than {least} machines came to {place} in {MEETING['join_timeout']} s", file=sys.stderr)
+        return 1
+    except RendezvousError:  # not there yet, or of machines that are just ending
+        return NOT_MET
+    return 0
+
+
+def _hand_on(number: int, frame: FrameType | None) -> None:
+    """Send the signal to the ranks. The agent would leave at once, and those of other machines would wait for it."""
+    ranks = psutil.Process().children()
+    if not ranks:  # not met yet
+        sys.exit(0)
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+
+
+def _tell(failures: Mapping[int, ProcessFailure]) -> int:
+    """Print the line of the rank that has failed first, or that has found the user's mistake. Returns the exit code."""
+    mistakes = {rank: failure for rank, failure in failures.items() if failure.exitcode == 2}
+    rank, first = min((mistakes or failures).items(), key=lambda item: item[1].timestamp)
+    # A rank that ends with one line hands it to its launcher, see `atr_scale.errors.report`.
+    line = first.message["message"] if isinstance(first.message, dict) else ""
+    if line.startswith("error: "):
+        print(line, file=sys.stderr)
+    elif first.exitcode < 0:
+        print(f"error: rank {rank} was ended by {first.signal_name()}", file=sys.stderr)
+    else:
+        print(f"error: rank {rank} failed with exit code {first.exitcode}, see its traceback above", file=sys.stderr)
+    return 2 if mistakes else 1
+
+
+def _main() -> None:
+    # The agent warns of what is told here in one line.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    machines, place, processes, *arguments = sys.argv[1:]
+    sys.exit(start_ranks(machines, place, int(processes), arguments))
+
+
+if __name__ == "__main__":
+    _main()
