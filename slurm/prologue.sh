@@ -79,6 +79,11 @@ if [[ -n $INTERFACE ]]; then
     export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# A job that waits may be given fewer nodes (scontrol update). Its environment still has the tasks of its submission.
+tasks=$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-${SLURM_NTASKS:-1}}))
+if ((${SLURM_NTASKS:-1} > tasks)); then
+    export SLURM_NTASKS=$tasks SLURM_NPROCS=$tasks
+fi
 # srun does not inherit this from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK

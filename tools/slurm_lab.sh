@@ -161,7 +161,12 @@ start)
     done
     start "${argument:-2}"
     ;;
-boot) boot "${argument:?number of the node}" ;;
+boot)
+    # SLURM tells a reboot by the time since the start of the system, which is that of this machine: without a word it
+    # would not learn that the jobs on the node are gone.
+    scontrol update "NodeName=node${argument:?number of the node}" State=DOWN Reason="unexpectedly rebooted"
+    boot "$argument"
+    ;;
 kill) kill -9 "$(cat "$lab/node${argument:?number of the node}.pid")" ;;
 cut) ip link set "$(cable "${argument:?number of the node}")" down ;;
 heal) ip link set "$(cable "${argument:?number of the node}")" up ;;

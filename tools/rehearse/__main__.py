@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,11 +28,11 @@ from tests.tiny_run import tiny_config
 from tools.rehearse.box import BUCKET, HANG_S, RANKS, Box, no_box, open_box
 from tools.rehearse.checks import Check, Finished, compare, costs
 from tools.rehearse.report import machine, write_report
-from tools.rehearse.schedule import Fault, schedule
+from tools.rehearse.schedule import KINDS, Fault, schedule
 from tools.rehearse.watch import Watch
 
 ROOT = Path(__file__).parents[2]
-STEPS_A_FAULT = 12
+STEPS_A_FAULT = 10
 STEP_S = 0.2  # by which a step of the disturbed run is longer, so that faults do not all come at once
 CHECKPOINT_EVERY = 10
 PLACES = "folder", "s3"  # of the run
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/rehearsal"), help="folder of the report")
     parser.add_argument("--write", action="store_true", help="write the report to docs/rehearsal.md as well")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the cluster too
     try:
         if given.faults < 1:
             raise UserError(f"--faults {given.faults}: give at least 1")
@@ -65,15 +67,17 @@ def main() -> None:
     sys.exit(0 if all(check.holds for check in checks) else 1)
 
 
-def rehearse(seed: int, faults: int, pages: list[Path], run_on: str = PLACES[0]) -> list[Check]:
-    """Run undisturbed, then with faults; write the report to all `pages`. What holds and what does not."""
+def rehearse(
+    seed: int, faults: int, pages: Sequence[Path], run_on: str, kinds: Sequence[str] = tuple(KINDS)
+) -> list[Check]:
+    """Run undisturbed, then with faults of these kinds, and write the report to all `pages`. What was checked."""
     steps = STEPS_A_FAULT * faults
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
     try:
         with open_box(folder, random.Random(seed)) as box:
             runs = Runs(box, steps, run_on)
             reference = runs.finish("undisturbed")
-            found = runs.finish("disturbed", schedule(seed, faults, steps), STEP_S)
+            found = runs.finish("disturbed", schedule(seed, faults, steps, kinds), STEP_S)
             checks = compare(found, reference, box.bucket / "train" / "text_encoder", steps, faults)
     except BaseException:
         print(f"what there is: {folder}", file=sys.stderr)

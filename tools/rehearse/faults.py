@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ def inject(fault: Fault, box: Box) -> tuple[str, Undo | None]:
     """Do it. What was hit, and what undoes it after `fault.lasts_s`. Raises NothingToHit."""
     try:
         return _HOW[fault.kind.name](fault, box)
-    except (psutil.Error, ProcessLookupError, Failure) as error:  # it has just ended by itself
+    except (psutil.Error, ProcessLookupError, Failure, subprocess.SubprocessError) as error:  # it has just changed
         raise NothingToHit from error
 
 

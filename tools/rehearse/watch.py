@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +83,7 @@ class Watch:
                 self._inject()
                 done = max((step for _, step, _ in self.record.begun), default=0)
                 bar.update(done - bar.n)
-                bar.set_postfix_str(f"{len(self.record.hits)} faults, {self.record.sights[-1].run}", refresh=False)
+                bar.set_postfix_str(f"{len(self.record.hits)} faults, {self._state()}", refresh=False)
         for hit in self.record.hits:
             self._end(hit)
         return self.record
@@ -92,8 +93,12 @@ class Watch:
         return tqdm(total=self.steps, desc=self.name, unit="step", mininterval=seconds, miniters=0, smoothing=0)
 
     def _look(self) -> None:
-        job, record = self.box.cluster.job(self.box.number), self.record
-        self.box.fit(job)
+        record = self.record
+        try:
+            job = self.box.cluster.job(self.box.number)
+            self.box.fit(job)
+        except (Failure, subprocess.TimeoutExpired):  # SLURM is busy
+            return
         record.begun = [(line["time"], line["step"], line["ranks"]) for line in read_json_lines(self.first_rank)]
         record.state = job["JobState"]
         starts = int(job["Restarts"]) + 1
