@@ -32,10 +32,10 @@ from tools.rehearse.schedule import KINDS, Fault, schedule
 from tools.rehearse.watch import Watch
 
 ROOT = Path(__file__).parents[2]
-STEPS_A_FAULT = 10
+STEPS_A_FAULT = 6
 STEP_S = 0.2  # by which a step of the disturbed run is longer, so that faults do not all come at once
 CHECKPOINT_EVERY = 10
-PLACES = "folder", "s3"  # of the run
+PLACES = "s3", "folder"  # of the run
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SOON = 0.25  # share of the faults that come while the one before may not be over
+SOON = 0.5  # share of the faults that come while the one before may not be over
 SOON_S = 15.0
 FIRST, LAST = 4, 12  # steps after the start and before the end in which there is no fault
 
@@ -35,7 +35,7 @@ KINDS = {
         Kind("launcher killed", "kill -9 of srun"),
         Kind("job requeued", "scontrol requeue"),
         Kind("job signalled", "scancel --signal=USR1 --batch"),
-        Kind("node lost", "power loss of a node with a rank, which comes back", 15, 40),
+        Kind("node lost", "power loss of a node with a rank, which comes back", 60, 90),
         Kind("nodes lost", "power loss of a node with a rank and of the spare ones, for a while", 50, 80),
         Kind("network cut", "the cable of a node with a rank is pulled and put back", 2, 8),
         Kind("S3 refuses", "the S3 server refuses connections", 3, 12, "S3"),
