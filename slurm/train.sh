@@ -6,9 +6,9 @@
 #   one=$(sbatch --parsable slurm/train.sh configs/esc50.yaml)
 #   sbatch --dependency=afterok:$one slurm/evaluate.sh runs/esc50 --split test
 # One task for each GPU. Options of sbatch override those below. Five minutes before the time limit, or whenever USR1 arrives,
-# the job saves and requeues itself; the run then continues. With --nodes 1-4 each start takes as many nodes as are free, but
-# SLURM gives no more than the fewest nodes have tasks, which are 4 above. A lost node costs the steps since the last
-# checkpoint: see train.checkpoint_every.
+# the job saves and requeues itself; the run then continues. With --nodes 1-4 it starts on as many nodes as are free, but
+# SLURM gives no more than the fewest nodes have tasks, which are 4 above. A job that has started waits for as many nodes as
+# it had: see docs/operations.md. A lost node costs the steps since the last checkpoint: see train.checkpoint_every.
 #SBATCH --job-name=train
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1

@@ -73,14 +73,13 @@ class Cluster:
         *arguments: str,
         after: str | None = None,
         nodes: str = "2",
-        ranks: str = "1",
         **variables: str,
     ) -> str:
-        """Nodes without GPUs, once the job `after` has succeeded; the job's number.
+        """Nodes without GPUs, a rank on each, once the job `after` has succeeded; the job's number.
 
-        nodes: how many, or "least-most". ranks: on each node.
+        nodes: how many, or "least-most".
         """
-        size = (f"--nodes={nodes}", f"--ntasks-per-node={ranks}", "--gpus-per-node=0", "--cpus-per-task=1")
+        size = (f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
         log = f"--output={self.folder}/job-%j.log"
         order = [f"--dependency=afterok:{after}"] if after else []
         path = str(self.root / f"slurm/{script}.sh")

@@ -3,7 +3,7 @@
     python -m tools.esc50_job --esc50 ESC-50 --mn04 mn04_as_mAP_432.pt --sentences all-MiniLM-L6-v2
 
 Works as a user does who follows the head of configs/esc50.yaml, in a folder made by `atr-scale init`. Undisturbed runs
-have one rank; the disturbed one starts with four, and with the seed of the first of the others. The same call goes on
+have one rank; the disturbed one starts with two, and with the seed of the first of the others. The same call goes on
 after an interruption: runs that are evaluated already are kept. Writes docs/esc50_job.md. --epochs makes it shorter.
 """
 
@@ -37,10 +37,10 @@ PAGE = """# ESC-50 as a job that is preempted twice and loses a node
 
 `python -m tools.esc50_job` has written this page; its head says how. Real recordings and original weights, on a SLURM
 cluster in a box of two nodes: `sbatch slurm/train.sh configs/esc50.yaml{overrides}`, then
-`sbatch slurm/evaluate.sh RUN --split test`. The undisturbed jobs have one rank. The disturbed one has two ranks on each
-node, takes as many nodes as are free (`--nodes=1-2`), and saves every 25 steps. At a quarter of its steps it is told
-that it will be preempted (USR1); at half of them it is preempted at once (`scontrol requeue`); at three quarters a node
-loses its power for good.
+`sbatch slurm/evaluate.sh RUN --split test`. The undisturbed jobs have one rank. The disturbed one starts with two
+nodes, a rank on each, and saves every 25 steps. At a quarter of its steps it is told that it will be preempted (USR1);
+at half of them it is preempted at once (`scontrol requeue`); at three quarters a node loses its power for good, and the
+job goes on with the other one (`scontrol update JobId=N NumNodes=1 NumTasks=1`).
 
 {runs}
 
@@ -99,10 +99,10 @@ def evaluated(run: Path, name: str) -> Trained | None:
     return Trained(name, found, read_status(run).attempts, losses)
 
 
-def submit(cluster: Cluster, nodes: str, ranks: str, run: str, overrides: Iterable[str]) -> tuple[str, str]:
-    """A training, with so many ranks on a node, and its evaluation; the numbers of the two jobs."""
+def submit(cluster: Cluster, nodes: str, run: str, overrides: Iterable[str]) -> tuple[str, str]:
+    """A training, with a rank on each node, and its evaluation; the numbers of the two jobs."""
     shutil.rmtree(cluster.root / run, ignore_errors=True)  # of an earlier call that was interrupted
-    train = cluster.sbatch("train", CONFIG, f"run.dir={run}", *overrides, nodes=nodes, ranks=ranks)
+    train = cluster.sbatch("train", CONFIG, f"run.dir={run}", *overrides, nodes=nodes)
     words = (run, "--split", "test")
     return train, cluster.sbatch("evaluate", *words, after=train, nodes="1")
 
@@ -115,7 +115,7 @@ def complete(cluster: Cluster, jobs: Sequence[str]) -> None:
 
 
 def disturb(cluster: Cluster, job: str, run: Path) -> None:
-    """The scheduler warns the job of a preemption; later it preempts it without a word; later a node is lost."""
+    """A preemption with a warning, one without, and a lost node, which the job is told not to wait for."""
 
     def reached(share: float) -> bool:
         status = read_status(run) if is_run(run) else None
@@ -127,6 +127,8 @@ def disturb(cluster: Cluster, job: str, run: Path) -> None:
     cluster.call("scontrol", "requeue", job)
     cluster.wait(job, lambda: reached(0.75), LIMIT)
     cluster.lab("kill", cluster.nodes(job)[-1])
+    cluster.wait(job, lambda: cluster.job(job)["JobState"] == "PENDING", LIMIT)  # for two nodes, as it had
+    cluster.call("scontrol", "update", f"JobId={job}", "NumNodes=1", "NumTasks=1")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -152,7 +154,7 @@ def page(undisturbed: Sequence[Trained], disturbed: Trained, overrides: Sequence
         spreads.append(row)
     starts = []
     for one in disturbed.attempts:
-        end = one.reason or "its node was lost"
+        end = (one.reason or "its node was lost").partition(":")[0]  # the rest of an error of the network is long
         steps = f"{one.first_step} to {one.last_step}"
         starts.append([one.attempt, one.world_size, steps, end, one.repeated_steps, f"{one.lost_s:.0f}"])
     apart = {step: abs(loss / same.losses[step] - 1) for step, loss in disturbed.losses.items() if step in same.losses}
@@ -193,13 +195,13 @@ def work(given: argparse.Namespace) -> None:
         jobs: list[str] = []
         for name, seed in names.items():
             if evaluated(out / name, name) is None:
-                jobs += submit(cluster, "1", "1", name, [*overrides, f"run.seed={seed}"])
+                jobs += submit(cluster, "1", name, [*overrides, f"run.seed={seed}"])
         complete(cluster, jobs)
         if evaluated(disturbed, "") is None:
             while cluster.idle() < 2:  # a moment after the end of a job
                 time.sleep(1)
             more = [*overrides, "run.seed=0", "train.checkpoint_every=25"]
-            train, evaluation = submit(cluster, "1-2", "2", "runs/disturbed", more)
+            train, evaluation = submit(cluster, "2", "runs/disturbed", more)
             disturb(cluster, train, disturbed)
             complete(cluster, [train, evaluation])
     runs = [evaluated(out / name, f"seed {seed}, undisturbed") for name, seed in names.items()]
