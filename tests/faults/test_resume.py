@@ -165,12 +165,13 @@ def test_a_flipped_bit(trained: Trained, undisturbed: Trained, outcome: Outcome)
 def test_told_to_stop(trained: Trained, undisturbed: Trained, outcome: Outcome) -> None:
     stops = [0]
     for rank, number in ((0, signal.SIGTERM), (1, signal.SIGUSR2)):
-        process, step = trained.start(slow=0.4), stops[-1] + 2
+        process, step = trained.start(slow=0.8), stops[-1] + 1
         trained.runs.until_step(step)
         os.kill(ranks_of(process.pid)[rank].pid, number)
         assert trained.runs.ended(process) == 0, trained.runs.said()
         stops.append(trained.stopped_at())
-        assert (trained.run / "preempted").exists() and step <= stops[-1] < STEPS
+        assert (trained.run / "preempted").exists() and step <= stops[-1] <= STEPS, stops
+    assert stops[1] < STEPS, "the second signal came to an end that was already saved"
     assert trained.runs.ended(trained.start()) == 0, trained.runs.said()
     assert not (trained.run / "preempted").exists()
     assert_equal_runs(trained, undisturbed)
