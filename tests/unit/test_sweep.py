@@ -215,7 +215,7 @@ def test_runs_of_a_killed_sweep_are_not_started_twice(config: str, monkeypatch: 
     sweep.save()
     with local._alone(sweep.folder) as lock:
         left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
-    held = "print({Path(f'/proc/self/fd/{fd}').resolve().name for fd in range(99)})"
+    held = "print({fd.resolve().name for fd in Path('/proc/self/fd').iterdir()})"
     scripts(monkeypatch, lr1=held, lr2=held)
     with pytest.raises(UserError, match=r"sweep is carried out by another process, or runs that a killed one has left"):
         local.run_local(sweep, 1)
