@@ -250,4 +250,5 @@ def _index(container: Any, key: str | int) -> str | int:
 
 
 def _refused(text: str, cause: str) -> UserError:
+    cause = cause.replace("\n", "\\n")  # of a key
     return UserError(f"override {text!r} cannot be applied: {cause}")

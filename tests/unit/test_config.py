@@ -134,6 +134,7 @@ def test_later_overrides_win_and_the_file_may_give_way(file: Path) -> None:
         ("train.lr=${nowhere}", "does not resolve with its overrides"),
         ("train.lr.x=1", "train.lr"),
         ("run.dir=null", "'run.dir'"),
+        ("\n[0]=1", "cannot be applied: \\n is no list"),
         ("train.lr=>#", "cannot be applied"),  # one parser of YAML accepts it, the other does not
     ],
 )
