@@ -53,9 +53,7 @@ class Mirror:
         self._linked: dict[str, str] = {}
         self._committed: set[int] = set()  # steps
         self._grown = False  # by a checkpoint: older ones may go
-        self._written: tuple[int, Files] | None = (
-            None  # the newest checkpoint of this run, and this folder's files of it
-        )
+        self._written: tuple[int, Files] | None = None  # the newest checkpoint, and this folder's files of it
         self._finished: tuple[int, Files] | None = None  # the same, uploaded
         self._store: Any = None
         self._away: float | None = None  # since when uploads fail

@@ -15,8 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from atr_scale.data import storage
+
 RCLONE = Path(sys.executable).parent / "rclone"  # not one of the system, which may be older than its S3 server
 KEY, SECRET = "test-key", "test-secret"
+needs_rclone = pytest.mark.skipif(not RCLONE.exists(), reason="needs rclone: .ci/rclone installs it")
 CODES = {403: "AccessDenied", 404: "NoSuchKey", 500: "InternalError", 503: "SlowDown"}
 
 
@@ -172,3 +177,16 @@ def s3_variables(proxy: FaultProxy) -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_DEFAULT_REGION": "us-east-1",
     }
+
+
+@contextmanager
+def s3_behind_proxy(folder: Path) -> Iterator[FaultProxy]:
+    """The server of `folder` and a proxy before it, which is s3:// in this process and in those that it starts."""
+    with s3_server(folder) as address, pytest.MonkeyPatch.context() as patch:
+        proxy = FaultProxy(address)
+        for name, value in s3_variables(proxy).items():
+            patch.setenv(name, value)
+        storage._filesystem_of.cache_clear()
+        yield proxy
+        storage._filesystem_of.cache_clear()
+        proxy.close()

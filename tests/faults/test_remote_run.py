@@ -22,12 +22,11 @@ from atr_scale.data import storage
 from atr_scale.errors import UserError
 from atr_scale.remote.lock import RemoteLock
 from atr_scale.run_checkpoints import verify
-from tests.faults.proxy import RCLONE, Answer, Fault, FaultProxy, for_all, s3_server, s3_variables
+from tests.faults.proxy import Answer, Fault, FaultProxy, for_all, needs_rclone, s3_behind_proxy
 from tests.faults.runs import TinyRuns, family, steps_of
 from tests.faults.test_run_folder import SLOW_STEPS
 from tests.tiny import read_training
 
-needs_rclone = pytest.mark.skipif(not RCLONE.exists(), reason="needs rclone: .ci/rclone installs it")
 pytestmark = [needs_rclone, pytest.mark.slow, pytest.mark.timeout(300)]
 Outcome = Callable[[str], None]
 
@@ -46,14 +45,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(root: Path) -> Iterator[FaultProxy]:
-    with s3_server(root) as address, pytest.MonkeyPatch.context() as patch:
-        proxy = FaultProxy(address)
-        for name, value in s3_variables(proxy).items():
-            patch.setenv(name, value)
-        storage._filesystem_of.cache_clear()
+    with s3_behind_proxy(root) as proxy:
         yield proxy
-        storage._filesystem_of.cache_clear()
-        proxy.close()
 
 
 @pytest.fixture

@@ -19,14 +19,12 @@ from typing import Any
 import pytest
 
 from atr_scale.batch import count_reasons
-from atr_scale.data import storage
 from atr_scale.data.stream import read_batches
 from tests.coded import open_stream, rows_of, write_shards
-from tests.faults.proxy import RCLONE, Answer, Cut, Fault, FaultProxy, first_reads, for_all, s3_server, s3_variables
+from tests.faults.proxy import Answer, Cut, Fault, FaultProxy, first_reads, for_all, needs_rclone, s3_behind_proxy
 from tests.tiny import read_training
 from tests.tiny_run import tiny_config
 
-needs_rclone = pytest.mark.skipif(not RCLONE.exists(), reason="needs rclone: .ci/rclone installs it")
 pytestmark = [needs_rclone, pytest.mark.slow, pytest.mark.timeout(300)]
 Outcome = Callable[[str], None]
 
@@ -42,18 +40,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(root: Path) -> Iterator[FaultProxy]:
-    with s3_server(root) as address, pytest.MonkeyPatch.context() as patch:
-        proxy = FaultProxy(address)
-        for name, value in s3_variables(proxy).items():
-            patch.setenv(name, value)
+    with s3_behind_proxy(root) as proxy:
         # Workers start from the fork server, which keeps the environment of its own start.
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
         multiprocessing.set_forkserver_preload(["atr_scale.data.stream", "tests.coded"])
-        storage._filesystem_of.cache_clear()
         yield proxy
-        storage._filesystem_of.cache_clear()
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
-        proxy.close()
 
 
 @pytest.fixture

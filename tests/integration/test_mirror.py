@@ -19,9 +19,8 @@ from atr_scale.remote.objects import list_below
 from atr_scale.remote.resume import _prepare
 from atr_scale.run_checkpoints import Score, link, seal, verify, write_score
 from atr_scale.run_files import append_json_lines
-from tests.faults.proxy import RCLONE, FaultProxy, s3_server, s3_variables
+from tests.faults.proxy import FaultProxy, needs_rclone, s3_behind_proxy
 
-needs_rclone = pytest.mark.skipif(not RCLONE.exists(), reason="needs rclone: .ci/rclone installs it")
 pytestmark = [needs_rclone, pytest.mark.slow]
 LARGE = "model.safetensors"
 
@@ -30,14 +29,8 @@ LARGE = "model.safetensors"
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
     root = tmp_path_factory.mktemp("s3")
     (root / "bucket").mkdir()
-    with s3_server(root) as address, pytest.MonkeyPatch.context() as patch:
-        proxy = FaultProxy(address)
-        for name, value in s3_variables(proxy).items():
-            patch.setenv(name, value)
-        storage._filesystem_of.cache_clear()
+    with s3_behind_proxy(root) as proxy:
         yield proxy
-        storage._filesystem_of.cache_clear()
-        proxy.close()
 
 
 @pytest.fixture
