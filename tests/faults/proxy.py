@@ -73,7 +73,12 @@ class FaultProxy:
 
     def close(self) -> None:
         self.refuse()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        for task in asyncio.all_tasks(self._loop):  # of answers that stall, or whose clients are gone
+            task.cancel()
+        self._loop.call_later(0.1, self._loop.stop)
 
     def _run(self, work: Coroutine[Any, Any, asyncio.Server]) -> asyncio.Server:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)

@@ -38,13 +38,14 @@ def test_a_stall_is_time_without_a_step_that_nobody_has_declared() -> None:
 
 
 @pytest.mark.parametrize("second_at", [None, 20.0])
-def test_the_cost_of_a_fault_ends_with_a_new_step_or_the_next_fault(second_at: float | None) -> None:
+def test_the_cost_of_a_fault_is_the_longest_time_without_a_new_step(second_at: float | None) -> None:
+    """The step that was begun just after the fault is not the end of its cost."""
     fault = Fault(1, KIND, 3, None, 0.0, 0.5)
     record = sights((0, 0, "RUNNING", "training", 1), (5, 3, "RUNNING", "training", 1), (60, 9, "COMPLETED", "done", 2))
-    record.begun = [(1, 1, 3), (2, 2, 3), (4, 3, 3), (30, 2, 3), (31, 3, 3), (32, 4, 3)]
+    record.begun = [(1, 1, 3), (2, 2, 3), (4, 3, 3), (6, 4, 3), (30, 3, 3), (31, 4, 3), (32, 5, 3), (33, 6, 3)]
     record.hits = [Hit(fault, "rank 0", 5.0, 3)]
     if second_at:
-        record.hits.append(Hit(fault, "rank 1", second_at, 3))
-        assert costs(record) == [Cost(15, True, 0, 0), Cost(12, False, 2, 1)]
+        record.hits.append(Hit(fault, "rank 1", second_at, 4))
+        assert costs(record) == [Cost(14, True, 0, 0), Cost(12, False, 2, 1)]
     else:
-        assert costs(record) == [Cost(27, False, 2, 1)]
+        assert costs(record) == [Cost(26, False, 2, 1)]

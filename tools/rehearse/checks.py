@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -30,8 +31,8 @@ class Check(NamedTuple):
 class Cost(NamedTuple):
     """What a fault has cost, up to the next one.
 
-    seconds: until the run made a step that it had not begun before. open: the next fault came before that.
-    repeated: steps. starts: of the job.
+    seconds: the longest time in which the run began no step that it had not begun before. open: it was not over when the
+    next fault came. repeated: steps. starts: of the job.
     """
 
     seconds: float
@@ -125,17 +126,19 @@ def _stalls(record: Record) -> Check:
 
 def costs(record: Record) -> list[Cost]:
     """The cost of every fault, in order."""
-    hits = record.hits
-    end = record.sights[-1].time
-    return [_cost(record, hit, after.began if after else end) for hit, after in pairwise([*hits, None]) if hit]
+    return [_cost(record, hit, after.began if after else None) for hit, after in pairwise([*record.hits, None]) if hit]
 
 
-def _cost(record: Record, hit: Hit, until: float) -> Cost:
-    new = min((time for time, step, _ in record.begun if step > hit.step and time > hit.began), default=until)
-    repeated, highest = 0, 0
+def _cost(record: Record, hit: Hit, until: float | None) -> Cost:
+    """until: the next fault."""
+    repeated, highest, marks, end = 0, 0, [hit.began], math.inf if until is None else until
     for time, step, _ in record.begun:
-        repeated += hit.began <= time < until and step <= highest
+        if hit.began <= time < end:
+            repeated += step <= highest
+            marks += [time] if step > highest else []
         highest = max(highest, step)
+    marks += [] if until is None else [until]
+    gaps = [after - before for before, after in pairwise(marks)] or [0.0]
     starts = [sight.starts for sight in record.sights if sight.time <= hit.began][-1:] or [1]
-    after = max((sight.starts for sight in record.sights if sight.time <= until), default=1)
-    return Cost(min(new, until) - hit.began, new > until, repeated, after - starts[0])
+    after = max((sight.starts for sight in record.sights if sight.time <= end), default=1)
+    return Cost(max(gaps), until is not None and gaps[-1] == max(gaps), repeated, after - starts[0])

@@ -32,10 +32,10 @@ def _lines(record: Record, checks: Sequence[Check], costs: Sequence[Cost], said:
     lines += [f"| {check.what} | {'yes' if check.holds else '**no**'} | {check.found} |" for check in checks]
     lines += ["", f"![Steps and faults over time]({PICTURE})", ""]
     lines += ["Blue: the step that the ranks are in. Grey: the run or SLURM says that it does not train at the moment."]
-    lines += ["Below, a fault, orange as long as it lasts, and the time without a new step after it.", ""]
+    lines += ["Below, the faults: orange as long as they last, light blue as long as there was no new step.", ""]
     lines += ["## What each fault has cost", ""]
-    lines += ["`no new step`: seconds from the fault to the first step that had not been begun before. `+`: the next"]
-    lines += ["fault came before that, and the rest is in its row. `starts`: how often the job was started again.", ""]
+    lines += ["`no new step`: the longest time, up to the next fault, in which no step was begun that had not been begun"]
+    lines += ["before. `+`: it went on when the next fault came, and the rest is in its row. `starts`: of the job.", ""]
     lines += ["| | at | fault | hit | lasted | no new step | steps repeated | starts |", "|-|-|-|-|-|-|-|-|"]
     begin = record.sights[0].time
     for hit, cost in zip(record.hits, costs, strict=True):
