@@ -77,7 +77,9 @@ def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             cut = b"" if file.read(1) == b"\n" else b"\n"  # the last line was cut, by a full disk
-        file.write(cut + lines.encode("utf-8", "backslashreplace"))
+        left = cut + lines.encode("utf-8", "backslashreplace")
+        while left:  # a disk that becomes full takes a part without an error, and refuses the next
+            left = left[file.write(left) :]
 
 
 def last_logged_step(run: Path) -> int:

@@ -233,8 +233,9 @@ class Monitor:
     def _write_lines(self) -> None:
         if not self._path.exists():  # a new file would hide that the others are gone
             raise FileNotFoundError(errno.ENOENT, "it is gone")
-        append_json_lines(self._path, self._unwritten)
-        self._unwritten.clear()
+        while self._unwritten:  # one by one: if the disk is full again after some, those do not come twice
+            append_json_lines(self._path, self._unwritten[:1])
+            del self._unwritten[0]
 
     def _scalars(self, prefix: str, step: int, values: Mapping[str, float]) -> None:
         tagged = {f"{prefix}/{key}": value for key, value in values.items()}

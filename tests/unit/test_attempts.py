@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,21 @@ def test_a_line_that_a_full_disk_has_cut_damages_no_other(tmp_path: Path) -> Non
     append_json_lines(path, [{"step": 2}, {"step": 3, "key": "caf\u00e9"}])
     assert read_json_lines(path) == [{"kind": "train", "step": 1}, {"step": 2}, {"step": 3, "key": "caf\u00e9"}]
     assert last_logged_step(tmp_path) == 3
+
+
+def test_a_line_of_which_only_a_part_fits_is_an_error(tmp_path: Path) -> None:
+    """So its writer knows that it is not on the disk, and adds it again."""
+    path = tmp_path / METRICS
+    append_json_lines(path, [{"step": 1}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_json_lines(path, [{"step": 2}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    append_json_lines(path, [{"step": 2}])
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_folder_that_cannot_be_written_to_ends_no_training(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ class Check(NamedTuple):
 class Cost(NamedTuple):
     """What a fault has cost, up to the next one.
 
-    seconds: the longest time in which the run began no step that it had not begun before. open: it was not over when the
-    next fault came. repeated: steps. starts: of the job.
+    seconds: the longest time in which the run began no step that it had not begun before. open: it was not over when
+    the next fault came. repeated: steps. starts: of the job.
     """
 
     seconds: float
@@ -103,10 +103,12 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def _losses(found: Path, reference: Path, steps: int, changed: int) -> Iterator[Check]:
     here, there = losses(found), losses(reference)
-    all_there = sorted(here) == sorted(there) == list(range(1, steps + 1))
+    missing = [step for step in range(1, steps + 1) if step not in here or step not in there]
     before = [step for step in here if step <= changed and here[step] != there.get(step)]
-    text = f"those of {min(changed, steps)} steps" if not before else f"another loss at step {before[0]}"
-    yield Check(f"losses are equal to the bit while there are {RANKS} ranks", all_there and not before, text)
+    text = f"those of {min(changed, steps)} steps"
+    if missing or before:
+        text = f"no loss of step {missing[0]}" if missing else f"another loss at step {before[0]}"
+    yield Check(f"losses are equal to the bit while there are {RANKS} ranks", not missing and not before, text)
     if changed < steps:
         apart = max(abs(here[step] - there[step]) for step in here if step in there)
         what = f"losses are equal to {LOSSES_APART:g} with other numbers of ranks"

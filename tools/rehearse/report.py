@@ -34,8 +34,8 @@ def _lines(record: Record, checks: Sequence[Check], costs: Sequence[Cost], said:
     lines += ["Blue: the step that the ranks are in. Grey: the run or SLURM says that it does not train at the moment."]
     lines += ["Below, the faults: orange as long as they last, light blue as long as there was no new step.", ""]
     lines += ["## What each fault has cost", ""]
-    lines += ["`no new step`: the longest time, up to the next fault, in which no step was begun that had not been begun"]
-    lines += ["before. `+`: it went on when the next fault came, and the rest is in its row. `starts`: of the job.", ""]
+    lines += ["`no new step`: the longest time, up to the next fault, in which no step was begun that had not been"]
+    lines += ["begun before. `+`: it went on when the next fault came, see there. `starts`: of the job.", ""]
     lines += ["| | at | fault | hit | lasted | no new step | steps repeated | starts |", "|-|-|-|-|-|-|-|-|"]
     begin = record.sights[0].time
     for hit, cost in zip(record.hits, costs, strict=True):
