@@ -242,7 +242,14 @@ def _start_of(process: int) -> int | None:
 def _machine() -> str:
     """The running kernel and the namespace of process numbers."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        return f"{running_kernel()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def running_kernel() -> str:
+    """Identity of the kernel since its start; the host name if it has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return socket.gethostname()

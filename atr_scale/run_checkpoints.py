@@ -240,10 +240,12 @@ def remove_partial(run: Path) -> None:
         (run / f".{name}.partial").unlink(missing_ok=True)
 
 
-def prune(run: Path, keep: int, needed: Path | None = None) -> None:
-    """Remove all checkpoints except the newest `keep`, the best one and `needed`, and remains of interrupted saves."""
+def prune(run: Path, keep: int, *needed: Path | None) -> None:
+    """Remove all checkpoints except the newest `keep`, the best one and those `needed`, and remains of interrupted
+    saves.
+    """
     remove_partial(run)
-    kept = {path.resolve() for path in (best_of(run), run / "best", needed) if path is not None and path.exists()}
+    kept = {path.resolve() for path in (best_of(run), run / "best", *needed) if path is not None and path.exists()}
     found = newest_first(run)
     for aside in run.glob("checkpoints/step-*.broken"):
         step = re.fullmatch(r"step-(\d+)\.broken", aside.name)

@@ -24,6 +24,7 @@ STATUS, ATTEMPTS, METRICS, DROPPED, CHANGED_DATA, LOCK, PREEMPTED = (
     "status", "attempts.jsonl", "metrics.jsonl", "dropped.jsonl", "changed_data.jsonl", "run.lock", "preempted",
 )  # fmt: skip
 
+OF_A_RUN = ATTEMPTS, STATUS, METRICS, "checkpoints", "config.resolved.yaml"  # of which every run has some
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that hold its last lines
 
 

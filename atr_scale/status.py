@@ -31,8 +31,8 @@ from atr_scale.run_checkpoints import read_score
 from atr_scale.run_files import (
     ATTEMPTS,
     METRICS,
+    OF_A_RUN,
     PREEMPTED,
-    STATUS,
     TAIL,
     last_logged_step,
     read_json_lines,
@@ -40,7 +40,6 @@ from atr_scale.run_files import (
 )
 
 JSON_SCHEMA = 1
-OF_A_RUN = ATTEMPTS, STATUS, METRICS, "checkpoints", "config.resolved.yaml"
 STEPS_OF_A_PACE = 5  # of an attempt, from which on its pace is meaningful
 RUNNING = "starting", "training", "waiting", "evaluating", "saving", "hung"
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from atr_scale.data.outage import BAD_OBJECT_TRIALS, STORE, BadObject, is_unanswered
 from atr_scale.errors import UserError
-from atr_scale.files import atomic_write
+from atr_scale.files import FULL, atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ def is_remote(location: str) -> bool:
         bucket, slash, key = location[5:].partition("/")
         if not bucket:
             raise UserError(f"{location} names no bucket: give s3://bucket/prefix")
+        if not re.fullmatch(r"[\w.-]{1,255}|arn:\S+", bucket, re.ASCII):
+            raise UserError(f"{location}: {bucket!r} is no name of a bucket; give s3://bucket/prefix")
         if slash and key.startswith("/"):  # S3 has such keys, but their folder cannot be listed
             raise UserError(f"{location}: a key cannot begin with a slash; give s3://{bucket}/{key.lstrip('/')}")
         return True
@@ -324,6 +326,8 @@ def retried(action: Callable[[], T], location: str, others: Callable[[], bool] =
         except (FileNotFoundError, PermissionError, ShortRead, UserError):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL:  # of a local disk
+                raise
             STORE.count_retry()
             if attempt == attempts or time.monotonic() - began > RETRY_BUDGET_S:
                 if is_unanswered(error):

@@ -18,11 +18,11 @@ from typing import TypeVar
 
 from atr_scale.data.storage import join, retried
 from atr_scale.errors import UserError
-from atr_scale.files import full_disk_in_one_line, sha256_of
+from atr_scale.files import FULL, full_disk_in_one_line, sha256_of
 from atr_scale.remote.objects import get_bytes, get_file, list_below, put_file
 from atr_scale.remote.places import address_of, copy_folder, run_of
 from atr_scale.run_checkpoints import MANIFEST, SCORE, WEIGHTS, best_of, link, listed_files
-from atr_scale.run_files import LOCK, STATUS
+from atr_scale.run_files import LOCK, OF_A_RUN, STATUS
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,13 @@ class RemoteRun:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        try:
+        with _read_in_one_line(address):
             self.objects = retried(lambda: list_below(address), address)
-        except (FileNotFoundError, PermissionError) as error:
-            raise UserError(f"{address} cannot be read ({error}): check the bucket and its permissions") from None
-        except OSError as error:
-            raise UserError(f"{address} cannot be read: {error}; check AWS_ENDPOINT_URL") from None
+
+    @property
+    def is_run(self) -> bool:
+        """Whether training has written here."""
+        return any(name.partition("/")[0] in OF_A_RUN for name in self.objects)
 
     def checkpoints(self) -> list[str]:
         """Names of the complete checkpoints, newest first."""
@@ -68,7 +69,8 @@ class RemoteRun:
             with contextlib.suppress(FileNotFoundError):  # it has gone since
                 retried(lambda: get_file(place, path, changed=there.changed), place)
 
-        _at_once(one, names)
+        with _read_in_one_line(self.address):
+            _at_once(one, names)
 
     def bring_scores(self, folder: Path) -> None:
         """Make the folder's checkpoints those of the bucket: a folder with the score for each, and no others."""
@@ -89,7 +91,8 @@ class RemoteRun:
         place: its name in the bucket, "" for the address itself. without: beginnings of names that are left out.
         """
         prefix = join(self.address, place) if place else self.address
-        manifest = retried(lambda: get_bytes(join(prefix, MANIFEST)), prefix)
+        with _read_in_one_line(prefix):
+            manifest = retried(lambda: get_bytes(join(prefix, MANIFEST)), prefix)
         files = listed_files(manifest)
         if manifest is None or isinstance(files, str):
             return [str(files)]
@@ -109,13 +112,18 @@ class RemoteRun:
                 return f"{name} is missing"
             return None if whole else f"{name} has another checksum"
 
-        faults = [fault for fault in _at_once(one, (n for n in files if not n.startswith(without or "\0"))) if fault]
+        with _read_in_one_line(prefix):
+            found = _at_once(one, (name for name in files if not name.startswith(without or "\0")))
+        faults = [fault for fault in found if fault]
         (target / MANIFEST).write_bytes(manifest)
         return faults
 
     def link(self, name: str) -> str | None:
         """The complete checkpoint that the object `best` or `latest` names."""
-        content = retried(lambda: get_bytes(join(self.address, name)), self.address) if name in self.objects else None
+        if name not in self.objects:
+            return None
+        with _read_in_one_line(self.address):
+            content = retried(lambda: get_bytes(join(self.address, name)), self.address)
         found = (content or b"").decode(errors="replace").strip().rpartition("/")[2]
         return found if found in self.checkpoints() else None
 
@@ -123,6 +131,21 @@ class RemoteRun:
 def _at_once(work: Callable[[str], Result], names: Iterable[str]) -> list[Result]:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(work, names))
+
+
+@contextlib.contextmanager
+def _read_in_one_line(place: str) -> Iterator[None]:
+    """UserError if an object below `place` cannot be read."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError) as error:
+        if error.filename is not None:  # of a local folder
+            raise
+        raise UserError(f"{place} cannot be read ({error}): check the bucket and its permissions") from None
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise UserError(f"{place} cannot be read: {error}; check AWS_ENDPOINT_URL") from None
 
 
 @contextlib.contextmanager
@@ -150,8 +173,9 @@ def bring_files(address: str) -> Path:
     folder = copy_folder(address)
     with _alone(folder):
         run = RemoteRun(address)
-        if not run.objects:
-            raise UserError(f"no run at {address}: there is nothing; give the run.dir of a training")
+        if not run.is_run and WEIGHTS not in run.objects:  # of an exported model
+            what = f"it has none of {', '.join(OF_A_RUN)}" if run.objects else "there is nothing"
+            raise UserError(f"no run at {address}: {what}; give the run.dir of a training")
         _bring_files(run, folder)
     return folder
 
@@ -211,6 +235,8 @@ def bring_model(address: str) -> Path:
             found = source.link(each)
             if found and (folder / CHECKPOINTS / found).is_dir():
                 link(folder, each, folder / CHECKPOINTS / found)
+    if faults and WEIGHTS not in run.objects and target.name not in RemoteRun(root).checkpoints():
+        return bring_model(address)  # training has pruned it meanwhile, so there is a newer one
     if faults:
         raise UserError(f"{join(root, place)} is damaged ({'; '.join(faults)}): give another checkpoint")
     return target

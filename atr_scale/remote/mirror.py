@@ -34,6 +34,8 @@ PERIOD_S = 15.0  # between two looks at what has changed
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 10.0  # after an upload has failed
 LAST_WORDS_S = 5.0
 NEVER = 1 << 60  # a step, of a node that will upload no more
+UPLOADED = ".uploaded"  # a local file: the bucket has had this run
+GONE = -1, -1  # the state of a file that is not there
 LARGE = 4 << 20  # bytes; a larger file is uploaded with checkpoints and at the end alone
 
 
@@ -59,6 +61,7 @@ class Mirror:
         self._away: float | None = None  # since when uploads fail
         self._waits = False  # for other nodes
         self._fault = ""
+        self.uploading: Path | None = None  # a checkpoint, whose files must stay
         self._beat: Callable[[], None] = lambda: None
         self._pass = threading.Lock()
         self._wake, self._ends = threading.Event(), threading.Event()
@@ -176,9 +179,13 @@ class Mirror:
                 stat = path.stat()
                 if stat.st_size <= LARGE or all_of_them:
                     self._send(name, path, (stat.st_size, stat.st_mtime_ns))
-        if self._world.is_main and PREEMPTED not in self._sent and not (self.folder / PREEMPTED).exists():
+        if not self._world.is_main:
+            return
+        if self._sent.get(PREEMPTED) != GONE and not (self.folder / PREEMPTED).exists():
             remove(join(self.address, PREEMPTED))
-            self._sent[PREEMPTED] = 0, 0
+            self._sent[PREEMPTED] = GONE
+        if ATTEMPTS in self._sent:
+            (self.folder / UPLOADED).touch()
 
     def _send(self, name: str, path: Path, state: tuple[int, int]) -> None:
         if self._sent.get(name) != state:
@@ -199,7 +206,11 @@ class Mirror:
                 if found:
                     missing.append(found)
         for step, files in missing:
-            self._upload_checkpoint(step, files)
+            self.uploading = self.folder / CHECKPOINTS / f"step-{step}"
+            try:
+                self._upload_checkpoint(step, files)
+            finally:
+                self.uploading = None
 
     def _listed(self, step: int, path: Path) -> tuple[int, Files] | None:
         """The files of a checkpoint that this process has not written, if they are all here."""

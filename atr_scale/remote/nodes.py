@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import socket
+import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 from atr_scale.distributed.world import World
+from atr_scale.locks import running_kernel
 
 TOKEN = ".node"
 
@@ -30,7 +31,10 @@ class SharedBy:
 
     @staticmethod
     def find(folder: Path, world: World) -> SharedBy:
-        """By a file of the main rank, and by machine and path. All ranks call this; the folder is there."""
+        """By a file of the main rank, and by kernel and number of the folder. All ranks call this; the folder is there.
+
+        Machines may have the same host name, and containers of one machine the same path for different folders.
+        """
         token = world.gather_objects(uuid.uuid4().hex)[0]
         if world.is_main:
             (folder / TOKEN).write_text(token, encoding="utf-8")
@@ -39,7 +43,8 @@ class SharedBy:
             mains = (folder / TOKEN).read_text(encoding="utf-8") == token
         except OSError:
             mains = False
-        own = "main" if mains else f"{socket.gethostname()} {folder}"
+        found = os.stat(folder)
+        own = "main" if mains else f"{running_kernel()} {found.st_dev} {found.st_ino}"
         places = world.gather_objects(own)
         leaders = sorted({place: rank for rank, place in reversed(list(enumerate(places)))}.values())
         return SharedBy(tuple(rank for rank, place in enumerate(places) if place == own), tuple(leaders))

@@ -22,9 +22,17 @@ SCRATCH = "ATR_SCALE_SCRATCH"
 
 
 def address_of(location: str | os.PathLike[str]) -> str | None:
-    """The s3:// address that a location is, None for a local path. UserError for other schemes."""
+    """The s3:// address that a location is, None for a local path.
+
+    UserError for other schemes, and for a key that is no path: its local folder would be outside of its place.
+    """
     text = re.sub(r"^s3:/(?!/)", "s3://", os.fspath(location))  # of the slashes a Path keeps one
-    return text.rstrip("/") if "://" in text and is_remote(text) else None
+    if "://" not in text or not is_remote(text):
+        return None
+    text = text.rstrip("/")
+    if odd := {"", ".", ".."}.intersection(text.removeprefix("s3://").split("/")):
+        raise UserError(f"{location}: {odd.pop()!r} cannot be a part of the key of a run; give s3://bucket/prefix")
+    return text
 
 
 def run_of(address: str) -> str:

@@ -22,11 +22,11 @@ from atr_scale.files import full_disk_in_one_line
 from atr_scale.rank_signs import float_in
 from atr_scale.remote.fetch import CHECKPOINTS, RemoteRun
 from atr_scale.remote.lock import RemoteLock
-from atr_scale.remote.mirror import Mirror
+from atr_scale.remote.mirror import UPLOADED, Mirror
 from atr_scale.remote.nodes import TOKEN, SharedBy
 from atr_scale.remote.objects import get_bytes
 from atr_scale.remote.places import SCRATCH, address_of, training_folder
-from atr_scale.run_checkpoints import SCORE, newest_sound, step_of
+from atr_scale.run_checkpoints import MANIFEST, SCORE, newest_first, newest_sound, step_of
 from atr_scale.run_files import ATTEMPTS, PREEMPTED, STATUS, read_json_lines, read_json_object
 
 logger = logging.getLogger(__name__)
@@ -96,14 +96,18 @@ def _prepare(address: str, folder: Path, mirror: Mirror) -> str | None:
     """On the main rank: make its folder the run's, and return the name of the checkpoint that the run goes on from."""
     run = RemoteRun(address)
     mirror.knows(run)
+    for path in newest_first(folder):
+        if path.name not in run.checkpoints() and not (path / MANIFEST).is_file():
+            shutil.rmtree(path, ignore_errors=True)  # other nodes had not uploaded their files, or a download was cut
     if _went_on_elsewhere(run, folder):
         _empty(folder)
     elif _local_is_newer(run, folder):
         retried(mirror.upload, address)
         run = RemoteRun(address)
     with full_disk_in_one_line(folder):
-        missing = [name for name in run.files() if not (folder / name).exists() and name != PREEMPTED]
-        run.bring(missing, folder)
+        if run.is_run:  # and not a prefix with other objects
+            missing = [name for name in run.files() if not (folder / name).exists() and name != PREEMPTED]
+            run.bring(missing, folder)
         _bring_signs(run, folder)
         for name in run.checkpoints():
             target = folder / CHECKPOINTS / name
@@ -130,7 +134,9 @@ def _went_on_elsewhere(run: RemoteRun, folder: Path) -> bool:
     for line in (content or b"").splitlines():
         with contextlib.suppress(ValueError):
             there.append(json.loads(line))
-    return not there or not all(line in here for line in there)
+    if not there:  # nothing was ever uploaded, or the run was deleted there
+        return not here or (folder / UPLOADED).exists()
+    return not all(line in here for line in there)
 
 
 def _empty(folder: Path) -> None:

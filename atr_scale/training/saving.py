@@ -104,7 +104,9 @@ class Saver:
 
     def _saved(self, files: run_checkpoints.Files) -> None:
         step = self._unsaved[0]
-        run_checkpoints.prune(self.run, self.keep, checkpoint.folder_of(self.run, step))
+        # Else a slow store would never have a whole checkpoint.
+        uploading = self._mirror.uploading if self._mirror else None
+        run_checkpoints.prune(self.run, self.keep, checkpoint.folder_of(self.run, step), uploading)
         if self._mirror:
             self._mirror.written(step, files)
 

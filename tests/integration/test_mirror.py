@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from atr_scale.data import storage
 from atr_scale.distributed.world import World
-from atr_scale.errors import UserError
-from atr_scale.remote.fetch import RemoteRun, bring_model
+from atr_scale.errors import Failure, UserError
+from atr_scale.remote.fetch import RemoteRun, bring_files, bring_model
 from atr_scale.remote.mirror import Mirror
 from atr_scale.remote.nodes import SharedBy
-from atr_scale.remote.objects import list_below
+from atr_scale.remote.objects import get_file, list_below
 from atr_scale.remote.resume import _prepare
-from atr_scale.run_checkpoints import Score, link, seal, verify, write_score
+from atr_scale.run_checkpoints import Score, link, prune, seal, verify, write_score
 from atr_scale.run_files import append_json_lines
-from tests.faults.proxy import FaultProxy, needs_rclone, s3_behind_proxy
+from tests.faults.proxy import Answer, Fault, FaultProxy, for_all, needs_rclone, s3_behind_proxy
 
 pytestmark = [needs_rclone, pytest.mark.slow]
 LARGE = "model.safetensors"
@@ -151,6 +153,95 @@ def test_what_a_machine_has_left_counts_unless_the_run_went_on_elsewhere(
         "run",
         "elsewhere",
     ]
+
+
+def test_what_was_never_uploaded_is_kept(run: Path, address: str, proxy: FaultProxy) -> None:
+    """The store has been away since the start. What has no manifest is of a node whose others had not uploaded."""
+    save(run, 30)
+    (run / "checkpoints" / "step-30" / "manifest.json").unlink()
+    assert _prepare(address, run, mirror(address, run)) == "step-20"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-10", "step-20"]
+    assert RemoteRun(address).checkpoints() == ["step-20", "step-10"]
+    for name in list_below(address):
+        storage.remove_file(f"{address}/{name}")
+    assert _prepare(address, run, mirror(address, run)) is None, "the user has deleted the run"
+    assert not (run / "checkpoints").exists()
+
+
+def test_the_marker_of_a_preemption_goes_with_the_next_start(run: Path, address: str, proxy: FaultProxy) -> None:
+    (run / "preempted").write_text("SIGTERM")
+    uploads = mirror(address, run)
+    uploads.upload()
+    assert "preempted" in list_below(address)
+    (run / "preempted").unlink()
+    uploads.upload()
+    assert "preempted" not in list_below(address)
+
+
+def test_a_checkpoint_stays_while_it_is_uploaded(run: Path, address: str, proxy: FaultProxy) -> None:
+    uploads = mirror(address, run)
+    seen: list[Path | None] = []
+
+    def of_saves(method: str, path: str) -> None:
+        if method == "PUT" and "/step-20/" in path and not seen:
+            seen.append(uploads.uploading)
+            save(run, 30)
+            prune(run, 1, uploads.uploading)
+
+    proxy.fault = of_saves
+    uploads.upload()
+    proxy.fault = for_all(None)
+    assert seen == [run / "checkpoints" / "step-20"] and uploads.uploading is None
+    assert "step-20" in RemoteRun(address).checkpoints()
+
+
+def test_a_prefix_that_is_no_run(address: str, tmp_path: Path, proxy: FaultProxy) -> None:
+    """Nothing of it is downloaded: it may be a terabyte of shards."""
+    storage.write_bytes(f"{address}/shard-000000.tar", b"x")
+    with pytest.raises(UserError, match=rf"no run at {address}: it has none of attempts.jsonl, "):
+        bring_files(address)
+    assert _prepare(address, tmp_path, mirror(address, tmp_path)) is None and not list(tmp_path.iterdir())
+
+
+def refused(name: str) -> Callable[[str, str], Fault | None]:
+    return lambda method, path: Answer(403) if method == "GET" and path.endswith(name) else None
+
+
+def test_downloads_that_fail_are_one_line(
+    run: Path, address: str, tmp_path: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATR_SCALE_SCRATCH", str(tmp_path / "scratch"))
+    mirror(address, run).upload()
+    for name, bring in (("attempts.jsonl", bring_files), (LARGE, bring_model)):
+        proxy.fault = refused(name)
+        with pytest.raises(UserError, match=r"cannot be read \(injected\): check the bucket and its permissions"):
+            bring(address)
+    proxy.fault = for_all(None)
+
+    def on_a_full_disk(*_: Any, **__: Any) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("atr_scale.remote.fetch.get_file", on_a_full_disk)
+    for bring in (bring_files, bring_model):
+        with pytest.raises(Failure, match=r"the disk .* is full: make space there"):
+            bring(address)
+
+
+def test_a_model_that_is_pruned_meanwhile(
+    run: Path, address: str, tmp_path: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on and has removed the checkpoint: the next one is taken."""
+    monkeypatch.setenv("ATR_SCALE_SCRATCH", str(tmp_path / "scratch"))
+    mirror(address, run).upload()
+
+    def while_training_prunes(place: str, *rest: Any, **more: Any) -> bool:
+        if "/step-10/" in place:
+            for name in ("manifest.json", LARGE):
+                storage.remove_file(f"{address}/checkpoints/step-10/{name}")
+        return get_file(place, *rest, **more)
+
+    monkeypatch.setattr("atr_scale.remote.fetch.get_file", while_training_prunes)
+    assert bring_model(address).name == "step-20"
 
 
 def test_a_model_is_brought_once_and_checked(

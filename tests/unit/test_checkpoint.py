@@ -175,7 +175,7 @@ def test_pruning_leaves_the_checkpoint_that_the_run_needs(tmp_path: Path) -> Non
     """Newer ones may be broken: the one just saved, or resumed from, stays."""
     for step in (1, 2, 3):
         write(tmp_path, step)
-    run_checkpoints.prune(tmp_path, keep=1, needed=tmp_path / "checkpoints" / "step-1")
+    run_checkpoints.prune(tmp_path, 1, tmp_path / "checkpoints" / "step-1")
     assert [path.name for path in run_checkpoints.newest_first(tmp_path)] == ["step-3", "step-1"]
 
 

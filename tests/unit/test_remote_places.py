@@ -19,6 +19,11 @@ def test_addresses() -> None:
     assert address_of("s3://bucket/a/") == address_of(Path("s3://bucket/a")) == "s3://bucket/a"
     with pytest.raises(UserError, match="'gs:' is not supported"):
         address_of("gs://bucket/a")
+    for odd in ("s3://bucket/runs/..", "s3://bucket/./a", "s3://bucket/a//b"):  # the folder would be that of other runs
+        with pytest.raises(UserError, match="cannot be a part of the key of a run"):
+            address_of(odd)
+    with pytest.raises(UserError, match="'my bucket' is no name of a bucket"):
+        address_of("s3://my bucket/a")
 
 
 def test_the_local_folder_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
