@@ -18,7 +18,7 @@ HEAD = """# What happens when something fails
 Every row is a test that injects the fault into real processes and sees the outcome. The tests have written this page:
 `pytest tests/faults --write-reliability` runs them and writes what they have seen; rows of tests that were not run
 stay. Seconds are those of the test on two CPU cores, with the start of its processes. What to do after a fault is in
-[operations.md](operations.md).
+[operations.md](operations.md); many random faults in one run: [rehearsal.md](rehearsal.md).
 """
 COLUMNS = ("fault", "expected", "outcome", "seconds", "test")
 CELLS = re.compile(r"(?<!\\) ?\| ?")

@@ -84,9 +84,10 @@ def rehearse(
         raise
     command = f"python -m tools.rehearse --seed {seed} --faults {faults} --run-on {run_on}"
     said = (
-        f"`{command}` wrote this page. A tiny training of {steps} steps ran with a rank on each of {RANKS} nodes of a "
-        f"SLURM cluster on one machine ({machine()}), which had a spare node. Its shards are on an S3 server, two of "
-        "them damaged."
+        f"`{command}` wrote this page.\n"
+        f"A tiny training of {steps} steps ran with a rank on each of {RANKS} nodes of a SLURM cluster on one machine\n"
+        f"({machine()}), which had a spare node. Its shards are on an S3 server, two of them damaged. It was hit by\n"
+        "faults at random steps, and is compared with a run of the same shards that was left alone."
     )
     for page in pages:
         page.parent.mkdir(parents=True, exist_ok=True)
