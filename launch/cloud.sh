@@ -5,12 +5,13 @@
 #     FIRST_MACHINE   address of one of them that all others reach on port 29500 (or MASTER_PORT)
 #   for example: launch/cloud.sh 4 10.0.0.11 configs/pretrain_wavcaps.yaml data.train[0].shards=s3://bucket/audiocaps/train
 # One process for each GPU (PROCESSES sets another number; 1 without GPUs). The run folder must be a folder that all
-# machines share, or at least the same path on each.
+# machines share, or be on S3 (run.dir=s3://bucket/run). docs/operations.md tells more, also of spot machines.
 #
 # If a rank or a machine fails, all ranks end and start again from the last checkpoint, at most MAX_RESTARTS (3) times, as
 # soon as enough machines have met again: start the same command on a machine that was lost, or on another one. There is
-# no further start after the user's mistake (exit code 2). On TERM or USR1 the ranks save and end, on all machines, with exit
-# code 0; the same command goes on from there. RUN/preempted says that it was so.
+# no further start after the user's mistake (exit code 2). On TERM or USR1 to one machine the ranks save and end, on all
+# machines, with exit code 0; the same command goes on from there, and RUN/preempted says that it was so. With LEAST:MOST only
+# the machine that was told to stop ends, and the others go on without it.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -62,12 +63,16 @@ restarts=0 since=$SECONDS # since when this machine tries to meet the others
 while true; do
     status=0 began=$SECONDS
     [[ -n $told ]] || once "$@" || status=$?
-    if [[ -e $run/preempted ]]; then
+    if [[ -e $run/preempted && (-n $told || $machines != *:*) ]]; then
         say "told to stop, $run goes on from its last checkpoint with the same command"
         exit 0
     elif [[ -n $told ]]; then
-        say "told to stop, and nothing was saved; the same command starts again"
+        say "told to stop; the same command goes on with $run"
         exit 0
+    elif [[ -e $run/preempted && $status == 0 ]]; then # it is removed by the ranks: other machines look at it now
+        since=$SECONDS
+        say "another machine was told to stop: going on without it"
+        continue
     fi
     case $status in
     0)

@@ -19,7 +19,8 @@ CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-apptainer}
 MOUNTS=${MOUNTS:-}
 
 # A folder on a disk of each node, to which the shards of data.train are copied before training; empty: they are read from
-# where they are. What is there already and has not changed is not copied again.
+# where they are. What is there already and has not changed is not copied again. If each job has a folder of its own:
+#   STAGE=${SLURM_JOB_ID:+/scratch/$SLURM_JOB_ID}
 STAGE=${STAGE:-}
 
 # A folder on a disk of each node in which runs on S3 train (run.dir=s3://bucket/run); empty: ~/.cache/atr-scale.
@@ -27,6 +28,9 @@ export ATR_SCALE_SCRATCH=${ATR_SCALE_SCRATCH:-$STAGE}
 
 # Where pretrained models of the Hugging Face hub are, if not in the home folder; compute nodes often have no network:
 #   export HF_HOME=/project/huggingface HF_HUB_OFFLINE=1
+
+# Credentials for s3:// are those of the environment, see docs/data.md. A server other than Amazon's, for example:
+#   export AWS_ENDPOINT_URL=http://storage:9000 AWS_PROFILE=sound
 
 # The network interface for the ranks, for example ib0, if it is not the one that their host names lead to.
 INTERFACE=${INTERFACE:-}

@@ -105,6 +105,31 @@ def test_told_to_stop(runs: TinyRuns, undisturbed: tuple[Path, list[float]], out
 
 
 @pytest.mark.fault(
+    "TERM to one machine of launch/cloud.sh with 1:2 machines",
+    expected="all ranks save; that machine ends with exit code 0, and the other one goes on; losses as undisturbed",
+)
+def test_one_of_a_range_is_told_to_stop(
+    runs: TinyRuns, undisturbed: tuple[Path, list[float]], outcome: Callable[[str], None]
+) -> None:
+    machines = Machines(runs, machines="1:2", steps=STEPS, log_every=1)
+    told, left = [machines.start() for _ in range(2)]
+    runs.until_step(5)
+    told.terminate()
+    runs.ends_with(0, told)
+    runs.ends_with(0, left, 120)
+    said = runs.said()
+    assert "Traceback" not in said and "rror" not in said, said
+    assert said.count("goes on from its last checkpoint") == said.count("going on without it") == 1, said
+    lines = [line for line in read_json_lines(runs.folder() / ATTEMPTS) if line["event"] != "end"]
+    saved = lines[-1]["step"]
+    assert [line["world_size"] for line in lines[::2]] == [2, 1] and 5 <= saved < STEPS
+    losses = [line["loss"] for line in read_training(runs.folder())]
+    assert losses[:saved] == undisturbed[1][:saved] and losses == pytest.approx(undisturbed[1], rel=1e-2)
+    assert not (runs.folder() / "preempted").exists()
+    outcome(f"two ranks saved step {saved}, one went on; losses as undisturbed")
+
+
+@pytest.mark.fault(
     "kill -9 of a rank, then of a whole machine for good, under launch/cloud.sh with 1:2 machines",
     expected="all ranks start again, then those of the machine that is left; losses as undisturbed",
 )
