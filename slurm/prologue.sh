@@ -84,10 +84,23 @@ tasks=$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-${SLURM_NTASKS:-1}}))
 if ((${SLURM_NTASKS:-1} > tasks)); then
     export SLURM_NTASKS=$tasks SLURM_NPROCS=$tasks
 fi
-# srun does not inherit this from sbatch.
-if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
-    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+# srun would give the ranks none of the GPUs of --gres, for it reads --gpus-per-node=0 here.
+[[ ${SLURM_GPUS_PER_NODE:-} != 0 ]] || unset SLURM_GPUS_PER_NODE
+# Without a number of tasks there is a rank for each GPU of a node, or one. To SLURM the job then is one task, so that each
+# start is on as many nodes of a range as are free; tasks of an earlier start would bind it to the nodes of that start.
+cpus=${SLURM_CPUS_PER_TASK:-}
+if [[ -z ${SLURM_NTASKS:-} ]]; then
+    gpus=${SLURM_GPUS_ON_NODE:-0}
+    SLURM_NTASKS_PER_NODE=$((gpus ? gpus : 1))
+    SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))
+    export SLURM_NTASKS SLURM_NTASKS_PER_NODE
+    if [[ -n $cpus ]]; then
+        ((cpus >= SLURM_NTASKS_PER_NODE)) || refuse "$cpus CPUs for $gpus GPUs of each node: give --cpus-per-task=$gpus or more"
+        cpus=$((cpus / SLURM_NTASKS_PER_NODE))
+    fi
 fi
+# srun does not inherit this from sbatch.
+[[ -z $cpus ]] || export SRUN_CPUS_PER_TASK=$cpus
 
 # srun runs in the background, for a shell that waits for a foreground command handles no signal. The ranks get USR2:
 # parts of NCCL use USR1 themselves, and on TERM srun would kill the ranks.

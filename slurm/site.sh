@@ -4,7 +4,8 @@
 set -euo pipefail
 
 # Options of sbatch for every job that a script of this folder, or `atr-scale sweep --slurm`, submits. `sbatch SCRIPT`
-# alone does not read them. One task for each GPU. For example:
+# alone does not read them. One task for each GPU; none are named for jobs of train.sh on a range of nodes, see
+# docs/operations.md. For example:
 #   options=(--account=sound --partition=gpu --qos=normal --gpus-per-node=4 --ntasks-per-node=4 --mem=200G)
 #   options=(--partition=gpu --gpus-per-node=0 --gres=gpu:a100:4 --ntasks-per-node=4)    if the cluster wants gres
 options=()

@@ -77,9 +77,11 @@ class Cluster:
     ) -> str:
         """Nodes without GPUs, a rank on each, once the job `after` has succeeded; the job's number.
 
-        nodes: how many, or "least-most".
+        nodes: how many, or "least-most" for train.sh, of which each start takes as many as are free.
         """
-        size = (f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
+        size = [f"--nodes={nodes}", "--gpus-per-node=0", "--cpus-per-task=1"]
+        if "-" not in nodes:
+            size.append("--ntasks-per-node=1")
         log = f"--output={self.folder}/job-%j.log"
         order = [f"--dependency=afterok:{after}"] if after else []
         path = str(self.root / f"slurm/{script}.sh")

@@ -8,10 +8,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from atr_scale.experiments.sweep import last_error
+from atr_scale.status import read_status
+from tests.faults.audit import read_audit
 from tests.tiny import TinyInputs, make_tiny_inputs, read_training, write_tiny_config
 from tools.cluster import ROOT, Cluster, no_cluster, running_cluster
 
@@ -171,6 +174,71 @@ def test_a_lost_node_is_replaced_by_the_spare_one(cluster: Cluster, tiny: TinyIn
         assert "start 2, on " in cluster.log(number) and " done: " in cluster.last_line(number)
     finally:
         cluster.lab("boot", lost)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        ("--nodes=1-2 --gpus-per-node=2 --cpus-per-task=6", [f"{rank} of 4, 3 CPUs, GPUs 0,1" for rank in range(4)]),
+        (
+            "--gpus-per-node=0 --gres=gpu:2 --ntasks-per-node=2 --cpus-per-task=3",
+            [f"{rank} of 2, 3 CPUs, GPUs 0,1" for rank in range(2)],
+        ),
+        (
+            "--gpus-per-node=4 --cpus-per-task=2",
+            ["error: 2 CPUs for 4 GPUs of each node: give --cpus-per-task=4 or more"],
+        ),
+    ],
+)
+def test_ranks_of_a_job_and_their_cpus_and_gpus(
+    cluster: Cluster, tmp_path: Path, options: str, ranks: list[str]
+) -> None:
+    """A rank for each GPU if no number of tasks is given."""
+    script = tmp_path / "script.sh"
+    words = "$SLURM_PROCID of $SLURM_NTASKS, $SLURM_CPUS_PER_TASK CPUs, GPUs $SLURM_STEP_GPUS"
+    script.write_text(f"#!/bin/bash\nsource slurm/prologue.sh\nwork test bash -c 'echo {words}'\n")
+    log = f"--output={cluster.folder}/job-%j.log"
+    number = cluster.call("sbatch", "--parsable", *options.split(), log, str(script), HEALTH_SECONDS="0")
+    cluster.finish(number)
+    assert sorted(cluster.log(number).splitlines()[:-1]) == ranks, cluster.log(number)
+
+
+def test_a_job_for_a_range_of_nodes_shrinks_and_grows(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
+    """By itself, even if its first node is lost, on which the job script runs. The third node is in use, then away."""
+    jobs: dict[str, str] = {}
+    train: dict[str, Any] = {"steps": 30, "checkpoint_every": 4, "lr": 1e-4}  # losses do not get tiny
+    for name, nodes, more in (("undisturbed", "1", {"SBATCH_EXCLUSIVE": "exclusive"}), ("run", "1-2", {})):
+        config = write_tiny_config(tmp_path / f"{name}.yaml", tiny, tmp_path / name, **train)
+        recorder = ('plugins=["tools.rehearse.recorder"]',)
+        variables = {"AUDIT": str(tmp_path / f"{name}.audit"), "STEP_SECONDS": "0.1", "HEALTH_SECONDS": "0", **more}
+        jobs[name] = cluster.sbatch("train", str(config), *recorder, nodes=nodes, **variables)
+    job, run_dir = jobs["run"], tmp_path / "run"
+    cluster.wait(job, lambda: cluster.job(job)["JobState"] == "RUNNING")
+    (away,), (lost, kept) = cluster.nodes(jobs["undisturbed"]), cluster.nodes(job)
+    cluster.call("scontrol", "update", f"NodeName={away}", "State=DRAIN", "Reason=away")
+    try:
+        cluster.wait(job, lambda: len(steps(run_dir)) >= 6)
+        cluster.lab("kill", lost)
+        try:
+            cluster.call("scontrol", "update", f"NodeName={lost}", "State=DOWN", "Reason=lost")  # soon it is anyway
+            cluster.wait(job, lambda: len(steps(run_dir)) >= 12)
+            assert cluster.nodes(job) == [kept]
+        finally:
+            cluster.lab("boot", lost)
+        cluster.wait(job, lambda: cluster.idle() >= 1)
+        cluster.call("scancel", "--signal=USR1", "--batch", job)
+        state = cluster.finish(job)
+    finally:
+        cluster.call("scontrol", "update", f"NodeName={away}", "State=RESUME")
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), cluster.log(job)
+    assert [attempt.world_size for attempt in read_status(run_dir).attempts] == [2, 1, 2]
+    assert cluster.finish(jobs["undisturbed"])["JobState"] == "COMPLETED", cluster.log(jobs["undisturbed"])
+    losses, samples = {}, {}
+    for name in jobs:
+        losses[name] = {line["step"]: line["loss"] for line in read_training(tmp_path / name)}
+        samples[name] = sorted((row.step, row.key) for row in read_audit(tmp_path / f"{name}.audit", tiny.text_encoder))
+    assert losses["run"] == pytest.approx(losses["undisturbed"], rel=1e-5) and len(losses["run"]) == train["steps"]
+    assert samples["run"] == samples["undisturbed"] and len(samples["run"]) == 4 * train["steps"]
 
 
 def test_a_node_that_hangs_is_left_out(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
