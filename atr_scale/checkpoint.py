@@ -71,7 +71,7 @@ def start_saving(
 ) -> Writing:
     """`save` that waits for a copy of the state alone; the files are written behind.
 
-    copies: see `take`. shared: see `Writing`. calls: `afterwards` and `failed` of `Writing`.
+    copies: see `take`. shared: see `Writing`. calls: `before`, `afterwards` and `failed` of `Writing`.
     """
     snapshot = take(trained, world, config_yaml, state, copies)
     return Writing(run, folder_of(run, state["step"]), snapshot, world, shared, **calls)

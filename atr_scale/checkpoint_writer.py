@@ -2,6 +2,7 @@
 
     take (all ranks, the training waits) -> Writing (a thread of each rank) -> result (all ranks)
 
+Under ZeRO 3 the thread of the main rank first receives the shards of the weights that the other ranks have copied.
 Each rank writes, syncs and hashes its own files in a temporary folder, and then says so in a small file there. When all
 have, the main rank writes the manifest, renames the folder and links it as latest. A crash before the rename leaves the
 checkpoint before it.
@@ -17,7 +18,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,12 +61,16 @@ class HostCopies:
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
+    def room(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor with any content."""
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != tuple(shape) or kept.dtype != dtype:
+            kept = self._kept[name] = torch.empty(tuple(shape), dtype=dtype)
+        return kept
+
     def copy(self, name: str, tensor: Tensor) -> Tensor:
         """A contiguous copy, complete on return."""
-        kept = self._kept.get(name)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return kept.copy_(tensor.detach())
+        return self.room(name, tensor.shape, tensor.dtype).copy_(tensor.detach())
 
 
 class Trained(Protocol):
@@ -79,8 +84,11 @@ class Trained(Protocol):
     def files(self, copies: HostCopies) -> dict[str, dict[str, Tensor]]:
         """What this rank writes for a resume beside the weights: copies, by file and by name."""
 
-    def full_weights(self, copies: HostCopies) -> dict[str, Tensor]:
-        """Copies of the weights on the main rank, {} on the others."""
+    def copy_weights(self, copies: HostCopies) -> Callable[[], dict[str, Tensor]]:
+        """Copy this rank's part of the weights. A thread of each rank calls the function that is returned.
+
+        It returns the full weights on the main rank, {} on the others, and does not fail for a reason of one rank.
+        """
 
 
 class DiskFull(Failure):
@@ -91,7 +99,8 @@ class DiskFull(Failure):
 class Snapshot:
     """A rank's part of a checkpoint, in main memory. Nothing of it changes when training goes on."""
 
-    tensors: dict[str, dict[str, Tensor]]  # by file
+    tensors: dict[str, dict[str, Tensor]]  # by file, but for the weights
+    weights: Callable[[], dict[str, Tensor]]  # see `Trained.copy_weights`
     texts: dict[str, str]  # by file
     text_encoder: TextEncoder | None  # on the main rank; its configuration and tokenizer do not change
 
@@ -104,13 +113,11 @@ def take(
     copies: the memory of the save before, whose files must have been written.
     """
     copies = copies or HostCopies()
-    tensors, texts = trained.files(copies), dict[str, str]()
-    weights = trained.full_weights(copies)
+    tensors, weights = trained.files(copies), trained.copy_weights(copies)
     if not world.is_main:
-        return Snapshot(tensors, texts, None)
-    tensors[WEIGHTS] = weights
-    texts |= {CONFIG: config_yaml, STATE: json.dumps({**state, **trained.state()})}
-    return Snapshot(tensors, texts, trained.model.text_encoder)
+        return Snapshot(tensors, weights, {}, None)
+    texts = {CONFIG: config_yaml, STATE: json.dumps({**state, **trained.state()})}
+    return Snapshot(tensors, weights, texts, trained.model.text_encoder)
 
 
 class Writing:
@@ -123,18 +130,21 @@ class Writing:
         snapshot: Snapshot,
         world: World,
         shared: SharedBy | None = None,
+        before: Callable[[], object] = lambda: None,
         afterwards: Callable[[Files], object] = lambda files: None,
         failed: Callable[[Failure], object] = lambda fault: None,
     ) -> None:
         """shared: the ranks of the folders, default one folder for all.
 
+        before: called by the first rank of each folder, before that is made; may raise a Failure, such as DiskFull.
         afterwards: called by the thread of the first rank of each folder when the folder has the checkpoint's files,
         with what the manifest says of them. failed: called by the thread of the main rank when it is known that a rank
         could not write, within a second. The run may be at any step then.
 
         Raises Failure, DiskFull if the disk is full, if the folder cannot be made.
         """
-        self.run, self.final, self.world, self._afterwards, self._failed = run, final, world, afterwards, failed
+        self.run, self.final, self.world = run, final, world
+        self._before, self._afterwards, self._failed = before, afterwards, failed
         self._shared = shared or SharedBy.all_ranks(world)
         self._leads = world.rank == self._shared.leader
         self._snapshot: Snapshot | None = snapshot
@@ -172,14 +182,15 @@ class Writing:
         """All ranks raise if one of them has a fault. This one raises if it has another error."""
         if self._error is not None:
             raise self._error
-        for found in self.world.gather_objects(fault):
-            if found is not None:
-                raise found
+        self.world.raise_together(fault)
 
     def _make_folder(self) -> Failure | None:
         try:
+            self._before()
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
+        except Failure as fault:
+            return fault
         except OSError as error:
             return self._as_failure(error)
         return None
@@ -208,6 +219,9 @@ class Writing:
 
     def _own_files(self) -> Files:
         assert self._snapshot is not None
+        weights = self._snapshot.weights()  # before anything that may fail: other ranks wait for it
+        if self.world.is_main:
+            self._snapshot.tensors[WEIGHTS] = weights
         for name, tensors in self._snapshot.tensors.items():
             path = self._folder / name
             path.parent.mkdir(exist_ok=True)

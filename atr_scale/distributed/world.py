@@ -218,6 +218,17 @@ class World:
         if self.size > 1:
             dist.barrier(group=self.host)
 
+    def raise_together(self, fault: OneLineError | None) -> None:
+        """All ranks raise the fault of the first rank that has one; quick without a fault. All ranks call this."""
+        if self.any(fault is not None):
+            for found in self.gather_objects(fault):
+                if found is not None:
+                    raise found
+
+    def new_host_group(self) -> Any:
+        """Another gloo group of these ranks, for a thread of each; None in a world of one. All ranks call this."""
+        return dist.new_group(backend="gloo") if self.size > 1 else None
+
     @property
     def device(self) -> torch.device:
         """The device that this group's backend takes tensors from."""

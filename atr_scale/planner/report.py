@@ -184,7 +184,7 @@ def _node(plan: RunPlan) -> list[str]:
 
 def _copies(plan: RunPlan) -> tuple[int, int]:
     """Bytes of main memory for the copies of a checkpoint: on the first node, and on any other."""
-    first, other = plan.costs.parameters.copies(plan.nodes * plan.gpus_per_node)
+    first, other = plan.costs.parameters.copies(plan.costs.config.train.zero_stage, plan.nodes * plan.gpus_per_node)
     return first + (plan.gpus_per_node - 1) * other, plan.gpus_per_node * other
 
 

@@ -56,11 +56,12 @@ class Parameters:
         partition = sum(_padded(sum(group), world_size) // world_size for group in self.groups)
         return {"parameters": FP32 * (learned + frozen), "optimizer": FP32 * 3 * partition}
 
-    def copies(self, world_size: int) -> tuple[int, int]:
+    def copies(self, stage: int, world_size: int) -> tuple[int, int]:
         """Bytes of main memory for the copies of a checkpoint: of rank 0, and of any other rank."""
         learned, frozen = sum(self.trainable), sum(self.frozen)
         moments = 2 * FP32 * -(-learned // world_size)
-        return FP32 * (learned + frozen) + moments, moments
+        shards = FP32 * sum(_shard(size, world_size) for size in (*self.trainable, *self.frozen)) if stage == 3 else 0
+        return FP32 * (learned + frozen) + moments, shards + moments
 
     def gradients(self, stage: int, world_size: int, several_passes: bool) -> tuple[int, int]:
         """Bytes of gradients: the most that wait in a backward pass to be reduced, and the place for reduced ones.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,9 @@ from atr_scale.training.param_groups import optimizer_groups
 from atr_scale.training.passes import Passes, ReducedPasses, ShardedPasses
 from atr_scale.training.schedule import Seeds
 from atr_scale.training.step_result import StepResult
+from atr_scale.training.weight_copies import WeightCopies
 
 logger = logging.getLogger(__name__)
-
-GATHERED = 1 << 24  # values of sharded parameters that are gathered at once for a copy
 
 
 class _MaskedAdamW(torch.optim.AdamW):
@@ -87,6 +86,7 @@ class Engine:
             self._passes = ShardedPasses(self.deepspeed, chunked or train.accum_steps > 1, world, device)
         else:
             self._passes = ReducedPasses(model, self.deepspeed, train, world)
+        self._weights = WeightCopies(model, world)
         self._grad_cache: GradCache | None = None
         if chunked:
             assert train.micro_batch_size is not None
@@ -182,18 +182,13 @@ class Engine:
         clip = ((norm / scale + 1e-6) / limit).clamp(min=1.0) if limit else torch.ones_like(norm)
         self.optimizer.grad_scale, self.optimizer.found_inf = scale * clip, found_inf
 
-    def full_weights(self, copies: HostCopies | None = None) -> dict[str, Tensor]:
-        """The model's state as fp32 CPU tensors on the main rank ({} on others); sharded parameters are gathered.
+    def copy_weights(self, copies: HostCopies) -> Callable[[], dict[str, Tensor]]:
+        """Copies of the model's fp32 state, for `checkpoint_writer`."""
+        return self._weights.take(copies)
 
-        copies: whose memory is used, by default new one.
-        """
-        copies, out = copies or HostCopies(), {}
-        for some in _in_portions(self.model.state_dict(keep_vars=True)):
-            shards = [value for value in some.values() if hasattr(value, "ds_id")]
-            with deepspeed.zero.GatheredParameters(shards, enabled=bool(shards)):
-                if self.world.is_main:
-                    out.update({name: copies.copy(name, value) for name, value in some.items()})
-        return out
+    def full_weights(self) -> dict[str, Tensor]:
+        """A copy of the model's fp32 state in main memory on the main rank, {} on others."""
+        return self.copy_weights(HostCopies())()
 
     def state(self) -> dict[str, Any]:
         """What a resume needs beside weights and moments, equal on all ranks."""
@@ -237,17 +232,6 @@ class Engine:
         if self.device.type == "cpu":
             # DeepSpeed would compile it at every start (minutes on two cores) for a reduction that gloo does too.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _in_portions(values: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Consecutive tensors: those of stage 3 are gathered together, which one by one takes more than twice as long."""
-    some, size = dict[str, Tensor](), 0
-    for name, value in values.items():
-        some[name], size = value, size + getattr(value, "ds_numel", 0)
-        if size > GATHERED:
-            yield some
-            some, size = {}, 0
-    yield some
 
 
 def _not_finite(x: Tensor) -> Tensor:

@@ -376,7 +376,7 @@ class Training:
         """Save, and learn whether a signal has come meanwhile. Raises Failure if the run folder is lost."""
         start = time.perf_counter()
         self.monitor.flush()
-        self.world.from_main(self.monitor.check)
+        self.world.raise_together(self.monitor.lost)
         self.record.count_dropped()
         state = {**asdict(self.progress), "world_size": self.world.size, INPUTS: self.inputs}
         with self.heartbeat.wait("saving"):

@@ -183,11 +183,6 @@ class Monitor:
         if self._writer is not None:
             self._writer.flush()
 
-    def check(self) -> None:
-        """Raises Failure if the folder is lost."""
-        if self.lost is not None:
-            raise self.lost
-
     def close(self) -> None:
         """Write everything to the disk and close the files. Later calls do nothing."""
         self.flush()

@@ -55,7 +55,7 @@ class Saver:
         self._config_yaml = config.to_yaml()  # takes as long as the copy of a small model
         self._copies = HostCopies()
         self._writing: Writing | None = None
-        self._unsaved = 0, 0  # step and bytes of the save that is being made
+        self._unsaved: tuple[int, nn.Module] = 0, nn.Identity()  # step and model of the save that is being made
         self._fault: str | None = None  # of this save, when it is known
         self._recorded = 0  # `failed` of the last line of metrics
 
@@ -66,13 +66,12 @@ class Saver:
         there is no space for it.
         """
         self.finish(lambda: False)  # this one is still to be tried
-        needed = self.world.from_main(lambda: self._bytes(trained.model))
-        self._unsaved, self._fault = (state["step"], needed), None
+        self._unsaved, self._fault = (state["step"], trained.model), None
         try:
-            self.world.from_main(lambda: self._make_space(needed))
             self._writing = checkpoint.start_saving(
                 self.run, trained, self.world, self._config_yaml, state, self._copies,
-                afterwards=self._saved, failed=self._note, shared=self._mirror.shared if self._mirror else None,
+                shared=self._mirror.shared if self._mirror else None,
+                before=self._make_space, afterwards=self._saved, failed=self._note,
             )  # fmt: skip
         except Failure as fault:
             self._not_saved(fault, ends())
@@ -110,19 +109,20 @@ class Saver:
         if self._mirror:
             self._mirror.written(step, files)
 
-    def _bytes(self, model: nn.Module) -> int:
+    def _bytes(self) -> int:
         """Of a checkpoint: like the last one, which holds the files of all ranks; before that by the parameters."""
         if self.last is not None:
             files = [path.stat().st_size for path in self.last.rglob("*") if path.is_file()]
             return int(MARGIN * sum(files)) + MARGIN_BYTES
         total = 0
-        for parameter in model.parameters():
+        for parameter in self._unsaved[1].parameters():
             count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO 3 leaves an empty tensor here
             total += count * (BYTES_OF_A_PARAMETER + parameter.requires_grad * BYTES_OF_A_LEARNED_PARAMETER)
         return total + MARGIN_BYTES
 
-    def _make_space(self, needed: int) -> None:
+    def _make_space(self) -> None:
         """Remove a checkpoint that the next one would replace, if that is needed. DiskFull if it does not suffice."""
+        needed = self._bytes()
         if shutil.disk_usage(self.run).free < needed:
             run_checkpoints.prune(self.run, max(1, self.keep - 1), self.last)
         if shutil.disk_usage(self.run).free < needed:
@@ -132,11 +132,11 @@ class Saver:
         """Say that this save has failed. Called by any thread, by that of the main rank as soon as it is known."""
         if self._fault is not None:
             return
-        step, needed = self._unsaved
+        step = self._unsaved[0]
         reason = str(fault).removeprefix(f"cannot save to {self.run}: ")
         if isinstance(fault, DiskFull):
             reason = (
-                f"the disk {disk_of(self.run)} is full: a checkpoint needs {as_text(needed)}, "
+                f"the disk {disk_of(self.run)} is full: a checkpoint needs {as_text(self._bytes())}, "
                 f"{as_text(shutil.disk_usage(self.run).free)} are free"
             )
         since = f"nothing is saved since {self.last.name if self.last else 'the start'}"

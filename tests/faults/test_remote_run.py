@@ -76,7 +76,7 @@ class Remote:
 )
 def test_dead_nodes(runs: TinyRuns, root: Path, proxy: FaultProxy, outcome: Outcome) -> None:
     remote = Remote(root, "dead")
-    train: dict[str, Any] = {"steps": 24, "checkpoint_every": 4, "keep_checkpoints": 2, "log_every": 1}
+    train: dict[str, Any] = {"steps": 24, "checkpoint_every": 4, "keep_checkpoints": 2, "log_every": 1, "zero_stage": 3}
     reference = runs.start("reference", ranks=2, **train)
     scratch = runs.place / "scratch"
     first = runs.start(

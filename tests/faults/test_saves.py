@@ -32,7 +32,7 @@ def save(run: Path, step: int, value: float | None, keep: int = 1) -> None:
         model=SimpleNamespace(text_encoder=SimpleNamespace(save_files=lambda folder: None)),
         state=dict,
         files=lambda copies: {},
-        full_weights=lambda copies: {"weight": torch.tensor([float(step)])},
+        copy_weights=lambda copies: lambda: {"weight": torch.tensor([float(step)])},
     )
     folder = checkpoint.save(run, trained, World(), "", {"step": step})
     run_checkpoints.prune(run, keep)

@@ -215,10 +215,11 @@ def test_what_each_stage_keeps() -> None:
 
 
 def test_copies_of_a_checkpoint() -> None:
-    """Weights on rank 0, and on each rank its part of the two moments of what is learned."""
+    """Weights on rank 0, on each rank its part of the two moments of what is learned and, of stage 3, its shards."""
     sizes = Parameters([[100, 50]], [30])
-    assert sizes.copies(1) == (4 * 180 + 8 * 150, 8 * 150)
-    assert sizes.copies(4) == (4 * 180 + 8 * 38, 8 * 38)
+    assert sizes.copies(1, 1) == (4 * 180 + 8 * 150, 8 * 150)
+    assert sizes.copies(2, 4) == (4 * 180 + 8 * 38, 8 * 38)
+    assert sizes.copies(3, 4) == (4 * 180 + 8 * 38, 8 * 38 + 4 * (25 + 13 + 8))
 
 
 def test_gradients_that_wait_and_reduced_ones() -> None:

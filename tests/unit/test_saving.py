@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,8 +56,9 @@ class Fake:
     def files(self, copies: HostCopies) -> dict[str, dict[str, torch.Tensor]]:
         return {"optimizer/rank-0.safetensors": {"moment": torch.zeros(1000)}}
 
-    def full_weights(self, copies: HostCopies) -> dict[str, torch.Tensor]:
-        return {name: copies.copy(name, value) for name, value in self.model.state_dict().items()}
+    def copy_weights(self, copies: HostCopies) -> Callable[[], dict[str, torch.Tensor]]:
+        copied = {name: copies.copy(name, value) for name, value in self.model.state_dict().items()}
+        return lambda: copied
 
 
 def saved(saver: Saver, fault: Exception | None = None, step: int = 1, ends: bool = False) -> bool:
