@@ -88,9 +88,9 @@ fi
 [[ ${SLURM_GPUS_PER_NODE:-} != 0 ]] || unset SLURM_GPUS_PER_NODE
 # Without a number of tasks there is a rank for each GPU of a node, or one. To SLURM the job then is one task, so that each
 # start is on as many nodes of a range as are free; tasks of an earlier start would bind it to the nodes of that start.
-cpus=${SLURM_CPUS_PER_TASK:-}
+cpus=${SLURM_CPUS_PER_TASK:-} elastic=
 if [[ -z ${SLURM_NTASKS:-} ]]; then
-    gpus=${SLURM_GPUS_ON_NODE:-0}
+    gpus=${SLURM_GPUS_ON_NODE:-0} elastic=yes
     SLURM_NTASKS_PER_NODE=$((gpus ? gpus : 1))
     SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))
     export SLURM_NTASKS SLURM_NTASKS_PER_NODE
@@ -188,6 +188,17 @@ of_sweep() {
     [[ -z $lines ]] || mapfile -t arguments <<<"$lines"
 }
 
+# leave_out_nodes CONFIG [key.sub=value ...]: until the next start, as many as the batch does not divide among.
+leave_out_nodes() {
+    local used
+    used=$(single python -m atr_scale.job_inputs nodes "$SLURM_JOB_NUM_NODES" "$SLURM_NTASKS_PER_NODE" "$@")
+    ((used < SLURM_JOB_NUM_NODES)) || return 0
+    say "$used of $SLURM_JOB_NUM_NODES nodes have ranks: train.global_batch_size does not divide among $SLURM_NTASKS"
+    nodes=$(head -n "$used" <<<"$nodes")
+    step+=(--nodes="$used" --nodelist="${nodes//$'\n'/,}")
+    SLURM_JOB_NUM_NODES=$used SLURM_NTASKS=$((used * SLURM_NTASKS_PER_NODE))
+}
+
 # train CONFIG [key.sub=value ...]: one rank for each task. If a signal has stopped the ranks, they have saved, and the job
 # goes back into the queue. It also does so after a failure, a few times, but not after the user's mistake (exit code 2).
 train() {
@@ -200,6 +211,7 @@ train() {
         set -- "${arguments[@]}"
     else
         run=$(single python -m atr_scale.job_inputs dir "$@") || { outcome="refused, see the error above"; exit 2; }
+        [[ -z $elastic ]] || ((SLURM_JOB_NUM_NODES == 1)) || leave_out_nodes "$@"
     fi
     mkdir -p "$run"
     rm -f "$run/preempted" # of an earlier job

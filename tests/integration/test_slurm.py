@@ -203,6 +203,23 @@ def test_ranks_of_a_job_and_their_cpus_and_gpus(
     assert sorted(cluster.log(number).splitlines()[:-1]) == ranks, cluster.log(number)
 
 
+def test_nodes_among_which_the_batch_does_not_divide_have_no_ranks(
+    cluster: Cluster, tiny: TinyInputs, tmp_path: Path
+) -> None:
+    """A batch of four on three nodes. The ranks tell where they are, and do not train."""
+    config = write_tiny_config(tmp_path / "config.yaml", tiny, tmp_path / "run")
+    script = tmp_path / "script.sh"
+    words = "$SLURM_PROCID of $SLURM_NTASKS on $SLURMD_NODENAME"
+    ranks = f"""ranks() {{ srun "${{step[@]}}" bash -c 'echo {words}'; }}"""
+    script.write_text(f"#!/bin/bash\nsource slurm/prologue.sh\n{ranks}\ntrain {config}\n")
+    options = ("--parsable", "--nodes=1-3", f"--output={cluster.folder}/job-%j.log")
+    number = cluster.call("sbatch", *options, str(script), HEALTH_SECONDS="0")
+    cluster.finish(number)
+    said, *ranks_said, _ = cluster.log(number).splitlines()
+    assert "2 of 3 nodes have ranks" in said, cluster.log(number)
+    assert sorted(ranks_said) == ["0 of 2 on node1", "1 of 2 on node2"]
+
+
 def test_a_job_for_a_range_of_nodes_shrinks_and_grows(cluster: Cluster, tiny: TinyInputs, tmp_path: Path) -> None:
     """By itself, even if its first node is lost, on which the job script runs. The third node is in use, then away."""
     jobs: dict[str, str] = {}
