@@ -11,6 +11,7 @@ met, or the process at FIRST:PORT has gone.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -42,6 +43,8 @@ def start_ranks(machines: str, place: str, processes: int, arguments: list[str])
         rdzv_backend="c10d", rdzv_endpoint=place, rdzv_configs=meeting, max_restarts=0,
         signals_to_handle="",
     )  # fmt: skip
+    # The agents' own store is that of the first meeting: a machine that comes later would wait for its address in vain.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     launch = elastic_launch(config, sys.executable)
     for number in SIGNALS:
         signal.signal(number, _hand_on)
