@@ -9,16 +9,26 @@
 #
 # If a rank or a machine fails, all ranks end and start again from the last checkpoint, at most MAX_RESTARTS (3) times, as
 # soon as enough machines have met again: start the same command on a machine that was lost, or on another one. There is
-# no further start after the user's mistake (exit code 2). On TERM or USR1 to one machine the ranks save and end, on all
+# no further start after the user's mistake (exit code 2). On TERM, USR1 or Ctrl-C to one machine the ranks save and end, on all
 # machines, with exit code 0; the same command goes on from there, and RUN/preempted says that it was so. With LEAST:MOST only
 # the machine that was told to stop ends, and the others go on without it.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-if (($# < 3)) || ! [[ $1 =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then
-    echo "error: usage: launch/cloud.sh MACHINES FIRST_MACHINE CONFIG.yaml [key.sub=value ...]" >&2
+refuse() { # MESSAGE: the user's mistake
+    echo "error: $1" >&2
     exit 2
+}
+
+if (($# < 3)) || ! [[ $1 =~ ^[1-9][0-9]{0,5}(:[1-9][0-9]{0,5})?$ ]]; then
+    refuse "usage: launch/cloud.sh MACHINES FIRST_MACHINE CONFIG.yaml [key.sub=value ...]"
 fi
+((${1%:*} <= ${1#*:})) || refuse "MACHINES is $1: give LEAST:MOST, the smaller number first"
+[[ -n $2 && $2 != *:* ]] || refuse "FIRST_MACHINE is '$2': give a name or an address alone, and the port as MASTER_PORT"
+for name in MASTER_PORT MAX_RESTARTS PROCESSES; do
+    [[ ${!name:-1} =~ ^(0|[1-9][0-9]{0,4})$ && ($name == MAX_RESTARTS || ${!name:-1} != 0) ]] ||
+        refuse "$name=${!name}: give a number"
+done
 machines=$1 place=$2:${MASTER_PORT:-29500}
 shift 2
 cd "$root"
@@ -35,11 +45,11 @@ pid="" told=""
 forward() {
     interrupted=yes told=$1
     say "received $1, telling the ranks to stop"
-    [[ -z $pid ]] || kill "-$1" "$pid" 2>/dev/null || true
+    [[ -z $pid ]] || kill "-${2:-$1}" "$pid" 2>/dev/null || true
 }
 trap 'forward USR1' USR1
 trap 'forward TERM' TERM
-trap 'forward INT' INT
+trap 'forward INT TERM' INT # Ctrl-C; the ranks ignore it, as all that a shell runs in the background does
 
 # once: the ranks of this machine, until they end; their exit code.
 once() {
@@ -61,14 +71,18 @@ rm -f "$run/preempted" # of an earlier start
 processes=${PROCESSES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 restarts=0 since=$SECONDS # since when this machine tries to meet the others
 while true; do
-    status=0 began=$SECONDS
-    [[ -n $told ]] || once "$@" || status=$?
+    status=75 began=$SECONDS
+    [[ -n $told ]] || { status=0 && once "$@"; } || status=$?
     if [[ -e $run/preempted && (-n $told || $machines != *:*) ]]; then
         say "told to stop, $run goes on from its last checkpoint with the same command"
         exit 0
-    elif [[ -n $told ]]; then
-        say "told to stop; the same command goes on with $run"
-        exit 0
+    elif [[ -n $told && $status != [02] ]]; then
+        if ((status == 75 || status > 128)); then # before training
+            say "told to stop, and nothing was saved; the same command starts again"
+            exit 0
+        fi
+        say "told to stop, and failed with exit code $status, see the error above; the same command goes on from the last checkpoint"
+        exit 1
     elif [[ -e $run/preempted && $status == 0 ]]; then # it is removed by the ranks: other machines look at it now
         since=$SECONDS
         say "another machine was told to stop: going on without it"
@@ -83,6 +97,7 @@ while true; do
         say "refused, see the error above; it is not tried again"
         exit 2
         ;;
+    69) exit 1 ;; # fewer machines came than are needed, which is said
     75)
         ((SECONDS - began < 120)) || since=$SECONDS # they had met
         if ((SECONDS - since > meet_seconds)); then

@@ -90,6 +90,49 @@ def test_constraints_pin_every_direct_dependency() -> None:
 def test_cloud_script_says_what_it_wants() -> None:
     assert "MACHINES" in one_line(call(ROOT / "launch/cloud.sh", "configs/pretrain_wavcaps.yaml"))
 
+    for words, mistake in (
+        (("2:1", "here"), "the smaller number first"),
+        (("2", "here:29500"), "the port as MASTER_PORT"),
+        (("0", "here"), "usage"),
+    ):
+        assert mistake in one_line(call(ROOT / "launch/cloud.sh", *words, "config.yaml"))
+    for variable in ("PROCESSES=0", "MASTER_PORT=ssh", "MAX_RESTARTS=-1"):
+        assert "give a number" in one_line(call("env", variable, ROOT / "launch/cloud.sh", "2", "here", "config.yaml"))
+
+
+# How the ranks of a machine end, what signal the script gets meanwhile, its exit code and a part of its last line.
+ENDS = [
+    (0, None, 0, "done"),
+    (0, "TERM", 0, "done"),
+    (1, None, 1, "was started again 1 times already"),
+    (2, None, 2, "it is not tried again"),
+    (69, None, 1, "fewer machines"),
+    (1, "TERM", 1, "told to stop, and failed with exit code 1"),
+    (75, "TERM", 0, "told to stop, and nothing was saved"),
+]
+
+
+@pytest.mark.parametrize(("ends", "signal", "code", "says"), ENDS)
+def test_what_the_cloud_script_makes_of_the_ranks(
+    ends: int, signal: str | None, code: int, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "launch").mkdir()
+    for name in ("cloud.sh", "environment.sh"):
+        shutil.copy(ROOT / "launch" / name, tmp_path / "launch")
+    python = tmp_path / "python"
+    told = f"kill -{signal} $PPID" if signal else ":"
+    python.write_text(
+        "#!/bin/bash\ntrap '' TERM\ncase $2 in\n"
+        f"atr_scale.job_inputs) echo '{tmp_path}/a run' ;;\n"
+        f"atr_scale.machine_ranks) {told}; sleep 0.2; echo 'error: fewer machines came' >&2; exit {ends} ;;\nesac\n"
+    )
+    python.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    command = tmp_path / "launch/cloud.sh", "2", "here", "config.yaml"
+    result = call(*command, PATH=path, MAX_RESTARTS="1", PROCESSES="1")
+    said = (result.stderr + result.stdout).splitlines()
+    assert (result.returncode, says in said[-1]) == (code, True), said
+
 
 JOB_SCRIPTS = ["train", "pretrain_wavcaps", "estimate_correspondences", "finetune_clotho", "evaluate"]
 
