@@ -193,7 +193,7 @@ leave_out_nodes() {
     local used
     used=$(single python -m atr_scale.job_inputs nodes "$SLURM_JOB_NUM_NODES" "$SLURM_NTASKS_PER_NODE" "$@")
     ((used < SLURM_JOB_NUM_NODES)) || return 0
-    say "$used of $SLURM_JOB_NUM_NODES nodes have ranks: train.global_batch_size does not divide among $SLURM_NTASKS"
+    say "$used of $SLURM_JOB_NUM_NODES nodes have ranks: train.global_batch_size does not divide among $SLURM_NTASKS ranks"
     nodes=$(head -n "$used" <<<"$nodes")
     step+=(--nodes="$used" --nodelist="${nodes//$'\n'/,}")
     SLURM_JOB_NUM_NODES=$used SLURM_NTASKS=$((used * SLURM_NTASKS_PER_NODE))

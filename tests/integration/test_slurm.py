@@ -216,7 +216,7 @@ def test_nodes_among_which_the_batch_does_not_divide_have_no_ranks(
     number = cluster.call("sbatch", *options, str(script), HEALTH_SECONDS="0")
     cluster.finish(number)
     said, *ranks_said, _ = cluster.log(number).splitlines()
-    assert "2 of 3 nodes have ranks" in said, cluster.log(number)
+    assert "2 of 3 nodes have ranks" in said and "divide among 3 ranks" in said, cluster.log(number)
     assert sorted(ranks_said) == ["0 of 2 on node1", "1 of 2 on node2"]
 
 
