@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ FIRST_DELAY_S = 0.2
 RETRY_BUDGET_S = 20.0
 READ_TIMEOUT_S = 15
 CONNECT_TIMEOUT_S = 5
+# For a server that takes no more of what is sent to it: the time limit of reading begins when all is sent.
+SEND_TIMEOUT_S = 30
 BLOCK_BYTES = 8 << 20
 
 T = TypeVar("T")
@@ -294,17 +297,34 @@ def filesystem(attempts: int = 1) -> Any:
 @functools.lru_cache(maxsize=2)
 def _filesystem_of(pid: int, attempts: int) -> Any:
     import s3fs
+    from aiobotocore.session import AioSession
+    from botocore.handlers import add_expect_header
 
     for name in ("botocore", "aiobotocore"):  # they log at level INFO in every process where they found the credentials
         logging.getLogger(name).setLevel(logging.WARNING)
-    timeouts = {"read_timeout": READ_TIMEOUT_S, "connect_timeout": CONNECT_TIMEOUT_S}
+    session = AioSession()
+    # An upload would wait without a limit until the server says that it may be sent.
+    session.unregister("before-call.s3", add_expect_header)
     made = s3fs.S3FileSystem(
-        config_kwargs={**timeouts, "retries": {"total_max_attempts": 1}},
+        session=session,
+        config_kwargs={
+            "read_timeout": READ_TIMEOUT_S,
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "connector_args": {"socket_factory": _socket},
+            "retries": {"total_max_attempts": 1},
+        },
         skip_instance_cache=True,
         use_listings_cache=False,
     )
     # By default only `retried` below repeats: nested retries would multiply to minutes.
     made.retries = attempts
+    return made
+
+
+def _socket(address: tuple[Any, ...]) -> socket.socket:
+    """A socket for an entry of `getaddrinfo` that ends if the other side takes nothing for SEND_TIMEOUT_S."""
+    made = socket.socket(*address[:3])
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SEND_TIMEOUT_S))
     return made
 
 

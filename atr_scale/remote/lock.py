@@ -26,6 +26,7 @@ from atr_scale.run_files import LOCK
 logger = logging.getLogger(__name__)
 
 CONFIRM_S = 1.0
+RELEASE_S = 10.0  # a store that hangs does not stop the end
 
 
 class RemoteLock:
@@ -50,6 +51,11 @@ class RemoteLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._released.set()
+        releasing = threading.Thread(target=self._release, name="unlock", daemon=True)
+        releasing.start()
+        releasing.join(RELEASE_S)
+
+    def _release(self) -> None:
         self._touching.join()
         with contextlib.suppress(Exception):  # the store is away: others wait until the lock is void
             if self.is_mine():

@@ -3,7 +3,8 @@
 The first rank of each folder (node) has a thread that uploads what is new or has changed. Of a checkpoint, each uploads
 the files of its node's ranks; when all have, the main rank uploads the manifest and then `latest`, and deletes the
 checkpoints that are no longer kept. A file that is there with the same checksum is not sent again. An upload that fails
-is tried again until it succeeds, and training goes on meanwhile; only its end waits, at most data.outage_seconds.
+is tried again until it succeeds, and training goes on meanwhile. Only its end waits: at most data.outage_seconds, and
+at most STOPPED_S after a signal to stop, behind which whoever has sent it kills.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 PERIOD_S = 15.0  # between two looks at what has changed
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 10.0  # after an upload has failed
 LAST_WORDS_S = 5.0
+STOPPED_S = 15.0  # the longest wait for a store that refuses after a signal: launchers kill 30 s after it
+SILENT_S = 60.0  # the shortest wait for one that neither takes nor refuses, as it may be slow
+POLL_S = 0.1
 NEVER = 1 << 60  # a step, of a node that will upload no more
 UPLOADED = ".uploaded"  # a local file: the bucket has had this run
 GONE = -1, -1  # the state of a file that is not there
@@ -63,9 +67,13 @@ class Mirror:
         self._fault = ""
         self.uploading: Path | None = None  # a checkpoint, whose files must stay
         self._beat: Callable[[], None] = lambda: None
+        self._moved = time.monotonic()  # the last time that all was uploaded, or another part of a checkpoint
         self._pass = threading.Lock()
-        self._wake, self._ends = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
+        self._wake, self._ends, self._gives_up = threading.Event(), threading.Event(), threading.Event()
+        self._thread = self._new_thread()
+
+    def _new_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._work, name="uploads", daemon=True)
 
     def knows(self, run: RemoteRun) -> None:
         """What the bucket has at the start."""
@@ -86,36 +94,63 @@ class Mirror:
         self._committed.discard(step)
         self._wake.set()
 
-    def finish(self, budget_s: float, beat: Callable[[], None] = lambda: None) -> None:
-        """Upload the rest. All ranks call this, at the normal end. Raises Failure if the store is away for so long."""
+    def finish(self, budget_s: float, told: Callable[[], bool], beat: Callable[[], None]) -> None:
+        """Upload the rest. All ranks call this, at the normal end.
+
+        budget_s: for how long the store is waited for, or STOPPED_S once this rank is `told` to stop. If the store is
+        away, a line says so if the run was stopped and will be continued; else Failure is raised.
+        """
         if not self.leads:
             return
         self._beat = beat
-        self._stop()
-        began, pause = time.monotonic(), FIRST_PAUSE_S
-        self._try(self.upload)
-        while self._away is not None:
-            waited = time.monotonic() - max(began, self._away)
-            if waited > budget_s and not self._waits:
-                last = max(self._committed, default=None)
-                with contextlib.suppress(RuntimeError):  # the main rank is gone
-                    self._say(NEVER, {})
-                raise Failure(
-                    f"{self.address} could not be written for {waited:.0f} s (data.outage_seconds = {budget_s:g}): "
-                    f"{self._fault}; what is missing there is in {self.folder}, and its last checkpoint is "
-                    f"{f'step-{last}' if last is not None else 'none'}: start the same command again on this machine"
-                )
-            if self._waits:
-                beat()  # the other node's watchdog looks after it
-            time.sleep(pause)
-            pause = min(LONGEST_PAUSE_S, 2 * pause)
-            self._try(self.upload)
+        stopped = (self.folder / PREEMPTED).exists()
+        waited = self._wait(lambda: min(budget_s, STOPPED_S) if stopped or told() else budget_s)
+        if waited is None:
+            return
+        last = max(self._committed, default=None)
+        with contextlib.suppress(RuntimeError):  # the main rank is gone
+            self._say(NEVER, {})
+        limit = "" if stopped or told() else f" (data.outage_seconds = {budget_s:g})"
+        fault = f"{self.address} could not be written for {waited:.0f} s{limit}: {self._fault or 'no answer'}"
+        if not stopped:
+            raise Failure(
+                f"{fault}; what is missing there is in {self.folder}, and its last checkpoint is "
+                f"{f'step-{last}' if last is not None else 'none'}: start the same command again on this machine"
+            )
+        logger.warning(
+            "%s; what is missing there is in %s: the same command on this machine uploads it and goes on, on another "
+            "machine it goes on from %s",
+            fault, self.folder, f"step-{last}" if last is not None else "the start",
+        )  # fmt: skip
 
     def close(self) -> None:
         """After the end, whatever it was: the last words, and what can be uploaded without waiting for the store."""
-        if self.leads:
-            self._stop()
-            self._try(self.upload)
+        if not self.leads or self._gives_up.is_set():
+            return
+        self._gives_up.set()
+        if not self._thread.is_alive():
+            self._thread = self._new_thread()
+            self._thread.start()
+        self._wait(lambda: SILENT_S)
+
+    def _wait(self, budget: Callable[[], float]) -> float | None:
+        """Wait for the thread to upload the rest. Returns after how long this was given up, None if it was not.
+
+        budget: seconds for which the store may take nothing.
+        """
+        self._ends.set()
+        self._wake.set()
+        began = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(POLL_S)
+            if self._waits:
+                self._beat()  # the other node's watchdog looks after it
+                continue
+            waited, longest = time.monotonic() - max(began, self._moved), budget()
+            if waited > (longest if self._away is not None else max(longest, SILENT_S)) and self._thread.is_alive():
+                self._gives_up.set()
+                return waited
+        return None
 
     def last_words(self) -> None:
         """The process is about to be ended, and perhaps hangs: upload what says why, in a few seconds."""
@@ -133,22 +168,25 @@ class Mirror:
                 self._upload_links()
                 self._prune()
 
-    def _stop(self) -> None:
-        self._ends.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
     def _work(self) -> None:
+        """Upload until the end, then the rest until all is there or the main thread gives up."""
         pause = FIRST_PAUSE_S
-        while not self._ends.is_set():
+        while True:
+            last = self._ends.is_set()
             self._try(self.upload)
             if self._away is None:
+                if last:
+                    return
                 pause = FIRST_PAUSE_S
                 self._wake.wait(PERIOD_S)
                 self._wake.clear()
+            elif self._gives_up.is_set():
+                return
+            elif not last and self._ends.wait(pause):
+                pause = FIRST_PAUSE_S
             else:
-                self._ends.wait(pause)
+                if last:
+                    self._gives_up.wait(pause)
                 pause = min(LONGEST_PAUSE_S, 2 * pause)
 
     def _try(self, upload: Callable[[], None]) -> None:
@@ -160,11 +198,13 @@ class Mirror:
                 self._away = time.monotonic()
             elif self._away is None:
                 self._away = time.monotonic()
+                if self._gives_up.is_set():
+                    return  # that is said by an error, or the run has ended well before
                 logger.warning("%s: an upload has failed (%s) and is tried again", self.address, self._fault)
         else:
             if self._away is not None and (waited := time.monotonic() - self._away) > PERIOD_S:
                 logger.warning("%s: uploads have caught up after %.0f s", self.address, waited)
-            self._away = None
+            self._away, self._waits, self._moved = None, False, time.monotonic()
 
     def _upload_files(self, all_of_them: bool = False) -> None:
         """Files outside of checkpoints that have changed."""
@@ -193,7 +233,11 @@ class Mirror:
             self._sent[name] = state
 
     def _put(self, path: Path, name: str, sha256: str | None = None) -> None:
-        put_file(path, join(self.address, name), sha256)
+        put_file(path, join(self.address, name), sha256, self._move if sha256 else self._beat)
+
+    def _move(self) -> None:
+        """The bucket has more of a checkpoint. Small files do not count: they change, and may be sent all the time."""
+        self._moved = time.monotonic()
         self._beat()
 
     def _upload_checkpoints(self) -> None:

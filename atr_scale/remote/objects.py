@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,9 +39,23 @@ def list_below(address: str) -> dict[str, StoredObject]:
     return found
 
 
-def put_file(path: Path, location: str, sha256: str | None = None) -> None:
-    """Upload a file, in parts if it is large; it is visible when it is complete. sha256: becomes its metadata."""
-    filesystem(PART_ATTEMPTS).put_file(str(path), location, **({"Metadata": {SHA256: sha256}} if sha256 else {}))
+def put_file(path: Path, location: str, sha256: str | None = None, progress: Callable[[], None] = lambda: None) -> None:
+    """Upload a file, in parts if it is large; it is visible when it is complete.
+
+    sha256: becomes its metadata. progress: called after every part.
+    """
+    from fsspec.callbacks import Callback
+
+    def moved(size: int | None, value: int, **more: Any) -> None:
+        if value:  # else it begins
+            progress()
+
+    filesystem(PART_ATTEMPTS).put_file(
+        str(path),
+        location,
+        callback=Callback(hooks={"progress": moved}),
+        **({"Metadata": {SHA256: sha256}} if sha256 else {}),
+    )
 
 
 def put_bytes(content: bytes, location: str, only_new: bool = False) -> bool:

@@ -84,7 +84,7 @@ def train(config: RunConfig) -> None:
         training.run()
         if mirror:
             with heartbeat.wait("uploading"):
-                mirror.finish(config.data.outage_seconds, heartbeat.beat)
+                mirror.finish(config.data.outage_seconds, lambda: stop.received is not None, heartbeat.beat)
 
 
 class Training:

@@ -40,7 +40,12 @@ class Cut:
     body: int = 1000
 
 
-Fault = Answer | Cut
+@dataclass(frozen=True)
+class Silence:
+    """The proxy takes the connection and the head of the request, and then does nothing."""
+
+
+Fault = Answer | Cut | Silence
 
 
 class FaultProxy:
@@ -93,27 +98,28 @@ class FaultProxy:
         method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ")
         fault = self.fault(method, path)
         self.requests.append((method, path, fault))
+        if isinstance(fault, Silence):
+            await asyncio.sleep(3600)
         if isinstance(fault, Answer):
+            await reader.readexactly(_length(head))
             code = CODES[fault.status]
             text = f"<Error><Code>{code}</Code><Message>injected</Message></Error>" if method != "HEAD" else ""
             writer.write(f"HTTP/1.1 {fault.status} X\r\nConnection: close\r\n".encode())
             writer.write(f"Content-Type: application/xml\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
             await writer.drain()
             return
-        if b"\r\nexpect:" in head.lower():  # the client sends the body only after this
-            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await reader.readexactly(_length(head))
         source, sink = await asyncio.open_connection(*self.server)
         sink.write(_closing(head) + body)
         answer = await source.readuntil(b"\r\n\r\n")
         writer.write(_closing(answer))
-        left = fault.body if fault else 1 << 62
+        left = fault.body if isinstance(fault, Cut) else 1 << 62
         while left and (data := await source.read(min(left, 65536))):
             left -= len(data)
             writer.write(data)
             await writer.drain()
         sink.close()
-        if fault and not left:
+        if isinstance(fault, Cut) and not left:
             if fault.how == "stall":
                 await asyncio.sleep(3600)
             await asyncio.sleep(0.05)  # the bytes before the fault arrive

@@ -22,7 +22,7 @@ from atr_scale.data import storage
 from atr_scale.errors import UserError
 from atr_scale.remote.lock import RemoteLock
 from atr_scale.run_checkpoints import verify
-from tests.faults.proxy import Answer, Fault, FaultProxy, for_all, needs_rclone, s3_behind_proxy
+from tests.faults.proxy import Answer, Fault, FaultProxy, Silence, for_all, needs_rclone, s3_behind_proxy
 from tests.faults.runs import TinyRuns, family, steps_of
 from tests.faults.test_run_folder import SLOW_STEPS
 from tests.tiny import read_training
@@ -32,6 +32,7 @@ Outcome = Callable[[str], None]
 
 # Each rank is a node of its own: its local folder is not that of the others.
 A_NODE_EACH = "import os; os.environ['ATR_SCALE_SCRATCH'] += '/node-' + os.environ['RANK']\n"
+SOON = "from atr_scale.remote import mirror; mirror.STOPPED_S = mirror.SILENT_S = 4.0\n"  # instead of 15 s and 60 s
 ELSEWHERE = "from atr_scale import locks; locks._machine = lambda: 'another machine'\n"
 
 
@@ -68,6 +69,13 @@ class Remote:
 
     def latest(self) -> str:
         return (self.folder / "latest").read_text().strip()
+
+
+def attempts_of(run: Path) -> tuple[list[int], list[str]]:
+    """From which steps the attempts of a run have trained, and how they have ended."""
+    lines = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+    starts = [line["step"] for line in lines if line["event"] == "training"]
+    return starts, [line["reason"] for line in lines if line["event"] == "end"]
 
 
 @pytest.mark.fault(
@@ -107,10 +115,9 @@ def test_dead_nodes(runs: TinyRuns, root: Path, proxy: FaultProxy, outcome: Outc
         **train,
     )
     runs.ends_with(0, second)
-    lines = [json.loads(line) for line in (remote.folder / "attempts.jsonl").read_text().splitlines()]
-    starts = [line["step"] for line in lines if line["event"] == "training"]
+    starts, ends = attempts_of(remote.folder)
     assert starts == [0, saved[-1]], "it goes on from the newest complete checkpoint"
-    assert [line["reason"] for line in lines if line["event"] == "end"] == ["killed", "done"]
+    assert ends == ["killed", "done"]
     assert steps_of(remote.folder) == list(range(1, 25))
     losses, wanted = (
         [line["loss"] for line in read_training(run)] for run in (remote.folder, runs.folder("reference"))
@@ -203,9 +210,73 @@ def test_an_outage_at_the_end(runs: TinyRuns, root: Path, proxy: FaultProxy, out
     proxy.fault = for_all(None)
     runs.ends_with(0, runs.start(overrides=overrides, environment=environment, steps=12, checkpoint_every=5))
     assert remote.checkpoints()[-1] == 12
-    lines = [json.loads(line) for line in (remote.folder / "attempts.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["event"] == "training"] == [0, 12], "nothing is trained again"
+    assert attempts_of(remote.folder)[0] == [0, 12], "nothing is trained again"
     outcome("rc 1, one line; the same command uploads what is missing, rc 0")
+
+
+@pytest.mark.fault(
+    "a run on S3 is told to stop (SIGTERM) while S3 answers 503 to everything",
+    expected="saved on its machine, one line, exit code 0 in the time of grace; this machine goes on from there and "
+    "uploads it, another one from the last checkpoint in the bucket",
+)
+def test_told_to_stop_in_an_outage(runs: TinyRuns, root: Path, proxy: FaultProxy, outcome: Outcome) -> None:
+    remote, other = Remote(root, "stopped"), Remote(root, "stopped-2")
+    train: dict[str, Any] = {"steps": 40, "checkpoint_every": 5, "log_every": 1}
+    here, elsewhere = ({"ATR_SCALE_SCRATCH": str(runs.place / name)} for name in ("here", "elsewhere"))
+    first = runs.start(hooks=SOON + SLOW_STEPS, overrides=remote.overrides, environment=here, **train)
+    runs.until(remote.checkpoints, "a checkpoint in the bucket")
+    proxy.fault = for_all(Answer(503))
+    there, local = remote.checkpoints()[-1], next(runs.place.glob("here/runs/*/stopped"))
+    runs.until(lambda: steps_of(local)[-1] > there + 1, "it trains on")
+    first.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    runs.ends_with(0, first)
+    seconds = time.monotonic() - began
+    assert seconds < 25, "it would wait 600 s at its end"
+    saved = int((local / "latest").resolve().name[5:])
+    assert saved > there and (local / "preempted").exists() and remote.checkpoints()[-1] == there
+    said = runs.said()
+    assert said.count("could not be written for") == 1 and f"machine it goes on from step-{there}" in said, said
+    assert "Traceback" not in said
+
+    proxy.fault = for_all(None)
+    shutil.copytree(remote.folder, other.folder)
+    second = runs.start("second", overrides=other.overrides, environment=elsewhere, **train)
+    runs.ends_with(0, runs.start(overrides=remote.overrides, environment=here, **train))
+    runs.ends_with(0, second)
+    assert [attempts_of(each.folder) for each in (remote, other)] == [
+        ([0, saved], ["preempted", "done"]),
+        ([0, there], ["killed", "done"]),
+    ]
+    assert remote.checkpoints()[-1] == other.checkpoints()[-1] == 40
+    losses, others = ([line["loss"] for line in read_training(run.folder)] for run in (remote, other))
+    assert losses == others and len(losses) == 40
+    outcome(f"rc 0 after {seconds:.0f} s; here on from step {saved}, elsewhere from step {there}; the same losses")
+
+
+@pytest.mark.fault(
+    "S3 takes an upload and never answers, until the run ends",
+    expected="exit code 1 naming the store after the time limit, although the upload hangs; the next start uploads",
+)
+def test_an_upload_that_hangs(runs: TinyRuns, root: Path, proxy: FaultProxy, outcome: Outcome) -> None:
+    remote = Remote(root, "hangs")
+    proxy.fault = lambda method, path: Silence() if method == "PUT" and "model.safetensors" in path else None
+    environment = {"ATR_SCALE_SCRATCH": str(runs.place / "scratch")}
+    overrides = (*remote.overrides, "data.outage_seconds=2")
+    first = runs.start(hooks=SOON, overrides=overrides, environment=environment, steps=4)
+    local = runs.until(lambda: list(runs.place.glob("scratch/runs/*/hangs/latest")), "it has saved")[0].parent
+    began = time.monotonic()
+    runs.ends_with(1, first)
+    seconds = time.monotonic() - began
+    assert seconds < 40, "a file is given up after 45 s"
+    said = runs.said()
+    line = f"error: {remote.address} could not be written for 4 s (data.outage_seconds = 2): no answer; what is missing"
+    assert line in said and str(local) in said and "Traceback" not in said
+    assert remote.checkpoints() == []
+    proxy.fault = for_all(None)
+    runs.ends_with(0, runs.start(overrides=overrides, environment=environment, steps=4))
+    assert remote.checkpoints() == [4] and attempts_of(remote.folder)[0] == [0, 4], "nothing is trained again"
+    outcome(f"rc 1 after {seconds:.0f} s, one line; the same command uploads what is missing, rc 0")
 
 
 @pytest.mark.fault("a run on S3 is started again elsewhere", expected="one line naming the owner, exit code 2")

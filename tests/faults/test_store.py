@@ -19,9 +19,22 @@ from typing import Any
 import pytest
 
 from atr_scale.batch import count_reasons
+from atr_scale.data import storage
+from atr_scale.data.outage import is_unanswered
 from atr_scale.data.stream import read_batches
+from atr_scale.remote.objects import put_bytes
 from tests.coded import open_stream, rows_of, write_shards
-from tests.faults.proxy import Answer, Cut, Fault, FaultProxy, first_reads, for_all, needs_rclone, s3_behind_proxy
+from tests.faults.proxy import (
+    Answer,
+    Cut,
+    Fault,
+    FaultProxy,
+    Silence,
+    first_reads,
+    for_all,
+    needs_rclone,
+    s3_behind_proxy,
+)
 from tests.tiny import read_training
 from tests.tiny_run import tiny_config
 
@@ -201,3 +214,25 @@ def test_an_incomplete_answer_is_repeated(
     assert not any(batch.dropped for batch in there)
     assert sum(isinstance(fault, Cut) for _, _, fault in proxy.requests) == 3
     outcome(f"3 requests repeated, all samples as stored, {seconds:.0f} s")
+
+
+@pytest.mark.fault("S3 takes an upload and never answers", expected="it fails after a time limit, and can be repeated")
+@pytest.mark.parametrize("megabytes", [0, 24], ids=["small", "large"])
+def test_an_upload_without_an_answer(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, megabytes: int, outcome: Outcome
+) -> None:
+    """A large one does not fit into the buffers of the connection, so that the time limit of reading never begins."""
+    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 1)
+    monkeypatch.setattr(storage, "SEND_TIMEOUT_S", 1)
+    storage._filesystem_of.cache_clear()
+    content = bytes(1 + megabytes * (1 << 20))
+    proxy.fault = for_all(Silence())
+    began = time.monotonic()
+    with pytest.raises(Exception) as caught:
+        put_bytes(content, "s3://bucket/upload")
+    seconds = time.monotonic() - began
+    assert is_unanswered(caught.value)
+    proxy.fault = for_all(None)
+    assert put_bytes(content, "s3://bucket/upload") and storage.read_bytes("s3://bucket/upload") == content
+    storage._filesystem_of.cache_clear()
+    outcome(f"it has failed after {seconds:.0f} s with limits of 1 s, and was repeated")
