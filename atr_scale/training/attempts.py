@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from atr_scale.distributed.lost_rank import lost_rank
 from atr_scale.distributed.world import World
 from atr_scale.errors import OneLineError, one_line
 from atr_scale.rank_signs import cause_of, float_in, int_in, read_signs, text_in
@@ -125,6 +126,9 @@ def attempted(run: Path, world: World) -> Iterator[Attempt]:
         attempt.end("interrupted from the keyboard", 130)
         raise
     except Exception as error:
-        attempt.end(f"{type(error).__name__}: {error}", 1, known=False)
+        lost = lost_rank(error)
+        attempt.end(str(lost) if lost else f"{type(error).__name__}: {error}", 1, known=False)
+        if lost:
+            raise lost from error
         raise
     attempt.finish()

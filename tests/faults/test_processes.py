@@ -104,6 +104,10 @@ def test_a_killed_rank_is_restarted(runs: TinyRuns, outcome: Callable[[str], Non
     ranks_of(process.pid)[1].kill()
     runs.ends_with(0, process, 200)
     assert not alive(before)
+    said = runs.said()
+    assert (
+        "error: the connection to another rank failed (Connection closed by peer" in said and "Traceback" not in said
+    ), said
     outcome(f"both ranks were started again and trained to the end; none of {len(before)} processes was left")
 
 

@@ -78,6 +78,14 @@ def test_an_error_is_the_reason_of_the_end(tmp_path: Path, error: BaseException,
     assert ends(tmp_path) == [(1, reason, None, rc)]
 
 
+def test_a_lost_connection_to_another_rank_is_one_line_and_not_the_cause(tmp_path: Path) -> None:
+    said = "[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:51. This is typically"
+    with pytest.raises(Failure, match="the connection to another rank failed"), attempted(tmp_path, World()):
+        raise RuntimeError(f"{said} caused by a remote worker crashing.")
+    (line,) = (line for line in read_json_lines(tmp_path / ATTEMPTS) if line["event"] == "end")
+    assert "failed (Connection closed by peer [10.0.0.2]:51): its process" in line["reason"] and line["known"] is False
+
+
 def test_the_rank_that_fails_first_says_why(tmp_path: Path) -> None:
     main = Attempt(tmp_path, World())
     other = copy.copy(main)
