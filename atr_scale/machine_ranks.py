@@ -43,14 +43,15 @@ def start_ranks(machines: str, place: str, processes: int, arguments: list[str])
     """Run the ranks until they end and return the exit code. Prints one line if they fail."""
     for number in SIGNALS:
         signal.signal(number, _hand_on)
-    if not _listens(place):
+    own, meeting_place = own_address(place)
+    if not _listens(meeting_place):
         return NOT_MET
     least, _, most = machines.partition(":")
     meeting = {**MEETING, **({"last_call_timeout": GATHER_S} if most else {})}
     config = LaunchConfig(
         min_nodes=int(least), max_nodes=int(most or least), nproc_per_node=processes, run_id="atr-scale",
-        rdzv_backend="c10d", rdzv_endpoint=place, rdzv_configs=meeting, max_restarts=0,
-        signals_to_handle="",
+        rdzv_backend="c10d", rdzv_endpoint=meeting_place, rdzv_configs=meeting, max_restarts=0,
+        signals_to_handle="", local_addr=own,
     )  # fmt: skip
     # The agents' own store is that of the first meeting: a machine that comes later would wait for its address in vain.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -85,6 +86,24 @@ def _listens(place: str) -> bool:
             return False
         time.sleep(1)
     return True
+
+
+def own_address(place: str) -> tuple[str | None, str]:
+    """This machine's address in the network of FIRST:PORT, None if it is not known, and where it meets the others.
+
+    Otherwise torch goes by the name of the machine, which others may not know, and which /etc/hosts often gives to the
+    loopback: then nobody listens at FIRST:PORT.
+    """
+    host, _, port = place.rpartition(":")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, int(port)))  # sends nothing
+            own, there = probe.getsockname()[0], probe.getpeername()[0]
+    except OSError:
+        return None, place
+    if own.startswith("127."):
+        return None, place
+    return own, f"localhost:{port}" if own == there else place
 
 
 def _hand_on(number: int, frame: FrameType | None) -> None:
