@@ -15,6 +15,12 @@
 set -euo pipefail
 # shellcheck source=slurm/site.sh
 source slurm/site.sh
+for name in MAX_REQUEUES MAX_FAILURES HEALTH_SECONDS; do
+    if ! [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]]; then
+        echo "error: $name=${!name}: give a number, in the environment or in slurm/site.sh" >&2
+        exit 2
+    fi
+done
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     if ! command -v sbatch >/dev/null; then
@@ -107,16 +113,20 @@ fi
 srun_pid="" signalled=""
 forward() {
     interrupted=yes signalled=$1
-    say "received $1, telling the ranks to stop"
+    say "received $1, telling the ranks to stop" >&2 # the output may be a command's
     [[ -z $srun_pid ]] || kill -USR2 "$srun_pid" 2>/dev/null || true
 }
 trap 'forward USR1' USR1
 trap 'forward TERM' TERM
 
 # ranks COMMAND ...: a command on all ranks; its exit code.
-ranks() {
+ranks() { in_step "${inside[@]}" "$@"; }
+
+# in_step [OPTION ...] COMMAND ...: a command with options of srun; its exit code. None is started after a signal.
+in_step() {
     local status
-    srun "${step[@]}" "${inside[@]}" "$@" &
+    [[ -z $signalled ]] || return 143
+    srun "${step[@]}" "$@" &
     srun_pid=$!
     while true; do
         interrupted=
@@ -141,7 +151,12 @@ single() {
 # the job is not RUNNING any more: scancel is meant to end it, and SLURM itself requeues a job that it preempts or that
 # has lost a node.
 requeue() {
-    if [[ $(squeue --noheader --jobs "$job" --format %T 2>/dev/null) != RUNNING ]]; then
+    local state="" tries
+    for tries in {1..6}; do # the controller may be busy, or just be starting
+        ! state=$(squeue --noheader --jobs "$job" --format %T) || break
+        sleep 10
+    done
+    if [[ $state != RUNNING ]]; then
         outcome="$1; SLURM takes the job away itself, so it is not requeued here"
         exit 1
     elif (($2 >= $3)); then
@@ -151,7 +166,14 @@ requeue() {
     outcome="$1: requeued ($(($2 + 1)) of at most $3)"
     trap '' USR1 TERM # SLURM now ends this script
     tell
-    scontrol requeue "$job"
+    tries=0
+    until scontrol requeue "$job"; do
+        if ((++tries == 6)); then
+            say "$1, but SLURM does not requeue it, see the error above: submit it again to go on"
+            exit 1
+        fi
+        sleep 10
+    done
     # It is taken for a pending job from now on; a running one's nodes cannot be changed.
     [[ -z ${4:-} ]] || scontrol update "JobId=$job" "ExcNodeList=$4" || true
     exit 1
@@ -166,7 +188,7 @@ failed() {
 
 # check_nodes: that there is an environment, and that all nodes work, see slurm/site.sh.
 check_nodes() {
-    local said node bad=() status=0
+    local said node bad=() status=0 others
     single timeout "$HEALTH_SECONDS" python -c 'import atr_scale' 2>/dev/null || status=$?
     ((status == 0 || status == 124)) || # 124: this node hangs
         refuse "no environment in $PWD, and none with atr-scale is active: run launch/environment.sh there before sbatch"
@@ -176,7 +198,14 @@ check_nodes() {
     for node in $nodes; do
         grep -qx "$node is healthy" <<<"$said" || bad+=("$node")
     done
-    ((${#bad[@]} == 0)) || failed "the health check failed on ${bad[*]}" "$(IFS=,; echo "${bad[*]}")"
+    ((${#bad[@]})) && [[ -z $signalled ]] || return 0
+    # With too few nodes left the job would wait for ever: it may be the disk of the job's folder, which all nodes share.
+    others=$(sinfo --noheader --responding --Node --partition="$SLURM_JOB_PARTITION" --format=%N | sort --unique |
+        grep --count --invert-match --line-regexp --fixed-strings --file=<(printf '%s\n' "${bad[@]}")) || true
+    if ((others < (${#elastic} ? 1 : SLURM_JOB_NUM_NODES))); then
+        failed "the health check failed on ${bad[*]}, and too few other nodes are there"
+    fi
+    failed "the health check failed on ${bad[*]}" "$(IFS=,; echo "${bad[*]}")"
 }
 
 # of_sweep train|evaluate|dir: the arguments of the verb for this task of a sweep, or its run folder, in the array
@@ -202,7 +231,7 @@ leave_out_nodes() {
 # train CONFIG [key.sub=value ...]: one rank for each task. If a signal has stopped the ranks, they have saved, and the job
 # goes back into the queue. It also does so after a failure, a few times, but not after the user's mistake (exit code 2).
 train() {
-    local run status=0 arguments staged
+    local run status=0 arguments staged early="told to stop, and nothing was saved"
     check_nodes
     if [[ -n ${SWEEP:-} ]]; then
         of_sweep dir
@@ -210,16 +239,19 @@ train() {
         of_sweep train
         set -- "${arguments[@]}"
     else
-        run=$(single python -m atr_scale.job_inputs dir "$@") || { outcome="refused, see the error above"; exit 2; }
+        run=$(single python -m atr_scale.job_inputs dir "$@") || settle $? "reading of the configuration"
         [[ -z $elastic ]] || ((SLURM_JOB_NUM_NODES == 1)) || leave_out_nodes "$@"
     fi
     mkdir -p "$run"
     rm -f "$run/preempted" # of an earlier job
     if [[ -n $STAGE ]]; then
-        staged=$(srun "${step[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${inside[@]}" \
-            python -m atr_scale.job_inputs stage "$STAGE" "$@") || status=$?
+        staged=$(mktemp)
+        in_step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${inside[@]}" \
+            python -m atr_scale.job_inputs stage "$STAGE" "$@" >"$staged" || status=$?
+        mapfile -t arguments < <(sort -u "$staged")
+        rm "$staged"
+        [[ -z $signalled ]] || requeue "$early" "$restarts" "$MAX_REQUEUES"
         ((status == 0)) || settle "$status" "copying of shards to $STAGE"
-        mapfile -t arguments < <(sort -u <<<"$staged")
         set -- "$@" "${arguments[@]}"
     fi
 
@@ -232,6 +264,8 @@ train() {
         fi
     fi
     [[ ! -e $run/preempted ]] || requeue "told to stop, $run goes on from its last checkpoint" "$restarts" "$MAX_REQUEUES"
+    # A rank that has no run yet hears no signal, and is ended by it.
+    ((status < 128)) || [[ -z $signalled ]] || requeue "$early" "$restarts" "$MAX_REQUEUES"
     settle "$status" training " in $run"
 }
 
