@@ -73,16 +73,17 @@ restarts=0 since=$SECONDS # since when this machine tries to meet the others
 while true; do
     status=75 began=$SECONDS
     [[ -n $told ]] || { status=0 && once "$@"; } || status=$?
-    if [[ -e $run/preempted && (-n $told || $machines != *:*) ]]; then
-        say "told to stop, $run goes on from its last checkpoint with the same command"
-        exit 0
-    elif [[ -n $told && $status != [02] ]]; then
-        if ((status == 75 || status > 128)); then # before training
+    if [[ -n $told || (-e $run/preempted && $machines != *:*) ]]; then
+        if ((status == 1)); then # also if it has saved: on S3 the upload may have failed
+            say "told to stop, and failed with exit code 1, see the error above; the same command goes on from the last checkpoint"
+            exit 1
+        elif [[ -e $run/preempted ]]; then
+            say "told to stop, $run goes on from its last checkpoint with the same command"
+            exit 0
+        elif ((status == 75 || status > 128)); then # before training
             say "told to stop, and nothing was saved; the same command starts again"
             exit 0
         fi
-        say "told to stop, and failed with exit code $status, see the error above; the same command goes on from the last checkpoint"
-        exit 1
     elif [[ -e $run/preempted && $status == 0 ]]; then # it is removed by the ranks: other machines look at it now
         since=$SECONDS
         say "another machine was told to stop: going on without it"

@@ -112,16 +112,17 @@ class Mirror:
             self._say(NEVER, {})
         limit = "" if stopped or told() else f" (data.outage_seconds = {budget_s:g})"
         fault = f"{self.address} could not be written for {waited:.0f} s{limit}: {self._fault or 'no answer'}"
-        if not stopped:
-            raise Failure(
-                f"{fault}; what is missing there is in {self.folder}, and its last checkpoint is "
-                f"{f'step-{last}' if last is not None else 'none'}: start the same command again on this machine"
+        step = f"step-{last}" if last is not None else "the start"
+        if len(self.shared.leaders) > 1:  # no node has a whole checkpoint
+            left = f"the same command goes on from what is there, {step}"
+        else:
+            left = (
+                f"what is missing there is in {self.folder}: the same command on this machine uploads it and goes on, "
+                f"on another machine it goes on from {step}"
             )
-        logger.warning(
-            "%s; what is missing there is in %s: the same command on this machine uploads it and goes on, on another "
-            "machine it goes on from %s",
-            fault, self.folder, f"step-{last}" if last is not None else "the start",
-        )  # fmt: skip
+        if not stopped:
+            raise Failure(f"{fault}; {left}")
+        logger.warning("%s; %s", fault, left)
 
     def close(self) -> None:
         """After the end, whatever it was: the last words, and what can be uploaded without waiting for the store."""

@@ -32,6 +32,7 @@ from atr_scale.run_files import ATTEMPTS, PREEMPTED, STATUS, read_json_lines, re
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+CLOCKS_APART_S = 60.0  # that of the store and ours
 
 
 @contextlib.contextmanager
@@ -106,8 +107,7 @@ def _prepare(address: str, folder: Path, mirror: Mirror) -> str | None:
         run = RemoteRun(address)
     with full_disk_in_one_line(folder):
         if run.is_run:  # and not a prefix with other objects
-            missing = [name for name in run.files() if not (folder / name).exists() and name != PREEMPTED]
-            run.bring(missing, folder)
+            run.bring([name for name in run.files() if name != PREEMPTED and _is_older(folder / name, run)], folder)
         _bring_signs(run, folder)
         for name in run.checkpoints():
             target = folder / CHECKPOINTS / name
@@ -139,6 +139,16 @@ def _went_on_elsewhere(run: RemoteRun, folder: Path) -> bool:
     return not all(line in here for line in there)
 
 
+def _is_older(path: Path, run: RemoteRun) -> bool:
+    """Whether a local file is missing, or older than what `evaluate` has uploaded since. Of records it never is."""
+    if not path.exists():
+        return True
+    there, here = run.objects.get(path.name), path.stat()
+    if there is None or path.suffix == ".jsonl":
+        return False
+    return there.size != here.st_size and there.changed > here.st_mtime + CLOCKS_APART_S
+
+
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -162,7 +172,7 @@ def _bring_signs(run: RemoteRun, folder: Path) -> None:
     for name in run.files():
         if name.startswith(f"{STATUS}/rank-"):
             here = read_json_object(folder / name) or {}
-            if (float_in(here, "written") or 0.0) < run.objects[name].changed - 60:
+            if (float_in(here, "written") or 0.0) < run.objects[name].changed - CLOCKS_APART_S:
                 run.bring([name], folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -242,6 +243,19 @@ def test_a_model_that_is_pruned_meanwhile(
 
     monkeypatch.setattr("atr_scale.remote.fetch.get_file", while_training_prunes)
     assert bring_model(address).name == "step-20"
+
+
+def test_what_evaluate_has_uploaded_is_not_lost(run: Path, address: str, proxy: FaultProxy) -> None:
+    """The same machine prolongs the run: what it has of the results is older. Its records are its own."""
+    for name in ("results.json", "metrics.jsonl"):
+        (run / name).write_text("of training")
+    mirror(address, run).upload()
+    for name in ("results.json", "metrics.jsonl"):
+        storage.write_bytes(f"{address}/{name}", b"of evaluate, later")
+        os.utime(run / name, (0, 0))
+    _prepare(address, run, mirror(address, run))
+    assert (run / "results.json").read_text() == "of evaluate, later"
+    assert (run / "metrics.jsonl").read_text() == "of training"
 
 
 def test_a_model_is_brought_once_and_checked(

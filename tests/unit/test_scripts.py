@@ -109,6 +109,8 @@ ENDS = [
     (69, None, 1, "fewer machines"),
     (1, "TERM", 1, "told to stop, and failed with exit code 1"),
     (75, "TERM", 0, "told to stop, and nothing was saved"),
+    (0, "TERM, saves", 0, "goes on from its last checkpoint"),
+    (1, "TERM, saves", 1, "told to stop, and failed with exit code 1"),
 ]
 
 
@@ -120,11 +122,14 @@ def test_what_the_cloud_script_makes_of_the_ranks(
     for name in ("cloud.sh", "environment.sh"):
         shutil.copy(ROOT / "launch" / name, tmp_path / "launch")
     python = tmp_path / "python"
-    told = f"kill -{signal} $PPID" if signal else ":"
+    told, _, saves = (signal or "").partition(", ")
+    does = (f"kill -{told} $PPID; " if told else "") + (
+        f"mkdir '{tmp_path}/a run'; touch '{tmp_path}/a run/preempted'; " if saves else ""
+    )
     python.write_text(
         "#!/bin/bash\ntrap '' TERM\ncase $2 in\n"
         f"atr_scale.job_inputs) echo '{tmp_path}/a run' ;;\n"
-        f"atr_scale.machine_ranks) {told}; sleep 0.2; echo 'error: fewer machines came' >&2; exit {ends} ;;\nesac\n"
+        f"atr_scale.machine_ranks) {does} sleep 0.2; echo 'error: fewer machines came' >&2; exit {ends} ;;\nesac\n"
     )
     python.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
