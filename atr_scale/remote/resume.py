@@ -26,7 +26,7 @@ from atr_scale.remote.mirror import UPLOADED, Mirror
 from atr_scale.remote.nodes import TOKEN, SharedBy
 from atr_scale.remote.objects import get_bytes
 from atr_scale.remote.places import SCRATCH, address_of, training_folder
-from atr_scale.run_checkpoints import MANIFEST, SCORE, newest_first, newest_sound, step_of
+from atr_scale.run_checkpoints import MANIFEST, SCORE, newest_first, step_of, verify
 from atr_scale.run_files import ATTEMPTS, PREEMPTED, STATUS, read_json_lines, read_json_object
 
 logger = logging.getLogger(__name__)
@@ -158,13 +158,15 @@ def _empty(folder: Path) -> None:
 
 
 def _local_is_newer(run: RemoteRun, folder: Path) -> bool:
-    """Whether the folder has a checkpoint that was not uploaded before its process ended."""
+    """Whether the folder has a sound checkpoint that was not uploaded before its process ended.
+
+    Of older ones it may have the files of this node's ranks alone.
+    """
+    newest = max(map(step_of, run.checkpoints()), default=-1)
     try:
-        sound = newest_sound(folder)
-    except UserError:  # all are broken
+        return any(step_of(path.name) > newest and not verify(path) for path in newest_first(folder))
+    except UserError:  # one cannot be read
         return False
-    there = run.checkpoints()
-    return sound is not None and (not there or step_of(sound.name) > step_of(there[0]))
 
 
 def _bring_signs(run: RemoteRun, folder: Path) -> None:

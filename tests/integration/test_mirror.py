@@ -134,12 +134,14 @@ def test_a_resume_from_the_bucket_alone(run: Path, address: str, tmp_path: Path,
 
 
 def test_what_a_machine_has_left_counts_unless_the_run_went_on_elsewhere(
-    run: Path, address: str, tmp_path: Path, proxy: FaultProxy
+    run: Path, address: str, tmp_path: Path, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     mirror(address, run).upload()
     save(run, 30)
     assert _prepare(address, run, mirror(address, run)) == "step-30", "it is uploaded"
     assert RemoteRun(address).checkpoints()[0] == "step-30"
+    (run / "checkpoints" / "step-30" / LARGE).unlink()  # another node's ranks had written it
+    assert _prepare(address, run, mirror(address, run)) == "step-30" and "broken" not in caplog.text
 
     attempt(run, 2)
     save(run, 40)  # its process ends before it is uploaded
