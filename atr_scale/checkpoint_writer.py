@@ -49,6 +49,7 @@ from atr_scale.run_checkpoints import (
 
 PATIENCE_S = 20.0  # for the files of other ranks, after this one has failed
 POLL_S = 0.05  # between two looks at whether the other ranks have written
+YIELD_S = 0.001  # training goes on before this thread holds the interpreter for the names of all tensors
 LISTEN_S = 0.5  # between two looks at whether one of them cannot
 
 
@@ -201,6 +202,7 @@ class Writing:
         return Failure(f"cannot save to {self.run}: {one_line(error)}")
 
     def _write(self) -> None:
+        time.sleep(YIELD_S)
         try:
             written = self._own_files()
             self._own_done.set()
