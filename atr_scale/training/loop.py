@@ -68,7 +68,7 @@ def train(config: RunConfig) -> None:
         distributed(longest_silence(config)) as (world, device),
         encoder_products(precision.tf32),
         mirrored(config.run.dir, world, config.data.outage_seconds) as mirror,
-        only_training(config.run.folder, world),
+        only_training(config.run.folder, world, one_folder=mirror is None),
         attempted(config.run.folder, world) as attempt,
         full_disk_in_one_line(config.run.folder),
         preemptible(config.run.folder, world, attempt) as stop,
