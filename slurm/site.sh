@@ -14,7 +14,8 @@ options=()
 load_modules() { :; }
 
 # An image that holds the environment, instead of .venv: a file or address, and what runs it, apptainer or pyxis. The
-# folder of the job is bound at its own path; MOUNTS are further ones, as FROM:TO, separated by commas.
+# folder of the job is bound at its own path; MOUNTS are further ones, such as those of shards, of STAGE and of HF_HOME, as
+# FROM:TO, separated by commas.
 CONTAINER=${CONTAINER:-}
 CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-apptainer}
 MOUNTS=${MOUNTS:-}
