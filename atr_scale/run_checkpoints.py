@@ -250,14 +250,16 @@ def prune(run: Path, keep: int, *needed: Path | None) -> None:
     for aside in run.glob("checkpoints/step-*.broken"):
         step = re.fullmatch(r"step-(\d+)\.broken", aside.name)
         if step and found and int(step[1]) <= step_of(found[0].name):
-            shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)
     for checkpoint in found[keep:]:
         if checkpoint.is_symlink() and checkpoint.resolve() not in kept:  # it lies on another disk, and stays there
             checkpoint.unlink()
         elif checkpoint.resolve() not in kept:
             aside = checkpoint.with_name(f".{checkpoint.name}.pruned.partial")
             os.replace(checkpoint, aside)  # a kill leaves no checkpoint with some of its files
-            shutil.rmtree(aside)
+            shutil.rmtree(
+                aside, ignore_errors=True
+            )  # NFS keeps files that another process reads; the next one removes it
 
 
 def rename(finished: Path, final: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -123,6 +124,22 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     run_checkpoints.prune(tmp_path, keep=1)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-4"]
     assert (tmp_path / "best").resolve() == folders[2].resolve()
+
+
+def test_pruning_what_another_process_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS its folder cannot be removed then. The save that prunes has not failed."""
+    for step in (1, 2):
+        write(tmp_path, step)
+
+    def busy(path: str, **_: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", busy)
+        run_checkpoints.prune(tmp_path, keep=1)
+    assert [path.name for path in run_checkpoints.newest_first(tmp_path)] == ["step-2"]
+    run_checkpoints.prune(tmp_path, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
 
 
 def test_a_broken_newest_one_does_not_take_the_place_of_sound_ones(tmp_path: Path) -> None:
