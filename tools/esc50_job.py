@@ -40,7 +40,7 @@ cluster in a box of two nodes: `sbatch slurm/train.sh configs/esc50.yaml{overrid
 `sbatch slurm/evaluate.sh RUN --split test`. The undisturbed jobs have one rank. The disturbed one starts with two
 nodes, a rank on each, and saves every 25 steps. At a quarter of its steps it is told that it will be preempted (USR1);
 at half of them it is preempted at once (`scontrol requeue`); at three quarters a node loses its power for good, and the
-job goes on with the other one (`scontrol update JobId=N NumNodes=1 NumTasks=1`).
+job, which was submitted with `--nodes=1-2`, goes on with the other one.
 
 {runs}
 
@@ -99,10 +99,10 @@ def evaluated(run: Path, name: str) -> Trained | None:
     return Trained(name, found, read_status(run).attempts, losses)
 
 
-def submit(cluster: Cluster, nodes: str, run: str, overrides: Iterable[str]) -> tuple[str, str]:
+def submit(cluster: Cluster, nodes: str, run: str, overrides: Iterable[str], **variables: str) -> tuple[str, str]:
     """A training, with a rank on each node, and its evaluation; the numbers of the two jobs."""
     shutil.rmtree(cluster.root / run, ignore_errors=True)  # of an earlier call that was interrupted
-    train = cluster.sbatch("train", CONFIG, f"run.dir={run}", *overrides, nodes=nodes)
+    train = cluster.sbatch("train", CONFIG, f"run.dir={run}", *overrides, nodes=nodes, **variables)
     words = (run, "--split", "test")
     return train, cluster.sbatch("evaluate", *words, after=train, nodes="1")
 
@@ -115,7 +115,7 @@ def complete(cluster: Cluster, jobs: Sequence[str]) -> None:
 
 
 def disturb(cluster: Cluster, job: str, run: Path) -> None:
-    """A preemption with a warning, one without, and a lost node, which the job is told not to wait for."""
+    """A preemption with a warning, one without, and a lost node."""
 
     def reached(share: float) -> bool:
         status = read_status(run) if is_run(run) else None
@@ -127,8 +127,6 @@ def disturb(cluster: Cluster, job: str, run: Path) -> None:
     cluster.call("scontrol", "requeue", job)
     cluster.wait(job, lambda: reached(0.75), LIMIT)
     cluster.lab("kill", cluster.nodes(job)[-1])
-    cluster.wait(job, lambda: cluster.job(job)["JobState"] == "PENDING", LIMIT)  # for two nodes, as it had
-    cluster.call("scontrol", "update", f"JobId={job}", "NumNodes=1", "NumTasks=1")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -190,18 +188,18 @@ def work(given: argparse.Namespace) -> None:
     disturbed = out / "runs/disturbed"
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as lab,
-        running_cluster(Path(lab) / "lab", 2, out, SBATCH_EXCLUSIVE="exclusive") as cluster,
+        running_cluster(Path(lab) / "lab", 2, out) as cluster,
     ):
         jobs: list[str] = []
         for name, seed in names.items():
             if evaluated(out / name, name) is None:
-                jobs += submit(cluster, "1", name, [*overrides, f"run.seed={seed}"])
+                jobs += submit(cluster, "1", name, [*overrides, f"run.seed={seed}"], SBATCH_EXCLUSIVE="exclusive")
         complete(cluster, jobs)
         if evaluated(disturbed, "") is None:
             while cluster.idle() < 2:  # a moment after the end of a job
                 time.sleep(1)
             more = [*overrides, "run.seed=0", "train.checkpoint_every=25"]
-            train, evaluation = submit(cluster, "2", "runs/disturbed", more)
+            train, evaluation = submit(cluster, "1-2", "runs/disturbed", more)
             disturb(cluster, train, disturbed)
             complete(cluster, [train, evaluation])
     runs = [evaluated(out / name, f"seed {seed}, undisturbed") for name, seed in names.items()]
