@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ from torch import Tensor
 from atr_scale.distributed.world import World
 from atr_scale.encoders.text import TextEncoder
 from atr_scale.errors import Failure, one_line
-from atr_scale.files import atomic_write, give_usual_mode, is_full
+from atr_scale.files import atomic_write, disk_of, give_usual_mode, is_full
+from atr_scale.memory import as_text
 from atr_scale.model import Retriever
 from atr_scale.remote.nodes import SharedBy
 from atr_scale.run_checkpoints import (
@@ -94,6 +96,12 @@ class Trained(Protocol):
 
 class DiskFull(Failure):
     """There is no space for a checkpoint."""
+
+    @staticmethod
+    def of(folder: Path) -> DiskFull:
+        """Names the disk of a folder, and the machine: another rank may tell of it."""
+        free = as_text(shutil.disk_usage(folder).free)
+        return DiskFull(f"the disk {disk_of(folder)} of {socket.gethostname()} is full: {free} are free")
 
 
 @dataclass
@@ -198,7 +206,7 @@ class Writing:
 
     def _as_failure(self, error: Exception) -> Failure:
         if is_full(error, self.run):
-            return DiskFull("no space")
+            return DiskFull.of(self.run)
         return Failure(f"cannot save to {self.run}: {one_line(error)}")
 
     def _write(self) -> None:

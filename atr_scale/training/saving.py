@@ -17,7 +17,6 @@ from atr_scale.checkpoint_writer import DiskFull, HostCopies, Trained, Writing
 from atr_scale.config import RunConfig
 from atr_scale.distributed.world import World
 from atr_scale.errors import Failure
-from atr_scale.files import disk_of
 from atr_scale.memory import as_text
 from atr_scale.remote.mirror import Mirror
 from atr_scale.training.heartbeat import Heartbeat
@@ -126,7 +125,7 @@ class Saver:
         if shutil.disk_usage(self.run).free < needed:
             run_checkpoints.prune(self.run, max(1, self.keep - 1), self.last)
         if shutil.disk_usage(self.run).free < needed:
-            raise DiskFull("no space")
+            raise DiskFull.of(self.run)
 
     def _note(self, fault: Failure) -> None:
         """Say that this save has failed. Called by any thread, by that of the main rank as soon as it is known."""
@@ -135,10 +134,7 @@ class Saver:
         step = self._unsaved[0]
         reason = str(fault).removeprefix(f"cannot save to {self.run}: ")
         if isinstance(fault, DiskFull):
-            reason = (
-                f"the disk {disk_of(self.run)} is full: a checkpoint needs {as_text(self._bytes())}, "
-                f"{as_text(shutil.disk_usage(self.run).free)} are free"
-            )
+            reason = f"{fault}, a checkpoint needs {as_text(self._bytes())}"
         since = f"nothing is saved since {self.last.name if self.last else 'the start'}"
         self._fault = f"step {step} of {self.run} cannot be saved: {reason}; {since}"
         self.failed += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,7 +97,8 @@ def test_a_full_disk(runs: TinyRuns, small_disk: Path, outcome: Callable[[str], 
     runs.until(lambda: (small_disk / "latest").exists(), "a checkpoint is saved")
     filler = fill(small_disk, left=300_000)
     runs.until_said("ERROR rank 0 atr_scale.training.saving: step ")
-    assert f"of {small_disk} cannot be saved: the disk {small_disk} is full: a checkpoint needs " in runs.said()
+    disk = f"the disk {small_disk} of {socket.gethostname()} is full: "
+    assert f"of {small_disk} cannot be saved: {disk}" in runs.said() and "are free, a checkpoint needs" in runs.said()
     kept = newest_first(small_disk)
     assert kept and verify(kept[0]) == []
     runs.until(lambda: len(saves(small_disk)) > 1, "the next save tries again")

@@ -89,6 +89,11 @@ def test_a_save_without_space_is_tried_again(config: RunConfig, caplog: pytest.L
     ]
 
 
+def test_a_full_disk_of_another_machine_is_named(config: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    saver(config)._note(DiskFull("the disk /scratch of gpu02 is full: 1 MB are free"))
+    assert "cannot be saved: the disk /scratch of gpu02 is full: 1 MB are free, a checkpoint needs " in caplog.text
+
+
 def test_another_fault_of_writing_is_tried_again_too(config: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
     tried, fault = saver(config), OSError(errno.EIO, "Input/output error")
     assert not saved(tried, fault, 1, False)
