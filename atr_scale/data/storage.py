@@ -324,7 +324,8 @@ def _filesystem_of(pid: int, attempts: int) -> Any:
 def _socket(address: tuple[Any, ...]) -> socket.socket:
     """A socket for an entry of `getaddrinfo` that ends if the other side takes nothing for SEND_TIMEOUT_S."""
     made = socket.socket(*address[:3])
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SEND_TIMEOUT_S))
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SEND_TIMEOUT_S))
     return made
 
 
