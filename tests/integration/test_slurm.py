@@ -22,12 +22,22 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Three nodes, one more than a job takes."""
     if reason := no_cluster():
         pytest.skip(reason)
     with running_cluster(tmp_path_factory.mktemp("cluster") / "lab", 3) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def cluster(lab: Cluster) -> Cluster:
+    """All nodes are free: a job takes the first ones. After a test they may still be ending its job, or be starting."""
+    deadline = time.monotonic() + 120
+    while lab.idle() < 3:
+        assert time.monotonic() < deadline, lab.call("sinfo", "--Node", "--long")
+        time.sleep(0.3)
+    return lab
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +279,9 @@ def test_a_node_that_hangs_is_left_out(cluster: Cluster, tiny: TinyInputs, tmp_p
     python = str(Path(sys.executable).resolve())
     subprocess.run([*within, "mount", "--bind", str(hanging), python], check=True)
     try:
-        number = cluster.submit(config, HEALTH_SECONDS="40", SBATCH_NODELIST="node1,node2")
+        number = cluster.submit(config, HEALTH_SECONDS="40")
+        cluster.wait(number, lambda: cluster.job(number)["JobState"] == "RUNNING")
+        assert cluster.nodes(number) == ["node1", "node2"]
         cluster.wait(number, lambda: "start 2, on " in cluster.log(number), seconds=150)
     finally:
         cluster.lab("kill", "node1")
