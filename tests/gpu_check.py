@@ -67,3 +67,4 @@ def rows(mixed: list[str]) -> Iterator[dict[str, object]]:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    guard.leave()

@@ -142,3 +142,4 @@ def unfit() -> str:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    guard.leave()

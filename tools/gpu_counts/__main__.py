@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tools.gpu_counts import budgets, guard
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 
 
-def main() -> None:
+def main() -> NoReturn:
     given = parse(sys.argv[1:])
     try:
         load()
@@ -36,6 +36,7 @@ def main() -> None:
         found = {"skipped": str(reason)}
     if given.json:
         given.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    guard.leave()
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 SOURCE = Path(__file__).with_name("guard.cpp")
 BUILD_S = 300
@@ -36,6 +37,18 @@ def load() -> None:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise Unavailable(f"the CUDA guard does not load into torch {version('torch')}: {error}") from None
+
+
+def leave() -> NoReturn:
+    """End this process with exit code 0, without Python's own clean-up.
+
+    Once the guard is loaded, a backward pass runs on a thread of torch that outlives it and gives back Python objects
+    when it is done. If Python is being taken down by then, the process aborts with "terminate called without an active
+    exception" (github.com/pytorch/pytorch/issues/190489), although everything was counted and written.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def built(torch: Path) -> Path:
