@@ -57,12 +57,26 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-def test_environment_without_a_new_enough_python(tmp_path: Path) -> None:
-    """In a copy, for the real one may have its environment already."""
-    (tmp_path / "launch").mkdir()
+def without_environment(folder: Path) -> Path:
+    """What launch/environment.sh reads, copied to `folder`: the repository may have its environment already."""
+    (folder / "launch").mkdir()
     for file in ("pyproject.toml", "launch/environment.sh", "launch/constraints.txt", "launch/cuda.txt"):
-        shutil.copy(ROOT / file, tmp_path / file)
-    (tmp_path / "atr_scale").mkdir()
+        shutil.copy(ROOT / file, folder / file)
+    (folder / "atr_scale").mkdir()
+    return folder / "launch/environment.sh"
+
+
+def test_environment_that_is_a_link_is_left_as_it_is(tmp_path: Path) -> None:
+    script = without_environment(tmp_path)
+    (tmp_path / "other/bin").mkdir(parents=True)
+    (tmp_path / "other/bin/activate").write_text("of another checkout\n")
+    (tmp_path / ".venv").symlink_to("other")
+    assert ".venv is a link to other: remove it" in one_line(call("bash", script, cwd=tmp_path))
+    assert (tmp_path / "other/bin/activate").exists()
+
+
+def test_environment_without_a_new_enough_python(tmp_path: Path) -> None:
+    script = without_environment(tmp_path)
     programs = tmp_path / "programs"
     programs.mkdir()
     for program in ("bash", "dirname", "cat", "flock", "sha256sum", "cut", "grep"):
@@ -70,7 +84,7 @@ def test_environment_without_a_new_enough_python(tmp_path: Path) -> None:
     old = programs / "python3"
     old.write_text("#!/bin/bash\nexit 1\n")
     old.chmod(0o755)
-    result = call(programs / "bash", tmp_path / "launch/environment.sh", cwd=tmp_path, PATH=str(programs), PYTHON="")
+    result = call(programs / "bash", script, cwd=tmp_path, PATH=str(programs), PYTHON="")
     assert "Python 3.11" in one_line(result)
     assert not (tmp_path / ".venv").exists()
 
