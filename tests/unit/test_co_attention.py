@@ -212,6 +212,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("guidance", ["t2a", "both"])
+@pytest.mark.slow
 def test_products_have_the_precision_of_the_run(guidance: str) -> None:
     """And no other, whatever the autocast around it; scores are fp32."""
     module, (text, audio) = scorer(configuration="stacking", depth=2, guidance=guidance), inputs()

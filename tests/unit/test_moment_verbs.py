@@ -146,6 +146,7 @@ def test_evaluate_refuses_what_has_no_moments(files: Files, tmp_path: Path) -> N
         app([str(part) for part in arguments], standalone_mode=False)
 
 
+@pytest.mark.slow
 def test_search_tells_the_moments_of_its_hits(files: Files) -> None:
     query = ("search", files.index_dir, "a loud tone", "--rerank", files.tap, "--all-windows", "--json")
     plain = json.loads(call(*query).stdout)["results"]

@@ -24,6 +24,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{name}-{n}" for n, (name, _) in enumerate(CASES)])
+@pytest.mark.slow
 def test_any_length_as_the_encoder(name: str, options: dict[str, Any]) -> None:
     encoder = build_audio_encoder(name, **options)
     window = encoder.window or encoder.sample_rate

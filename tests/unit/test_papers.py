@@ -101,6 +101,7 @@ def test_command_is_right(command: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.variants], ids=lambda row: row.question)
+@pytest.mark.slow
 def test_variants_are_right(row: Row) -> None:
     for variant in row.variants:
         assert runs(with_variant(row.commands[0], variant)) != runs(row.commands[0])

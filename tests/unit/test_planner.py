@@ -192,6 +192,7 @@ def test_targets_without_tables_are_planned(config: RunConfig) -> None:
         assert teacher_widths(planned, build_without_weights(config)) == widths
 
 
+@pytest.mark.slow
 def test_draws_that_need_values_are_left_out(config: RunConfig) -> None:
     changed = config.model_copy(deep=True)
     changed.model.audio.name = "mn04"

@@ -100,6 +100,7 @@ def test_ranks_are_those_of_exact_scores(kind: str, few: int, monkeypatch: pytes
 
 @pytest.mark.parametrize("few", [2, 8, 64])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_lists_are_those_of_exact_scores(kind: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     text, audio, _ = real_problem(kind, 300, 1000)
     monkeypatch.setattr(module, "FEW", few)

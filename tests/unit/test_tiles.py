@@ -165,6 +165,7 @@ def test_bf16_vectors(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_no_matrix_of_all_pairs_is_alive(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = 1024
     monkeypatch.setattr(blocks, "STRIPE_COLUMNS", 64)

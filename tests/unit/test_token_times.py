@@ -17,6 +17,7 @@ WINDOWS = {"window_seconds": 2.0, "window_hop_seconds": 1.5}
 
 @pytest.mark.parametrize("options", [{}, WINDOWS], ids=["native", "overlapping"])
 @pytest.mark.parametrize("name", [*LIGHT, "passt_s10"])
+@pytest.mark.slow
 def test_each_token_has_its_part_of_the_clip(name: str, options: dict[str, Any]) -> None:
     encoder = small(name, **options)
     for seconds in (0.05, 0.7, 3.31, 5.04, 13.7):
