@@ -44,7 +44,7 @@ wanted=$(cat pyproject.toml launch/constraints.txt launch/cuda.txt | sha256sum |
 if ! grep -qsF "$root/.venv" .venv/bin/activate; then
     # venv empties the folder that a link leads to, perhaps the environment of another checkout, and then refuses the link.
     [[ ! -L .venv ]] ||
-        fail "$root/.venv is a link to $(readlink .venv): remove it; an environment must lie in the repository's folder"
+        fail "$root/.venv is a link to $(readlink .venv), which is no environment of this repository: remove the link"
     python=$(find_python)
     "$python" -c 'import ensurepip' 2>/dev/null ||
         fail "$python cannot make virtual environments: install its venv package, for example python3-venv"

@@ -226,8 +226,8 @@ def count_ranks() -> list[np.ndarray]:
     return differences
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_ranks_counted_by_several_processes(size: int) -> None:
     for found in run_ranks(count_ranks, size):
         assert not any(difference.any() for difference in found)

@@ -121,7 +121,6 @@ def all_sums() -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.slow
 def test_sums_are_exact_whatever_a_step_uses(size: int) -> None:
     """Also with parameters that no rank uses, or one rank alone, and in steps that use others than the first one."""
     for rank in run_ranks(all_sums, size):

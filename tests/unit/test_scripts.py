@@ -71,7 +71,8 @@ def test_environment_that_is_a_link_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "other/bin").mkdir(parents=True)
     (tmp_path / "other/bin/activate").write_text("of another checkout\n")
     (tmp_path / ".venv").symlink_to("other")
-    assert ".venv is a link to other: remove it" in one_line(call("bash", script, cwd=tmp_path))
+    line = one_line(call("bash", script, cwd=tmp_path))
+    assert ".venv is a link to other, which is no environment of this repository: remove the link" in line
     assert (tmp_path / "other/bin/activate").exists()
 
 

@@ -42,9 +42,9 @@ def load() -> None:
 def leave() -> NoReturn:
     """End this process with exit code 0, without Python's own clean-up.
 
-    Once the guard is loaded, a backward pass runs on a thread of torch that outlives it and gives back Python objects
-    when it is done. If Python is being taken down by then, the process aborts with "terminate called without an active
-    exception" (github.com/pytorch/pytorch/issues/190489), although everything was counted and written.
+    Once the guard is loaded, a backward pass runs on a thread of torch that outlives it. Such a process was seen to
+    abort, once, with "terminate called without an active exception". The likely cause: a thread of torch that gives
+    back a Python object while Python is taken down aborts so (github.com/pytorch/pytorch/issues/190489).
     """
     sys.stdout.flush()
     sys.stderr.flush()
